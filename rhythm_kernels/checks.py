@@ -1,0 +1,60 @@
+"""Checks of arguments: each error names the argument and shows what arrived."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] = (),
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """`shape` has a number where the size is known and a letter where any size will do."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: {value!r}"[:300])
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    fits = len(shape) == value.ndim and all(isinstance(n, str) or n == m for n, m in zip(shape, value.shape))
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+    return value
+
+
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
+    if value < minimum or (maximum is not None and value > maximum):
+        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return value
+
+
+def check_float(name: str, value: object, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}: {value!r}")
+    if not math.isfinite(value) or not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be finite and between {minimum} and {maximum}, got {value}")
+    return float(value)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_horizon(horizon: object) -> tuple[int, int | None]:
+    if not isinstance(horizon, (tuple, list)) or len(horizon) != 2:
+        raise TypeError(f"horizon must be (lo, hi) in tokens, hi None for the end of the sequence, got {horizon!r}")
+    lo, hi = horizon
+    check_int("horizon[0]", lo, 0)
+    if hi is not None:
+        check_int("horizon[1]", hi, lo)
+    return lo, hi

