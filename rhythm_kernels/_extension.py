@@ -1,0 +1,57 @@
+"""Loads the compiled library rhythm_kernels._C and gives its ops fake implementations.
+
+Without the library the package works through torch ops: `available` says which device types the library serves,
+`require` raises for the others.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+HOW_TO_BUILD = (
+    "build it from a checkout with a C++ compiler (for GPUs: a CUDA build of torch and the CUDA toolkit too): "
+    "pip install --no-build-isolation ."
+)
+
+
+def _load() -> tuple[frozenset[str], str]:
+    """The device types that the library serves, and why it serves no others."""
+    try:
+        from rhythm_kernels import _C
+    except ImportError as error:
+        return frozenset(), f"rhythm_kernels._C cannot be loaded ({error})"
+    if _C.HAS_CUDA:
+        return frozenset({"cpu", "cuda"}), "rhythm_kernels._C was built for cpu and cuda"
+    return frozenset({"cpu"}), "rhythm_kernels._C was built for cpu only"
+
+
+_DEVICE_TYPES, _REASON = _load()
+_warned: set[str] = set()
+
+if _DEVICE_TYPES:
+
+    @torch.library.register_fake("rhythm_kernels::segment_topq")
+    def _(values: Tensor, mask: Tensor, q: float, largest: bool) -> Tensor:
+        return mask.new_empty(mask.shape)
+
+    @torch.library.register_fake("rhythm_kernels::find_peaks")
+    def _(values: Tensor, mask: Tensor, min_quantile: float) -> Tensor:
+        return mask.new_empty(mask.shape)
+
+
+def available(device_type: str) -> bool:
+    """Whether the library has ops for this device type. Warns once for a type it could have been built for."""
+    if device_type in _DEVICE_TYPES:
+        return True
+    if device_type in ("cpu", "cuda") and device_type not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device_type)
+        warnings.warn(
+            f"{_REASON}: on {device_type}, the slower torch implementation is used; {HOW_TO_BUILD}", stacklevel=3
+        )
+    return False
+
+
+def require(device_type: str) -> None:
+    if device_type not in _DEVICE_TYPES:
+        raise RuntimeError(f'backend="extension" has no ops for {device_type}: {_REASON}; {HOW_TO_BUILD}')

@@ -1,0 +1,142 @@
+"""Builds rhythm_kernels._C, the C++/CUDA extension; everything else about the package is in pyproject.toml.
+
+    pip install --no-build-isolation .        # or -e .
+
+The CPU ops are built where a C++ compiler is found, the CUDA ops where torch is a CUDA build and the CUDA toolkit is
+found too (CUDA_HOME, or nvcc on the PATH). The visible GPU plays no part: RHYTHM_KERNELS_CUDA_ARCHS lists what to
+compile for, as in "80 90a 100+PTX", and an empty value leaves the CUDA ops out.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        f"rhythm_kernels is built against the installed torch, which cannot be imported ({error}). "
+        "Install torch >= 2.11 first, then run: pip install --no-build-isolation ."
+    ) from error
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCHS = "80 90a 100+PTX"  # the last with PTX, for the GPUs after it
+TORCH_TARGET_VERSION = "0x020b000000000000"  # libtorch's stable interface as of 2.11
+PYTHON_TAG = "cp310"  # the oldest Python, as csrc/ops.cpp has it
+
+
+def say(message: str) -> None:
+    print(f"rhythm_kernels: {message}", file=sys.stderr, flush=True)
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler: $CXX, or the first one on the PATH."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((name for name in candidates if shutil.which(shlex.split(name)[0])), None)
+
+
+def find_nvcc() -> Path | None:
+    home = cpp_extension.CUDA_HOME
+    nvcc = Path(home) / "bin" / "nvcc" if home else None
+    return nvcc if nvcc is not None and nvcc.exists() else None
+
+
+def parse_archs(text: str) -> list[str]:
+    """["80", "90a", "100+PTX"] of "80 90a 100+PTX", also with commas, semicolons or dots (8.0)."""
+    archs = [token.replace(".", "") for token in re.split(r"[\s,;]+", text) if token]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
+            raise SystemExit(f'RHYTHM_KERNELS_CUDA_ARCHS must look like "{DEFAULT_CUDA_ARCHS}", got {text!r}')
+    return archs
+
+
+def known_archs(archs: list[str], nvcc: Path) -> list[str]:
+    """Those that this nvcc compiles for."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+    return [arch for arch in archs if "sm_" + re.match(r"\d+", arch).group() in known]
+
+
+def gencode_flags(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def torch_flags() -> list[str]:
+    """-isystem: the warnings below are about our own code."""
+    includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    return [*includes, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+
+
+def cxx_flags() -> list[str]:
+    # No contraction: ceil(q n - 1e-9) rounds as it does in Python.
+    return ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", *torch_flags()]
+
+
+def nvcc_flags(archs: list[str]) -> list[str]:
+    return ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden", *gencode_flags(archs), *torch_flags()]
+
+
+def cuda_archs_to_build() -> list[str]:
+    """Empty when the CUDA ops are to be left out."""
+    wanted = os.environ.get("RHYTHM_KERNELS_CUDA_ARCHS")
+    archs = parse_archs(DEFAULT_CUDA_ARCHS if wanted is None else wanted)
+    if not archs:
+        say("RHYTHM_KERNELS_CUDA_ARCHS is empty: building the CPU ops only.")
+        return []
+    nvcc = find_nvcc()
+    if torch.version.cuda is None or nvcc is None:
+        no_cuda_torch = f"torch {torch.__version__} is a build without CUDA"
+        reason = no_cuda_torch if torch.version.cuda is None else "no CUDA toolkit was found"
+        if wanted is not None:
+            raise SystemExit(f"rhythm_kernels: RHYTHM_KERNELS_CUDA_ARCHS={wanted!r}, but {reason}.")
+        say(f"{reason}: building the CPU ops only.")
+        return []
+    return archs if wanted is not None else known_archs(archs, nvcc)
+
+
+def extensions() -> list:
+    cxx = find_cxx()
+    if cxx is None:
+        say("no C++ compiler found: installing without the extension, with the slower torch implementation instead.")
+        return []
+    os.environ.setdefault("CXX", cxx)
+    archs = cuda_archs_to_build()
+    patterns = ["ops.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if archs else [])
+    sources = sorted(path for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+    headers = sorted(path for suffix in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))
+    make = cpp_extension.CUDAExtension if archs else cpp_extension.CppExtension
+    return [
+        make(
+            "rhythm_kernels._C",
+            [str(path.relative_to(ROOT)) for path in sources],
+            depends=[str(path.relative_to(ROOT)) for path in headers],
+            define_macros=[("RHYTHM_KERNELS_WITH_CUDA", None)] if archs else [],
+            extra_compile_args={"cxx": cxx_flags(), "nvcc": nvcc_flags(archs)},
+            py_limited_api=True,
+        )
+    ]
+
+
+def main() -> None:
+    modules = extensions()
+    setup(
+        ext_modules=modules,
+        cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+        options={"bdist_wheel": {"py_limited_api": PYTHON_TAG}} if modules else {},
+    )
+
+
+if __name__ == "__main__":
+    main()

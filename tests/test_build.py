@@ -1,0 +1,207 @@
+"""The build: what setup.py decides, the CUDA kernels on every architecture, the binary's symbols, and wheels."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rhythm_kernels import _extension
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("rhythm_kernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_setup()
+
+
+def run(command: list, **options) -> str:
+    """Standard output and error of a command that has to succeed."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    return done.stdout
+
+
+# ---- what setup.py decides -------------------------------------------------------------------------------------------
+
+
+def test_architectures():
+    assert build.parse_archs("8.0, 90a;100+PTX") == ["80", "90a", "100+PTX"]
+    assert build.parse_archs(" ") == []
+    assert build.gencode_flags(["90a", "100+PTX"]) == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    with pytest.raises(SystemExit, match="RHYTHM_KERNELS_CUDA_ARCHS must look like .*got 'hopper'"):
+        build.parse_archs("hopper")
+
+
+def sources(extension) -> set[str]:
+    return {Path(source).name for source in extension.sources}
+
+
+def test_a_torch_without_cuda_gets_the_cpu_ops(monkeypatch, capsys):
+    monkeypatch.setattr(build.torch.version, "cuda", None)
+    monkeypatch.delenv("RHYTHM_KERNELS_CUDA_ARCHS", raising=False)
+    (extension,) = build.extensions()
+    assert sources(extension) == {"ops.cpp", "topq.cpp", "peaks.cpp"}
+    assert "building the CPU ops only" in capsys.readouterr().err
+    monkeypatch.setenv("RHYTHM_KERNELS_CUDA_ARCHS", "90a")
+    with pytest.raises(SystemExit, match="RHYTHM_KERNELS_CUDA_ARCHS='90a', but torch .* is a build without CUDA"):
+        build.extensions()
+
+
+def test_a_torch_with_cuda_gets_both_whatever_the_gpu(monkeypatch):
+    monkeypatch.setattr(build.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(build, "find_nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(build.torch.cuda, "is_available", lambda: pytest.fail("asked for the visible GPU"))
+    monkeypatch.setenv("RHYTHM_KERNELS_CUDA_ARCHS", "80 90a")
+    archs = build.cuda_archs_to_build()
+    assert archs == ["80", "90a"]
+    monkeypatch.setenv("RHYTHM_KERNELS_CUDA_ARCHS", "")
+    assert build.cuda_archs_to_build() == []
+
+
+def test_no_compiler_means_no_extension(monkeypatch, capsys):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert build.extensions() == []
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- compilers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(build.find_cxx() is None, reason="no C++ compiler")
+def test_the_cpu_sources_have_no_warnings():
+    command = [
+        build.find_cxx(),
+        "-fsyntax-only",
+        "-Werror",
+        *build.cxx_flags(),
+        "-isystem",
+        sysconfig.get_path("include"),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda path: run([*command, path]), sorted(CSRC.rglob("*.cpp"))))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+def test_the_cuda_kernels_neither_warn_nor_spill(tmp_path):
+    """On every architecture of the default list. `pytest -s` shows registers and shared memory."""
+    flags = [*build.nvcc_flags(build.parse_archs(build.DEFAULT_CUDA_ARCHS)), "-Werror=all-warnings", "-Xptxas=-v"]
+    files = sorted(CSRC.rglob("*.cu"))
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda path: run(["nvcc", "-c", path, "-o", tmp_path / path.stem, *flags]), files))
+    found = {
+        (next(file.stem for file in files if file.stem in name), arch): [int(n) for n in numbers]
+        for name, arch, *numbers in re.findall(
+            r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads.*?Used (\d+) registers.*?(\d+) bytes smem",
+            "".join(outputs),
+            re.DOTALL,
+        )
+    }
+    for (kernel, arch), (stack, stores, loads, registers, shared) in found.items():
+        print(f"{kernel} {arch}: {registers} registers, {shared} bytes of shared memory")
+        assert (stack, stores, loads) == (0, 0, 0), (kernel, arch)
+        assert registers <= 64, "a block of 1024 threads has 64 registers a thread"
+    assert set(found) == {(file.stem, arch) for file in files for arch in ("sm_80", "sm_90a", "sm_100")}
+
+
+# ---- the binary ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on the PATH")
+def test_the_binary_uses_only_stable_interfaces():
+    assert _extension.available("cpu"), _extension.HOW_TO_BUILD
+    from rhythm_kernels import _C
+
+    assert Path(_C.__file__).name == "_C.abi3.so"
+    undefined = run(["nm", "-D", "--undefined-only", "-C", _C.__file__])
+    for symbol in (line.split(" U ")[-1] for line in undefined.splitlines()):
+        assert not re.search(r"\b(at|c10|torch|pybind11)::", symbol), f"C++ interface of libtorch: {symbol}"
+    assert "torch_library_impl" in undefined
+    if shutil.which("readelf"):
+        assert "libtorch_python" not in run(["readelf", "-d", _C.__file__])
+
+
+def build_wheel(tmp_path: Path, **environment: str) -> Path:
+    """A wheel of a copy of the sources, built as a user would, without the network."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("csrc", "rhythm_kernels", "train"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        tmp_path,
+        copy,
+    ]
+    run(command, env={**os.environ, **environment})
+    (wheel,) = tmp_path.glob("*.whl")
+    return wheel
+
+
+def run_from(wheel: Path, code: str) -> str:
+    installed = wheel.parent / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    # -S: no .pth files, so that an editable install of the checkout cannot lend its modules
+    path = os.pathsep.join([str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return run([sys.executable, "-S", "-c", code], cwd=wheel.parent, env={**os.environ, "PYTHONPATH": path})
+
+
+SELECT = """
+import torch, rhythm_kernels
+assert "installed" in rhythm_kernels.__file__
+values, mask = torch.tensor([[3., 1., 2.]]), torch.ones(1, 3, dtype=torch.bool)
+print(rhythm_kernels.segment_topq(values, mask, 0.4).tolist())
+try:
+    print(rhythm_kernels.segment_topq(values, mask, 0.4, backend="extension").tolist())
+except RuntimeError as error:
+    print("RuntimeError:", error)
+"""
+
+
+@pytest.mark.skipif(build.find_cxx() is None, reason="no C++ compiler")
+def test_a_wheel_with_the_extension(tmp_path):
+    wheel = build_wheel(tmp_path)
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "rhythm_kernels/_C.abi3.so" in names
+    assert "rhythm_kernels/attention/__init__.py" in names
+    assert not [name for name in names if name.startswith(("train", "tests", "csrc", "benchmarks"))]
+    assert run_from(wheel, SELECT).splitlines() == ["[[True, False, True]]"] * 2
+
+
+def test_a_wheel_without_a_compiler(tmp_path):
+    wheel = build_wheel(tmp_path, CXX="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    output = run_from(wheel, SELECT)
+    assert "[[True, False, True]]" in output
+    assert output.count("the slower torch implementation is used") == 1
+    assert 'RuntimeError: backend="extension" has no ops for cpu: rhythm_kernels._C cannot be loaded' in output
