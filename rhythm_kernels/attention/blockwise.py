@@ -68,13 +68,20 @@ def _batch_chunk(q, k, lse, layout: Layout, options, tile_rows: int, out: tuple[
         scores.masked_fill_(hidden[:, None], -math.inf)
 
         if lse is not None:
-            tile_lse = lse[:, :, begin:end]
-        elif options.sinks is None:
-            tile_lse = torch.logsumexp(scores, -1)
+            tile_lse = lse[:, :, begin:end].masked_fill(~rows[:, None], 0.0)
+            weights = scores.sub_(tile_lse[..., None]).exp_()  # A, 0 outside R
         else:
-            tile_lse = torch.logaddexp(torch.logsumexp(scores, -1), options.sinks[:, None])
-        tile_lse = tile_lse.masked_fill(~rows[:, None], 0.0)
-        weights = scores.sub_(tile_lse[..., None]).exp_()  # A, 0 outside R
+            shift = scores.amax(-1, keepdim=True)
+            if options.sinks is not None:
+                shift = torch.maximum(shift, options.sinks[:, None, None])
+            shift.masked_fill_(~rows[:, None, :, None], 0.0)
+            weights = scores.sub_(shift).exp_()
+            total = weights.sum(-1, keepdim=True)
+            if options.sinks is not None:
+                total += torch.exp(options.sinks[:, None, None] - shift)
+            total.masked_fill_(~rows[:, None, :, None], 1.0)
+            weights.div_(total)
+            tile_lse = (shift + total.log()).squeeze(-1)
         row_lse[:, :, begin:end] = tile_lse
 
         if options.need_span:
