@@ -13,19 +13,22 @@ CODE := rhythm_kernels train tests setup.py $(wildcard benchmarks)
 # Two runs side by side, each with one thread, must not spin against each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: train test test-gpu lint format build help
+ROUNDS ?= 7
+
+.PHONY: train test bench lint format build help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
 	@echo "make test     everything that CI runs"
 	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
+	@echo "make bench    time and memory of the statistics beside the dense maps, on this machine"
 	@echo "make build    the environment and the extension"
 
 train: build
 	$(PY) -m train $(ARGS)
 
 test: lint build $(VENV)/.smollm2
-	$(PY) -m pytest -m "not gpu" -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check $(CODE)
@@ -36,6 +39,9 @@ format: $(VENV)/.installed
 	$(PY) -m ruff check --fix $(CODE)
 	$(PY) -m ruff format $(CODE)
 	$(VENV)/bin/clang-format -i $(SOURCES)
+
+bench: build
+	$(PY) -m benchmarks.attention --rounds $(ROUNDS) --out benchmarks/results/attention-cpu
 
 build: $(VENV)/.built
 

@@ -17,6 +17,8 @@ PROBLEM = (
 )
 NEW_TOKENS = 160
 
+pytestmark = pytest.mark.xdist_group("smollm2")  # load the weights in one worker only
+
 
 @pytest.fixture(scope="module")
 def answered():
