@@ -14,8 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.attention.api import BACKENDS, MAX_WINDOW, check_options, run_backend
+from rhythm_kernels.attention.api import BACKENDS, run_backend
 from rhythm_kernels.attention.layout import Layout, make_layout
+from rhythm_kernels.attention.options import MAX_WINDOW, check_options
 from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_tensor
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.signals import GROUPS_PER, check_groups, rhythm_of

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels.attention.layout import Layout, mean_over_rows, rows_looking_back
+from rhythm_kernels.attention.options import Options
 from rhythm_kernels.types import AttentionStats
 
 TILE_ROWS = 128
 TILE_BYTES = 32 << 20  # of fp32 scores held at once; several temporaries of this size live beside it
 
 
-def blockwise_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options) -> AttentionStats:
-    """`attention_stats` behind its checks; `options` is `attention.api.Options`."""
+def blockwise_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
+    """`attention_stats` behind its checks."""
     batch, query_heads, tokens, _ = q.shape
     shape = (batch, query_heads, tokens)
     waad, fai, looked_back, row_lse = (torch.zeros(shape, device=q.device) for _ in range(4))
@@ -35,7 +36,9 @@ def blockwise_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
     return AttentionStats(waad, fai, span, row_lse)
 
 
-def _batch_chunk(q, k, lse, layout: Layout, options, tile_rows: int, out: tuple[Tensor, ...]) -> None:
+def _batch_chunk(
+    q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, tile_rows: int, out: tuple[Tensor, ...]
+) -> None:
     """Fills waad, the sums of fai, the rows' distances and lse of a few batch rows."""
     waad, fai_sums, looked_back, row_lse = out
     batch, query_heads, tokens, size = q.shape

@@ -4,8 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
-from rhythm_kernels.attention.api import Options
 from rhythm_kernels.attention.layout import Layout, mean_over_rows
+from rhythm_kernels.attention.options import Options
 from rhythm_kernels.attention.triton_band import fai_pass, waad_pass
 from rhythm_kernels.attention.triton_rows import row_pass
 from rhythm_kernels.attention.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, Tiles, choose_tiles

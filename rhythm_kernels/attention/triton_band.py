@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm_kernels.attention.api import Options
 from rhythm_kernels.attention.layout import Layout, rows_looking_back
+from rhythm_kernels.attention.options import Options
 from rhythm_kernels.attention.triton_scores import (
     LOG2E,
     common_arguments,

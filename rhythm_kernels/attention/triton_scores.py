@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm_kernels.attention.api import Options
+from rhythm_kernels.attention.options import Options
 from rhythm_kernels.attention.triton_tiles import Tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
