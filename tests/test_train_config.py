@@ -1,0 +1,93 @@
+"""Flags: every one is read, and a bad value is refused by name, with what arrived, before anything runs."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import train
+from train.__main__ import main, parse
+from train.config import Config, flag_name
+from train.presets import PRESETS, load_preset
+
+SOURCES = Path(train.__file__).parent
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--credit", "attention"], "--credit must be one of none, random, entropy, local, global, coupled"),
+        (["--credit-q", "1.5"], "--credit-q must be at most 1, got 1.5"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0 and finite, got 0.0"),
+        (["--learning-rate", "nan"], "--learning-rate must be above 0 and finite, got nan"),
+        (["--learning-rate", "fast"], "--learning-rate must be float, got 'fast'"),
+        (["--max-steps", "1.5"], "--max-steps must be int, got '1.5'"),
+        (["--num-generations", "1"], "--num-generations must be at least 2, got 1"),
+        (["--gradient-steps", "3"], "--gradient-steps must divide --prompts-per-step, got 3"),
+        (["--key-heads", "3"], "--key-heads must divide --heads, got 3, with --heads 4"),
+        (["--head-size", "7"], "--head-size must be even, got 7"),
+        (["--horizon", "50", "10"], "--horizon must be two numbers, LO <= HI, got (50, 10)"),
+        (["--horizon", "10"], "--horizon must be two numbers, LO <= HI, got (10,)"),
+        (["--seeds", "1", "1"], "--seeds must be different numbers, at least one, got (1, 1)"),
+        (["--misses", "0", "0"], "--misses must hold a positive odd, got (0.0, 0.0)"),
+        (["--preset", "countdown-huge"], "--preset must be one of"),
+        (["--resume", "nowhere"], "--resume must be a run's folder, got 'nowhere'"),
+        (["--resume", "nowhere", "--max-steps", "3"], "but also got --max-steps"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_values_are_refused_by_name(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(flags)
+    assert main(flags) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_callers_get_the_same_errors():
+    with pytest.raises(ValueError, match=re.escape("--epsilon must be above 0 and finite, got -0.2")):
+        Config().change(epsilon=-0.2)
+    with pytest.raises(ValueError, match=re.escape("--credit-largest must be bool, got 1")):
+        Config().change(credit_largest=1)
+    with pytest.raises(ValueError, match=re.escape("no such flag: --epsilom")):
+        Config().change(epsilom=0.2)
+
+
+def test_flags_reach_their_fields():
+    config, folder = parse(["--max-steps", "7", "--seeds", "3", "4", "--no-credit-largest", "--misses", "1", "2"])
+    assert (config.grpo.max_steps, config.run.seeds, config.credit.credit_largest) == (7, (3, 4), False)
+    assert config.demonstrations.misses == (1.0, 2.0) and folder is None
+    assert config.preset == "countdown-tiny"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_configuration_comes_back_from_json(preset):
+    config = load_preset(preset)
+    assert Config.from_json(config.to_json()) == config
+
+
+def test_no_field_name_occurs_twice():
+    names = [f.name for _, group in Config().groups() for f in fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_every_flag_is_read():
+    code = "".join(path.read_text() for path in SOURCES.glob("*.py") if path.name not in ("config.py", "presets.py"))
+    code += (SOURCES / "samples.html.jinja").read_text()
+    unread = [
+        flag_name(f.name)
+        for _, group in Config().groups()
+        for f in fields(group)
+        if not re.search(rf"\.{f.name}\b", code)
+    ]
+    assert not unread
+
+
+def test_help_needs_no_torch():
+    program = "import sys; sys.modules['torch'] = None; from train.__main__ import main; main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=SOURCES.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "--credit" in done.stdout

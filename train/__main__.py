@@ -1,0 +1,70 @@
+"""The command line: `python -m train [--preset NAME] [flags]`, or `python -m train --resume FOLDER`."""
+
+import argparse
+import os
+import sys
+
+# Before torch starts its thread pools: waiting threads must not spin on cores that the other seeds need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from dataclasses import fields
+from pathlib import Path
+
+from train.config import BadSetting, Config, flag_name
+from train.presets import PRESETS, load_preset
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        config, folder = parse(arguments)
+        from train.launch import launch  # torch and transformers load here, after the flags have been checked
+
+        return launch(config, folder)
+    except BadSetting as error:
+        print(f"python -m train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; --resume with the run's folder continues from its last checkpoint", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
+    """The checked configuration, and the folder to continue, if any."""
+    values = vars(build_parser().parse_args(arguments))
+    preset, resume = values.pop("preset"), values.pop("resume")
+    if resume is None:
+        return load_preset(preset or "countdown-tiny").change(**values), None
+    if preset or values:
+        given = ", ".join(map(flag_name, [*(["preset"] if preset else []), *values]))
+        raise BadSetting(f"--resume continues a run as it was configured, but also got {given}")
+    path = Path(resume) / "config.json"
+    if not path.is_file():
+        raise BadSetting(f"--resume must be a run's folder, got {resume!r}, which has no config.json")
+    return Config.load(path), Path(resume)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A flag for every field of the configuration; only those that were given come out."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    parser.add_argument("--preset", default=None, help=f"one of {', '.join(PRESETS)}; the default is the first")
+    parser.add_argument("--resume", default=None, metavar="FOLDER", help="continue the run in this folder")
+    for _, group in Config().groups():
+        section = parser.add_argument_group(type(group).__doc__)
+        for f in fields(group):
+            text = f.metadata["help"].replace("%", "%%")
+            if f.type is bool:
+                section.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction, help=text)
+            else:
+                shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+                name = " ".join(f.metadata["choices"]) if "choices" in f.metadata else f.name.upper()
+                several = {"nargs": "+"} if isinstance(f.default, tuple) else {}
+                section.add_argument(
+                    flag_name(f.name), help=f"{text} [{shown}]", metavar=name if not several else "N", **several
+                )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

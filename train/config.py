@@ -1,0 +1,242 @@
+"""Every setting of a run: dataclasses whose fields are the command-line flags, in the same groups.
+
+A field `prompts_per_step` is the flag `--prompts-per-step`. Its help text and limits stand beside its default, and
+`Config.check` holds every value against them before anything runs.
+"""
+
+import json
+import typing
+from collections.abc import Iterator
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
+
+
+class BadSetting(ValueError):
+    """A flag with a value that it cannot have; the message names it and shows what arrived."""
+
+
+def flag(default, help: str, **limits):
+    """A field with its help text; limits are `above`, `least`, `most` (numbers or each item of a tuple), `choices`."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Task:
+    """task: Countdown"""
+
+    numbers: int = flag(3, "how many numbers a problem gives; 4 take minutes to enumerate", least=2, most=4)
+    largest: int = flag(20, "the numbers are drawn from 1 to this", least=2, most=99)
+    operators: str = flag("+-*", "signs that an answer may use", choices=("+-", "+-*", "+-*/"))
+    held_out: int = flag(1024, "held-out problems, none of whose number multisets is trained on", least=1)
+    held_out_pool: int = flag(4, "held-out multisets hold this many times as many problems as are kept", least=1)
+    split_seed: int = flag(0, "seed of the split", least=0)
+
+
+@dataclass(frozen=True)
+class Model:
+    """model: Qwen3, from scratch"""
+
+    layers: int = flag(4, "decoder layers", least=1)
+    hidden_size: int = flag(128, "width of the residual stream", least=1)
+    heads: int = flag(4, "query heads", least=1)
+    key_heads: int = flag(2, "key heads, a divisor of --heads", least=1)
+    head_size: int = flag(32, "channels of a head, even", least=2)
+    mlp_size: int = flag(256, "width of the MLP", least=1)
+    dtype: str = flag("float32", "of parameters and arithmetic", choices=("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """supervised warm start, cached"""
+
+    misses: tuple[float, ...] = flag((0.35, 0.3, 0.2, 0.15), "odds of 0, 1, 2, ... misses before the hit", least=0)
+    give_up: float = flag(0.25, "share of the searches with a miss that end with it as the answer", least=0, most=1)
+    sft_steps: int = flag(2000, "optimizer steps", least=0)
+    sft_batch_size: int = flag(32, "demonstrations a step", least=1)
+    sft_learning_rate: float = flag(2e-3, "AdamW, warmed up and then decayed to a tenth", above=0)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """rollouts"""
+
+    prompts_per_step: int = flag(32, "problems a step", least=1)
+    num_generations: int = flag(8, "answers to each problem, the group that rewards are compared in", least=2)
+    max_completion_length: int = flag(64, "tokens an answer may take", least=1)
+    temperature: float = flag(1.0, "of sampling; log-probabilities are taken at it", above=0)
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """GRPO"""
+
+    max_steps: int = flag(150, "rollout batches to train on", least=0)
+    learning_rate: float = flag(2e-4, "AdamW", above=0)
+    warmup_steps: int = flag(5, "steps of linear warm-up", least=0)
+    final_learning_rate: float = flag(0.1, "share of the learning rate left at the last step", least=0, most=1)
+    max_grad_norm: float = flag(1.0, "the gradient is scaled down to this norm", above=0)
+    epsilon: float = flag(0.2, "lower clip of the probability ratio: 1 - epsilon", above=0, most=1)
+    epsilon_high: float = flag(0.2, "upper clip of the probability ratio: 1 + epsilon_high", above=0)
+    loss_type: str = flag(
+        "dapo",
+        "dapo: mean over tokens; grpo: mean over answers of their mean; dr_grpo: sum over a constant",
+        choices=("dapo", "grpo", "dr_grpo"),
+    )
+    scale_rewards: str = flag("group", "divide advantages by the group's deviation, or not", choices=("group", "none"))
+    num_iterations: int = flag(1, "passes over a rollout batch", least=1)
+    gradient_steps: int = flag(2, "optimizer steps a pass, a divisor of --prompts-per-step", least=1)
+    micro_batch_size: int = flag(64, "answers in one forward", least=1)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """token credit"""
+
+    credit: str = flag("coupled", "what multiplies a token's positive advantage", choices=STRATEGIES)
+    credit_q: float = flag(0.4, "share of the tokens selected", least=0, most=1)
+    credit_amp: float = flag(1.5, "factor on the selected tokens", above=0)
+    credit_alpha: float = flag(0.5, "share of a dominated anchor's credit that moves to its opening", least=0, most=1)
+    credit_k: int = flag(3, "tokens before an anchor in which its opening may lie", least=1)
+    credit_largest: bool = flag(True, "select the largest values, or the smallest (the paper's ablation)")
+    window: int = flag(10, "WAAD clips distances at this many tokens", least=1)
+    horizon: tuple[int, ...] = flag((10, 50), "FAI counts attention from this many tokens later to that many", least=1)
+    groups_per: str = flag("sequence", "rank heads per sequence or over the batch", choices=("sequence", "batch"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """the run"""
+
+    output: str = flag("", "folder of the run; by default runs/PRESET-CREDIT-TIME")
+    seeds: tuple[int, ...] = flag((0, 1), "one training run each, side by side", least=0)
+    device: str = flag("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+    threads: int = flag(0, "CPU threads of each training run; 0 shares the cores among the seeds", least=0)
+    cache: str = flag("runs/cache", "folder of warm starts, by a hash of what made them")
+    eval_batch_size: int = flag(256, "held-out problems in one batch", least=1)
+    save_steps: int = flag(25, "steps between checkpoints", least=1)
+    save_total_limit: int = flag(2, "checkpoints kept", least=1)
+    logging_steps: int = flag(10, "steps between console lines", least=1)
+    sample_answers: int = flag(16, "held-out answers on the sample page", least=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "countdown-tiny"
+    task: Task = Task()
+    model: Model = Model()
+    demonstrations: Demonstrations = Demonstrations()
+    rollout: Rollout = Rollout()
+    grpo: GRPO = GRPO()
+    credit: Credit = Credit()
+    run: Run = Run()
+
+    def groups(self) -> Iterator[tuple[str, object]]:
+        return ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "preset")
+
+    def change(self, **values) -> "Config":
+        """A checked copy with these fields changed, wherever they live; strings are parsed as on the command line."""
+        unknown = set(values) - {f.name for _, group in self.groups() for f in fields(group)}
+        if unknown:
+            raise BadSetting(f"no such flag: {', '.join(flag_name(name) for name in sorted(unknown))}")
+        changed = {}
+        for name, group in self.groups():
+            mine = {f.name: _parse(f, values[f.name]) for f in fields(group) if f.name in values}
+            changed[name] = replace(group, **mine)
+        return replace(self, **changed).check()
+
+    def check(self) -> "Config":
+        for _, group in self.groups():
+            for f in fields(group):
+                _check_limits(f, getattr(group, f.name))
+        model, rollout, grpo, credit, run = self.model, self.rollout, self.grpo, self.credit, self.run
+        _require(model.heads % model.key_heads == 0, "key_heads", "divide --heads", model.key_heads, heads=model.heads)
+        _require(model.head_size % 2 == 0, "head_size", "be even", model.head_size)
+        _require(sum(self.demonstrations.misses) > 0, "misses", "hold a positive odd", self.demonstrations.misses)
+        _require(
+            rollout.prompts_per_step % grpo.gradient_steps == 0,
+            "gradient_steps",
+            "divide --prompts-per-step",
+            grpo.gradient_steps,
+            prompts_per_step=rollout.prompts_per_step,
+        )
+        horizon = credit.horizon
+        _require(len(horizon) == 2 and horizon[0] <= horizon[-1], "horizon", "be two numbers, LO <= HI", horizon)
+        _require(len(set(run.seeds)) == len(run.seeds) > 0, "seeds", "be different numbers, at least one", run.seeds)
+        return self
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        values = json.loads(text)
+        config = cls(preset=values.pop("preset"))
+        flat = {name: value for group in values.values() for name, value in group.items()}
+        missing = {f.name for _, group in config.groups() for f in fields(group)} - set(flat)
+        if missing:
+            raise BadSetting(f"the saved configuration lacks {', '.join(map(flag_name, sorted(missing)))}")
+        return config.change(**flat)
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        try:
+            return cls.from_json(path.read_text())
+        except (ValueError, AttributeError, KeyError) as error:
+            raise BadSetting(f"{path} is no configuration of a run: {error}") from error
+
+
+def flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _require(holds: bool, name: str, demand: str, value, **beside):
+    if not holds:
+        others = "".join(f", with {flag_name(key)} {other}" for key, other in beside.items())
+        raise BadSetting(f"{flag_name(name)} must {demand}, got {value!r}{others}")
+
+
+def _check_limits(f: Field, value):
+    limits = f.metadata
+    for item in value if isinstance(value, tuple) else (value,):
+        if "choices" in limits:
+            _require(item in limits["choices"], f.name, f"be one of {', '.join(limits['choices'])}", value)
+        if "above" in limits:
+            _require(limits["above"] < item < float("inf"), f.name, f"be above {limits['above']} and finite", value)
+        if "least" in limits:
+            _require(limits["least"] <= item < float("inf"), f.name, f"be at least {limits['least']}", value)
+        if "most" in limits:
+            _require(item <= limits["most"], f.name, f"be at most {limits['most']}", value)
+
+
+def _parse(f: Field, value):
+    """`value` as the field's type: from a command-line string, from JSON, or from Python."""
+    if typing.get_origin(f.type) is tuple:
+        kind = typing.get_args(f.type)[0]
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise _wrong_type(f, value)
+        return tuple(_parse_one(f, kind, item, value) for item in items)
+    return _parse_one(f, f.type, value, value)
+
+
+def _parse_one(f: Field, kind: type, item, value):
+    if kind is bool and isinstance(item, str) and item.lower() in ("true", "false"):
+        return item.lower() == "true"
+    if isinstance(item, str) and kind in (int, float):
+        try:
+            return kind(item)
+        except ValueError:
+            raise _wrong_type(f, value) from None
+    if kind is float and type(item) is int:
+        return float(item)
+    if type(item) is not kind:
+        raise _wrong_type(f, value)
+    return item
+
+
+def _wrong_type(f: Field, value) -> BadSetting:
+    several = typing.get_origin(f.type) is tuple
+    kind = typing.get_args(f.type)[0] if several else f.type
+    return BadSetting(f"{flag_name(f.name)} must be {kind.__name__}{'s' if several else ''}, got {value!r}")

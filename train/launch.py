@@ -1,0 +1,154 @@
+"""Starts a run: its folder, one process for each seed, and the summary at the end.
+
+A run of several seeds is a folder of one-seed runs, `seed-0`, `seed-1`, ..., each of which can be looked at and
+continued by itself.
+"""
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from statistics import mean
+
+from transformers.utils import logging as transformers_logging
+
+from train.config import BadSetting, Config, flag_name
+from train.console import say
+from train.evaluate import Evaluation, SolveRate
+from train.loop import choose_device, train
+from train.metrics import read_metrics
+from train.plots import plot_learning_curve
+
+PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds: the run itself reports for them
+
+
+def launch(config: Config, folder: Path | None = None) -> int:
+    """Starts the run, or continues the one in `folder`; returns the exit status."""
+    choose_device(config.run.device)
+    transformers_logging.disable_progress_bar()
+    folder = folder or prepare(config)
+    began = time.time()
+    with claim(folder):
+        if len(config.run.seeds) == 1:
+            train(config.change(threads=threads_per_seed(config)), folder)
+            runs = {f"seed {config.run.seeds[0]}": folder}
+        else:
+            runs = {f"seed {seed}": folder / f"seed-{seed}" for seed in config.run.seeds}
+            status = run_side_by_side(config, list(runs.values()))
+            if status:
+                return status
+        plot_learning_curve(runs, folder / "learning_curve.png", f"{config.preset}, {config.credit.credit} credit")
+    if not os.environ.get(PARENT):
+        report(config, folder, runs, time.time() - began)
+    return 0
+
+
+def prepare(config: Config) -> Path:
+    """The run's folder with its configuration, made now or found with the same configuration."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(config.run.output or f"runs/{config.preset}-{config.credit.credit}-{stamp}")
+    path = folder / "config.json"
+    if path.exists():
+        before = Config.load(path)
+        changed = [
+            f"{flag_name(f.name)} {getattr(old, f.name)!r} there, {getattr(new, f.name)!r} now"
+            for (_, old), (_, new) in zip(before.groups(), config.groups(), strict=True)
+            for f in fields(new)
+            if getattr(old, f.name) != getattr(new, f.name)
+        ]
+        if changed:
+            raise BadSetting(f"--output {str(folder)!r} holds a run with other settings: {'; '.join(changed)}")
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise BadSetting(f"--output must be a new folder or a run's, got {str(folder)!r}, which holds other files")
+    write_config(config, folder)
+    return folder
+
+
+def write_config(config: Config, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "config.json.tmp"
+    unfinished.write_text(config.to_json() + "\n")
+    unfinished.replace(folder / "config.json")
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process; the system lets go of it however the process ends."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadSetting(f"another process is training in {str(folder)!r}") from None
+        yield
+
+
+def threads_per_seed(config: Config) -> int:
+    return config.run.threads or max(1, (os.cpu_count() or 1) // len(config.run.seeds))
+
+
+def run_side_by_side(config: Config, folders: list[Path]) -> int:
+    """One process for each seed; if one fails, the others are stopped and its status is returned."""
+    threads = threads_per_seed(config)
+    for seed, folder in zip(config.run.seeds, folders, strict=True):
+        if not (folder / "config.json").exists():
+            write_config(config.change(seeds=(seed,), threads=threads, output=str(folder)), folder)
+    processes = []
+    try:
+        for place, folder in enumerate(folders):
+            environment = {**os.environ, PARENT: "1", "OMP_NUM_THREADS": str(threads)}
+            if sys.stderr.isatty():
+                environment["TQDM_POSITION"] = str(place)  # bars below each other
+            command = [sys.executable, "-m", "train", "--resume", str(folder)]
+            processes.append(subprocess.Popen(command, env=environment))
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        statuses = [process.wait() for process in processes]
+    return next((1 if status < 0 else status for status in statuses if status), 0)
+
+
+def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
+    """The solve rates before and after, with standard errors, and where everything lies."""
+    evaluations = {}
+    for label, run in runs.items():
+        records = [record for record in read_metrics(run) if "reward" not in record]
+        evaluations[label] = (Evaluation.from_metrics(records[0]), Evaluation.from_metrics(records[-1]))
+    say(f"\nheld-out solve rate, {config.task.held_out} problems whose numbers were never trained on")
+    say(f"{'':8} {'':8} {'before':>28}   {'after':>28}   change")
+    for label, (before, after) in evaluations.items():
+        _report_rows(label, before, after)
+    if len(evaluations) > 1:
+        befores, afters = zip(*evaluations.values(), strict=True)
+        _report_rows("mean", _mean(befores), _mean(afters))
+    steps = [record for run in runs.values() for record in read_metrics(run) if "reward" in record]
+    if steps:
+        share = sum(record["time/statistics"] for record in steps) / sum(record["step_time"] for record in steps)
+        say(f"\nstep time {mean(record['step_time'] for record in steps):.2f} s, statistics {share:.2%} of it")
+    say(f"{seconds / 60:.1f} minutes; in {folder}: learning_curve.png; for each seed samples.html, checkpoints/,")
+    say("metrics.jsonl and tensorboard/")
+
+
+def _report_rows(label: str, before: Evaluation, after: Evaluation):
+    for how, old, new in zip(Evaluation._fields, before, after, strict=True):
+        say(f"{label:8} {how:8} {old!s:>28}   {new!s:>28}   {100 * (new.solved - old.solved):+.1f} points")
+        label = ""
+
+
+def _mean(evaluations: tuple[Evaluation, ...]) -> Evaluation:
+    """Means over seeds; counted over all their answers."""
+
+    def pool(rates: list[SolveRate]) -> SolveRate:
+        return SolveRate(mean(r.solved for r in rates), mean(r.finished for r in rates), sum(r.problems for r in rates))
+
+    return Evaluation(*(pool(list(rates)) for rates in zip(*evaluations, strict=True)))
