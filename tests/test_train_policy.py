@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rhythm_kernels import collect
+from train import rollout
 from train.config import Credit, Model
 from train.data import build_tokenizer
 from train.loop import update_policy
@@ -86,6 +87,28 @@ def test_greedy_takes_the_likeliest_token(policy, tokenizer):
     made = make_batch(policy, tokenizer, temperature=None)
     logits = token_logits(policy, made.ids, made.attention_mask)
     assert made.ids[:, 1:][made.response_mask[:, 1:]].equal(logits[:, :-1].argmax(-1)[made.response_mask[:, 1:]])
+
+
+def test_stages_drop_finished_answers_and_change_nothing_else(policy, tokenizer, monkeypatch):
+    calls = []
+    engine = TransformersEngine(policy, tokenizer)
+    monkeypatch.setattr(engine, "_continue", lambda ids, *rest: calls.append(len(ids)) or once(ids, *rest))
+    once = TransformersEngine(policy, tokenizer)._continue
+    monkeypatch.setattr(rollout, "STAGE", 5)
+    torch.manual_seed(1)
+    made = engine.generate(PROMPTS, 20, Sampling(42, 1.0))
+    assert calls[0] == 60 > calls[-1] >= (~made.finished).sum() > 0 and calls == sorted(calls, reverse=True)
+    assert len(calls) == 9 and made.ids.shape[1] == made.attention_mask.shape[1] == 7 + 42
+    lengths = made.response_mask.sum(-1)
+    assert lengths[~made.finished].eq(42).all() and lengths[made.finished].min() < 42
+    last = made.ids.gather(1, (made.attention_mask * torch.arange(49)).amax(-1, keepdim=True))[:, 0]
+    assert torch.equal(last == tokenizer.eos_token_id, made.finished)
+    gap = (old_pass(policy, made).log_probs - made.log_probs)[made.response_mask]
+    assert gap.abs().max() < 2e-5
+    staged = engine.generate(PROMPTS, 1, Sampling(42, None))
+    monkeypatch.setattr(rollout, "STAGE", 42)
+    whole = engine.generate(PROMPTS, 1, Sampling(42, None))
+    assert staged.texts == whole.texts and torch.equal(staged.ids, whole.ids)
 
 
 def test_groups_are_adjacent_and_masks_mark_the_answers(policy, tokenizer):

@@ -11,7 +11,7 @@ PRESETS = {
         "sft_steps": 1200,
         "sft_learning_rate": 4e-3,
         "max_completion_length": 96,
-        "max_steps": 75,
+        "max_steps": 90,
         "loss_type": "grpo",
         "micro_batch_size": 32,
     },

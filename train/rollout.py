@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from train.loss import token_log_probs
+# Tokens. 256 answers of 43 tokens on average and 96 at most: 0.9 s with 24, 1.0 with 32, 1.4 in one go (1 CPU thread).
+STAGE = 24
 
 
 class Sampling(NamedTuple):
@@ -47,38 +48,59 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """Batched KV-cache sampling with the policy's own weights; draws from torch's global generator."""
+    """Batched KV-cache sampling with the policy's own weights; draws from torch's global generator.
+
+    generate() computes finished answers on to the end of the longest. So it is called for STAGE tokens at a time, and
+    only the answers that are still open go into the next stage, which reads them anew (a fraction of what it saves).
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], n: int, sampling: Sampling) -> Rollouts:
-        tokenizer, device = self.tokenizer, self.model.device
         repeated = [prompt for prompt in prompts for _ in range(n)]
-        batch = tokenizer(repeated, return_tensors="pt", padding=True, return_token_type_ids=False).to(device)
+        batch = self.tokenizer(repeated, return_tensors="pt", padding=True, return_token_type_ids=False)
+        batch = batch.to(self.model.device)
+        width, length = batch.input_ids.shape[1], sampling.max_completion_length
+        room = (0, length)
+        ids = torch.nn.functional.pad(batch.input_ids, room, value=self.tokenizer.pad_token_id)
+        attention_mask = torch.nn.functional.pad(batch.attention_mask, room)
+        wide = torch.promote_types(self.model.dtype, torch.float32)
+        log_probs = torch.zeros(ids.shape, dtype=wide, device=ids.device)
+        finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        end = width
+        while end < width + length and not finished.all():
+            going = (~finished).nonzero().flatten()
+            begin, most = end, min(STAGE, width + length - end)
+            made = self._continue(ids[going, :begin], attention_mask[going, :begin], most, sampling)
+            end = made.sequences.shape[1]
+            new = made.sequences[:, begin:]
+            ended = new == self.tokenizer.eos_token_id
+            real = ended.cumsum(-1) - ended.long() == 0  # up to and with the first end of sequence
+            ids[going, begin:end] = new
+            attention_mask[going, begin:end] = real.long()
+            scores = torch.stack(made.logits, dim=1).to(wide) / (sampling.temperature or 1.0)
+            chosen = scores.log_softmax(-1).gather(-1, new[..., None]).squeeze(-1)
+            log_probs[going, begin:end] = chosen * real
+            finished[going] = ended.any(-1)
+
+        ids, attention_mask, log_probs = ids[:, :end], attention_mask[:, :end], log_probs[:, :end]
+        response_mask = attention_mask.bool() & (torch.arange(end, device=ids.device) >= width)
+        texts = self.tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+        return Rollouts(ids, attention_mask, response_mask, log_probs, finished, texts)
+
+    def _continue(self, ids: Tensor, attention_mask: Tensor, most: int, sampling: Sampling):
+        """Up to `most` more tokens for each row: generate()'s `sequences` and, a step each, `logits`."""
         greedy = sampling.temperature is None
         how = GenerationConfig(
-            max_new_tokens=sampling.max_completion_length,
+            max_new_tokens=most,
             do_sample=not greedy,
             **({} if greedy else {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
             return_dict_in_generate=True,
             output_logits=True,
         )
-        made = self.model.generate(**batch, generation_config=how)
-        return self._pack(made.sequences, batch.attention_mask, made.logits, sampling)
-
-    def _pack(self, ids: Tensor, prompt_mask: Tensor, logits: tuple[Tensor, ...], sampling: Sampling):
-        width = prompt_mask.shape[1]
-        completion = ids[:, width:]
-        ended = completion == self.tokenizer.eos_token_id
-        real = ended.cumsum(-1) - ended.long() == 0  # up to and with the first end of sequence
-        response_mask = torch.cat([torch.zeros_like(ids[:, :width], dtype=torch.bool), real], dim=-1)
-        attention_mask = torch.cat([prompt_mask, real.long()], dim=-1)
-        scores = torch.stack(logits, dim=1) / (sampling.temperature or 1.0)
-        scores = torch.nn.functional.pad(scores, (0, 0, width - 1, 1))  # row t predicts token t + 1
-        log_probs = token_log_probs(scores, ids) * response_mask
-        texts = self.tokenizer.batch_decode(completion, skip_special_tokens=True)
-        return Rollouts(ids, attention_mask, response_mask, log_probs, ended.any(-1), texts)
+        return self.model.generate(ids, attention_mask=attention_mask, generation_config=how)
