@@ -48,7 +48,7 @@ build: $(VENV)/.built
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python >= 3.10 is needed, got {v.major}.{v.minor}: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip "setuptools>=77" wheel ninja
+	$(PIP) --upgrade pip "setuptools>=77" wheel ninja numpy
 	$(PIP) $(TORCH)
 	@touch $@
 

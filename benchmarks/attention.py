@@ -9,7 +9,7 @@ One sequence in the shape of SmolLM2-135M (9 query heads, 3 key heads of 64, fp3
     full    attention_stats without a log-sum-exp: lse, span, WAAD and FAI from every key
     band    attention_stats with the log-sum-exp given and no span: WAAD and FAI from a band (known head groups)
 
-The statistics of each variant are held against fp64 (up to 1,024 tokens; above, against `maps`) before anything is timed.
+The statistics of each variant are held against fp64 (above 1,024 tokens: against `maps`) before anything is timed.
 """
 
 import argparse
