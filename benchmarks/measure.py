@@ -1,11 +1,13 @@
 """How every benchmark here measures: interleaved variants, medians, peak extra memory, and where it ran."""
 
+import ctypes
 import gc
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,12 +67,18 @@ def _cpu_name() -> str:
     return f"CPU, {names[0] if names else platform.processor()}, {len(names) or '?'} cores seen"
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL("libc.so.6")
+
+
 def _reset_peak() -> int:
     """Bytes held now; the peak counts from here."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    _libc().malloc_trim(0)  # what was freed must not hide what is allocated next
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set (Linux)
     return _resident("VmRSS")
 

@@ -70,6 +70,7 @@ def token_credit(
     check_float("amp", amp, 0.0)
     check_float("alpha", alpha, 0.0, 1.0)
     check_int("seed", seed, 0)
+    _check_rhythm(rhythm)
     if strategy == "none":
         return torch.ones(mask.shape, device=mask.device)
     if strategy == "coupled":
@@ -100,6 +101,7 @@ def coupled_sets(
 ) -> CoupledSets:
     """T_loc, T_glob, D and I(D) of Eq. 13, 15 and 17; arguments as in `token_credit`."""
     check_tensor("mask", mask, ["B", "T"], [torch.bool])
+    _check_rhythm(rhythm)
     waad = _check_signal("rhythm.waad", getattr(rhythm, "waad", None), mask)
     fai = _check_signal("rhythm.fai", getattr(rhythm, "fai", None), mask)
     check_int("k", k, 1)
@@ -139,6 +141,11 @@ def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
     check_tensor("advantages", advantages, list(shape), floating, gamma.device)
     per_token = advantages[:, None].expand_as(gamma) if per_sequence else advantages
     return torch.where(per_token >= 0, per_token * gamma.detach(), per_token)
+
+
+def _check_rhythm(rhythm: Rhythm | None) -> None:
+    if rhythm is not None and not isinstance(rhythm, Rhythm):
+        raise TypeError(f"rhythm must be a Rhythm, got {type(rhythm).__name__}")
 
 
 def _check_signal(name: str, signal: Tensor | None, mask: Tensor) -> Tensor:

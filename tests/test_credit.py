@@ -98,6 +98,7 @@ VALUES = torch.rand(2, 4)
         ("none", {"mask": MASK.float()}, TypeError, "mask must be torch.bool, got torch.float32"),
         ("none", {"mask": MASK[0]}, ValueError, r"mask must have shape \[B, T\], got \[4\]"),
         ("local", {}, ValueError, "rhythm.waad is needed by this strategy, got None"),
+        ("local", {"rhythm": (VALUES, VALUES)}, TypeError, "rhythm must be a Rhythm, got tuple"),
         ("global", {"rhythm": Rhythm(waad=VALUES)}, ValueError, "rhythm.fai is needed"),
         ("coupled", {"rhythm": Rhythm(waad=VALUES)}, ValueError, "rhythm.fai is needed"),
         ("entropy", {"rhythm": Rhythm(VALUES, VALUES)}, ValueError, "entropy is needed"),
