@@ -24,8 +24,10 @@ def test_fuzz(case):
 @given(case=stats_case(max_tokens=60))
 def test_fuzz_over_many_small_tiles(case):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "TILE_ROWS", 7)
-        patch.setattr(blockwise, "TILE_BYTES", 1)  # one batch row at a time
+        patch.setattr(blockwise, "ROW_TILE", 7)
+        patch.setattr(blockwise, "TILE_BYTES", 1)  # one row of one sequence at a time
+        patch.setattr(blockwise, "BAND_TILE", 5)
+        patch.setattr(blockwise, "BAND_BYTES", 1)
         assert_close_to_reference(run(case), case)
 
 
@@ -91,7 +93,7 @@ def test_memory_is_linear_in_the_tokens(band_only):
             attention_stats(q, k, lse=lse, need_span=not band_only)
         largest[tokens] = mode.numel
     assert largest[2048] <= 2 * largest[1024]
-    assert largest[2048] <= 4 * 2048 * blockwise.TILE_ROWS  # HQ x T x tile, where a map would be HQ x T x T
+    assert largest[2048] <= 4 * 2048 * blockwise.ROW_TILE  # HQ x T x tile, where a map would be HQ x T x T
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4), (1, 1, 1, 1)])

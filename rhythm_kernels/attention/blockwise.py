@@ -1,68 +1,79 @@
-"""The statistics in plain torch, one tile of rows at a time: right on every device, linear memory, no N x N map."""
+"""The statistics in plain torch, in tiles: right on every device, linear memory, no N x N map.
+
+Two passes. The row pass reads every visible key of a row: log-sum-exp, span, and FAI to the end of the sequence. The
+band pass needs the log-sum-exp and reads only the keys that the window and a finite horizon reach: WAAD and FAI.
+"""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rhythm_kernels.attention.layout import Layout, mean_over_rows, rows_looking_back
 from rhythm_kernels.attention.options import Options
 from rhythm_kernels.types import AttentionStats
 
-TILE_ROWS = 128
-TILE_BYTES = 32 << 20  # of fp32 scores held at once; several temporaries of this size live beside it
+ROW_TILE = 64  # rows
+BAND_TILE = 32  # rows; a band tile reads 32 rows and as many keys as the band is wide before them
+TILE_BYTES = 32 << 20  # of fp32 scores held at once in the row pass; a few temporaries of this size live beside it
+BAND_BYTES = 2 << 20  # in the band pass, where what fits a cache is faster
 
 
 def blockwise_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
     """`attention_stats` behind its checks."""
-    batch, query_heads, tokens, _ = q.shape
-    shape = (batch, query_heads, tokens)
-    waad, fai, looked_back, row_lse = (torch.zeros(shape, device=q.device) for _ in range(4))
-    tile_rows = max(1, min(TILE_ROWS, tokens, TILE_BYTES // (4 * query_heads * max(tokens, 1))))
-    chunk = max(1, TILE_BYTES // (4 * query_heads * tile_rows * max(tokens, 1)))
-    for begin in range(0, batch, chunk):
-        part = slice(begin, begin + chunk)
-        _batch_chunk(
-            q[part],
-            k[part],
-            None if lse is None else lse[part],
-            layout.slice(begin, begin + chunk),
-            options,
-            tile_rows,
-            (waad[part], fai[part], looked_back[part], row_lse[part]),
-        )
-    fai /= rows_looking_back(layout, options.horizon).clamp(min=1)[:, None]
+    if q.shape[0] * q.shape[2] == 0:
+        waad, fai, row_lse = (torch.zeros(q.shape[:3], device=q.device) for _ in range(3))
+        return AttentionStats(waad, fai, mean_over_rows(waad, layout) if options.need_span else None, row_lse)
+    open_horizon = options.horizon[1] is None
+    looked_back = fai_sums = None
+    row_lse = lse
+    if lse is None or options.need_span or open_horizon:
+        row_lse, looked_back, fai_sums = _row_pass(q, k, lse, layout, options)
+    row_lse = torch.where(layout.rows[:, None], row_lse, 0.0)
+    waad, band_sums = _band_pass(q, k, row_lse, layout, options)
+    fai_sums = fai_sums if open_horizon else band_sums
+    fai = fai_sums / rows_looking_back(layout, options.horizon).clamp(min=1)[:, None]
     span = mean_over_rows(looked_back, layout) if options.need_span else None
     return AttentionStats(waad, fai, span, row_lse)
 
 
-def _batch_chunk(
-    q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, tile_rows: int, out: tuple[Tensor, ...]
+# ---- the row pass ----------------------------------------------------------------------------------------------------
+
+
+def _row_pass(
+    q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, sum_s A (t - s) of each row, column sums of A to the end of the sequence), each [B, HQ, T]."""
+    batch, query_heads, tokens, _ = q.shape
+    out = tuple(torch.zeros(batch, query_heads, tokens, device=q.device) for _ in range(3))
+    row_bytes = 4 * query_heads * max(tokens, 1)
+    tile = max(1, min(ROW_TILE, tokens, TILE_BYTES // row_bytes))
+    chunk = max(1, TILE_BYTES // (row_bytes * tile))
+    for at in range(0, batch, chunk):
+        part = slice(at, at + chunk)
+        some_lse = None if lse is None else lse[part]
+        _row_tiles(q[part], k[part], some_lse, layout.slice(part), options, tile, tuple(x[part] for x in out))
+    return out
+
+
+def _row_tiles(
+    q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, tile: int, out: tuple[Tensor, ...]
 ) -> None:
-    """Fills waad, the sums of fai, the rows' distances and lse of a few batch rows."""
-    waad, fai_sums, looked_back, row_lse = out
+    row_lse, looked_back, fai_sums = out
     batch, query_heads, tokens, size = q.shape
-    key_heads = k.shape[1]
-    lo, hi = options.horizon
-    reach = max(options.window - 1, tokens if hi is None else hi)  # how far back WAAD and FAI read
-    band_only = lse is not None and not options.need_span
-    for begin in range(0, tokens, tile_rows):
-        end = min(begin + tile_rows, tokens)
+    for begin in range(0, tokens, tile):
+        end = min(begin + tile, tokens)
         rows = layout.rows[:, begin:end]
         if not rows.any():
             continue
         first_key = min(begin, int(layout.first[:, begin:end][rows].min()))
         if options.sliding_window is not None:
             first_key = max(first_key, begin - options.sliding_window + 1)
-        first_band_key = max(first_key, begin - reach)
-        if band_only:
-            first_key = first_band_key
 
-        queries = q[:, :, begin:end].float().reshape(batch, key_heads, -1, size)
+        queries = q[:, :, begin:end].float().mul(options.scale).reshape(batch, k.shape[1], -1, size)
         scores = queries @ k[:, :, first_key:end].float().mT  # [B, H, HQ / H * rows, keys]
-        scores = scores.view(batch, query_heads, end - begin, -1).mul_(options.scale)
-        if options.softcap is not None:
-            scores.div_(options.softcap).tanh_().mul_(options.softcap)
+        scores = _softcapped(scores.view(batch, query_heads, end - begin, -1), options)
         position = torch.arange(first_key, end, device=q.device)
         distance = position[begin - first_key :, None] - position  # [rows, keys], tokens
         hidden = (position < layout.first[:, begin:end, None]) | (distance < 0) | ~rows[..., None]
@@ -74,29 +85,108 @@ def _batch_chunk(
             tile_lse = lse[:, :, begin:end].masked_fill(~rows[:, None], 0.0)
             weights = scores.sub_(tile_lse[..., None]).exp_()  # A, 0 outside R
         else:
-            shift = scores.amax(-1, keepdim=True)
-            if options.sinks is not None:
-                shift = torch.maximum(shift, options.sinks[:, None, None])
-            shift.masked_fill_(~rows[:, None, :, None], 0.0)
-            weights = scores.sub_(shift).exp_()
-            total = weights.sum(-1, keepdim=True)
-            if options.sinks is not None:
-                total += torch.exp(options.sinks[:, None, None] - shift)
-            total.masked_fill_(~rows[:, None, :, None], 1.0)
-            weights.div_(total)
-            tile_lse = (shift + total.log()).squeeze(-1)
+            weights, tile_lse = _softmax(scores, rows, options.sinks)
         row_lse[:, :, begin:end] = tile_lse
-
         if options.need_span:
-            looked_back[:, :, begin:end] = (weights * distance).sum(-1)
-        band = weights[..., first_band_key - first_key :]
-        band_distance = distance[:, first_band_key - first_key :]
+            looked_back[:, :, begin:end] = (weights * distance.float()).sum(-1)
+        if options.horizon[1] is None:
+            # selected, not multiplied: a row of NaN has NaN also where it sees nothing, in other sequences' columns
+            counted = (distance >= options.horizon[0]) & ~hidden
+            fai_sums[:, :, first_key:end] += torch.where(counted[:, None], weights, 0.0).sum(-2)
+
+
+def _softmax(scores: Tensor, rows: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(A, lse) of masked scores [B, HQ, rows, keys], in place; 0 in rows outside R."""
+    outside = ~rows[:, None, :, None]
+    shift = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        shift = torch.maximum(shift, sinks[:, None, None])
+    shift.masked_fill_(outside, 0.0)
+    weights = scores.sub_(shift).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total += torch.exp(sinks[:, None, None] - shift)
+    total.masked_fill_(outside, 1.0)
+    return weights.div_(total), (shift + total.log()).squeeze(-1)
+
+
+# ---- the band pass ---------------------------------------------------------------------------------------------------
+
+
+def _band_pass(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options) -> tuple[Tensor, Tensor]:
+    """(WAAD, column sums of A over a finite horizon), each [B, HQ, T]; `lse` is 0 outside R."""
+    batch, query_heads, tokens, _ = q.shape
+    hi = options.horizon[1] or 0
+    # whole tiles, so that column sums line up
+    reach = -(-max(min(options.window, tokens) - 1, min(hi, tokens)) // BAND_TILE) * BAND_TILE
+    chunk = max(1, BAND_BYTES // (4 * query_heads * BAND_TILE * (reach + BAND_TILE)))
+    parts = [slice(at, at + chunk) for at in range(0, batch, chunk)]
+    done = [_band_tiles(q[part], k[part], lse[part], layout.slice(part), options, reach) for part in parts]
+    waad, fai_sums = (torch.cat(x) for x in zip(*done))
+    return waad, fai_sums
+
+
+def _band_tiles(
+    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, reach: int
+) -> tuple[Tensor, Tensor]:
+    """All tiles have one shape: BAND_TILE rows, and the keys from `reach` before the first of them to the last, with
+    padding before the first token and behind the last. So a run of tiles is one batched product.
+    """
+    batch, query_heads, tokens, size = q.shape
+    key_heads, tile = k.shape[1], BAND_TILE
+    lo, hi = options.horizon
+    hi = 0 if hi is None else hi
+    tiles = -(-tokens // tile)
+    behind = tiles * tile - tokens
+    keys = reach + tile
+
+    row = torch.arange(tile, device=q.device)
+    column = torch.arange(-reach, tile, device=q.device)
+    distance = row[:, None] - column  # [rows, keys], tokens
+    near = (options.window - distance).clamp(min=0).float()
+    out_of_band = distance < 0
+    if options.sliding_window is not None:
+        out_of_band = out_of_band | (distance >= options.sliding_window)
+    nearest = slice(max(0, reach - options.window + 1), keys)
+    future = (distance >= lo) & (distance <= hi)
+    latest = slice(0, max(0, keys - lo))  # no later key is lo behind a row
+
+    k_windows = pad(k, (0, 0, reach, behind)).unfold(2, keys, tile)  # [B, H, tiles, D, keys]
+    q_tiles = pad(q, (0, 0, 0, behind)).unflatten(2, (tiles, tile)).unflatten(1, (key_heads, -1))
+    rows = pad(layout.rows, (0, behind)).unflatten(1, (tiles, tile))
+    first = pad(layout.first, (0, behind)).unflatten(1, (tiles, tile))
+    tile_lse = pad(lse, (0, behind)).unflatten(2, (tiles, tile))
+    waad = torch.zeros_like(tile_lse)
+    sums = torch.zeros(batch, query_heads, reach // tile + tiles, tile, device=q.device)
+    row_sum = 1.0
+    run = max(1, BAND_BYTES // (4 * batch * query_heads * tile * keys))
+    for at in range(0, tiles, run):
+        part = slice(at, min(at + run, tiles))
+        own = rows[:, part]
+        if not own.any():
+            continue
+        queries = q_tiles[:, :, :, part].float().mul(options.scale).transpose(2, 3)  # [B, H, run, HQ / H, rows, D]
+        windows = k_windows[:, :, part].float()
+        scores = queries.reshape(batch, key_heads, part.stop - at, -1, size) @ windows
+        scores = scores.unflatten(3, (-1, tile)).transpose(2, 3).flatten(1, 2)  # [B, HQ, run, rows, keys]
+        position = torch.arange(at, part.stop, device=q.device)[:, None] * tile + column
+        hidden = (position[:, None] < first[:, part, :, None]) | out_of_band | ~own[..., None]
+        weights = _softcapped(scores, options).sub(tile_lse[:, :, part, :, None]).exp_()
+        # selected after the exponential: a NaN log-sum-exp must not reach what its row does not see
+        weights.masked_fill_(hidden[:, None], 0.0)
+
         # min(d, W) = W - max(W - d, 0): the rest of the row counts W each, and the row sums to 1 less the sink's share
-        row_sum = 1.0 if options.sinks is None else 1.0 - torch.exp(options.sinks[:, None] - tile_lse)
-        near = (options.window - band_distance).clamp(min=0)
-        tile_waad = options.window * row_sum - (band * near).sum(-1)
-        waad[:, :, begin:end] = torch.where(rows[:, None], tile_waad, 0.0)
-        future = band_distance >= lo if hi is None else (band_distance >= lo) & (band_distance <= hi)
-        # selected, not multiplied: a row of NaN has NaN also where it sees nothing, in the columns of its neighbours
-        counted = future & ~hidden[..., first_band_key - first_key :]
-        fai_sums[:, :, first_band_key:end] += torch.where(counted[:, None], band, 0.0).sum(-2)
+        if options.sinks is not None:
+            row_sum = 1.0 - torch.exp(options.sinks[:, None, None] - tile_lse[:, :, part])
+        nearness = (weights[..., nearest] * near[:, nearest]).sum(-1)
+        waad[:, :, part] = torch.where(own[:, None], options.window * row_sum - nearness, 0.0)
+        received = torch.where(future[:, latest], weights[..., latest], 0.0).sum(-2)  # [B, HQ, run, keys]
+        received = pad(received, (0, keys - received.shape[-1])).unflatten(-1, (-1, tile))
+        for step in range(keys // tile):
+            sums[:, :, at + step : part.stop + step] += received[..., step, :]
+    sums = sums[:, :, reach // tile :]
+    return waad.flatten(2)[..., :tokens], sums.flatten(2)[..., :tokens]
+
+
+def _softcapped(scores: Tensor, options: Options) -> Tensor:
+    return scores if options.softcap is None else scores.div_(options.softcap).tanh_().mul_(options.softcap)

@@ -23,14 +23,10 @@ class Layout(NamedTuple):
     sequences: int
     """B, or S for packed sequences."""
 
-    def slice(self, begin: int, end: int) -> "Layout":
-        """The layout of the batch rows begin..end."""
-        return self._replace(
-            first=self.first[begin:end],
-            last=self.last[begin:end],
-            rows=self.rows[begin:end],
-            segments=self.segments[begin:end],
-        )
+    def slice(self, part: slice) -> "Layout":
+        """The layout of some rows of the batch."""
+        first, last, rows, segments = (x[part] for x in self[:4])
+        return Layout(first, last, rows, segments, self.sequences)
 
 
 def make_layout(
