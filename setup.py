@@ -48,6 +48,24 @@ def find_nvcc() -> Path | None:
     return nvcc if nvcc is not None and nvcc.exists() else None
 
 
+def nvcc_version(nvcc: Path) -> str:
+    """As in "13.0"."""
+    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    return re.search(r"release (\d+\.\d+)", text).group(1)
+
+
+def why_no_cuda(nvcc: Path | None) -> str | None:
+    """The reason to leave the CUDA ops out, if there is one."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if nvcc is None:
+        return "no CUDA toolkit was found"
+    found = nvcc_version(nvcc)
+    if found.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"the CUDA toolkit is {found} and torch was built with {torch.version.cuda}"
+    return None
+
+
 def parse_archs(text: str) -> list[str]:
     """["80", "90a", "100+PTX"] of "80 90a 100+PTX", also with commas, semicolons or dots (8.0)."""
     archs = [token.replace(".", "") for token in re.split(r"[\s,;]+", text) if token]
@@ -96,9 +114,8 @@ def cuda_archs_to_build() -> list[str]:
         say("RHYTHM_KERNELS_CUDA_ARCHS is empty: building the CPU ops only.")
         return []
     nvcc = find_nvcc()
-    if torch.version.cuda is None or nvcc is None:
-        no_cuda_torch = f"torch {torch.__version__} is a build without CUDA"
-        reason = no_cuda_torch if torch.version.cuda is None else "no CUDA toolkit was found"
+    reason = why_no_cuda(nvcc)
+    if reason is not None:
         if wanted is not None:
             raise SystemExit(f"rhythm_kernels: RHYTHM_KERNELS_CUDA_ARCHS={wanted!r}, but {reason}.")
         say(f"{reason}: building the CPU ops only.")

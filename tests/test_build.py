@@ -69,12 +69,32 @@ def test_a_torch_without_cuda_gets_the_cpu_ops(monkeypatch, capsys):
 def test_a_torch_with_cuda_gets_both_whatever_the_gpu(monkeypatch):
     monkeypatch.setattr(build.torch.version, "cuda", "13.0")
     monkeypatch.setattr(build, "find_nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(build, "nvcc_version", lambda nvcc: "13.2")
     monkeypatch.setattr(build.torch.cuda, "is_available", lambda: pytest.fail("asked for the visible GPU"))
     monkeypatch.setenv("RHYTHM_KERNELS_CUDA_ARCHS", "80 90a")
     archs = build.cuda_archs_to_build()
     assert archs == ["80", "90a"]
     monkeypatch.setenv("RHYTHM_KERNELS_CUDA_ARCHS", "")
     assert build.cuda_archs_to_build() == []
+
+
+def test_a_toolkit_of_another_major_version_is_not_used(monkeypatch, capsys):
+    monkeypatch.setattr(build.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(build, "find_nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(build, "nvcc_version", lambda nvcc: "12.8")
+    monkeypatch.delenv("RHYTHM_KERNELS_CUDA_ARCHS", raising=False)
+    assert build.cuda_archs_to_build() == []
+    assert (
+        "the CUDA toolkit is 12.8 and torch was built with 13.0: building the CPU ops only" in capsys.readouterr().err
+    )
+    monkeypatch.setenv("RHYTHM_KERNELS_CUDA_ARCHS", "90a")
+    with pytest.raises(SystemExit, match="but the CUDA toolkit is 12.8"):
+        build.cuda_archs_to_build()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+def test_the_toolkits_version_is_read():
+    assert re.fullmatch(r"\d+\.\d+", build.nvcc_version(Path(shutil.which("nvcc"))))
 
 
 def test_no_compiler_means_no_extension(monkeypatch, capsys):
