@@ -82,7 +82,7 @@ class Collector:
         self._check_grouping(groups, groups_per, local, global_)
         self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
         self._backend = check_choice("backend", backend, BACKENDS)
-        self._clock = _Clock()
+        self._clock = _Clock(on_gpu=next(self.decoder.parameters()).is_cuda)
         self._hook = None
 
     def _check_grouping(self, groups, groups_per, local, global_) -> None:
@@ -261,26 +261,28 @@ def _packed_bounds(position_ids: Tensor, batch: int) -> Tensor | None:
 
 
 class _Clock:
-    """Adds up the time inside its `with` blocks: wall time, or a stream's own time on a GPU."""
+    """Adds up the time inside its `with` blocks: wall time, or the stream's own time on a GPU."""
 
-    def __init__(self):
+    def __init__(self, on_gpu: bool):
+        self.on_gpu = on_gpu
         self.wall = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def __enter__(self) -> None:
-        if torch.cuda.is_available():
-            self.begin = torch.cuda.Event(enable_timing=True)
-            self.begin.record()
-        else:
-            self.begin = time.perf_counter()
+        self.begin = self._now()
 
     def __exit__(self, *_) -> None:
-        if torch.cuda.is_available():
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            self.events.append((self.begin, end))
+        if self.on_gpu:
+            self.events.append((self.begin, self._now()))
         else:
-            self.wall += time.perf_counter() - self.begin
+            self.wall += self._now() - self.begin
 
     def seconds(self) -> float:
         for begin, end in self.events:

@@ -140,16 +140,26 @@ def errors(stats: AttentionStats, exact: AttentionStats) -> dict[str, float]:
     return out
 
 
+def largest_products(case: StatsCase) -> Tensor:
+    """For each row of each head the largest |scale| sum_d |q_d k_d| over all keys; padding left out."""
+    scale = case.kwargs.get("scale")
+    scale = case.q.shape[-1] ** -0.5 if scale is None else abs(scale)
+    q, k = (x.double().abs().nan_to_num(0.0, 0.0) for x in (case.q, case.k))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return (q @ k.mT).amax(-1).flatten() * scale if q.shape[2] else q.flatten()
+
+
 def tolerances(case: StatsCase, exact: AttentionStats) -> dict[str, float]:
     """Twice the error of the eager formula in fp32 on the same rounded inputs, plus a rounding band.
 
     No backend rounds scores or weights below fp32, so this holds for inputs of 16 bits as well. The band: an fp32
-    score of size |x| is off by |x| 2^-24 a step; a few such steps move each weight by `slip`, relatively.
+    score of size |x| is off by |x| 2^-24 a step; a few such steps move each weight by `slip`, relatively. With a
+    given lse nothing cancels the error of a score, which is that of its sum of products, relative to sum |q k|.
     """
     eager = errors(reference_stats(case, torch.float32), exact)
     tokens = max(case.q.shape[2], 1)
-    largest = exact.lse.abs().max().item() if exact.lse.numel() else 0.0
-    slip = (8 + largest + (case.kwargs.get("softcap") or 0.0)) * 2**-22
+    size = largest_products(case) if "lse" in case.kwargs else exact.lse.abs().nan_to_num().flatten()
+    slip = (8 + (size.max().item() if size.numel() else 0.0) + (case.kwargs.get("softcap") or 0.0)) * 2**-22
     unit = {"waad": case.kwargs.get("window", 10), "fai": 1.0, "span": tokens, "lse": 1.0}
     return {name: 2 * eager[name] + slip * unit[name] for name in unit}
 

@@ -1,7 +1,7 @@
 """The statistics in plain torch, in tiles: right on every device, linear memory, no N x N map.
 
-Two passes. The row pass reads every visible key of a row: log-sum-exp, span, and FAI to the end of the sequence. The
-band pass needs the log-sum-exp and reads only the keys that the window and a finite horizon reach: WAAD and FAI.
+Two passes, of which a call needs one. The row pass reads every visible key of a row. The band pass is for a row whose
+log-sum-exp is known: it reads only the keys that the window and a finite horizon reach.
 """
 
 import math
@@ -25,17 +25,51 @@ def blockwise_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
     if q.shape[0] * q.shape[2] == 0:
         waad, fai, row_lse = (torch.zeros(q.shape[:3], device=q.device) for _ in range(3))
         return AttentionStats(waad, fai, mean_over_rows(waad, layout) if options.need_span else None, row_lse)
-    open_horizon = options.horizon[1] is None
-    looked_back = fai_sums = None
-    row_lse = lse
-    if lse is None or options.need_span or open_horizon:
-        row_lse, looked_back, fai_sums = _row_pass(q, k, lse, layout, options)
-    row_lse = torch.where(layout.rows[:, None], row_lse, 0.0)
-    waad, band_sums = _band_pass(q, k, row_lse, layout, options)
-    fai_sums = fai_sums if open_horizon else band_sums
+    known_lse = None if lse is None else torch.where(layout.rows[:, None], lse, 0.0)
+    if known_lse is not None and not options.need_span and options.horizon[1] is not None:
+        waad, fai_sums = _band_pass(q, k, known_lse, layout, options)
+        span, row_lse = None, known_lse
+    else:
+        waad, fai_sums, looked_back, row_lse = _row_pass(q, k, known_lse, layout, options)
+        span = mean_over_rows(looked_back, layout) if options.need_span else None
     fai = fai_sums / rows_looking_back(layout, options.horizon).clamp(min=1)[:, None]
-    span = mean_over_rows(looked_back, layout) if options.need_span else None
     return AttentionStats(waad, fai, span, row_lse)
+
+
+def _window_sums(weights: Tensor, before: int, rows: Tensor, lse: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """(WAAD [..., M], sums of the columns over the horizon [..., N]) of a tile of A [..., M, N], 0 where hidden.
+
+    Its last key is its last row's own, and `before` of its keys come before its first row.
+    """
+    count, keys = weights.shape[-2:]
+    row, column = (torch.arange(n, device=weights.device) for n in (count, keys))
+    distance = row[:, None] + before - column  # tokens
+    # min(d, W) = W - max(W - d, 0): the rest of the row counts W each, and the row sums to 1 less the sink's share
+    nearest = slice(max(0, before - options.window + 1), keys)
+    near = (options.window - distance[:, nearest]).clamp(min=0).float()
+    nearness = (weights[..., nearest] * near).sum(-1)
+    row_sum = 1.0
+    if options.sinks is not None:
+        row_sum = 1.0 - torch.exp(options.sinks.view(-1, *[1] * (lse.ndim - 2)) - lse)
+    waad = torch.where(rows, options.window * row_sum - nearness, 0.0)
+
+    lo, hi = options.horizon
+    latest = slice(0, max(0, keys - lo))  # no later key is lo behind a row
+    future = distance[:, latest] >= lo
+    if hi is not None:
+        future &= distance[:, latest] <= hi
+    received = torch.where(future, weights[..., latest], 0.0).sum(-2)
+    return waad, pad(received, (0, keys - received.shape[-1]))
+
+
+def _reach(options: Options, tokens: int) -> int:
+    """How many keys before a row the window and the horizon read."""
+    hi = options.horizon[1]
+    return min(tokens, max(options.window - 1, tokens if hi is None else hi))
+
+
+def _softcapped(scores: Tensor, options: Options) -> Tensor:
+    return scores if options.softcap is None else scores.div_(options.softcap).tanh_().mul_(options.softcap)
 
 
 # ---- the row pass ----------------------------------------------------------------------------------------------------
@@ -43,11 +77,11 @@ def blockwise_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
 
 def _row_pass(
     q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, sum_s A (t - s) of each row, column sums of A to the end of the sequence), each [B, HQ, T]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(WAAD, column sums of A over the horizon, sum_s A (t - s) of each row, lse), each [B, HQ, T]."""
     batch, query_heads, tokens, _ = q.shape
-    out = tuple(torch.zeros(batch, query_heads, tokens, device=q.device) for _ in range(3))
-    row_bytes = 4 * query_heads * max(tokens, 1)
+    out = tuple(torch.zeros(batch, query_heads, tokens, device=q.device) for _ in range(4))
+    row_bytes = 4 * query_heads * tokens
     tile = max(1, min(ROW_TILE, tokens, TILE_BYTES // row_bytes))
     chunk = max(1, TILE_BYTES // (row_bytes * tile))
     for at in range(0, batch, chunk):
@@ -60,7 +94,7 @@ def _row_pass(
 def _row_tiles(
     q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, tile: int, out: tuple[Tensor, ...]
 ) -> None:
-    row_lse, looked_back, fai_sums = out
+    waad, fai_sums, looked_back, row_lse = out
     batch, query_heads, tokens, size = q.shape
     for begin in range(0, tokens, tile):
         end = min(begin + tile, tokens)
@@ -82,17 +116,21 @@ def _row_tiles(
         scores.masked_fill_(hidden[:, None], -math.inf)
 
         if lse is not None:
-            tile_lse = lse[:, :, begin:end].masked_fill(~rows[:, None], 0.0)
+            tile_lse = lse[:, :, begin:end]
             weights = scores.sub_(tile_lse[..., None]).exp_()  # A, 0 outside R
         else:
             weights, tile_lse = _softmax(scores, rows, options.sinks)
         row_lse[:, :, begin:end] = tile_lse
         if options.need_span:
             looked_back[:, :, begin:end] = (weights * distance.float()).sum(-1)
-        if options.horizon[1] is None:
-            # selected, not multiplied: a row of NaN has NaN also where it sees nothing, in other sequences' columns
-            counted = (distance >= options.horizon[0]) & ~hidden
-            fai_sums[:, :, first_key:end] += torch.where(counted[:, None], weights, 0.0).sum(-2)
+
+        first_seen = max(first_key, begin - _reach(options, tokens))
+        seen = slice(first_seen - first_key, None)
+        # a row of NaN has NaN also where it sees nothing, in other sequences' columns
+        band = weights[..., seen].masked_fill(hidden[:, None, :, seen], 0.0)
+        tile_waad, received = _window_sums(band, begin - first_seen, rows[:, None], tile_lse, options)
+        waad[:, :, begin:end] = tile_waad
+        fai_sums[:, :, first_seen:end] += received
 
 
 def _softmax(scores: Tensor, rows: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,9 +154,7 @@ def _softmax(scores: Tensor, rows: Tensor, sinks: Tensor | None) -> tuple[Tensor
 def _band_pass(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options) -> tuple[Tensor, Tensor]:
     """(WAAD, column sums of A over a finite horizon), each [B, HQ, T]; `lse` is 0 outside R."""
     batch, query_heads, tokens, _ = q.shape
-    hi = options.horizon[1] or 0
-    # whole tiles, so that column sums line up
-    reach = -(-max(min(options.window, tokens) - 1, min(hi, tokens)) // BAND_TILE) * BAND_TILE
+    reach = -(-_reach(options, tokens) // BAND_TILE) * BAND_TILE  # whole tiles, so that column sums line up
     chunk = max(1, BAND_BYTES // (4 * query_heads * BAND_TILE * (reach + BAND_TILE)))
     parts = [slice(at, at + chunk) for at in range(0, batch, chunk)]
     done = [_band_tiles(q[part], k[part], lse[part], layout.slice(part), options, reach) for part in parts]
@@ -134,22 +170,13 @@ def _band_tiles(
     """
     batch, query_heads, tokens, size = q.shape
     key_heads, tile = k.shape[1], BAND_TILE
-    lo, hi = options.horizon
-    hi = 0 if hi is None else hi
     tiles = -(-tokens // tile)
-    behind = tiles * tile - tokens
-    keys = reach + tile
+    behind, keys = tiles * tile - tokens, reach + tile
 
-    row = torch.arange(tile, device=q.device)
-    column = torch.arange(-reach, tile, device=q.device)
-    distance = row[:, None] - column  # [rows, keys], tokens
-    near = (options.window - distance).clamp(min=0).float()
-    out_of_band = distance < 0
+    row, column = torch.arange(tile, device=q.device), torch.arange(-reach, tile, device=q.device)
+    unseen = row[:, None] < column
     if options.sliding_window is not None:
-        out_of_band = out_of_band | (distance >= options.sliding_window)
-    nearest = slice(max(0, reach - options.window + 1), keys)
-    future = (distance >= lo) & (distance <= hi)
-    latest = slice(0, max(0, keys - lo))  # no later key is lo behind a row
+        unseen |= row[:, None] - column >= options.sliding_window
 
     k_windows = pad(k, (0, 0, reach, behind)).unfold(2, keys, tile)  # [B, H, tiles, D, keys]
     q_tiles = pad(q, (0, 0, 0, behind)).unflatten(2, (tiles, tile)).unflatten(1, (key_heads, -1))
@@ -158,7 +185,6 @@ def _band_tiles(
     tile_lse = pad(lse, (0, behind)).unflatten(2, (tiles, tile))
     waad = torch.zeros_like(tile_lse)
     sums = torch.zeros(batch, query_heads, reach // tile + tiles, tile, device=q.device)
-    row_sum = 1.0
     run = max(1, BAND_BYTES // (4 * batch * query_heads * tile * keys))
     for at in range(0, tiles, run):
         part = slice(at, min(at + run, tiles))
@@ -166,27 +192,15 @@ def _band_tiles(
         if not own.any():
             continue
         queries = q_tiles[:, :, :, part].float().mul(options.scale).transpose(2, 3)  # [B, H, run, HQ / H, rows, D]
-        windows = k_windows[:, :, part].float()
-        scores = queries.reshape(batch, key_heads, part.stop - at, -1, size) @ windows
+        scores = queries.reshape(batch, key_heads, part.stop - at, -1, size) @ k_windows[:, :, part].float()
         scores = scores.unflatten(3, (-1, tile)).transpose(2, 3).flatten(1, 2)  # [B, HQ, run, rows, keys]
         position = torch.arange(at, part.stop, device=q.device)[:, None] * tile + column
-        hidden = (position[:, None] < first[:, part, :, None]) | out_of_band | ~own[..., None]
+        hidden = (position[:, None] < first[:, part, :, None]) | unseen | ~own[..., None]
         weights = _softcapped(scores, options).sub(tile_lse[:, :, part, :, None]).exp_()
         # selected after the exponential: a NaN log-sum-exp must not reach what its row does not see
         weights.masked_fill_(hidden[:, None], 0.0)
-
-        # min(d, W) = W - max(W - d, 0): the rest of the row counts W each, and the row sums to 1 less the sink's share
-        if options.sinks is not None:
-            row_sum = 1.0 - torch.exp(options.sinks[:, None, None] - tile_lse[:, :, part])
-        nearness = (weights[..., nearest] * near[:, nearest]).sum(-1)
-        waad[:, :, part] = torch.where(own[:, None], options.window * row_sum - nearness, 0.0)
-        received = torch.where(future[:, latest], weights[..., latest], 0.0).sum(-2)  # [B, HQ, run, keys]
-        received = pad(received, (0, keys - received.shape[-1])).unflatten(-1, (-1, tile))
+        waad[:, :, part], received = _window_sums(weights, reach, own[:, None], tile_lse[:, :, part], options)
+        received = received.unflatten(-1, (-1, tile))
         for step in range(keys // tile):
             sums[:, :, at + step : part.stop + step] += received[..., step, :]
-    sums = sums[:, :, reach // tile :]
-    return waad.flatten(2)[..., :tokens], sums.flatten(2)[..., :tokens]
-
-
-def _softcapped(scores: Tensor, options: Options) -> Tensor:
-    return scores if options.softcap is None else scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    return waad.flatten(2)[..., :tokens], sums[:, :, reach // tile :].flatten(2)[..., :tokens]
