@@ -140,26 +140,35 @@ def errors(stats: AttentionStats, exact: AttentionStats) -> dict[str, float]:
     return out
 
 
-def largest_products(case: StatsCase) -> Tensor:
-    """For each row of each head the largest |scale| sum_d |q_d k_d| over all keys; padding left out."""
-    scale = case.kwargs.get("scale")
-    scale = case.q.shape[-1] ** -0.5 if scale is None else abs(scale)
-    q, k = (x.double().abs().nan_to_num(0.0, 0.0) for x in (case.q, case.k))
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return (q @ k.mT).amax(-1).flatten() * scale if q.shape[2] else q.flatten()
+def eager_score_error(case: StatsCase) -> float:
+    """The largest error of a visible score that the eager formula computes in fp32, q k^T times the scale."""
+    batch, query_heads, tokens, size = case.q.shape
+    segments = reference.segment_ids(batch, tokens, case.kwargs.get("attention_mask"), case.kwargs.get("cu_seqlens"))
+    distance = reference.distances(tokens)
+    visible = (distance >= 0) & (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, :, None]
+    if case.kwargs.get("sliding_window") is not None:
+        visible &= distance < case.kwargs["sliding_window"]
+    scale = size**-0.5 if case.kwargs.get("scale") is None else case.kwargs["scale"]
+    k = case.k.repeat_interleave(query_heads // case.k.shape[1], 1)
+    error = (case.q.float() @ k.float().mT * scale).double() - case.q.double() @ k.double().mT * scale
+    error = error.abs()[visible[:, None].expand_as(error)]
+    return error.max().item() if error.numel() else 0.0
 
 
 def tolerances(case: StatsCase, exact: AttentionStats) -> dict[str, float]:
     """Twice the error of the eager formula in fp32 on the same rounded inputs, plus a rounding band.
 
     No backend rounds scores or weights below fp32, so this holds for inputs of 16 bits as well. The band: an fp32
-    score of size |x| is off by |x| 2^-24 a step; a few such steps move each weight by `slip`, relatively. With a
-    given lse nothing cancels the error of a score, which is that of its sum of products, relative to sum |q k|.
+    score of size |x| is off by |x| 2^-24 a step; a few such steps move each weight by `slip`, relatively. In a softmax
+    the error of a row's scores partly cancels; against an lse that is given it does not, and each weight of the eager
+    formula is off by the error of its score.
     """
     eager = errors(reference_stats(case, torch.float32), exact)
     tokens = max(case.q.shape[2], 1)
-    size = largest_products(case) if "lse" in case.kwargs else exact.lse.abs().nan_to_num().flatten()
-    slip = (8 + (size.max().item() if size.numel() else 0.0) + (case.kwargs.get("softcap") or 0.0)) * 2**-22
+    largest = exact.lse.abs().max().item() if exact.lse.numel() else 0.0
+    slip = (8 + largest + (case.kwargs.get("softcap") or 0.0)) * 2**-22
+    if "lse" in case.kwargs:
+        slip += 2 * eager_score_error(case)
     unit = {"waad": case.kwargs.get("window", 10), "fai": 1.0, "span": tokens, "lse": 1.0}
     return {name: 2 * eager[name] + slip * unit[name] for name in unit}
 

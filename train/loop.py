@@ -26,7 +26,7 @@ from train.data import Problem, ProblemStream, build_tokenizer, split_problems
 from train.evaluate import evaluate
 from train.loss import group_advantages, grpo_loss, token_log_probs, token_weights
 from train.metrics import MetricsLog, learning_warnings, rollout_metrics
-from train.policy import RHYTHM_STRATEGIES, old_log_prob_pass, token_logits
+from train.policy import RHYTHM_STRATEGIES, credit_options, old_log_prob_pass, token_logits
 from train.rewards import countdown_reward
 from train.rollout import Rollouts, Sampling, TransformersEngine, micro_batches
 from train.samples import write_samples
@@ -92,12 +92,8 @@ def train(config: Config, folder: Path):
                 mask=batch.response_mask,
                 rhythm=old.rhythm,
                 entropy=old.entropy,
-                q=credit.credit_q,
-                amp=credit.credit_amp,
-                alpha=credit.credit_alpha,
-                k=credit.credit_k,
-                largest=credit.credit_largest,
                 seed=seed * 1_000_003 + step,
+                **credit_options(credit),
             )
             shaped = shape_advantages(advantages, gamma)  # [B, T]
 

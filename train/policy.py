@@ -15,6 +15,17 @@ from train.rollout import Rollouts, micro_batches
 RHYTHM_STRATEGIES = ("local", "global", "coupled")  # the ones that read attention statistics
 
 
+def credit_options(credit: Credit) -> dict[str, float | int | bool]:
+    """What `token_credit` takes beside the strategy and the signals."""
+    return {
+        "q": credit.credit_q,
+        "amp": credit.credit_amp,
+        "alpha": credit.credit_alpha,
+        "k": credit.credit_k,
+        "largest": credit.credit_largest,
+    }
+
+
 class TokenStats(NamedTuple):
     """What the old-log-prob pass knows, all [B, T] float: `rhythm` only where a strategy asks for it."""
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from rhythm_kernels import token_credit
 from train.config import Config
 from train.data import Problem
-from train.policy import old_log_prob_pass
+from train.policy import credit_options, old_log_prob_pass
 from train.rewards import countdown_reward
 from train.rollout import Engine, Sampling
 
@@ -42,12 +42,8 @@ def sample_answers(model: PreTrainedModel, engine: Engine, problems: list[Proble
         mask=batch.response_mask,
         rhythm=old.rhythm,
         entropy=old.entropy,
-        q=config.credit.credit_q,
-        amp=config.credit.credit_amp,
-        alpha=config.credit.credit_alpha,
-        k=config.credit.credit_k,
-        largest=config.credit.credit_largest,
         seed=0,
+        **credit_options(config.credit),
     )
     answers = []
     for row, problem in enumerate(problems):
