@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.attention.api import BACKENDS, run_backend
+from rhythm_kernels.attention.api import BACKENDS, run_stats
 from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import MAX_WINDOW, check_options
 from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_tensor
@@ -182,7 +182,7 @@ class Collector:
                 need_span=self._grouping["groups"] is None,
                 **self._options,
             )
-            self.stats[module.layer_idx] = run_backend(q, k, None, self.layout, options, self._backend)
+            self.stats[module.layer_idx] = run_stats(q, k, None, self.layout, options, self._backend)
 
 
 class _Tap:

@@ -18,6 +18,15 @@ class AttentionStats(NamedTuple):
     """[B, HQ, T] fp32, natural log: log-sum-exp of each row of R, a sink included; 0 outside R."""
 
 
+class GroupStats(NamedTuple):
+    """What one layer adds to the rhythm when its local and global heads are known (Eq. 8-10, before the mean)."""
+
+    waad: torch.Tensor
+    """[B, T] fp32, tokens: the sum of WAAD over the layer's local heads; 0 outside R."""
+    fai: torch.Tensor
+    """[B, T] fp32: the sum of FAI over the layer's global heads, for every column; 0 where no row looks back."""
+
+
 class HeadGroups(NamedTuple):
     """The heads with the shortest and the longest spans, for the whole batch or for each sequence (Eq. 8)."""
 

@@ -1,3 +1,3 @@
-from rhythm_kernels.attention.api import attention_stats
+from rhythm_kernels.attention.api import attention, attention_stats, group_stats
 
-__all__ = ["attention_stats"]
+__all__ = ["attention", "attention_stats", "group_stats"]

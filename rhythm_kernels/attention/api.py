@@ -1,13 +1,15 @@
-"""`attention_stats`: checks what arrives, brings it to one form and hands it to a backend."""
+"""The three calls on q and k: checks what arrives, brings it to one form and hands it to a backend."""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from rhythm_kernels.attention.blockwise import blockwise_stats
+from rhythm_kernels.attention import blockwise
 from rhythm_kernels.attention.layout import Layout, make_layout
-from rhythm_kernels.attention.options import Options, check_options
+from rhythm_kernels.attention.options import Options, check_options, check_values
 from rhythm_kernels.checks import check_choice, check_tensor
-from rhythm_kernels.types import AttentionStats
+from rhythm_kernels.types import AttentionStats, GroupStats
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -68,24 +70,151 @@ def attention_stats(
         sinks=sinks,
         need_span=need_span,
     )
+    layout = _checked_layout(q, lse, row_mask, attention_mask, cu_seqlens)
+    return run_stats(q, k, lse, layout, options, backend)
+
+
+def group_stats(
+    q: Tensor,
+    k: Tensor,
+    local: Tensor,
+    global_: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    window: int = 10,
+    horizon: tuple[int, int | None] = (10, 50),
+    row_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> GroupStats:
+    """WAAD summed over a layer's local heads and FAI summed over its global heads; other heads are skipped (Eq. 8-10).
+
+    The same maps and the same options as `attention_stats`, for head groups that are known from an earlier batch.
+
+    Args:
+        local: bool [HQ], or [S, HQ] where each sequence has its own groups (S = B if not packed).
+        global_: the same.
+
+    Returns:
+        GroupStats(waad [B, T], fai [B, T]), fp32: sums, so that the layers' results add up. A NaN in a head outside
+        the groups stays outside.
+
+    Raises:
+        TypeError, ValueError: as `attention_stats`.
+    """
+    options = check_options(
+        q,
+        k,
+        scale=scale,
+        window=window,
+        horizon=horizon,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        need_span=False,
+    )
+    layout = _checked_layout(q, lse, row_mask, attention_mask, cu_seqlens)
+    for name, group in (("local", local), ("global_", global_)):
+        each = isinstance(group, Tensor) and group.ndim == 2
+        shape = [layout.sequences, q.shape[1]] if each else [q.shape[1]]
+        check_tensor(name, group, shape, [torch.bool], q.device)
+    return run_group_stats(q, k, lse, local, global_, layout, options, backend)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int = 10,
+    horizon: tuple[int, int | None] = (10, 50),
+    row_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    need_span: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, AttentionStats]:
+    """Causal attention and its statistics: the forward whose log-sum-exp the statistics read.
+
+    The same maps and the same options as `attention_stats`. Inference only.
+
+    Args:
+        v: [B, H, T, Dv], q's dtype; last dimension contiguous. Dv may differ from D.
+
+    Returns:
+        (out [B, HQ, T, Dv] in q's dtype, contiguous, 0 in padding; AttentionStats, whose rows are those of R).
+
+    Raises:
+        TypeError, ValueError: as `attention_stats`; also if a gradient would be lost (use torch.no_grad()).
+    """
+    options = check_options(
+        q,
+        k,
+        scale=scale,
+        window=window,
+        horizon=horizon,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        need_span=need_span,
+    )
+    check_values(v, k)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("attention has no backward, got an input that requires a gradient: call it in torch.no_grad()")
+    layout = _checked_layout(q, None, row_mask, attention_mask, cu_seqlens)
+    with torch.no_grad():
+        return _implementation(q, backend).attention(q.detach(), k.detach(), v.detach(), layout, options)
+
+
+def run_stats(
+    q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, backend: str = "auto"
+) -> AttentionStats:
+    """`attention_stats` behind its checks, for callers that prepare the layout once for many layers."""
+    with torch.no_grad():
+        return _implementation(q, backend).attention_stats(q.detach(), k.detach(), lse, layout, options)
+
+
+def run_group_stats(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    local: Tensor,
+    global_: Tensor,
+    layout: Layout,
+    options: Options,
+    backend: str = "auto",
+) -> GroupStats:
+    """`group_stats` behind its checks; groups bool [HQ] or [sequences, HQ]."""
+    local, global_ = (group.expand(layout.sequences, -1) for group in (local, global_))
+    with torch.no_grad():
+        run = _implementation(q, backend).group_stats
+        return run(q.detach(), k.detach(), lse, local, global_, layout, options)
+
+
+def _checked_layout(q: Tensor, lse, row_mask, attention_mask, cu_seqlens) -> Layout:
     batch, query_heads, tokens, _ = q.shape
     if lse is not None:
         check_tensor("lse", lse, [batch, query_heads, tokens], [torch.float32], q.device)
-    layout = make_layout(batch, tokens, q.device, row_mask, attention_mask, cu_seqlens)
-    return run_backend(q, k, lse, layout, options, backend)
+    return make_layout(batch, tokens, q.device, row_mask, attention_mask, cu_seqlens)
 
 
-def run_backend(
-    q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, backend: str = "auto"
-) -> AttentionStats:
-    """The part behind the checks, for callers that prepare the layout once for many layers."""
+def _implementation(q: Tensor, backend: str) -> ModuleType:
+    """The module whose `attention_stats`, `group_stats` and `attention` run behind these checks."""
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         backend = "triton" if q.is_cuda else "torch"
-    with torch.no_grad():
-        if backend == "torch":
-            return blockwise_stats(q.detach(), k.detach(), lse, layout, options)
-        # imported here, since Triton decides at its import whether it interprets or compiles
-        from rhythm_kernels.attention.triton_backend import triton_stats
+    if backend == "torch":
+        return blockwise
+    # imported here, since Triton decides at its import whether it interprets or compiles
+    from rhythm_kernels.attention import triton_backend
 
-        return triton_stats(q.detach(), k.detach(), lse, layout, options)
+    return triton_backend

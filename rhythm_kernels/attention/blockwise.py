@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhythm_kernels.attention.layout import Layout, mean_over_rows, rows_looking_back
+from rhythm_kernels.attention.layout import Layout, mean_over_rows
 from rhythm_kernels.attention.options import Options
 from rhythm_kernels.types import AttentionStats
 
@@ -20,8 +20,8 @@ TILE_BYTES = 32 << 20  # of fp32 scores held at once in the row pass; a few temp
 BAND_BYTES = 2 << 20  # in the band pass, where what fits a cache is faster
 
 
-def blockwise_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
-    """`attention_stats` behind its checks."""
+def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
+    """As in api.py, behind its checks."""
     if q.shape[0] * q.shape[2] == 0:
         waad, fai, row_lse = (torch.zeros(q.shape[:3], device=q.device) for _ in range(3))
         return AttentionStats(waad, fai, mean_over_rows(waad, layout) if options.need_span else None, row_lse)
@@ -32,7 +32,7 @@ def blockwise_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
     else:
         waad, fai_sums, looked_back, row_lse = _row_pass(q, k, known_lse, layout, options)
         span = mean_over_rows(looked_back, layout) if options.need_span else None
-    fai = fai_sums / rows_looking_back(layout, options.horizon).clamp(min=1)[:, None]
+    fai = fai_sums / layout.rows_looking_back(options.horizon).clamp(min=1)[:, None]
     return AttentionStats(waad, fai, span, row_lse)
 
 

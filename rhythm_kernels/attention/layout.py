@@ -1,16 +1,23 @@
 """Where sequences begin and end inside a [B, T] batch, padded or packed: the one form that every backend reads."""
 
 import itertools
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rhythm_kernels.checks import check_tensor
 
+SPAN_UNIT = 2.0**-20  # tokens: the spans' sums are integers of this unit, so that their order does not matter
 
-class Layout(NamedTuple):
-    """Key s is visible from row t of the same batch row if first[t] <= s <= t (and within the layer's window)."""
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Key s is visible from row t of the same batch row if first[t] <= s <= t (and within the layer's window).
+
+    Made once for a batch and read by each of its layers: what is derived from it is kept.
+    """
 
     first: Tensor
     """[B, T] int32: the first position of the token's own sequence; t + 1 for padding, which so sees nothing."""
@@ -20,13 +27,46 @@ class Layout(NamedTuple):
     """[B, T] bool: R, without padding."""
     segments: Tensor
     """[B, T] int64: the sequence of each token, 0 to sequences - 1; padding counts to its row's sequence."""
-    sequences: int
-    """B, or S for packed sequences."""
+    bounds: tuple[tuple[int, int, int], ...]
+    """(batch row, first position, one past the last position) of each sequence, known to the host."""
+    _kept: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def sequences(self) -> int:
+        """B, or S for packed sequences."""
+        return len(self.bounds)
 
     def slice(self, part: slice) -> "Layout":
-        """The layout of some rows of the batch."""
-        first, last, rows, segments = (x[part] for x in self[:4])
-        return Layout(first, last, rows, segments, self.sequences)
+        """The layout of some rows of a batch that is not packed."""
+        begin = part.indices(len(self.rows))[0]
+        bounds = tuple((b - begin, *ends) for b, *ends in self.bounds[part])
+        return Layout(self.first[part], self.last[part], self.rows[part], self.segments[part] - begin, bounds)
+
+    def rows_looking_back(self, horizon: tuple[int, int | None]) -> Tensor:
+        """|T(s)|: how many rows of R look at column s from the horizon (Eq. 10). [B, T] int32."""
+        return self._keep(("looking back", *horizon), lambda: _rows_looking_back(self, horizon))
+
+    def next_row(self) -> Tensor:
+        """[B, T + 1] int32: the first row of R at or behind each position; T if there is none."""
+        return self._keep("next row", lambda: _next_row(self.rows))
+
+    def tiles(self, block: int, order: str = "position") -> Tensor:
+        """Every sequence cut into tiles of `block` tokens from its own first token, on the layout's device.
+
+        A tile never holds tokens of two sequences, and its place in its sequence does not depend on the batch.
+
+        Args:
+            order: "position"; "past": the tiles with the most tokens before them first; "future": behind them.
+
+        Returns:
+            int32 [tiles, 5]: (batch row, first token, the sequence's first token and end, the sequence's index).
+        """
+        return self._keep(("tiles", block, order), lambda: _tiles(self, block, order))
+
+    def _keep(self, key, make) -> Tensor:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
 
 def make_layout(
@@ -44,80 +84,107 @@ def make_layout(
     """
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask and cu_seqlens exclude each other: packed sequences have no padding")
-    position = torch.arange(tokens, device=device, dtype=torch.int32).expand(batch, tokens)
-    if cu_seqlens is not None:
-        valid, first, last, segments, sequences = _packed(cu_seqlens, batch, tokens, device)
-    elif attention_mask is not None:
-        valid, first, last, segments, sequences = _padded(attention_mask, position)
-    else:
-        valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        first, last = torch.zeros_like(position), torch.full_like(position, tokens - 1)
-        segments, sequences = torch.arange(batch, device=device)[:, None].expand(batch, tokens), batch
-    rows = valid
     if row_mask is not None:
         check_tensor("row_mask", row_mask, [batch, tokens], [torch.bool], device)
-        rows = valid & row_mask
-    first, last = torch.where(valid, first, position + 1), torch.where(valid, last, position - 1)
-    return Layout(first.contiguous(), last.contiguous(), rows.contiguous(), segments.contiguous(), sequences)
+    if cu_seqlens is not None:
+        bounds = _packed_bounds(cu_seqlens, batch, tokens, device)
+    elif attention_mask is not None:
+        bounds = _padded_bounds(attention_mask, batch, tokens, device)
+    else:
+        bounds = tuple((b, 0, tokens) for b in range(batch))
+
+    if cu_seqlens is None:
+        segments = torch.arange(batch, device=device)[:, None].expand(batch, tokens)
+    else:  # an empty sequence begins where the next one does: `right` passes over it
+        position = torch.arange(tokens, device=device)
+        segments = torch.searchsorted(cu_seqlens.long()[1:], position, right=True)[None]
+    ends = torch.tensor(bounds, dtype=torch.int32).view(-1, 3).to(device)[segments]  # [B, T, 3]
+    first, end = ends[..., 1], ends[..., 2]
+    position = torch.arange(tokens, device=device, dtype=torch.int32).expand(batch, tokens)
+    valid = (first <= position) & (position < end)
+    rows = valid if row_mask is None else valid & row_mask
+    first, last = torch.where(valid, first, position + 1), torch.where(valid, end - 1, position - 1)
+    return Layout(first.contiguous(), last.contiguous(), rows.contiguous(), segments.contiguous(), bounds)
 
 
-def _padded(attention_mask: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    batch, tokens = position.shape
+def _padded_bounds(attention_mask: Tensor, batch: int, tokens: int, device: torch.device) -> tuple:
     dtypes = [torch.bool, torch.int64, torch.int32, torch.uint8]
-    check_tensor("attention_mask", attention_mask, [batch, tokens], dtypes, position.device)
+    check_tensor("attention_mask", attention_mask, [batch, tokens], dtypes, device)
+    if batch * tokens == 0:
+        return tuple((b, 0, tokens) for b in range(batch))
     valid = attention_mask != 0
-    first = torch.where(valid, position, tokens).amin(-1, keepdim=True) if tokens else position
-    last = torch.where(valid, position, -1).amax(-1, keepdim=True) if tokens else position
-    # one synchronization for both checks
-    binary, gapless = torch.stack([
-        ((attention_mask == 0) | (attention_mask == 1)).all(),
-        (valid == ((position >= first) & (position <= last))).all(),
-    ]).tolist()  # fmt: skip
-    if not binary:
-        raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {attention_mask.max().item()}")
-    if not gapless:
-        row = int((valid != ((position >= first) & (position <= last))).any(-1).nonzero()[0])
-        raise ValueError(f"attention_mask must be padded on the left or the right only, row {row} has a hole")
-    segments = torch.arange(batch, device=position.device)[:, None].expand(batch, tokens)
-    return valid, first.expand_as(position), last.expand_as(position), segments, batch
+    position = torch.arange(tokens, device=device)
+    first = torch.where(valid, position, tokens).amin(-1)
+    end = torch.where(valid, position, -1).amax(-1) + 1
+    binary = ((attention_mask == 0) | (attention_mask == 1)).all(-1)
+    gapless = valid.sum(-1) == (end - first).clamp(min=0)
+    facts = torch.stack([first, end, binary.long(), gapless.long()], -1).tolist()  # the one synchronization
+    for row, (_, _, is_binary, is_gapless) in enumerate(facts):
+        if not is_binary:
+            raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {attention_mask.max().item()}")
+        if not is_gapless:
+            raise ValueError(f"attention_mask must be padded on the left or the right only, row {row} has a hole")
+    return tuple((row, min(first, end), end) for row, (first, end, *_) in enumerate(facts))
 
 
-def _packed(
-    cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+def _packed_bounds(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device) -> tuple:
     check_tensor("cu_seqlens", cu_seqlens, ["S + 1"], [torch.int32, torch.int64], device)
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a batch of one row, got B = {batch}")
-    bounds = cu_seqlens.tolist()
-    rising = all(a <= b for a, b in itertools.pairwise(bounds))
-    if not bounds or bounds[0] != 0 or bounds[-1] != tokens or not rising:
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {bounds[:8]}{' ...' * (len(bounds) > 8)}")
-    position = torch.arange(tokens, device=device)
-    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    # an empty sequence begins where the next one does: `right` passes over it
-    segments = torch.searchsorted(cu_seqlens.long()[1:], position, right=True)[None]
-    valid = torch.ones(1, tokens, dtype=torch.bool, device=device)
-    first, last = begin[segments].int(), (end[segments] - 1).int()
-    return valid, first, last, segments, len(bounds) - 1
+    cuts = cu_seqlens.tolist()
+    rising = all(a <= b for a, b in itertools.pairwise(cuts))
+    if not cuts or cuts[0] != 0 or cuts[-1] != tokens or not rising:
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {cuts[:8]}{' ...' * (len(cuts) > 8)}")
+    return tuple((0, begin, end) for begin, end in itertools.pairwise(cuts))
 
 
-def rows_looking_back(layout: Layout, horizon: tuple[int, int | None]) -> Tensor:
-    """|T(s)|: how many rows of R look at column s from the horizon (Eq. 10). [B, T] int64."""
+def _rows_looking_back(layout: Layout, horizon: tuple[int, int | None]) -> Tensor:
     tokens = layout.rows.shape[1]
-    before = torch.nn.functional.pad(layout.rows.long().cumsum(-1), (1, 0))  # before[t]: rows of R below t
+    before = pad(layout.rows.long().cumsum(-1), (1, 0))  # before[t]: rows of R below t
     position = torch.arange(tokens, device=layout.rows.device)
     lo, hi = horizon
     end = layout.last.long() + 1 if hi is None else torch.minimum(layout.last.long(), position + hi) + 1
     begin = torch.minimum(position + lo, end).clamp(min=0)
-    return before.gather(1, end.clamp(min=0)) - before.gather(1, begin)
+    return (before.gather(1, end.clamp(min=0)) - before.gather(1, begin)).int()
+
+
+def _next_row(rows: Tensor) -> Tensor:
+    tokens = rows.shape[1]
+    position = torch.arange(tokens, dtype=torch.int32, device=rows.device)
+    row = pad(torch.where(rows, position, tokens), (0, 1), value=tokens)
+    return row.flip(-1).cummin(-1).values.flip(-1).int().contiguous()
+
+
+def _tiles(layout: Layout, block: int, order: str) -> Tensor:
+    batch_row, begin, end = torch.tensor(layout.bounds, dtype=torch.int64).view(-1, 3).unbind(-1)
+    count = (end - begin + block - 1) // block
+    sequence = torch.repeat_interleave(torch.arange(len(count)), count)
+    index = torch.arange(len(sequence)) - (count.cumsum(0) - count)[sequence]
+    start = begin[sequence] + index * block
+    table = torch.stack([batch_row[sequence], start, begin[sequence], end[sequence], sequence], -1)
+    if order == "past":
+        table = table[(start - begin[sequence]).argsort(descending=True, stable=True)]
+    elif order == "future":
+        table = table[(end[sequence] - start).argsort(descending=True, stable=True)]
+    return table.int().to(layout.rows.device)
 
 
 def mean_over_rows(values: Tensor, layout: Layout) -> Tensor:
-    """Mean over R of values [B, HQ, T] (0 outside R), in a fixed order: [sequences, HQ] fp32, 0 if R is empty."""
-    if layout.sequences == values.shape[0]:
-        total, count = values.double().sum(-1), layout.rows.sum(-1)
-    else:
-        lengths = torch.bincount(layout.segments[0], minlength=layout.sequences)
-        total = torch.segment_reduce(values[0].T.double().contiguous(), "sum", lengths=lengths, axis=0)
-        count = torch.segment_reduce(layout.rows[0].double(), "sum", lengths=lengths)
-    return (total / count.clamp(min=1)[:, None]).float()
+    """Mean over R of values [B, HQ, T] (0 outside R, below 2^20): [sequences, HQ] fp32, 0 if R is empty.
+
+    Summed as integers of `SPAN_UNIT`, so that a sequence has the same mean alone and in any batch. A sequence with a
+    value that is not finite has NaN.
+    """
+    finite = values.isfinite()
+    units = torch.where(finite, values.double() / SPAN_UNIT, 0.0).round().long()
+    total, broken, count = (_sum_over_tokens(x, layout) for x in (units, ~finite, layout.rows[:, None]))
+    mean = total.double() * SPAN_UNIT / count.clamp(min=1)
+    return mean.masked_fill(broken > 0, torch.nan).float()
+
+
+def _sum_over_tokens(x: Tensor, layout: Layout) -> Tensor:
+    """Integers [B, H, T] -> [sequences, H] int64."""
+    if layout.sequences == len(x):
+        return x.long().sum(-1)
+    out = torch.zeros(layout.sequences, x.shape[1], dtype=torch.int64, device=x.device)
+    return out.index_add_(0, layout.segments.flatten(), x.long().transpose(1, 2).flatten(0, 1))

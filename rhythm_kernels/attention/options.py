@@ -65,3 +65,12 @@ def check_options(
         sinks=None if sinks is None else sinks.detach().float(),
         need_span=need_span,
     )
+
+
+def check_values(v: Tensor, k: Tensor) -> None:
+    """Checks v of the fused forward against k."""
+    check_tensor("v", v, [*k.shape[:3], "Dv"], [k.dtype], k.device)
+    if v.shape[-1] == 0:
+        raise ValueError(f"v must have a head size of at least 1, got shape {list(v.shape)}")
+    if v.stride(-1) != 1 and v.shape[-1] > 1:
+        raise ValueError(f"v must be contiguous in its last dimension, got strides {v.stride()}")

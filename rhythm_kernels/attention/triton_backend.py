@@ -14,7 +14,7 @@ from rhythm_kernels.types import AttentionStats
 INTERPRETING = triton.knobs.runtime.interpret  # as it was when the kernels were made
 
 
-def triton_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
+def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
     """`attention_stats` behind its checks.
 
     Raises: ValueError for a device, head size or dtype that these kernels do not run on.

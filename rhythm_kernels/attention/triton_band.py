@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import Layout, rows_looking_back
+from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.attention.options import Options
 from rhythm_kernels.attention.triton_scores import (
     LOG2E,
@@ -174,8 +174,8 @@ def fai_pass(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options
         layout.first,
         layout.last,
         layout.rows,
-        _next_row(layout),
-        rows_looking_back(layout, options.horizon).int(),
+        layout.next_row()[:, :-1].contiguous(),
+        layout.rows_looking_back(options.horizon),
         lse,
         fai,
         *common_arguments(q, k, options),
@@ -184,10 +184,3 @@ def fai_pass(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options
         **common_constants(q, options, tile),
     )
     return fai
-
-
-def _next_row(layout: Layout) -> Tensor:
-    """[B, T] int32: the first row of R at or behind each position; T if there is none."""
-    tokens = layout.rows.shape[1]
-    position = torch.arange(tokens, dtype=torch.int32, device=layout.rows.device)
-    return torch.where(layout.rows, position, tokens).flip(-1).cummin(-1).values.flip(-1).int()
