@@ -2,7 +2,8 @@
 
 Every attention layer of transformers calls a function from one table, ALL_ATTENTION_FUNCTIONS, with q and k after RoPE
 and norms. While a `collect` context is open, the entry that its model uses is wrapped: the wrapper calls the entry and
-returns what it returned, and hands q and k of the sampled layers to the statistics. Nothing about the model changes.
+returns what it returned, and hands q, k and the attention kernel's own log-sum-exp of the sampled layers to the
+statistics. Nothing about the model changes.
 """
 
 import inspect
@@ -14,13 +15,14 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.attention.api import BACKENDS, run_stats
+from rhythm_kernels.attention.api import BACKENDS, run_group_stats, run_stats
 from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import MAX_WINDOW, check_options
+from rhythm_kernels.backend_lse import LseReader
 from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_tensor
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.signals import GROUPS_PER, check_groups, rhythm_of
-from rhythm_kernels.types import AttentionStats, HeadGroups, Rhythm
+from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
 
 
 def collect(
@@ -51,7 +53,8 @@ def collect(
         layers: how many of the middle third, or a list of layer indices; see `sampled_layers`.
         window, horizon: W of WAAD and (lo, hi) of FAI, tokens.
         response_mask: [B, T] bool, R; every valid token if None.
-        groups: head groups of an earlier batch, [L, HQ] or [B, L, HQ]; then spans are not computed.
+        groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
+            Then spans are not computed and heads outside the groups are skipped.
         groups_per: "sequence": head groups from each sequence's own spans (the paper's reading); "batch": from the
             spans over the whole batch.
         local, global_: fractions of local and global heads.
@@ -59,18 +62,22 @@ def collect(
 
     Raises:
         TypeError, ValueError: wrong arguments, or a forward that cannot be collected from: with a key-value cache, a
-            4-D mask, bidirectional attention, or no attention interface.
+            4-D mask, groups for another number of sequences, attention that is bidirectional or neither full nor in a
+            sliding window, or no attention interface.
         RuntimeError: a second forward in one context.
     """
     return Collector(model, layers, window, horizon, response_mask, groups, groups_per, local, global_, backend)
 
 
 class Collector:
-    """What `collect` returns; `stats`, `layout` and `rhythm()` are filled by the forward."""
+    """What `collect` returns; `stats`, `lse_sources`, `layout` and `rhythm()` are filled by the forward."""
 
     def __init__(self, model, layers, window, horizon, response_mask, groups, groups_per, local, global_, backend):
-        self.stats: dict[int, AttentionStats] = {}
-        """The statistics of each sampled layer."""
+        self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}
+        """The statistics of each sampled layer: of each head, or summed over the groups where `groups` is given."""
+        self.lse_sources: dict[int, str] = {}
+        """Where each sampled layer's log-sum-exp comes from: the name of the model's attention operator, such as
+        "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass" if the statistics computed it."""
         self.layout: Layout | None = None
         self.decoder = _decoder(model)
         self.layers = sampled_layers(self.decoder.config.num_hidden_layers, layers)
@@ -82,6 +89,7 @@ class Collector:
         self._check_grouping(groups, groups_per, local, global_)
         self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
         self._backend = check_choice("backend", backend, BACKENDS)
+        self._plain_masks: set[tuple[int, int | None]] = set()
         self._clock = _Clock(on_gpu=next(self.decoder.parameters()).is_cuda)
         self._hook = None
 
@@ -142,7 +150,12 @@ class Collector:
         response_mask = self._response_mask
         if response_mask is not None:
             check_tensor("response_mask", response_mask, [batch, tokens], [torch.bool], inputs.device)
-        self.layout = make_layout(batch, tokens, inputs.device, response_mask, mask, cu_seqlens)
+        layout = make_layout(batch, tokens, inputs.device, response_mask, mask, cu_seqlens)
+        groups = self._grouping["groups"]
+        if groups is not None:
+            check_groups(groups, len(self.layers), self.decoder.config.num_attention_heads, layout.sequences)
+            self._grouping["groups"] = HeadGroups(*(group.to(inputs.device) for group in groups))
+        self.layout = layout
 
     def _makes_cache(self, bound: dict) -> bool:
         if "flash" in self._tap.name:  # flash attention separates sequences by position_ids alone
@@ -158,7 +171,11 @@ class Collector:
         layer = getattr(module, "layer_idx", None)
         return id(module) in self._modules and layer in self.layers and layer not in self.stats
 
-    def record(self, module: nn.Module, implementation: str, q: Tensor, k: Tensor, kwargs: dict) -> None:
+    def record(
+        self, module: nn.Module, q: Tensor, k: Tensor, mask, kwargs: dict, reader: LseReader, returned: Tensor | None
+    ) -> None:
+        """Takes the statistics of a layer from what its attention function was given, has read and returned."""
+        layer = module.layer_idx
         if self.layout is None:
             raise RuntimeError("the attention layers were called outside of the decoder's forward")
         if k.shape[2] != q.shape[2]:
@@ -168,7 +185,8 @@ class Collector:
             )
         causal = kwargs.get("is_causal")
         if not (getattr(module, "is_causal", True) if causal is None else causal):
-            raise ValueError(f"collect needs causal attention, layer {module.layer_idx} is bidirectional")
+            raise ValueError(f"collect needs causal attention, layer {layer} is bidirectional")
+        groups = self._grouping["groups"]
         with self._clock, torch.no_grad():
             q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
             options = check_options(
@@ -177,12 +195,38 @@ class Collector:
                 scale=kwargs.get("scaling"),
                 sliding_window=kwargs.get("sliding_window"),
                 # transformers' sdpa function ignores the soft-cap that it is passed
-                softcap=None if implementation == "sdpa" else kwargs.get("softcap"),
+                softcap=None if self._tap.name == "sdpa" else kwargs.get("softcap"),
                 sinks=kwargs.get("s_aux"),
-                need_span=self._grouping["groups"] is None,
+                need_span=groups is None,
                 **self._options,
             )
-            self.stats[module.layer_idx] = run_stats(q, k, None, self.layout, options, self._backend)
+            self._check_mask(mask, options.sliding_window, layer)
+            lse, self.lse_sources[layer] = reader.lse(q, options.sinks, self.layout, returned)
+            if groups is None:
+                self.stats[layer] = run_stats(q, k, lse, self.layout, options, self._backend)
+            else:
+                local, global_ = (group[..., self.layers.index(layer), :] for group in groups)
+                self.stats[layer] = run_group_stats(q, k, lse, local, global_, self.layout, options, self._backend)
+
+    def _check_mask(self, mask, window: int | None, layer: int) -> None:
+        """Raises for a mask [B, 1, T, T], bool or added to the scores, that is not the layout's within the window."""
+        key = (id(mask), window)  # of all layers of a kind in a forward
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or key in self._plain_masks:
+            return
+        visible = (mask if mask.dtype == torch.bool else mask == 0).sum(-1)
+        position = torch.arange(mask.shape[-1], device=mask.device)
+        expected = position + 1 - self.layout.first[:, None]
+        if window is not None:
+            expected = expected.clamp(max=window)
+        wrong = (visible != expected) & self.layout.rows[:, None]
+        if wrong.any():
+            row, _, token = wrong.nonzero()[0].tolist()
+            seen, wanted = visible.expand_as(wrong)[row, 0, token], expected[row, 0, token]
+            raise ValueError(
+                f"collect needs attention to every earlier token or in a sliding window, got layer {layer}, where "
+                f"token {token} of row {row} sees {seen} tokens, not {wanted}"
+            )
+        self._plain_masks.add(key)
 
 
 class _Tap:
@@ -210,10 +254,14 @@ class _Tap:
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
         # "eager" has no entry in the table: it is a function beside the model
         attend: Callable = self.wrapped or _modeling_file(module, "eager_attention_forward").eager_attention_forward
-        out = attend(module, query, key, value, attention_mask, **kwargs)
-        for collector in self.collectors:
-            if collector.wants(module):
-                collector.record(module, self.name, query, key, kwargs)
+        collectors = [collector for collector in self.collectors if collector.wants(module)]
+        if not collectors:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        with LseReader() as reader:
+            out = attend(module, query, key, value, attention_mask, **kwargs)
+        returned = out[1] if self.name == "flex_attention" else None
+        for collector in collectors:
+            collector.record(module, query, key, attention_mask, kwargs, reader, returned)
         return out
 
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rhythm_kernels.types import AttentionStats, HeadGroups
+from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups
 
 Horizon = tuple[int, int | None]
 
@@ -59,6 +59,18 @@ def attention_map(
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse[..., None])[..., :tokens]
     return torch.where(visible[:, None], weights, 0.0), lse
+
+
+def attention_out(attention: Tensor, v: Tensor) -> Tensor:
+    """sum_s A[t, s] v[s], in A's dtype. v [B, H, T, Dv] -> [B, HQ, T, Dv]; 0 in padding.
+
+    A key without weight does not count, whatever its value holds: NaN in padding stays there.
+    """
+    v = v.to(attention.dtype).repeat_interleave(attention.shape[1] // v.shape[1], 1)
+    finite = v.isfinite()
+    out = attention @ torch.where(finite, v, 0.0)
+    weighted = attention.ne(0).to(attention.dtype) @ (~finite).to(attention.dtype)
+    return out.masked_fill(weighted > 0, math.nan)
 
 
 def distances(tokens: int) -> Tensor:
@@ -123,6 +135,19 @@ def attention_stats(
         span=span(attention, rows, segments, sequences),
         lse=torch.where(rows[:, None], lse, 0.0),
     )
+
+
+def group_sums(waad_h: Tensor, fai_h: Tensor, local: Tensor, global_: Tensor, segments: Tensor) -> GroupStats:
+    """The sums over the heads of a token's group, before the mean of Eq. 8. [B, HQ, T] -> [B, T].
+
+    local, global_: [HQ], or [sequences, HQ] where each sequence has its own groups.
+    """
+
+    def total(values: Tensor, group: Tensor) -> Tensor:
+        member = group[segments.clamp(min=0)] if group.ndim == 2 else group.expand(*segments.shape, -1)  # [B, T, HQ]
+        return torch.where(member.mT, values, 0.0).sum(1)
+
+    return GroupStats(waad=total(waad_h, local), fai=total(fai_h, global_))
 
 
 # ---- layers and heads ------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Cases for every backend of `attention_stats`: a hypothesis strategy, and the check against the fp64 reference."""
+"""Cases for every backend: a hypothesis strategy, values and head groups for it, and the checks against the reference.
+
+A case is drawn for `attention_stats`; `group_stats` and `attention` take the same case beside `make_groups` and
+`make_values`.
+"""
 
 import math
 from typing import NamedTuple
@@ -7,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rhythm_kernels import AttentionStats, reference
+from rhythm_kernels import AttentionStats, GroupStats, reference
 
 HEADS = ((1, 1), (2, 2), (2, 1), (4, 2), (3, 1))  # (HQ, H)
 HEAD_SIZES = (1, 3, 16, 20, 32, 40, 80)
@@ -24,6 +28,10 @@ class StatsCase(NamedTuple):
     k: Tensor
     """[B, H, T, D], the same."""
     kwargs: dict
+
+    def options(self, *without: str) -> dict:
+        """kwargs without some: `group_stats` takes no `need_span`, `attention` no `lse`."""
+        return {name: x for name, x in self.kwargs.items() if name not in without}
 
 
 def strided(x: Tensor, how: str) -> Tensor:
@@ -54,10 +62,9 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     q = (torch.randn(q_shape, generator=generator) * sharpness).to(dtype)
     k = torch.randn(batch, key_heads, tokens, size, generator=generator).to(dtype)
-    segments = reference.segment_ids(batch, tokens, kwargs.get("attention_mask"), kwargs.get("cu_seqlens"))
-    for x in (q, k):
-        x.masked_fill_((segments < 0)[:, None, :, None], math.nan)
-    case = StatsCase(strided(q, order), strided(k, order), kwargs)
+    padding = (segments_of(StatsCase(q, k, kwargs)) < 0)[:, None, :, None]
+    q, k = (strided(x.masked_fill_(padding, math.nan), order) for x in (q, k))
+    case = StatsCase(q, k, kwargs)
     if not lse_given:
         return case
     exact = reference_stats(case)
@@ -66,6 +73,23 @@ def make_case(
     if order != "heads outside":
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
     return case._replace(kwargs=kwargs | {"lse": lse})
+
+
+def make_values(case: StatsCase, size: int, seed: int = 0, order: str = "heads outside") -> Tensor:
+    """Random v [B, H, T, size] in the dtype of q, any strides, NaN in padding."""
+    batch, key_heads, tokens, _ = case.k.shape
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(batch, key_heads, tokens, size, generator=generator).to(case.q.dtype)
+    return strided(v.masked_fill_((segments_of(case) < 0)[:, None, :, None], math.nan), order)
+
+
+def make_groups(case: StatsCase, seed: int = 0, per_sequence: bool = True) -> tuple[Tensor, Tensor]:
+    """Random disjoint (local, global_), each [S, HQ] or [HQ] bool; a group is often empty in a sequence or in all."""
+    shape = (sequences_of(case), case.q.shape[1]) if per_sequence else (case.q.shape[1],)
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.randint(3, shape, generator=generator)
+    kept = torch.rand(2, generator=generator) < 0.8
+    return (group == 0) & kept[0], (group == 1) & kept[1]
 
 
 @st.composite
@@ -116,18 +140,33 @@ def stats_case(draw, max_tokens: int = 80, dtypes=(torch.float32, torch.float16)
     )
 
 
+def segments_of(case: StatsCase) -> Tensor:
+    """The sequence of each token, -1 for padding. [B, T]."""
+    batch, _, tokens, _ = case.q.shape
+    return reference.segment_ids(batch, tokens, case.kwargs.get("attention_mask"), case.kwargs.get("cu_seqlens"))
+
+
+def sequences_of(case: StatsCase) -> int:
+    bounds = case.kwargs.get("cu_seqlens")
+    return len(case.q) if bounds is None else len(bounds) - 1
+
+
 def rows_of(case: StatsCase) -> Tensor:
     """R, [B, T] bool."""
-    batch, _, tokens, _ = case.q.shape
-    mask, bounds = case.kwargs.get("attention_mask"), case.kwargs.get("cu_seqlens")
-    valid = reference.segment_ids(batch, tokens, mask, bounds) >= 0
+    valid = segments_of(case) >= 0
     row_mask = case.kwargs.get("row_mask")
     return valid if row_mask is None else valid & row_mask
 
 
 def reference_stats(case: StatsCase, dtype: torch.dtype = torch.float64) -> AttentionStats:
-    options = {name: x for name, x in case.kwargs.items() if name not in ("lse", "need_span")}
-    return reference.attention_stats(case.q, case.k, **options, dtype=dtype)
+    return reference.attention_stats(case.q, case.k, **case.options("lse", "need_span"), dtype=dtype)
+
+
+def reference_map(case: StatsCase, dtype: torch.dtype) -> Tensor:
+    """A, [B, HQ, T, T]: every valid token's row, whether in R or not."""
+    names = ("scale", "sliding_window", "softcap", "sinks")
+    options = {name: case.kwargs[name] for name in names if name in case.kwargs}
+    return reference.attention_map(case.q, case.k, segments_of(case), **options, dtype=dtype)[0]
 
 
 def errors(stats: AttentionStats, exact: AttentionStats) -> dict[str, float]:
@@ -142,8 +181,8 @@ def errors(stats: AttentionStats, exact: AttentionStats) -> dict[str, float]:
 
 def eager_score_error(case: StatsCase) -> float:
     """The largest error of a visible score that the eager formula computes in fp32, q k^T times the scale."""
-    batch, query_heads, tokens, size = case.q.shape
-    segments = reference.segment_ids(batch, tokens, case.kwargs.get("attention_mask"), case.kwargs.get("cu_seqlens"))
+    _, query_heads, tokens, size = case.q.shape
+    segments = segments_of(case)
     distance = reference.distances(tokens)
     visible = (distance >= 0) & (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, :, None]
     if case.kwargs.get("sliding_window") is not None:
@@ -153,6 +192,12 @@ def eager_score_error(case: StatsCase) -> float:
     error = (case.q.float() @ k.float().mT * scale).double() - case.q.double() @ k.double().mT * scale
     error = error.abs()[visible[:, None].expand_as(error)]
     return error.max().item() if error.numel() else 0.0
+
+
+def weight_slip(case: StatsCase, lse: Tensor) -> float:
+    """The relative rounding error of a weight that a few fp32 steps on its score make."""
+    largest = lse.abs().max().item() if lse.numel() else 0.0
+    return (8 + largest + (case.kwargs.get("softcap") or 0.0)) * 2**-22
 
 
 def tolerances(case: StatsCase, exact: AttentionStats) -> dict[str, float]:
@@ -165,8 +210,7 @@ def tolerances(case: StatsCase, exact: AttentionStats) -> dict[str, float]:
     """
     eager = errors(reference_stats(case, torch.float32), exact)
     tokens = max(case.q.shape[2], 1)
-    largest = exact.lse.abs().max().item() if exact.lse.numel() else 0.0
-    slip = (8 + largest + (case.kwargs.get("softcap") or 0.0)) * 2**-22
+    slip = weight_slip(case, exact.lse)
     if "lse" in case.kwargs:
         slip += 2 * eager_score_error(case)
     unit = {"waad": case.kwargs.get("window", 10), "fai": 1.0, "span": tokens, "lse": 1.0}
@@ -188,3 +232,47 @@ def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
     found = errors(stats, exact)
     wrong = {name: (error, allowed[name]) for name, error in found.items() if not error <= allowed[name]}
     assert not wrong, f"error and tolerance: {wrong}"
+
+
+def assert_groups_close(stats: GroupStats, case: StatsCase, local: Tensor, global_: Tensor) -> None:
+    """Shapes, exact zeros, and errors against fp64 of at most `tolerances` for each head of the token's group."""
+    exact, segments = reference_stats(case), segments_of(case)
+    sums = reference.group_sums(exact.waad, exact.fai, local, global_, segments)
+    one = torch.ones_like(exact.waad)
+    members = reference.group_sums(one, one, local, global_, segments)  # how many heads each token's groups have
+    allowed = tolerances(case, exact)
+    for name, x, true, heads in zip(stats._fields, stats, sums, members, strict=True):
+        assert x.dtype == torch.float32, (name, x.dtype)
+        assert x.shape == true.shape, (name, x.shape, true.shape)
+        excess = (x.double().cpu() - true).abs().nan_to_num(nan=math.inf) - heads * allowed[name]
+        assert (excess <= 0).all(), f"{name}: above heads x {allowed[name]} by {excess.max().item()}"
+    assert (stats.waad.cpu()[~rows_of(case)] == 0).all(), "waad is not 0 outside R"
+
+
+def assert_attention_close(out: Tensor, stats: AttentionStats, case: StatsCase, v: Tensor) -> None:
+    """The statistics as in `assert_close_to_reference`; out in q's dtype, 0 in padding, and for every other token, in R
+    or not, within twice the largest error of the eager formula plus a rounding band.
+
+    Eager is transformers' formula with its scores kept in fp32: weights rounded to q's dtype, then a product with v in
+    that dtype. The band, in units of sum_s A[t, s] |v[s]|: `weight_slip` for the fp32 weights, and two roundings to q's
+    dtype, of the weights (tensor cores take both factors in 16 bits) and of the result.
+    """
+    case = case._replace(kwargs=case.options("lse"))  # `attention` takes none, so it gets no allowance for one
+    assert_close_to_reference(stats, case)
+    exact_map = reference_map(case, torch.float64)
+    exact = reference.attention_out(exact_map, v)
+    assert out.dtype == case.q.dtype, out.dtype
+    assert out.shape == exact.shape, (out.shape, exact.shape)
+    padding = (segments_of(case) < 0)[:, None, :, None].expand_as(exact)
+    assert (out.cpu()[padding] == 0).all(), "out is not 0 in padding"
+
+    eager = reference.attention_out(reference_map(case, torch.float32).to(v.dtype), v)
+    eager_error = (eager.double() - exact).abs()
+    every_row = case._replace(kwargs=case.options("row_mask"))
+    slip = weight_slip(case, reference_stats(every_row).lse) + torch.finfo(v.dtype).eps
+    allowed = slip * reference.attention_out(exact_map, v.abs())
+    if eager_error.numel():
+        allowed += 2 * eager_error.max()
+    error = (out.double().cpu() - exact).abs().nan_to_num(nan=math.inf)
+    wrong = error > allowed
+    assert not wrong.any(), f"out is off by {error[wrong].max().item()}, allowed {allowed[wrong].min().item()}"

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
-from models import dense_rhythm, dense_stats, eager_maps, llama, qwen3
+from models import SIZES, dense_rhythm, dense_stats, eager_maps, llama, qwen3
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rhythm_kernels import HeadGroups, collect, reference
+from rhythm_kernels import GroupStats, HeadGroups, collect, reference
+from rhythm_kernels.attention.layout import make_layout
+from rhythm_kernels.signals import rhythm_of
 
 TOKENS = 70
 
@@ -80,17 +84,63 @@ def test_packed_sequences(make):
     assert rhythm.spans.shape == (4, 3, 6)
 
 
-def test_given_groups_need_no_spans(make):
-    model = make("sdpa")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("groups_per", ["sequence", "batch"])
+def test_given_groups_need_no_spans(make, attention, groups_per):
+    model = make(attention)
     ids, real, response = batch_inputs("left")
-    with torch.no_grad(), collect(model, response_mask=response) as first:
+    maps = eager_maps(model, input_ids=ids, attention_mask=real.long())
+    with torch.no_grad(), collect(model, response_mask=response, groups_per=groups_per) as first:
         model(ids, attention_mask=real)
-    rhythm = first.rhythm()
-    with torch.no_grad(), collect(model, response_mask=response, groups=rhythm.groups) as second:
+    groups = first.rhythm().groups
+    with torch.no_grad(), collect(model, response_mask=response, groups=groups) as second:
         model(ids, attention_mask=real)
-    again = second.rhythm()
-    assert again.spans is None and all(stats.span is None for stats in second.stats.values())
-    assert torch.equal(again.waad, rhythm.waad) and torch.equal(again.fai, rhythm.fai)
+    rhythm = second.rhythm()
+    # only the band of each map is computed, and heads are summed within a layer: the same numbers, rounded elsewhere
+    segments = reference.segment_ids(3, TOKENS, real)
+    waad, fai, _ = dense_rhythm(maps, second.layers, response, segments, 3, per_batch=groups_per == "batch")
+    close(rhythm.waad, waad, "waad")
+    close(rhythm.fai, fai, "fai")
+    assert rhythm.spans is None and rhythm.groups is not groups
+    assert all(torch.equal(*pair) for pair in zip(rhythm.groups, groups))
+    assert second.lse_sources == first.lse_sources and list(second.lse_sources) == second.layers
+    for index, (layer, stats) in enumerate(second.stats.items()):
+        assert isinstance(stats, GroupStats) and layer == second.layers[index]
+        exact = dense_stats(maps[layer], response, segments, 3)
+        for found, heads, group in zip(stats, exact, groups, strict=False):
+            members = group.expand(3, -1, -1)[:, index, :, None]
+            close(found, (heads * members).sum(1), f"sums of layer {layer}")
+
+
+def test_given_groups_of_packed_sequences(make):
+    model = make("sdpa")
+    torch.manual_seed(3)
+    lengths = [20, 1, 33, 16]
+    inputs = {
+        "input_ids": torch.randint(0, 61, (1, sum(lengths))),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "use_cache": False,
+    }
+    with torch.no_grad(), collect(model) as first:
+        model(**inputs)
+    groups = first.rhythm().groups
+    with torch.no_grad(), collect(model, groups=groups) as second:
+        model(**inputs)
+    close(second.rhythm().waad, first.rhythm().waad.double(), "waad")
+    close(second.rhythm().fai, first.rhythm().fai.double(), "fai")
+    wrong = collect(model, groups=HeadGroups(*(group[:3] for group in groups)))
+    with pytest.raises(ValueError, match=r"groups.local must have shape \[4, 3, 6\], got \[3, 3, 6\]"), wrong:
+        model(**inputs)
+
+
+def test_rhythm_of_sums_needs_their_groups():
+    stats = {0: GroupStats(torch.ones(1, 5), torch.ones(1, 5))}
+    layout = make_layout(1, 5, torch.device("cpu"))
+    with pytest.raises(ValueError, match="groups must be those that the statistics were summed over, got None"):
+        rhythm_of(stats, layout)
+    local, empty = torch.tensor([[True, False, True]]), torch.zeros(1, 3, dtype=torch.bool)
+    rhythm = rhythm_of(stats, layout, groups=HeadGroups(local, empty))
+    assert (rhythm.waad == 0.5).all() and (rhythm.fai == 1).all()
 
 
 def test_the_models_output_is_untouched_and_no_trace_is_left(make):
@@ -107,6 +157,17 @@ def test_the_models_output_is_untouched_and_no_trace_is_left(make):
             raise ZeroDivisionError
         assert dict(ALL_ATTENTION_FUNCTIONS) == table and ALL_ATTENTION_FUNCTIONS._local_mapping == local
         assert not model.model._forward_pre_hooks
+
+
+def test_an_error_inside_attention_leaves_no_trace(make, monkeypatch):
+    model = make("sdpa")
+    ids, real, _ = batch_inputs("left")
+    plain = model(ids, attention_mask=real).logits
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError), collect(model) as c:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: 1 / 0)
+        model(ids, attention_mask=real)
+    assert not c.stats and not _get_current_dispatch_mode_stack() and not ALL_ATTENTION_FUNCTIONS._local_mapping
+    assert torch.equal(model(ids, attention_mask=real).logits, plain)
 
 
 def test_two_models_at_once():
@@ -128,18 +189,32 @@ def test_two_models_at_once():
         context.__exit__(None, None, None)
     for context, expected in zip(contexts, alone, strict=True):
         assert torch.equal(context.rhythm().waad, expected.waad)
+    sources = [set(context.lse_sources.values()) for context in contexts]
+    assert sources == [{"row pass"}, {"row pass"}, {"aten::_scaled_dot_product_flash_attention_for_cpu"}]
     assert "eager" not in ALL_ATTENTION_FUNCTIONS and not ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
-def test_gradient_checkpointing_records_once(make):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_records_once(make, reentrant):
     model = make("sdpa").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids, real, response = batch_inputs("right")
-    with collect(model, response_mask=response) as c:
-        loss = model(ids, attention_mask=real, use_cache=False).logits.float().logsumexp(-1).mean()
-        recorded = {layer: stats.waad.data_ptr() for layer, stats in c.stats.items()}
-        loss.backward()
-    assert {layer: stats.waad.data_ptr() for layer, stats in c.stats.items()} == recorded
+
+    def gradients(**options):
+        model.zero_grad()
+        with collect(model, response_mask=response, **options) as c:
+            loss = model(ids, attention_mask=real, use_cache=False).logits.float().logsumexp(-1).mean()
+            recorded = dict(c.stats)
+            loss.backward()
+        assert all(c.stats[layer] is recorded[layer] for layer in c.layers) and len(c.lse_sources) == len(c.layers)
+        return c.rhythm(), [x.grad for x in model.parameters()]
+
+    plain, plain_grads = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for options in ({}, {"groups": plain.groups}):
+        rhythm, grads = gradients(**options)
+        close(rhythm.fai, plain.fai.double(), "fai")
+        for got, expected in zip(grads, plain_grads, strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 def test_wrappers_and_bare_decoders(make):
@@ -176,6 +251,12 @@ def test_what_cannot_be_collected_is_refused():
         model(ids, position_ids=(torch.arange(TOKENS) % 30).expand(3, -1))
     with pytest.raises(ValueError, match="pass use_cache=False"), collect(model):
         model(ids[:1], position_ids=(torch.arange(TOKENS) % 30)[None])
+    chunks = Llama4TextConfig(
+        **SIZES, head_dim=8, attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=64
+    )
+    chunked = Llama4ForCausalLM._from_config(chunks, attn_implementation="sdpa").eval()
+    with pytest.raises(ValueError, match="layer 2, where token 16 of row 0 sees 1 tokens, not 17"), collect(chunked):
+        chunked(ids)
     short = collect(model, response_mask=response[:, :9])
     with pytest.raises(ValueError, match=r"response_mask must have shape \[3, 70\], got \[3, 9\]"), short:
         model(ids)

@@ -31,6 +31,11 @@ SOURCES = Path(train.__file__).parent
         (["--head-size", "7"], "--head-size must be even, got 7"),
         (["--horizon", "50", "10"], "--horizon must be two numbers, LO <= HI, got (50, 10)"),
         (["--horizon", "10"], "--horizon must be two numbers, LO <= HI, got (10,)"),
+        (["--groups-every", "0"], "--groups-every must be at least 1, got 0"),
+        (
+            ["--groups-every", "3"],
+            "--groups-per must be batch where groups serve later steps, got 'sequence', with --groups-every 3",
+        ),
         (["--seeds", "1", "1"], "--seeds must be different numbers, at least one, got (1, 1)"),
         (["--misses", "0", "0"], "--misses must hold a positive odd, got (0.0, 0.0)"),
         (["--preset", "countdown-huge"], "--preset must be one of"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rhythm_kernels import collect
+from rhythm_kernels import GroupSchedule, collect
 from train import rollout
 from train.config import Credit, Model
 from train.data import build_tokenizer
@@ -49,14 +49,14 @@ def batch(policy, tokenizer):
     return made._replace(ids=ids, response_mask=response_mask, attention_mask=attention_mask, finished=finished)
 
 
-def old_pass(policy, batch, *, size=5, with_rhythm=False, temperature=1.0, **credit):
+def old_pass(policy, batch, *, size=5, schedule=None, temperature=1.0, **credit):
     return old_log_prob_pass(
         policy,
         batch,
         temperature=temperature,
         micro_batch_size=size,
         credit=Credit(**{"horizon": (2, 6), **credit}),
-        with_rhythm=with_rhythm,
+        schedule=schedule,
     )
 
 
@@ -129,19 +129,52 @@ def test_micro_batches_cover_every_row_and_token(batch):
     assert list(micro_batches(batch, torch.arange(0), 5)) == []
 
 
+def collect_whole(policy, batch, **options):
+    """The rhythm of the batch in one forward."""
+    with collect(policy, layers=[0, 1, 2], horizon=(2, 6), response_mask=batch.response_mask, **options) as collected:
+        token_logits(policy, batch.ids, batch.attention_mask)
+    return collected.rhythm()
+
+
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_rhythm_does_not_depend_on_the_micro_batch(policy, batch, size):
-    got = old_pass(policy, batch, size=size, with_rhythm=True).rhythm
-    with collect(policy, layers=[0, 1, 2], horizon=(2, 6), response_mask=batch.response_mask) as collected:
-        token_logits(policy, batch.ids, batch.attention_mask)
-    expected = collected.rhythm()
+    got = old_pass(policy, batch, size=size, schedule=GroupSchedule()).rhythm
+    expected = collect_whole(policy, batch)
     assert torch.allclose(got.waad, expected.waad, atol=1e-4)
     assert torch.allclose(got.fai, expected.fai, atol=1e-5)
     assert got.waad[~batch.response_mask].eq(0).all()
 
 
+@pytest.mark.parametrize("size", [5, 64])
+def test_groups_of_a_calibration_serve_the_next_steps(policy, batch, monkeypatch, size):
+    """Three steps, of which the first and the third compute spans; the second, of other answers, is given groups."""
+    spans, schedule, add = [], GroupSchedule(every=2), GroupSchedule.add
+    monkeypatch.setattr(GroupSchedule, "add", lambda self, *given: spans.append(given[0]) or add(self, *given))
+    few = batch._replace(**{name: getattr(batch, name)[:3] for name in ("ids", "attention_mask", "response_mask")})
+
+    def step(batch):
+        spans.clear()
+        stats = old_pass(policy, batch, size=size, schedule=schedule, groups_per="batch")
+        return stats, [span is not None for span in spans]
+
+    first, computed = step(batch)
+    whole = collect_whole(policy, batch, groups_per="batch")
+    assert all(computed) and len(computed) == -(-12 // size) and first.drift is None
+    assert all(map(torch.equal, schedule.groups, whole.groups))
+    second, computed = step(few)
+    expected = collect_whole(policy, few, groups=whole.groups)
+    assert not any(computed) and second.drift is None and schedule.groups is None
+    assert torch.allclose(second.rhythm.waad, expected.waad, atol=1e-4)
+    assert torch.allclose(second.rhythm.fai, expected.fai, atol=1e-5)
+    own = collect_whole(policy, few, groups_per="batch")
+    assert not torch.allclose(own.waad, expected.waad, atol=1e-2)  # their own groups are others
+    third, computed = step(few)
+    assert all(computed) and -1 < third.drift.spearman < 1
+    assert all(map(torch.equal, schedule.groups, own.groups))
+
+
 def test_collecting_changes_no_log_prob(policy, batch):
-    plain, collected = old_pass(policy, batch), old_pass(policy, batch, with_rhythm=True)
+    plain, collected = old_pass(policy, batch), old_pass(policy, batch, schedule=GroupSchedule())
     assert plain.log_probs.equal(collected.log_probs) and plain.entropy.equal(collected.entropy)
     assert plain.rhythm is None and plain.statistics_seconds == 0 and collected.statistics_seconds > 0
 

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train.loop
+import train.policy
+from rhythm_kernels import collect, group_heads
 from train.checkpoint import list_checkpoints
 from train.config import STRATEGIES, Config
 from train.launch import claim, launch
@@ -57,6 +59,9 @@ def command(*flags) -> list[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent.parent)}
+
+
+EVERY_THIRD = {"groups_every": 3, "groups_per": "batch"}
 
 
 def digit_share(completion: str, numbers, target) -> float:
@@ -140,16 +145,45 @@ def _finite(record: dict) -> bool:
     return all(abs(value) < float("inf") for value in record.values())
 
 
+def test_head_groups_are_kept_between_calibrations(smoke, tmp_path, monkeypatch, capsys):
+    """Of steps 1 to 4, two passes each, the first and the last compute spans; the others get the first's groups."""
+    passes = []
+
+    def recorded(*arguments, **options):
+        passes.append((options["groups"], options["response_mask"], collect(*arguments, **options)))
+        return passes[-1][-1]
+
+    monkeypatch.setattr(train.policy, "collect", recorded)
+    assert launch(smoke(**EVERY_THIRD, sample_answers=0)) == 0
+    rhythms = [collected.rhythm() for *_, collected in passes]
+    assert [rhythm.spans is not None for rhythm in rhythms] == [True] * 2 + [False] * 4 + [True] * 2
+    tokens = [mask.sum() for _, mask, _ in passes[:2]]
+    pooled = sum(rhythm.spans.double() * n for rhythm, n in zip(rhythms, tokens)) / sum(tokens)
+    for groups, *_ in passes[2:6]:
+        assert all(map(torch.equal, groups, group_heads(pooled)))
+    drift = {"groups/spearman", "groups/local_overlap", "groups/global_overlap"}
+    steps = steps_of(read_metrics(tmp_path / "run"))
+    assert [drift & set(record) for record in steps] == [set(), set(), set(), drift]
+    assert f"Spearman {steps[3]['groups/spearman']:.3f}" in capsys.readouterr().out
+
+
 class Killed(Exception):
     pass
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # nobody closes the files of a run that stops so
-@pytest.mark.parametrize("where", ["rollout", "save"])
-def test_a_stopped_run_continues_bit_for_bit(smoke, tmp_path, monkeypatch, where):
-    """Stopped in the middle of a step, or between the checkpoint's files and its name."""
-    assert launch(smoke(output=str(tmp_path / "whole"))) == 0
-    run, config = tmp_path / "run", smoke()
+@pytest.mark.parametrize(
+    "where, changes",
+    [("rollout", {}), ("save", {}), ("rollout", EVERY_THIRD)],
+    ids=["rollout", "save", "with-kept-groups"],
+)
+def test_a_stopped_run_continues_bit_for_bit(smoke, tmp_path, monkeypatch, where, changes):
+    """Stopped in the middle of a step, or between the checkpoint's files and its name.
+
+    Kept groups are those of step 1 at step 3, done again, and what the calibration of step 4 is compared with.
+    """
+    assert launch(smoke(output=str(tmp_path / "whole"), **changes)) == 0
+    run, config = tmp_path / "run", smoke(**changes)
     calls = []
 
     def stop(original, at):

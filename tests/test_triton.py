@@ -7,22 +7,80 @@ import sys
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from stats_cases import StatsCase, assert_close_to_reference, make_case, reference_stats, stats_case
+from hypothesis import strategies as st
+from stats_cases import (
+    StatsCase,
+    assert_attention_close,
+    assert_close_to_reference,
+    assert_groups_close,
+    make_case,
+    make_groups,
+    make_values,
+    reference_stats,
+    stats_case,
+)
 
-from rhythm_kernels import attention_stats
+from rhythm_kernels import attention, attention_stats, group_stats
 from rhythm_kernels.attention import triton_backend
-from rhythm_kernels.attention.triton_tiles import choose_tiles
+from rhythm_kernels.attention.triton_tiles import MAX_TOKEN_STRIDE, choose_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16  # the interpreter's tl.dot is wrong for bf16
-FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 120))
+FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 300))
 
 
-def run(case: StatsCase, **kwargs):
-    kwargs = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in (case.kwargs | kwargs).items()}
-    q, k = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x) for x in case[:2])
-    stats = attention_stats(q, k, **kwargs, backend="triton")
+def on_device(x):
+    """A copy on the device, in the same memory order."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
+
+
+def on_cpu(stats):
     return type(stats)(*(None if x is None else x.cpu() for x in stats))
+
+
+def run(case: StatsCase):
+    kwargs = {name: on_device(x) for name, x in case.kwargs.items()}
+    return on_cpu(attention_stats(on_device(case.q), on_device(case.k), **kwargs, backend="triton"))
+
+
+def run_groups(case: StatsCase, local, global_):
+    kwargs = {name: on_device(x) for name, x in case.options("need_span").items()}
+    inputs = [on_device(x) for x in (case.q, case.k, local, global_)]
+    return on_cpu(group_stats(*inputs, **kwargs, backend="triton"))
+
+
+def run_attention(case: StatsCase, v):
+    kwargs = {name: on_device(x) for name, x in case.options("lse").items()}
+    out, stats = attention(*(on_device(x) for x in (case.q, case.k, v)), **kwargs, backend="triton")
+    return out.cpu(), on_cpu(stats)
+
+
+CALLS = ("statistics", "groups", "attention")
+
+
+def outputs(call: str, case: StatsCase) -> dict[str, torch.Tensor]:
+    """What a call leaves for each token, by name: [B, ..., T]."""
+    if call == "statistics":
+        return {name: x for name, x in run(case)._asdict().items() if name != "span"}
+    if call == "groups":
+        is_local = torch.arange(case.q.shape[1]) % 2 == 0
+        return run_groups(case, is_local, ~is_local)._asdict()
+    out, stats = run_attention(case, make_values(case, 20))
+    return {"out": out.movedim(2, -1), "waad": stats.waad, "fai": stats.fai, "lse": stats.lse}
+
+
+def check(call: str, case: StatsCase, seed: int = 0) -> None:
+    """The call against the fp64 reference; groups and v, of another head size than q, come from the seed."""
+    if call == "statistics":
+        assert_close_to_reference(run(case), case)
+    elif call == "groups":
+        groups = make_groups(case, seed, per_sequence=seed % 2 == 0)
+        assert_groups_close(run_groups(case, *groups), case, *groups)
+    else:
+        v = make_values(case, (16, 5, 40, 32)[seed % 4], seed, ("heads inside", "slice", "heads outside")[seed % 3])
+        assert_attention_close(*run_attention(case, v), case, v)
 
 
 def response(tokens: int, begin: int) -> torch.Tensor:
@@ -44,10 +102,14 @@ def padded(tokens: int, *spans: tuple[int, int]) -> torch.Tensor:
     return torch.stack([(position >= begin) & (position < end) for begin, end in spans])
 
 
-@settings(max_examples=FUZZ_CASES, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-@given(stats_case(dtypes=(torch.float32, HALF) if DEVICE == "cpu" else (torch.float32, HALF, torch.bfloat16)))
-def test_fuzz(case):
-    assert_close_to_reference(run(case), case)
+@pytest.mark.parametrize("call", CALLS)
+@settings(max_examples=FUZZ_CASES // 3, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@given(
+    case=stats_case(dtypes=(torch.float32, HALF) if DEVICE == "cpu" else (torch.float32, HALF, torch.bfloat16)),
+    seed=st.integers(0, 999),
+)
+def test_fuzz(call, case, seed):
+    check(call, case, seed)
 
 
 # (q [B, HQ, T, D], H, options)
@@ -95,39 +157,41 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("lse_given", [False, True], ids=["no lse", "lse"])
+@pytest.mark.parametrize("call", ["statistics", "statistics, lse given", "groups, lse given", "attention"])
 @pytest.mark.parametrize("shape, key_heads, options", FEATURES.values(), ids=FEATURES.keys())
-def test_feature(shape, key_heads, options, lse_given):
-    case = make_case(shape, key_heads, dtype=HALF, order="heads inside", lse_given=lse_given, **options)
-    assert_close_to_reference(run(case), case)
+def test_feature(shape, key_heads, options, call):
+    call, *given = call.split(", ")
+    case = make_case(shape, key_heads, dtype=HALF, order="heads inside", lse_given=bool(given), **options)
+    check(call, case)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs every test with its own tiles")
-@pytest.mark.parametrize("head_size", [64, 160])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("head_size", [64, 96, 160])
 @pytest.mark.parametrize("target", [80, 90, 100])
-def test_shipped_tiles(target, head_size, monkeypatch):
-    monkeypatch.setattr(triton_backend, "_tiles_for", lambda q: choose_tiles(target, head_size, 16))
-    options = {"row_mask": holes(200), "sliding_window": 150, "softcap": 8.0, "sinks": torch.ones(2)}
-    case = make_case((1, 2, 200, head_size), 1, dtype=HALF, **options)
-    assert_close_to_reference(run(case), case)
+def test_shipped_tiles(target, head_size, call, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_tiles_for", lambda *_: choose_tiles(target, head_size, 16))
+    options = {"row_mask": holes(200), "sliding_window": 150, "softcap": 8.0, "sinks": torch.ones(2), "window": 40}
+    check(call, make_case((1, 2, 200, head_size), 1, dtype=HALF, **options))
 
 
 @pytest.mark.parametrize("need_span", [False, True], ids=["no span", "span"])
 @pytest.mark.parametrize("lse_given", [False, True], ids=["no lse", "lse"])
-def test_row_pass_runs_only_when_needed(lse_given, need_span, monkeypatch):
+def test_forward_pass_runs_only_when_needed(lse_given, need_span, monkeypatch):
     calls = []
-    real = triton_backend.row_pass
-    monkeypatch.setattr(triton_backend, "row_pass", lambda *args: calls.append(args) or real(*args))
+    real = triton_backend.forward_pass
+    monkeypatch.setattr(triton_backend, "forward_pass", lambda *args: calls.append(args) or real(*args))
     case = make_case((1, 2, 40, 16), 1, lse_given=lse_given, need_span=need_span)
     assert_close_to_reference(run(case), case)
     assert len(calls) == (need_span or not lse_given)
 
 
-@pytest.mark.parametrize("lse_given", [False, True], ids=["no lse", "lse"])
+@pytest.mark.parametrize("call", ["statistics", "statistics, lse given", "groups, lse given", "attention"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kind", ["packed", "batch"])
-def test_nan_stays_in_its_sequence(kind, bad, lse_given):
+def test_nan_stays_in_its_sequence(kind, bad, call):
     """Sequences of 13, 20 and 27 tokens share tiles; the middle one goes bad. The others keep every bit."""
+    call, *given = call.split(", ")
     position = torch.arange(60)
     middle = ((position >= 13) & (position < 33))[None]
     if kind == "packed":
@@ -135,19 +199,35 @@ def test_nan_stays_in_its_sequence(kind, bad, lse_given):
     else:
         options = {"attention_mask": padded(60, (0, 13), (13, 33), (33, 60))}
         middle = torch.cat([middle & False, middle, middle & False])
-    case = make_case((len(middle), 2, 60, 16), 1, lse_given=lse_given, **options)
-    clean = run(case)
+    case = make_case((len(middle), 2, 60, 16), 1, lse_given=bool(given), **options)
+    clean = outputs(call, case)
     case.q[:, 0, 17], case.k[:, :, 20] = bad, bad  # in the middle sequence, and in padding
-    if lse_given:
+    if given:
         case.kwargs["lse"][middle[:, None].expand(-1, 2, -1)] = torch.nan
-    spoiled = run(case)
-    for name in ("waad", "fai", "lse"):
-        others = ~middle[:, None].expand_as(clean.lse)
-        assert torch.equal(getattr(clean, name)[others], getattr(spoiled, name)[others]), name
-        assert getattr(clean, name)[~others].isfinite().all()
-        assert not getattr(spoiled, name)[~others].isfinite().all(), name
-    assert torch.equal(clean.span[[0, 2]], spoiled.span[[0, 2]])
-    assert spoiled.span[1].isnan().any()
+    spoiled = outputs(call, case)
+    for name, x in clean.items():
+        inside = middle.view(len(middle), *[1] * (x.ndim - 2), 60).expand_as(x)
+        assert torch.equal(x[~inside], spoiled[name][~inside]), name
+        assert x[inside].isfinite().all()
+        assert not spoiled[name][inside].isfinite().all(), name
+
+
+def test_nan_span_stays_in_its_sequence():
+    case = make_case((1, 2, 60, 16), 1, cu_seqlens=packed(0, 13, 33, 60))
+    clean = run(case).span
+    case.q[:, 0, 17] = torch.nan
+    spoiled = run(case).span
+    assert torch.equal(clean[[0, 2]], spoiled[[0, 2]])
+    assert spoiled[1].isnan().tolist() == [True, False]
+
+
+def test_nan_outside_the_groups_changes_no_bit():
+    case = make_case((1, 4, 60, 16), 2, lse_given=True)
+    local, global_ = torch.tensor([True, False, False, False]), torch.tensor([False, False, True, False])
+    clean = run_groups(case, local, global_)
+    case.q[:, [1, 3]] = torch.nan
+    for x, y in zip(clean, run_groups(case, local, global_), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_nan_spoils_what_it_reaches_and_no_more():
@@ -160,12 +240,14 @@ def test_nan_spoils_what_it_reaches_and_no_more():
     assert torch.equal(stats.lse.isnan(), exact.lse.isnan())
 
 
-def test_padding_content_changes_nothing():
+@pytest.mark.parametrize("call", CALLS)
+def test_padding_content_changes_nothing(call):
     mask = padded(70, (30, 70), (0, 31))
     case = make_case((2, 2, 70, 16), 1, attention_mask=mask)  # padding is NaN
     zeros = case._replace(q=case.q.nan_to_num(), k=case.k.nan_to_num())
-    for x, y in zip(run(case), run(zeros), strict=True):
-        assert torch.equal(x, y)
+    expected = outputs(call, case)
+    for name, x in outputs(call, zeros).items():
+        assert torch.equal(x, expected[name]), name
 
 
 @pytest.mark.parametrize("order", ["heads inside", "slice"])
@@ -178,44 +260,97 @@ def test_strides_change_no_bit(order):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("horizon", [(10, 50), (1, None)])
-def test_same_input_same_bits(horizon):
+def test_same_input_same_bits(horizon, call):
     case = make_case((1, 4, 90, 32), 2, dtype=HALF, horizon=horizon, sinks=torch.ones(4), row_mask=holes(90))
-    runs = [run(case) for _ in range(3)]
-    for x, y in zip(runs[0] * 2, runs[1] + runs[2], strict=True):
-        assert torch.equal(x, y)
+    first, *others = [outputs(call, case) for _ in range(3)]
+    for other in others:
+        for name, x in first.items():
+            assert torch.equal(x, other[name]), name
 
 
-def test_a_sequence_in_a_batch_has_the_bits_that_it_has_alone():
-    batch = make_case((3, 2, 70, 16), 1, attention_mask=padded(70, (0, 70), (0, 41), (0, 23)))
-    together = run(batch)
-    for b, length in enumerate((70, 41, 23)):
-        alone = run(StatsCase(batch.q[b : b + 1, :, :length], batch.k[b : b + 1, :, :length], {}))
-        for name in ("waad", "fai", "lse"):
-            assert torch.equal(getattr(together, name)[b, :, :length], getattr(alone, name)[0]), name
-        torch.testing.assert_close(together.span[b], alone.span[0], rtol=1e-6, atol=0)
+@pytest.mark.parametrize("horizon", [(10, 50), (1, None)])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+def test_a_sequence_in_a_batch_has_the_bits_that_it_has_alone(kind, call, horizon):
+    lengths = (70, 41, 23, 1)
+    options = {"horizon": horizon, "sliding_window": 33, "sinks": torch.ones(2)}
+    alone = [make_case((1, 2, n, 16), 1, dtype=HALF, seed=n, **options) for n in lengths]
+    begins = [{"right": 0, "left": 70 - n, "packed": sum(lengths[:i])}[kind] for i, n in enumerate(lengths)]
+    if kind == "packed":
+        q, k = (torch.cat([getattr(case, name) for case in alone], 2) for name in "qk")
+        together = StatsCase(q, k, {"cu_seqlens": packed(0, *torch.tensor(lengths).cumsum(0))})
+    else:
+        spans = [(begin, begin + n) for begin, n in zip(begins, lengths, strict=True)]
+        together = make_case((4, 2, 70, 16), 1, dtype=HALF, attention_mask=padded(70, *spans))
+        for b, (case, (begin, end)) in enumerate(zip(alone, spans, strict=True)):
+            together.q[b, :, begin:end], together.k[b, :, begin:end] = case.q[0], case.k[0]
+    together.kwargs.update(options)
+
+    found = outputs_of_values(call, together, together.k)
+    for b, (case, begin, n) in enumerate(zip(alone, begins, lengths, strict=True)):
+        row = 0 if kind == "packed" else b
+        for name, x in outputs_of_values(call, case, case.k).items():
+            if name == "span":
+                assert torch.equal(found[name][b], x[0])
+            else:
+                assert torch.equal(found[name][row, ..., begin : begin + n], x[0]), name
+
+
+def outputs_of_values(call: str, case: StatsCase, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`outputs` with the span, and with a given v."""
+    if call == "groups":
+        return outputs(call, case)
+    if call == "statistics":
+        return run(case)._asdict()
+    out, stats = run_attention(case, v)
+    return {"out": out.movedim(2, -1), **stats._asdict()}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the sparse file is read where the kernels are interpreted")
 @pytest.mark.parametrize("far", ["batch", "head", "token"])
 def test_offsets_past_int32(far, tmp_path):
     """Strides below 2^31 whose multiples pass it, over a sparse file of 4 GB: only the touched pages exist."""
-    shape, step = (3, 3, 33, 16), {"batch": 2**30, "head": 2**30, "token": 2**26}[far]
+    shape, step = {
+        "batch": ((3, 1, 33, 16), 2**30),
+        "head": ((1, 3, 33, 16), 2**30),
+        "token": ((1, 1, 258, 16), MAX_TOKEN_STRIDE),
+    }[far]
     strides = [2**15, 2**13, 16, 1]
     strides[["batch", "head", "token"].index(far)] = step
     size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     store = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=HALF)
     distant = store.as_strided(shape, strides)
-    case = make_case(shape, 3, dtype=HALF)
+    case = make_case(shape, shape[1], dtype=HALF)
     for name in ("q", "k"):
         distant.copy_(getattr(case, name))
         moved = case._replace(**{name: distant})
         assert_close_to_reference(attention_stats(moved.q, moved.k, backend="triton"), case)
+    distant.copy_(case.k)  # as v
+    out, stats = attention(case.q, case.k, distant, backend="triton")
+    assert_attention_close(out, stats, case, case.k)
 
 
-def test_head_size_too_large():
-    q = torch.zeros(1, 1, 4, 320)
-    with pytest.raises(ValueError, match=r"head sizes up to 256, got q of shape \[1, 1, 4, 320\]"):
+@pytest.mark.parametrize(
+    "q_size, v_size, dtype, text",
+    [
+        (320, 16, HALF, r"head sizes up to 256 in torch.float16, got q of shape \[1, 1, 4, 320\]"),
+        (16, 257, HALF, r"head sizes up to 256 in torch.float16, got v of shape \[1, 1, 4, 257\]"),
+        (160, 16, torch.float32, r"head sizes up to 128 in torch.float32, got q of shape \[1, 1, 4, 160\]"),
+    ],
+)
+def test_head_size_too_large(q_size, v_size, dtype, text):
+    q, v = torch.zeros(1, 1, 4, q_size, dtype=dtype), torch.zeros(1, 1, 4, v_size, dtype=dtype)
+    with pytest.raises(ValueError, match=text):
+        attention(q, q, v, backend="triton")
+
+
+def test_token_stride_too_large():
+    q = torch.zeros(1, dtype=HALF).as_strided((1, 1, 1, 1), (1, 1, MAX_TOKEN_STRIDE + 1, 1))
+    with pytest.raises(
+        ValueError, match=r"token strides up to 8388608 elements, got q of strides \(1, 1, 8388609, 1\)"
+    ):
         attention_stats(q, q, backend="triton")
 
 

@@ -1,8 +1,6 @@
-"""Ahead-of-time compilation of the Triton kernels in the tiles that ship, without a GPU.
+"""Every launch that ships, compiled ahead of time without a GPU: what it takes of an SM, and its machine code.
 
-    python tests/test_triton_compile.py     # prints what each kernel takes of an SM
-
-The compiler needs a process in which Triton does not interpret, so the tests run this file as a script.
+`make kernels` prints what is looked at here. The compiler needs a process in which Triton does not interpret.
 """
 
 import json
@@ -10,145 +8,143 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+
+from benchmarks import kernels, launches
+from benchmarks.sass import Instruction
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program; sm_86 and sm_89 run sm_80's tiles
-PLAIN = {"USE_SOFTCAP": False, "USE_SINKS": False, "USE_LSE": False, "USE_SPAN": True}
-FEATURES = {
-    "plain": {},
-    "no span": {"USE_SPAN": False},
-    "softcap, sinks": {"USE_SOFTCAP": True, "USE_SINKS": True},
-    "softcap, lse": {"USE_SOFTCAP": True, "USE_LSE": True},
-}
-# (target, dtype, head size, kernel, feature)
-LAUNCHES = [
-    *[(90, "bf16", size, "rows", f) for size in (64, 128, 256) for f in ("plain", "softcap, sinks", "softcap, lse")],
-    (90, "bf16", 128, "rows", "no span"),
-    (90, "bf16", 80, "rows", "plain"),
-    (90, "fp16", 128, "rows", "plain"),
-    *[(90, "bf16", size, kernel, "softcap, sinks") for size in (64, 128, 256) for kernel in ("waad", "fai")],
-    *[(90, "fp32", 128, kernel, "softcap, sinks") for kernel in ("rows", "waad", "fai")],
-    *[
-        (target, "bf16", size, kernel, "softcap, sinks")
-        for target in (80, 100)
-        for size in (128, 256)
-        for kernel in ("rows", "waad", "fai")
-    ],
-]
-POINTERS = {"first": "*i32", "last": "*i32", "rows": "*i1", "next_row": "*i32", "counts": "*i32"}
-POINTERS |= dict.fromkeys(("sinks", "lse", "distance", "waad", "fai"), "*fp32")
-COLUMNS = (
-    "target dtype head_size kernel feature tile registers stack shared tensor_core wide_copies narrow_copies atomics"
-)
+TENSOR_CORE = {80: ("mma.sync", "HMMA."), 90: ("wgmma", "HGMMA."), 100: ("tcgen05", "UTC")}
 
-
-def compile_launch(target: int, dtype: str, head_size: int, name: str, feature: str) -> dict:
-    """What the launchers of the package would compile on a GPU of this target, and what it takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from rhythm_kernels.attention import triton_band, triton_rows
-    from rhythm_kernels.attention.triton_tiles import choose_tiles
-
-    kernel = {"rows": triton_rows.row_kernel, "waad": triton_band.waad_kernel, "fai": triton_band.fai_kernel}[name]
-    tile = getattr(choose_tiles(target, head_size, 32 if dtype == "fp32" else 16), name)
-    constants = PLAIN | FEATURES[feature]
-    if not constants["USE_SINKS"]:
-        constants["sinks"] = None
-    if not constants["USE_SPAN"]:
-        constants["distance"] = None
-    constants |= {"HEAD_DIM": head_size, "BLOCK_D": triton.next_power_of_2(head_size)}
-    constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    constants = {argument: x for argument, x in constants.items() if argument in kernel.arg_names}
-
-    pointers = POINTERS | {"q": f"*{dtype}", "k": f"*{dtype}"}
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in ("factor", "cap"):
-            signature[argument] = "fp32"
-        else:
-            signature[argument] = pointers.get(argument, "i32")
-            if argument in pointers or argument.startswith("stride"):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
-    )
-    ptx = compiled.asm["ptx"]
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, (0x\w+|\d+)[,;]", ptx)
-    return {
-        "target": target,
-        "dtype": dtype,
-        "head_size": head_size,
-        "kernel": name,
-        "feature": feature,
-        "tile": "x".join(map(str, tile)),
-        **resource_usage(compiled.asm["cubin"]),
-        "shared": compiled.metadata.shared,
-        "tensor_core": next((op for op in ("wgmma", "tcgen05", "mma.sync") if f"{op}." in ptx), "none"),
-        "wide_copies": sum(int(size, 0) == 16 for size in copies),
-        "narrow_copies": sum(int(size, 0) < 16 for size in copies),
-        "atomics": len(re.findall(r"^\s*(?:@!?%p\d+\s+)?(?:atom|red)\.", ptx, re.MULTILINE)),
-    }
-
-
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack (spills) a thread."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [str(tool), "--dump-resource-usage", str(path)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {"registers": int(re.search(r"REG:(\d+)", out)[1]), "stack": int(re.search(r"STACK:(\d+)", out)[1])}
+pytestmark = pytest.mark.xdist_group("compile")  # in one worker only
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple, dict]:
+def compiled() -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, __file__, "--json"]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
-    return {tuple(key): row for key, row in zip(LAUNCHES, json.loads(out), strict=True)}
+    command = [sys.executable, "-m", "benchmarks.kernels", "--json"]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT).stdout
+    return json.loads(out)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: "-".join(map(str, launch)).replace(", ", "+"))
-def test_kernel_fits_its_target(compiled, launch):
-    target, dtype, *_ = launch
-    row = compiled[launch]
-    print("  ".join(f"{name} {row[name]}" for name in COLUMNS.split()))
-    assert row["stack"] == 0, "spills"
-    assert row["shared"] <= SHARED_LIMIT[target]
-    assert row["atomics"] == 0
-    assert row["wide_copies"] > 0
-    assert row["narrow_copies"] == 0, "copies of less than 16 bytes"
-    if dtype != "fp32":
-        assert row["tensor_core"] == {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[target]
+@pytest.fixture
+def products(compiled) -> list[dict]:
+    """The launches that multiply matrices."""
+    return [launch for launch in compiled if launch["kernel"] != "sum_heads"]
 
 
-def main() -> None:
-    rows = []
-    if "--json" not in sys.argv:
-        widths = [6, 5, 9, 6, 14, 10, 9, 5, 7, 11, 11, 13, 7]
-        print("  ".join(name.rjust(width) for name, width in zip(COLUMNS.split(), widths, strict=True)))
-    for launch in LAUNCHES:
-        rows.append(compile_launch(*launch))
-        if "--json" not in sys.argv:
-            values = [str(rows[-1][name]) for name in COLUMNS.split()]
-            print("  ".join(x.rjust(width) for x, width in zip(values, widths, strict=True)), flush=True)
-    if "--json" in sys.argv:
-        print(json.dumps(rows))
+def failing(launches: list[dict], passes) -> list[str]:
+    """The launches for which `passes` is false, in words."""
+    names = ("target", "dtype", "kernel", "head", "options", "tile", "warps", "stages", "registers", "stack", "shared")
+    return ["  ".join(f"{name} {row[name]}" for name in names) for row in launches if not passes(row)]
 
 
-if __name__ == "__main__":
-    main()
+def test_every_kernel_is_compiled_for_every_target(compiled):
+    sources = [path.read_text() for path in (ROOT / "rhythm_kernels").rglob("*.py")]
+    names = {name for source in sources for name in re.findall(r"^def (\w+)_kernel\(", source, re.MULTILINE)}
+    assert {(row["target"], row["kernel"]) for row in compiled} == {(t, name) for t in SHARED_LIMIT for name in names}
+
+
+def test_nothing_is_spilled(compiled):
+    def holds_all(row):
+        return row["stack"] == 0 and not any(opcode.startswith(("LDL", "STL")) for opcode in row["opcodes"])
+
+    assert failing(compiled, holds_all) == []
+
+
+def test_shared_memory_suffices(compiled):
+    assert failing(compiled, lambda row: row["shared"] <= SHARED_LIMIT[row["target"]]) == []
+
+
+def test_no_atomics(compiled):
+    def in_order(row):
+        return row["ptx_atomics"] == 0 and not any(re.match(r"ATOM|RED[.G]", opcode) for opcode in row["opcodes"])
+
+    assert failing(compiled, in_order) == []
+
+
+def test_matrix_products_run_on_the_tensor_core(products):
+    def does(row):
+        if row["dtype"] == "fp32":
+            return row["tensor_core"] == "none"
+        ptx, sass = TENSOR_CORE[row["target"]]
+        return row["tensor_core"] == ptx and any(x.startswith(sass) and "MMA" in x for x in row["opcodes"])
+
+    assert failing(products, does) == []
+
+
+def test_tiles_are_loaded_16_bytes_at_a_time(products):
+    def wide(row):
+        copies = [opcode for opcode in row["opcodes"] if opcode.startswith("LDGSTS")]
+        loads = copies + [opcode for opcode in row["opcodes"] if opcode.startswith("LDG.E.128")]
+        return loads and all("128" in opcode.split(".") for opcode in copies)
+
+    assert failing(products, wide) == []
+
+
+def test_no_matrix_product_is_computed_twice(products):
+    """On the H100, for heads that fill their tiles."""
+    rows = [row for row in products if row["target"] == 90 and row["dtype"] != "fp32"]
+    rows = [row for row in rows if set(row["head"].split("/")) <= {"64", "128", "256"}]
+
+    def once(row):
+        each = 2 * sum(map(int, row["head"].split("/"))) / kernels.TENSOR_FLOPS
+        return all(loop["cycles"]["tensor"] == each * loop["scores"] for loop in row["loops"])
+
+    assert len(rows) > 0
+    assert failing(rows, once) == []
+
+
+def test_whole_tiles_are_not_limited_by_address_arithmetic(products):
+    """The plain bf16 forward on the H100: its masks and addresses hide behind a unit that has real work."""
+    rows = [row for row in products if (row["target"], row["dtype"], row["kernel"]) == (90, "bf16", "forward")]
+    rows = [row for row in rows if not {"softcap", "window"} & set(row["options"].split())]
+    loops = [{loop["name"]: loop for loop in row["loops"]} for row in rows]
+    assert len(rows) > 0
+    assert [
+        each["whole tiles"]["limit"] for each in loops if each["whole tiles"]["limit"] in ("issue", "integer")
+    ] == []
+    for each in loops:
+        assert sum(each["whole tiles"]["counts"].values()) < sum(each["diagonal"]["counts"].values())
+
+
+def test_units_of_an_sm():
+    """Four warps with one instruction each: so many cycles at the documented lanes of 16, 128, 64 and 32."""
+
+    def cycles(opcode, operands=""):
+        code = [Instruction(0, "", opcode, operands, None, "")]
+        return {unit: n for unit, n in kernels.unit_cycles(code, warps=4).items() if n > 0 and unit != "issue"}
+
+    assert kernels.unit_cycles([], warps=4)["issue"] == 0
+    assert kernels.unit_cycles([Instruction(0, "", "NOP", "", None, "")] * 3, warps=8)["issue"] == 6
+    assert cycles("MUFU.EX2") == {"MUFU": 8}
+    assert cycles("FFMA") == {"FP32": 1}
+    assert cycles("IMAD") == {"FP32": 2}
+    assert cycles("IADD3") == cycles("FMNMX") == {"integer": 2}
+    assert cycles("SHFL.BFLY") == {"shared": 4}
+    assert cycles("LDS.128") == {"shared": 16}
+    assert cycles("HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR4], R24") == {"tensor": 32, "shared": 32}
+    assert cycles("LDG.E.128") == {"L2": pytest.approx(4 * 512 / kernels.L2_BYTES)}
+    flops, exp2s = (rate * kernels.SMS * kernels.CLOCK for rate in (kernels.TENSOR_FLOPS, kernels.MUFU_LANES))
+    assert flops == pytest.approx(989e12, rel=1e-3)
+    assert exp2s == pytest.approx(3.9e12, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "warps, registers, shared, programs",
+    [(4, 128, 0, 4), (4, 129, 0, 3), (4, 255, 0, 2), (8, 255, 0, 1), (4, 32, 0, 16), (4, 32, 113 << 10, 2)],
+)
+def test_programs_on_an_sm(warps, registers, shared, programs):
+    assert kernels.programs_on_sm(warps, registers, shared) == programs
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles in this process")
+def test_an_interpreting_process_is_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), launches.absent_gpu(90):
+        pass
+    assert torch.zeros(1).is_cuda is False

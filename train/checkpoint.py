@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rhythm_kernels import GroupSchedule
 from train.data import ProblemStream
 
 STATE = "trainer.pt"
@@ -44,6 +45,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     problems: ProblemStream,
+    schedule: GroupSchedule,
     *,
     keep: int,
 ) -> Path:
@@ -58,6 +60,7 @@ def save_checkpoint(
         "position": position._asdict(),
         "optimizer": optimizer.state_dict(),
         "problems": problems.state_dict(),
+        "schedule": schedule.state_dict(),
         "cpu_generator": torch.get_rng_state(),
         "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -76,11 +79,14 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def restore(folder: Path, optimizer: torch.optim.Optimizer, problems: ProblemStream) -> Position:
-    """Puts the optimizer, the data cursor and the random generators back to where the checkpoint was made."""
+def restore(
+    folder: Path, optimizer: torch.optim.Optimizer, problems: ProblemStream, schedule: GroupSchedule
+) -> Position:
+    """Puts optimizer, data cursor, head groups and random generators back to where the checkpoint was made."""
     state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     problems.load_state_dict(state["problems"])
+    schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["cpu_generator"])
     if state["cuda_generators"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_generators"])

@@ -103,6 +103,7 @@ class Credit:
     window: int = flag(10, "WAAD clips distances at this many tokens", least=1)
     horizon: tuple[int, ...] = flag((10, 50), "FAI counts attention from this many tokens later to that many", least=1)
     groups_per: str = flag("sequence", "rank heads per sequence or over the batch", choices=("sequence", "batch"))
+    groups_every: int = flag(1, "steps that a ranking of the heads serves; above 1 it is that of a batch", least=1)
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,13 @@ class Config:
         )
         horizon = credit.horizon
         _require(len(horizon) == 2 and horizon[0] <= horizon[-1], "horizon", "be two numbers, LO <= HI", horizon)
+        _require(
+            credit.groups_every == 1 or credit.groups_per == "batch",
+            "groups_per",
+            "be batch where groups serve later steps",
+            credit.groups_per,
+            groups_every=credit.groups_every,
+        )
         _require(len(set(run.seeds)) == len(run.seeds) > 0, "seeds", "be different numbers, at least one", run.seeds)
         return self
 

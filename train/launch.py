@@ -135,6 +135,14 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
     if steps:
         share = sum(record["time/statistics"] for record in steps) / sum(record["step_time"] for record in steps)
         say(f"\nstep time {mean(record['step_time'] for record in steps):.2f} s, statistics {share:.2%} of it")
+    drifts = [record for record in steps if "groups/spearman" in record]
+    if drifts:
+        names = ("spearman", "local_overlap", "global_overlap")
+        spearman, local, global_ = (mean(record[f"groups/{name}"] for record in drifts) for name in names)
+        say(
+            f"from one ranking of the heads to the next: Spearman {spearman:.3f}, "
+            f"{local:.1%} of the local and {global_:.1%} of the global heads stay"
+        )
     say(f"{seconds / 60:.1f} minutes; in {folder}: learning_curve.png; for each seed samples.html, checkpoints/,")
     say("metrics.jsonl and tensorboard/")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rhythm_kernels import shape_advantages, token_credit
+from rhythm_kernels import GroupSchedule, shape_advantages, token_credit
 from train.checkpoint import Position, list_checkpoints, load_policy, restore, save_checkpoint
 from train.config import BadSetting, Config
 from train.console import bar, say
@@ -47,13 +47,14 @@ def train(config: Config, folder: Path):
     engine = TransformersEngine(policy, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=grpo.learning_rate, weight_decay=0.0, fused=True)
     stream = ProblemStream(split.train, seed)
+    schedule = GroupSchedule(credit.groups_every)
     torch.manual_seed(seed)
-    position = restore(done[-1], optimizer, stream) if done else Position(step=0, metrics_bytes=0)
+    position = restore(done[-1], optimizer, stream, schedule) if done else Position(step=0, metrics_bytes=0)
     log = MetricsLog(folder, position)
 
     def save(step: int):
         now = Position(step, log.flush())
-        save_checkpoint(folder, now, policy, tokenizer, optimizer, stream, keep=config.run.save_total_limit)
+        save_checkpoint(folder, now, policy, tokenizer, optimizer, stream, schedule, keep=config.run.save_total_limit)
 
     if not done:
         before = evaluate(engine, split.held_out, config)
@@ -83,7 +84,7 @@ def train(config: Config, folder: Path):
                 temperature=rollout.temperature,
                 micro_batch_size=grpo.micro_batch_size,
                 credit=credit,
-                with_rhythm=credit.credit in RHYTHM_STRATEGIES,
+                schedule=schedule if credit.credit in RHYTHM_STRATEGIES else None,
             )
 
         with clock("credit"):

@@ -73,7 +73,8 @@ def rollout_metrics(
     if old.rhythm is not None:
         metrics["rhythm/waad_mean"] = old.rhythm.waad[mask].mean()
         metrics["rhythm/fai_mean"] = old.rhythm.fai[mask].mean()
-    return {name: value.item() for name, value in metrics.items()}
+    drift = old.drift._asdict() if old.drift else {}
+    return {name: value.item() for name, value in metrics.items()} | {f"groups/{k}": v for k, v in drift.items()}
 
 
 def learning_warnings(metrics: dict[str, float]) -> set[str]:

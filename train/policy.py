@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from rhythm_kernels import Rhythm, collect
+from rhythm_kernels import GroupDrift, GroupSchedule, Rhythm, collect
 from train.config import Credit, Model
 from train.loss import token_entropy, token_log_probs
 from train.rollout import Rollouts, micro_batches
@@ -27,12 +27,13 @@ def credit_options(credit: Credit) -> dict[str, float | int | bool]:
 
 
 class TokenStats(NamedTuple):
-    """What the old-log-prob pass knows, all [B, T] float: `rhythm` only where a strategy asks for it."""
+    """What the old-log-prob pass knows: `rhythm` only where a strategy asks for it."""
 
-    log_probs: Tensor
-    entropy: Tensor
-    rhythm: Rhythm | None
-    statistics_seconds: float
+    log_probs: Tensor  # float [B, T]
+    entropy: Tensor  # float [B, T]
+    rhythm: Rhythm | None = None  # waad and fai, float [B, T]
+    drift: GroupDrift | None = None  # of the head groups, where this pass was a calibration and not the first
+    statistics_seconds: float = 0.0
 
 
 def build_policy(shape: Model, tokenizer: PreTrainedTokenizerBase, context: int) -> PreTrainedModel:
@@ -75,11 +76,12 @@ def old_log_prob_pass(
     temperature: float,
     micro_batch_size: int,
     credit: Credit,
-    with_rhythm: bool,
+    schedule: GroupSchedule | None,
 ) -> TokenStats:
     """Log-probabilities and entropies under the policy that drew the batch, and, in the same forward, its rhythm.
 
-    Nothing is run twice: the statistics are read from the attention calls of this pass, in every layer.
+    Nothing is run twice: the statistics are read from the attention calls of this pass, in every layer. `schedule` has
+    the head groups and takes this pass as one step; None: no rhythm.
     """
     log_probs, entropy, waad, fai = torch.zeros(4, *batch.ids.shape, device=model.device, dtype=wide(model))
     layers = list(range(model.config.num_hidden_layers))
@@ -87,13 +89,14 @@ def old_log_prob_pass(
     for rows, width in micro_batches(batch, torch.arange(len(batch.ids)), micro_batch_size):
         ids, attention_mask = batch.ids[rows, :width], batch.attention_mask[rows, :width]
         collected = None
-        if with_rhythm:
+        if schedule is not None:
             collected = collect(
                 model,
                 layers=layers,
                 window=credit.window,
                 horizon=credit.horizon,
                 response_mask=batch.response_mask[rows, :width],
+                groups=schedule.groups,
                 groups_per=credit.groups_per,
             )
         with collected or nullcontext():
@@ -103,5 +106,8 @@ def old_log_prob_pass(
         if collected:
             rhythm = collected.rhythm()
             waad[rows, :width], fai[rows, :width] = rhythm.waad, rhythm.fai
+            schedule.add(rhythm.spans, batch.response_mask[rows].sum(-1))
             seconds += collected.seconds
-    return TokenStats(log_probs, entropy, Rhythm(waad=waad, fai=fai) if with_rhythm else None, seconds)
+    if schedule is None:
+        return TokenStats(log_probs, entropy)
+    return TokenStats(log_probs, entropy, Rhythm(waad=waad, fai=fai), schedule.advance(), seconds)

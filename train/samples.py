@@ -6,7 +6,7 @@ import jinja2
 import torch
 from transformers import PreTrainedModel
 
-from rhythm_kernels import token_credit
+from rhythm_kernels import GroupSchedule, token_credit
 from train.config import Config
 from train.data import Problem
 from train.policy import credit_options, old_log_prob_pass
@@ -35,7 +35,7 @@ def sample_answers(model: PreTrainedModel, engine: Engine, problems: list[Proble
         temperature=config.rollout.temperature,
         micro_batch_size=config.grpo.micro_batch_size,
         credit=config.credit,
-        with_rhythm=True,
+        schedule=GroupSchedule(),
     )
     gamma = token_credit(
         config.credit.credit,

@@ -50,7 +50,8 @@ def attention_stats(
         softcap: scores become softcap * tanh(score / softcap), before the mask.
         sinks: [HQ] floating, a logit per head that takes its share of each row and belongs to no token.
         need_span: False skips the span, which needs every key of every row of R.
-        backend: "triton", "torch" (blockwise), or "auto": Triton on a GPU, else torch.
+        backend: "triton", "torch" (blockwise), or "auto": Triton on a GPU, else torch; torch also for what the kernels
+            do not take (heads above 256 in 16 bits, above 128 in fp32).
 
     Returns:
         AttentionStats(waad [B, HQ, T], fai [B, HQ, T], span [B, HQ] ([S, HQ] if packed; None without `need_span`),
@@ -172,7 +173,7 @@ def attention(
         raise ValueError("attention has no backward, got an input that requires a gradient: call it in torch.no_grad()")
     layout = _checked_layout(q, None, row_mask, attention_mask, cu_seqlens)
     with torch.no_grad():
-        return _implementation(q, backend).attention(q.detach(), k.detach(), v.detach(), layout, options)
+        return _implementation(backend, q=q, k=k, v=v).attention(q.detach(), k.detach(), v.detach(), layout, options)
 
 
 def run_stats(
@@ -180,7 +181,7 @@ def run_stats(
 ) -> AttentionStats:
     """`attention_stats` behind its checks, for callers that prepare the layout once for many layers."""
     with torch.no_grad():
-        return _implementation(q, backend).attention_stats(q.detach(), k.detach(), lse, layout, options)
+        return _implementation(backend, q=q, k=k).attention_stats(q.detach(), k.detach(), lse, layout, options)
 
 
 def run_group_stats(
@@ -196,7 +197,7 @@ def run_group_stats(
     """`group_stats` behind its checks; groups bool [HQ] or [sequences, HQ]."""
     local, global_ = (group.expand(layout.sequences, -1) for group in (local, global_))
     with torch.no_grad():
-        run = _implementation(q, backend).group_stats
+        run = _implementation(backend, q=q, k=k).group_stats
         return run(q.detach(), k.detach(), lse, local, global_, layout, options)
 
 
@@ -207,14 +208,12 @@ def _checked_layout(q: Tensor, lse, row_mask, attention_mask, cu_seqlens) -> Lay
     return make_layout(batch, tokens, q.device, row_mask, attention_mask, cu_seqlens)
 
 
-def _implementation(q: Tensor, backend: str) -> ModuleType:
+def _implementation(backend: str, **inputs: Tensor) -> ModuleType:
     """The module whose `attention_stats`, `group_stats` and `attention` run behind these checks."""
     check_choice("backend", backend, BACKENDS)
-    if backend == "auto":
-        backend = "triton" if q.is_cuda else "torch"
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and not inputs["q"].is_cuda):
         return blockwise
     # imported here, since Triton decides at its import whether it interprets or compiles
     from rhythm_kernels.attention import triton_backend
 
-    return triton_backend
+    return blockwise if backend == "auto" and triton_backend.unsupported(**inputs) else triton_backend

@@ -36,6 +36,12 @@ class Layout:
         """B, or S for packed sequences."""
         return len(self.bounds)
 
+    def output(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """For kernels that write every token of every sequence: 0 where padding is left unwritten."""
+        covered = sum(end - begin for _, begin, end in self.bounds)
+        make = torch.empty if covered == self.rows.numel() else torch.zeros
+        return make(shape, dtype=dtype, device=self.rows.device)
+
     def slice(self, part: slice) -> "Layout":
         """The layout of some rows of a batch that is not packed."""
         begin = part.indices(len(self.rows))[0]

@@ -1,4 +1,4 @@
-"""`attention_stats` on a GPU: the row pass where a statistic needs every key, then the band."""
+"""The three calls of api.py on a GPU: the forward pass where a statistic needs every key, then the band."""
 
 import torch
 import triton
@@ -6,50 +6,78 @@ from torch import Tensor
 
 from rhythm_kernels.attention.layout import Layout, mean_over_rows
 from rhythm_kernels.attention.options import Options
-from rhythm_kernels.attention.triton_band import fai_pass, waad_pass
-from rhythm_kernels.attention.triton_rows import row_pass
-from rhythm_kernels.attention.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, Tiles, choose_tiles
-from rhythm_kernels.types import AttentionStats
+from rhythm_kernels.attention.triton_band import band_pass
+from rhythm_kernels.attention.triton_forward import forward_pass
+from rhythm_kernels.attention.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, MAX_TOKEN_STRIDE, Tiles, choose_tiles
+from rhythm_kernels.types import AttentionStats, GroupStats
 
 INTERPRETING = triton.knobs.runtime.interpret  # as it was when the kernels were made
 
 
 def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
-    """`attention_stats` behind its checks.
+    """As in api.py, behind its checks.
 
-    Raises: ValueError for a device, head size or dtype that these kernels do not run on.
+    Raises: ValueError for a device, head size, stride or dtype that these kernels do not run on; so do the others.
     """
-    _check(q)
-    if q.shape[0] * q.shape[1] * q.shape[2] == 0:
-        waad, fai, row_lse, distance = torch.zeros((4, *q.shape[:3]), device=q.device)
-    else:
-        tiles = _tiles_for(q)
-        if options.sinks is not None:
-            options = options._replace(sinks=options.sinks.contiguous())
-        with torch.cuda.device_of(q):
-            distance = None
-            row_lse = None if lse is None else lse.contiguous()
-            if lse is None or options.need_span:
-                row_lse, distance = row_pass(q, k, row_lse, layout, options, tiles.rows)
-            waad = waad_pass(q, k, row_lse, layout, options, tiles.waad)
-            fai = fai_pass(q, k, row_lse, layout, options, tiles.fai)
-            if lse is not None:
-                row_lse = torch.where(layout.rows[:, None], lse, 0.0)
+    tiles = _choose_tiles(q=q, k=k)
+    row_lse, distance = None if lse is None else lse.contiguous(), None
+    with torch.cuda.device_of(q):
+        if lse is None or options.need_span:
+            row_lse, distance, _ = forward_pass(q, k, None, row_lse, layout, options, tiles.rows)
+        waad, fai = band_pass(q, k, row_lse, None, layout, options, tiles.band)
+        if lse is not None:
+            row_lse = torch.where(layout.rows[:, None], lse, 0.0)
     span = mean_over_rows(distance, layout) if options.need_span else None
     return AttentionStats(waad, fai, span, row_lse)
 
 
-def _check(q: Tensor) -> None:
+def group_stats(
+    q: Tensor, k: Tensor, lse: Tensor | None, local: Tensor, global_: Tensor, layout: Layout, options: Options
+) -> GroupStats:
+    """As in api.py, behind its checks; groups bool [sequences, HQ]."""
+    tiles = _choose_tiles(q=q, k=k)
+    with torch.cuda.device_of(q):
+        if lse is None:
+            lse, *_ = forward_pass(q, k, None, None, layout, options, tiles.rows)
+        return GroupStats(*band_pass(q, k, lse.contiguous(), (local, global_), layout, options, tiles.band))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> tuple[Tensor, AttentionStats]:
+    """As in api.py, behind its checks."""
+    tiles = _choose_tiles(q=q, k=k, v=v)
+    with torch.cuda.device_of(q):
+        lse, distance, out = forward_pass(q, k, v, None, layout, options, tiles.forward)
+        waad, fai = band_pass(q, k, lse, None, layout, options, tiles.band)
+    span = mean_over_rows(distance, layout) if options.need_span else None
+    return out, AttentionStats(waad, fai, span, lse)
+
+
+def unsupported(**inputs: Tensor) -> str | None:
+    """Why these kernels cannot take q, k and v: what they take, and what arrived; None if they can."""
+    q = inputs["q"]
     if not (q.is_cuda or INTERPRETING):
-        raise ValueError(f'backend="triton" needs q on a GPU, got q on {q.device}; backend="torch" runs there')
-    if q.shape[-1] > MAX_HEAD_SIZE:
-        raise ValueError(f'backend="triton" takes head sizes up to {MAX_HEAD_SIZE}, got q of shape {list(q.shape)}')
+        return f"needs q on a GPU, got q on {q.device}"
     if INTERPRETING and q.dtype == torch.bfloat16:
-        raise ValueError('backend="triton" is interpreted here, and Triton\'s interpreter multiplies bf16 wrongly')
+        return "is interpreted here, and Triton's interpreter multiplies bf16 wrongly, got q of torch.bfloat16"
+    largest = MAX_HEAD_SIZE[8 * q.element_size()]
+    for name, x in inputs.items():
+        if x.shape[-1] > largest:
+            return f"takes head sizes up to {largest} in {x.dtype}, got {name} of shape {list(x.shape)}"
+        if x.stride(2) > MAX_TOKEN_STRIDE:
+            return f"takes token strides up to {MAX_TOKEN_STRIDE} elements, got {name} of strides {x.stride()}"
+    return None
 
 
-def _tiles_for(q: Tensor) -> Tiles:
+def _choose_tiles(**inputs: Tensor) -> Tiles:
+    reason = unsupported(**inputs)
+    if reason is not None:
+        raise ValueError(f'backend="triton" {reason}; backend="torch" runs there')
+    q = inputs["q"]
+    return _tiles_for(q.device, max(x.shape[-1] for x in inputs.values()), 8 * q.element_size())
+
+
+def _tiles_for(device: torch.device, head_size: int, bits: int) -> Tiles:
     if INTERPRETING:
         return INTERPRETED
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return choose_tiles(10 * major + minor, q.shape[-1], 8 * q.element_size())
+    major, minor = torch.cuda.get_device_capability(device)
+    return choose_tiles(10 * major + minor, head_size, bits)

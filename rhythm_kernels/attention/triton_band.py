@@ -1,4 +1,9 @@
-"""WAAD and FAI from the log-sum-exp: only the part of each map is computed that the window and the horizon reach."""
+"""WAAD and FAI from the log-sum-exp: only the part of each map is computed that the window and the horizon reach.
+
+A program owns one tile of tokens of one query head. As rows, its tokens look at themselves and at the keys of their
+windows before the tile (WAAD); as columns, they are looked at by themselves and by the rows behind the tile (FAI). Each
+output is written by one program, in a fixed order. With known head groups, the programs of the other heads end at once.
+"""
 
 import torch
 import triton
@@ -9,178 +14,221 @@ from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.attention.options import Options
 from rhythm_kernels.attention.triton_scores import (
     LOG2E,
-    common_arguments,
-    common_constants,
+    NOWHERE,
     is_between,
-    load_rows,
+    load_place,
     load_tile,
-    program_place,
+    score_arguments,
     score_tile,
+    weights_of,
 )
-from rhythm_kernels.attention.triton_tiles import Tile
+from rhythm_kernels.attention.triton_tiles import BandTile
+
+SUM_BLOCK = 256  # tokens a program of `sum_heads_kernel`
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "query_heads", "group", "sliding_window", "window"])
-def waad_kernel(
+@triton.jit(do_not_specialize=["tokens", "query_heads", "key_heads", "sliding_window", "window", "lo", "hi"])
+def band_kernel(
     q,
     k,
-    first,
+    tiles,
     rows,
+    next_row,  # [B, T + 1]
+    counts,  # [B, T]
     sinks,
     lse,  # [B, HQ, T]
-    waad,  # [B, HQ, T]
+    local,  # [sequences, HQ]
+    global_,  # [sequences, HQ]
+    waad,  # [B, HQ, T]; GROUPED: written for local heads only
+    fai,  # [B, HQ, T]; GROUPED: written for global heads only
     stride_qb,
     stride_qh,
     stride_qt,
     stride_kb,
     stride_kh,
     stride_kt,
+    stride_ls,
+    stride_lh,
+    stride_gs,
+    stride_gh,
     tokens,
-    batch,
     query_heads,
-    group,
+    key_heads,
     sliding_window,
     factor,
     cap,
     window,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    USE_SOFTCAP: tl.constexpr,
-    USE_SINKS: tl.constexpr,
-):
-    """Row tile fixed, the keys of its windows streamed: W x row sum - sum_s A (W - (t - s)) over t - s < W."""
-    tile, b, head = program_place(batch, query_heads)
-    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.arange(0, BLOCK_N)
-    active, lower = load_rows(first + b * tokens, rows + b * tokens, t, tokens, sliding_window)
-    out = (b * query_heads + head) * tokens + t
-    log_sum = tl.load(lse + out, mask=active, other=0.0) * LOG2E
-
-    lower = tl.maximum(lower, t - window + 1)
-    begin = tl.min(lower)
-    end = tl.max(tl.where(active, t + 1, 0))
-    q += b * stride_qb + head * stride_qh + (tile * BLOCK_M).to(tl.int64) * stride_qt
-    k += b * stride_kb + head // group * stride_kh + begin.to(tl.int64) * stride_kt
-    query = load_tile(q, stride_qt, tile * BLOCK_M, end, HEAD_DIM, BLOCK_D, BLOCK_M)
-    nearness = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        key = load_tile(k, stride_kt, start, end, HEAD_DIM, BLOCK_D, BLOCK_N)
-        scores = score_tile(query, key, factor, cap, USE_SOFTCAP)
-        weights = tl.exp2(scores - log_sum[:, None])
-        near = ((window - t + start)[:, None] + j[None, :]).to(tl.float32)  # W - (t - s)
-        nearness += tl.sum(tl.where(is_between(lower, start + j, t), weights * near, 0.0), 1)
-        k += BLOCK_N * stride_kt
-
-    row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-    if USE_SINKS:
-        row_sum -= tl.exp2(tl.load(sinks + head) * LOG2E - log_sum)
-    tl.store(waad + out, tl.where(active, window * row_sum - nearness, 0.0), mask=t < tokens)
-
-
-@triton.jit(do_not_specialize=["tokens", "batch", "query_heads", "group", "sliding_window", "lo", "hi"])
-def fai_kernel(
-    q,
-    k,
-    first,
-    last,
-    rows,
-    next_row,  # [B, T]
-    counts,  # [B, T]
-    lse,  # [B, HQ, T]
-    fai,  # [B, HQ, T]
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    tokens,
-    batch,
-    query_heads,
-    group,
-    sliding_window,
-    factor,
-    cap,
     lo,
     hi,
-    HEAD_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_BEFORE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
+    USE_SINKS: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):
-    """Column tile fixed, the rows that look at it from lo..hi streamed in order: sum_t A[t, s] / counts[s]."""
-    tile, b, head = program_place(batch, query_heads)
-    s = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    i = tl.arange(0, BLOCK_M)
-    first += b * tokens
-    rows += b * tokens
-    lse += (b * query_heads + head) * tokens
+    """Token tile and query head fixed."""
+    batch, start, first, last, sequence, head = load_place(tiles, query_heads)
+    is_local, is_global = True, True
+    if GROUPED:
+        is_local = tl.load(local + sequence * stride_ls + head * stride_lh) != 0
+        is_global = tl.load(global_ + sequence * stride_gs + head * stride_gh) != 0
+        if not (is_local | is_global):
+            return
+    i = tl.arange(0, BLOCK)
+    s = start + i  # the tile's tokens, as columns and as rows
+    rows += batch * tokens
+    lse += (batch * query_heads + head) * tokens
+    q += batch * stride_qb + head * stride_qh
+    k += batch * stride_kb + head // (query_heads // key_heads) * stride_kh
+    active = tl.load(rows + s, mask=s < last, other=0) != 0
+    lower = tl.where(active, tl.maximum(s - sliding_window + 1, first), NOWHERE)
+    log_sum = tl.load(lse + s, mask=active, other=0.0) * LOG2E
+    row_end = tl.max(tl.where(active, s + 1, 0))
 
-    # from the first row of R behind s + lo to the last row that sees one of the columns
-    begin = tl.load(next_row + b * tokens + tl.minimum(tile * BLOCK_N + lo, tokens - 1))
-    end = tl.max(tl.load(last + b * tokens + s, mask=s < tokens, other=-1)) + 1
-    end = tl.minimum(end, (tile + 1) * BLOCK_N + hi)
-    q += b * stride_qb + head * stride_qh + begin.to(tl.int64) * stride_qt
-    k += b * stride_kb + head // group * stride_kh + (tile * BLOCK_N).to(tl.int64) * stride_kt
-    key_end = tl.where(begin < end, tokens, 0)
-    key = load_tile(k, stride_kt, tile * BLOCK_N, key_end, HEAD_DIM, BLOCK_D, BLOCK_N)
-    received = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over its rows once, at the end
-    for start in range(begin, end, BLOCK_M):
-        t = start + i
-        active, lower = load_rows(first, rows, t, tokens, sliding_window)
-        log_sum = tl.load(lse + t, mask=active, other=0.0) * LOG2E
-        query = load_tile(q, stride_qt, start, end, HEAD_DIM, BLOCK_D, BLOCK_M)
-        scores = score_tile(query, key, factor, cap, USE_SOFTCAP)
-        counted = is_between(tl.maximum(lower, t - hi), s, t - lo)
-        received += tl.where(counted, tl.exp2(scores - log_sum[:, None]), 0.0)
-        q += BLOCK_M * stride_qt
+    # rows behind the tile: from the first of R at a distance of lo to the last that is near enough
+    after = tl.load(next_row + batch * (tokens + 1) + tl.minimum(start + tl.maximum(lo, BLOCK), tokens))
+    after_end = tl.minimum(last, start + BLOCK + tl.minimum(hi, sliding_window - 1))
+    if GROUPED:
+        after_end = tl.where(is_global, after_end, 0)
 
-    count = tl.load(counts + b * tokens + s, mask=s < tokens, other=1)
-    out = (b * query_heads + head) * tokens + s
-    tl.store(fai + out, tl.sum(received, 0) / tl.maximum(count, 1).to(tl.float32), mask=s < tokens)
+    key_end = tl.where((row_end > 0) | (after < after_end), last, 0)
+    key = load_tile(k + start.to(tl.int64) * stride_kt, stride_kt, start, key_end, SIZE, BLOCK_D, BLOCK)
+    query = load_tile(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, BLOCK)
+    scores = score_tile(query, key, factor, cap, SCALE_FIRST, USE_SOFTCAP)
+    weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
+    to = (batch * query_heads + head) * tokens + s
+
+    if is_local:  # W x row sum - sum_s A (W - (t - s)) over t - s < W; the selection comes after exp2, see DESIGN.md
+        near_lower = tl.maximum(lower, s - window + 1)
+        near = (window - i[:, None] + i[None, :]).to(tl.float32)
+        nearness = tl.sum(tl.where(is_between(near_lower, s, s), weights * near, 0.0), 1)
+        before = tl.min(near_lower)
+        k_before = k + before.to(tl.int64) * stride_kt
+        for at in range(before, start, BLOCK_BEFORE):
+            early = load_tile(k_before, stride_kt, at, start, SIZE, BLOCK_D, BLOCK_BEFORE)
+            early_scores = score_tile(query, early, factor, cap, SCALE_FIRST, USE_SOFTCAP)
+            early_weights = weights_of(early_scores, factor, log_sum, SCALE_FIRST)
+            position = at + tl.arange(0, BLOCK_BEFORE)
+            early_near = ((window - s)[:, None] + position[None, :]).to(tl.float32)
+            taken = (near_lower[:, None] <= position[None, :]) & (position < start)[None, :]
+            nearness += tl.sum(tl.where(taken, early_weights * early_near, 0.0), 1)
+            k_before += BLOCK_BEFORE * stride_kt
+        row_sum = tl.full([BLOCK], 1.0, tl.float32)
+        if USE_SINKS:
+            row_sum -= tl.exp2(tl.load(sinks + head) * LOG2E - log_sum)
+        tl.store(waad + to, tl.where(active, window * row_sum - nearness, 0.0), mask=s < last)
+
+    if is_global:
+        received = tl.where(is_between(tl.maximum(lower, s - hi), s, s - lo), weights, 0.0)
+        q_after = q + after.to(tl.int64) * stride_qt
+        for at in range(after, after_end, BLOCK):
+            t = at + i
+            late = tl.load(rows + t, mask=t < last, other=0) != 0
+            late_lower = tl.where(late, tl.maximum(tl.maximum(t - sliding_window + 1, first), t - hi), NOWHERE)
+            late_log_sum = tl.load(lse + t, mask=late, other=0.0) * LOG2E
+            late_query = load_tile(q_after, stride_qt, at, after_end, SIZE, BLOCK_D, BLOCK)
+            late_scores = score_tile(late_query, key, factor, cap, SCALE_FIRST, USE_SOFTCAP)
+            late_weights = weights_of(late_scores, factor, late_log_sum, SCALE_FIRST)
+            received += tl.where(is_between(late_lower, s, t - lo), late_weights, 0.0)
+            q_after += BLOCK * stride_qt
+        count = tl.load(counts + batch * tokens + s, mask=s < last, other=1)
+        tl.store(fai + to, tl.sum(received, 0) / tl.maximum(count, 1).to(tl.float32), mask=s < last)
 
 
-def waad_pass(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, tile: Tile) -> Tensor:
-    """WAAD [B, HQ, T] fp32, 0 outside R."""
-    batch, query_heads, tokens, _ = q.shape
-    waad = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    waad_kernel[(triton.cdiv(tokens, tile.block_m) * batch * query_heads,)](
-        q,
-        k,
-        layout.first,
-        layout.rows,
-        options.sinks,
-        lse,
-        waad,
-        *common_arguments(q, k, options),
-        options.window,
-        **common_constants(q, options, tile),
-        USE_SINKS=options.sinks is not None,
-    )
-    return waad
+@triton.jit(do_not_specialize=["tokens", "heads"])
+def sum_heads_kernel(
+    waad,  # [B, HQ, T]
+    fai,
+    local,  # [sequences, HQ]
+    global_,
+    segments,  # [B, T]
+    waad_sum,  # [B, T]
+    fai_sum,
+    stride_ls,
+    stride_lh,
+    stride_gs,
+    stride_gh,
+    tokens,
+    heads,
+    BLOCK: tl.constexpr,
+):
+    """Sums over the heads that are in the group of each token's sequence, in ascending order."""
+    batch = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < tokens
+    sequence = tl.load(segments + batch * tokens + t, mask=inside, other=0)
+    waad_total = tl.zeros([BLOCK], tl.float32)
+    fai_total = tl.zeros([BLOCK], tl.float32)
+    for head in range(heads):
+        at = (batch * heads + head) * tokens + t
+        is_local = tl.load(local + sequence * stride_ls + head * stride_lh, mask=inside, other=0) != 0
+        is_global = tl.load(global_ + sequence * stride_gs + head * stride_gh, mask=inside, other=0) != 0
+        waad_total += tl.load(waad + at, mask=is_local, other=0.0)
+        fai_total += tl.load(fai + at, mask=is_global, other=0.0)
+    tl.store(waad_sum + batch * tokens + t, waad_total, mask=inside)
+    tl.store(fai_sum + batch * tokens + t, fai_total, mask=inside)
 
 
-def fai_pass(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, tile: Tile) -> Tensor:
-    """FAI [B, HQ, T] fp32, 0 where no row looks back."""
-    batch, query_heads, tokens, _ = q.shape
-    fai = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+def band_pass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    groups: tuple[Tensor, Tensor] | None,
+    layout: Layout,
+    options: Options,
+    tile: BandTile,
+) -> tuple[Tensor, Tensor]:
+    """(WAAD, FAI) [B, HQ, T] fp32 or, of groups (local, global_) bool [sequences, HQ], their sums [B, T]."""
+    tokens = q.shape[2]
+    waad, fai = (layout.output(q.shape[:3], torch.float32) for _ in range(2))
+    tiles = layout.tiles(tile.block, "position" if options.horizon[1] is not None else "future")
     lo, hi = (tokens if bound is None else min(bound, tokens) for bound in options.horizon)
-    fai_kernel[(triton.cdiv(tokens, tile.block_n) * batch * query_heads,)](
-        q,
-        k,
-        layout.first,
-        layout.last,
-        layout.rows,
-        layout.next_row()[:, :-1].contiguous(),
-        layout.rows_looking_back(options.horizon),
-        lse,
-        fai,
-        *common_arguments(q, k, options),
-        lo,
-        hi,
-        **common_constants(q, options, tile),
+    before = triton.next_power_of_2(max(options.window - 1, tile.least_before))
+    band_kernel[(len(tiles) * q.shape[1],)](
+        tiles=tiles,
+        rows=layout.rows,
+        next_row=layout.next_row(),
+        counts=layout.rows_looking_back(options.horizon),
+        lse=lse,
+        waad=waad,
+        fai=fai,
+        **_group_arguments(groups),
+        **score_arguments(q, k, options),
+        window=options.window,
+        lo=lo,
+        hi=hi,
+        BLOCK=tile.block,
+        BLOCK_BEFORE=min(before, tile.block),
+        GROUPED=groups is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    return fai
+    return (waad, fai) if groups is None else _sum_heads(waad, fai, groups, layout)
+
+
+def _sum_heads(waad: Tensor, fai: Tensor, groups: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens = waad.shape
+    waad_sum, fai_sum = (torch.empty((batch, tokens), dtype=torch.float32, device=waad.device) for _ in range(2))
+    sum_heads_kernel[(batch, triton.cdiv(tokens, SUM_BLOCK))](
+        waad=waad,
+        fai=fai,
+        segments=layout.segments,
+        waad_sum=waad_sum,
+        fai_sum=fai_sum,
+        **_group_arguments(groups),
+        tokens=tokens,
+        heads=heads,
+        BLOCK=SUM_BLOCK,
+    )
+    return waad_sum, fai_sum
+
+
+def _group_arguments(groups: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | int | None]:
+    names = ("local", "stride_ls", "stride_lh", "global_", "stride_gs", "stride_gh")
+    if groups is None:
+        return dict.fromkeys(names[::3]) | dict.fromkeys((*names[1:3], *names[4:]), 0)
+    local, global_ = groups
+    return dict(zip(names, (local, *local.stride(), global_, *global_.stride()), strict=True))

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
-MAX_HEAD_SIZE = 256
+MAX_HEAD_SIZE = {16: 256, 32: 128}  # by the bits of the inputs
+MAX_TOKEN_STRIDE = 1 << 23  # elements: inside a tile of up to 256 tokens, offsets are int32
 
 
 class Tile(NamedTuple):
-    """One launch: a tile of block_m rows by block_n keys."""
+    """A tile of block_m rows by block_n keys."""
 
     block_m: int
     block_n: int
@@ -14,49 +15,61 @@ class Tile(NamedTuple):
     stages: int
 
 
+class BandTile(NamedTuple):
+    """A tile of so many tokens, as rows and as keys; keys before it come `least_before` at a time, or more."""
+
+    block: int
+    least_before: int
+    warps: int
+    stages: int
+
+
 class Tiles(NamedTuple):
     rows: Tile
-    waad: Tile
-    fai: Tile
+    forward: Tile
+    band: BandTile
 
 
-# The band's kernels load far more than they compute: small tiles leave little outside the window (W + 63 keys for 64
-# rows) and the horizon (hi - lo + 64 rows for 64 keys), and their few registers let 3 to 7 programs of 4 warps share an
-# SM. Two stages are all that a loop of two or three turns fills.
-_BAND_SMALL = {"waad": Tile(64, 32, 4, 2), "fai": Tile(64, 32, 4, 2)}
-_BAND = {"waad": Tile(64, 32, 4, 2), "fai": Tile(64, 64, 4, 2)}
+# The band loads far more than it computes: 64 tokens leave little outside the horizon (hi + 64 rows for 64 keys), and
+# their registers let three programs of 4 warps share an SM. Two stages are all that a loop of one or two turns fills.
+_BAND = BandTile(64, 16, 4, 2)
 
-# Compute capability (from this one up to the next) -> (head sizes to 128, to 256).
+# Compute capability (from this one up to the next) -> (head sizes to 64, to 128, to 256).
 TARGETS = {
-    # mma.sync keeps operands in registers, and sm_86, sm_89 and sm_120 have 99 KB of shared memory: 64 rows.
+    # mma.sync keeps operands in registers, and sm_86, sm_89 and sm_120 have 99 KB of shared memory. With v, few keys at
+    # a time leave registers for 128 rows of output.
     80: (
-        Tiles(rows=Tile(64, 64, 4, 3), **_BAND_SMALL),
-        Tiles(rows=Tile(64, 32, 4, 2), **_BAND_SMALL),
+        Tiles(rows=Tile(64, 64, 4, 3), forward=Tile(128, 32, 4, 3), band=_BAND),
+        Tiles(rows=Tile(64, 64, 4, 3), forward=Tile(128, 32, 8, 3), band=_BAND),
+        Tiles(rows=Tile(64, 32, 4, 2), forward=Tile(64, 16, 8, 2), band=BandTile(64, 16, 8, 2)),
     ),
-    # Two programs of one warpgroup an SM, so that the softmax of one hides behind the wgmma of the other; 128 rows,
-    # since with 64 the keys would come from L2 faster than L2 can give. Head size 256 leaves shared memory for one.
+    # Rows: two programs of one warpgroup an SM, so that the softmax of one hides behind the wgmma of the other; 128,
+    # since with 64 the keys would come from L2 faster than L2 can give. With v, scores and output take the registers of
+    # two warpgroups. Head size 256 leaves shared memory for one program.
     90: (
-        Tiles(rows=Tile(128, 64, 4, 3), **_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), **_BAND),
+        Tiles(rows=Tile(128, 64, 4, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 4, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=BandTile(64, 16, 8, 2)),
     ),
     # tcgen05 brings scores back through registers: 4 warps would need all 255.
     100: (
-        Tiles(rows=Tile(128, 64, 8, 3), **_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), **_BAND),
+        Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 32, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 64, 8, 2), band=_BAND),
     ),
 }
 TARGETS[120] = TARGETS[80]
 
-# fp32 without TF32 runs on the FMA units, unrolled over the head size: larger tiles spill.
-FP32 = Tiles(*[Tile(16, 16, 4, 2)] * 3)
+# fp32 without TF32 runs on the FMA units, unrolled over the head size: larger tiles and larger heads spill.
+FP32 = Tiles(rows=Tile(16, 16, 4, 2), forward=Tile(16, 16, 8, 2), band=BandTile(16, 16, 4, 2))
 
 # The interpreter's time goes by operations, not by elements; short tests should cross many borders.
-INTERPRETED = Tiles(rows=Tile(32, 16, 1, 1), waad=Tile(16, 32, 1, 1), fai=Tile(16, 32, 1, 1))
+INTERPRETED = Tiles(rows=Tile(32, 16, 1, 1), forward=Tile(16, 32, 1, 1), band=BandTile(32, 16, 1, 1))
 
 
 def choose_tiles(capability: int, head_size: int, bits: int) -> Tiles:
-    """The tiles for a compute capability (90 for 9.0) and inputs of 16 or 32 bits."""
+    """The tiles for a compute capability (90 for 9.0), the larger of q's and v's head size, inputs of 16 or 32 bits."""
     if bits == 32:
         return FP32
     target = max((target for target in TARGETS if target <= capability), default=80)
-    return TARGETS[target][head_size > 128]
+    return TARGETS[target][(head_size > 64) + (head_size > 128)]

@@ -1,0 +1,70 @@
+"""What this GPU can do at most: bf16 matrix products, device copies and exp2, each measured.
+
+    python -m benchmarks.ceilings [--out FILE]
+
+The floors of the other benchmarks are computed from these rates, not from a datasheet.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.measure import environment, interleave, write
+
+PRODUCT = 8192  # rows, columns and depth of the matrix product
+COPY = 2**30  # elements of bf16
+EXP_ELEMENTS, EXP_STEPS = 2**24, 256
+
+
+@triton.jit
+def exp2_kernel(x, out, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = STEPS exponentials of each element, each feeding the next, so that none can be left out."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at)
+    for _ in range(STEPS):
+        value = tl.exp2(-value)  # stays in (0, 1)
+    tl.store(out + at, value)
+
+
+def measure(rounds: int, device: torch.device) -> dict[str, float]:
+    """{"flops", "bytes", "exps"}: the best of each, a second. A copy counts what it reads and what it writes."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(COPY, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    x = torch.rand(EXP_ELEMENTS, device=device)
+    out = torch.empty_like(x)
+    block = 1024
+    variants = {
+        "flops": lambda: torch.mm(a, b),
+        "bytes": lambda: target.copy_(source),
+        "exps": lambda: exp2_kernel[(EXP_ELEMENTS // block,)](x, out, STEPS=EXP_STEPS, BLOCK=block, num_warps=4),
+    }
+    done = {"flops": 2 * PRODUCT**3, "bytes": 2 * COPY * source.itemsize, "exps": EXP_ELEMENTS * EXP_STEPS}
+    measured = interleave(variants, rounds, "ceilings", device)
+    return {name: done[name] / min(m.samples) for name, m in measured.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit("the ceilings are those of a GPU, and there is none here")
+    device = torch.device("cuda")
+    rates = measure(args.rounds, device)
+    text = (
+        f"| bf16 product | {rates['flops'] / 1e12:.0f} TFLOP/s |\n|---|---|\n"
+        f"| device copy | {rates['bytes'] / 1e12:.2f} TB/s |\n"
+        f"| exp2 | {rates['exps'] / 1e12:.2f} T/s |\n"
+    )
+    if args.out is not None:
+        write(args.out, text, {**environment(device), **rates})
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

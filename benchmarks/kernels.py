@@ -1,0 +1,247 @@
+"""What do the compiled kernels take of an SM, and what fraction of the floor can they then reach on an H100?
+
+    python -m benchmarks.kernels [--targets 80 90 100] [--sizes 128] [--lines] [--json] [--out FILE.md]
+
+Needs no GPU: every launch that ships is compiled ahead of time (launches.py) and its machine code is read (sass.py).
+
+The floor of a tile of scores is what the tensor core needs for heads of their own size (fp32: the FP32 lanes), or the
+MUFU for one exp2 a score, whichever is longer. A turn of a loop takes at least the cycles of its busiest unit: `best`
+is the floor over that, where the programs of an SM hide each other's waits. `alone` is the floor over the sum of the
+tensor core's cycles and the next busiest unit's: one program whose matrix products hide nothing. Neither has latencies
+or bank conflicts. Predicated instructions count as if they ran, also the loads ahead of a loop that may be short.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks import sass
+from benchmarks.launches import TARGETS, Launch, compile_launches
+from benchmarks.measure import environment, progress
+from benchmarks.sass import WARP_LANES, Instruction
+
+# One SM of an H100 SXM, a cycle. 132 of them at 1.83 GHz make the data sheet's 989e12 FLOP/s (bf16, dense).
+SMS, CLOCK = 132, 1.83e9
+TENSOR_FLOPS = 4096
+# CUDA C++ Programming Guide, throughput of native arithmetic instructions, compute capability 9.0
+MUFU_LANES = 16  # exp2, log2, reciprocal, most conversions
+FP32_LANES = 128  # multiply-adds of integers run on one half of them
+INTEGER_LANES = 64  # add, shift, logic; compare, select, minimum, maximum also of floats
+SHUFFLE_LANES = 32  # through the same unit as shared memory (Nsight Compute, pipelines: LSU)
+SHARED_BYTES = 128  # 32 banks of 4 bytes
+SCHEDULERS = 4  # each issues one instruction of a warp
+# Measured, not published: XLA's cost model has 6.65e12 bytes/s from L2; 5.5e12 is reported too.
+L2_BYTES = 6.65e12 / SMS / CLOCK
+
+# What an SM of compute capability 9.0 holds (CUDA C++ Programming Guide, technical specifications)
+REGISTERS, SHARED_MEMORY, WARPS = 64 << 10, 228 << 10, 64
+REGISTER_UNIT, RESERVED_SHARED = 256, 1 << 10  # registers a warp is given at a time; bytes taken of each program
+
+# The loops of a kernel that multiply matrices, in order of address (one without a window has the last of them), and
+# the constants whose product is the number of scores of one turn; then the same of what lies outside the loops.
+LOOPS = {
+    "forward_kernel": (
+        [
+            ("window's edge", "BLOCK_M", "BLOCK_N"),
+            ("whole tiles", "BLOCK_M", "BLOCK_N"),
+            ("diagonal", "BLOCK_M", "BLOCK_N"),
+        ],
+        ("outside",),
+    ),
+    "band_kernel": (
+        [("keys before", "BLOCK", "BLOCK_BEFORE"), ("rows behind", "BLOCK", "BLOCK")],
+        ("own tile", "BLOCK", "BLOCK"),
+    ),
+    "sum_heads_kernel": ([], ("all",)),
+}
+
+
+def describe(launch: Launch) -> dict[str, Any]:
+    """All that the tables and the tests show of a launch."""
+    metadata, constants = launch.compiled.metadata, launch.constants
+    code, ptx = sass.disassemble(launch.compiled.asm["cubin"]), launch.compiled.asm["ptx"]
+    usage = resource_usage(launch.compiled.asm["cubin"])
+    return {
+        "target": launch.target,
+        "dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(launch.dtype, "-"),
+        "kernel": launch.kernel.removesuffix("_kernel"),
+        "head": "/".join(str(size) for size in head_sizes(launch, "SIZE", "SIZE_V")),
+        "options": " ".join(name.removeprefix("USE_").lower() for name, value in constants.items() if value is True),
+        "tile": "x".join(str(n) for name, n in constants.items() if name.startswith("BLOCK") and "_D" not in name),
+        "warps": metadata.num_warps,
+        "stages": metadata.num_stages,
+        **usage,
+        "shared": metadata.shared,
+        "programs": programs_on_sm(metadata.num_warps, usage["registers"], metadata.shared),
+        "tensor_core": next((op for op in ("wgmma", "tcgen05", "mma.sync") if f"{op}." in ptx), "none"),
+        "ptx_atomics": len(re.findall(r"^\s*(?:@!?%p\d+\s+)?(?:atom|red)\.", ptx, re.MULTILINE)),
+        "opcodes": Counter(instruction.opcode for instruction in code if instruction.runs),
+        "loops": [describe_loop(launch, *part) for part in parts(launch, code)],
+    }
+
+
+def parts(launch: Launch, code: list[Instruction]) -> list[tuple[str, int | None, list[Instruction]]]:
+    """(name, scores of one turn or None, instructions) of each loop of LOOPS, and of the rest where it multiplies too.
+
+    Raises: ValueError for a kernel whose loops LOOPS does not name.
+    """
+    outside, *loops = sass.find_loops(code, lambda code: multiplies(launch, code))
+    names, rest = LOOPS.get(launch.kernel, ([], ()))
+    if len(loops) > len(names) or not rest:
+        raise ValueError(f"LOOPS names {len(names)} loops of {launch.kernel}, found {len(loops)} in {launch.constants}")
+    found = [*zip(names[len(names) - len(loops) :], loops)]
+    if multiplies(launch, outside) or not loops:
+        found.append((rest, outside))
+    return [(name, prod(launch.constants[x] for x in block) if block else None, code) for (name, *block), code in found]
+
+
+def describe_loop(launch: Launch, name: str, scores: int | None, code: list[Instruction]) -> dict[str, Any]:
+    """What a warp issues in one turn, by kind and by line of the source; on the H100 also the cycles of each unit."""
+    loop = {
+        "name": name,
+        "scores": scores,
+        "counts": Counter(instruction.kind for instruction in code),
+        "lines": Counter(instruction.line for instruction in code),
+    }
+    if launch.target == 90 and scores:
+        cycles = unit_cycles(code, launch.compiled.metadata.num_warps)
+        floor = floor_cycles(launch, scores)
+        loop |= {
+            "cycles": cycles,
+            "floor": floor,
+            "limit": max(cycles, key=cycles.__getitem__),
+            "best": floor / max(cycles.values()),
+            "alone": floor / (cycles["tensor"] + max(n for unit, n in cycles.items() if unit != "tensor")),
+        }
+    return loop
+
+
+def unit_cycles(code: list[Instruction], warps: int) -> dict[str, float]:
+    """How long each unit of an H100's SM is busy when every warp of a program issues this code once."""
+    count = Counter(instruction.kind for instruction in code)
+    lanes = WARP_LANES * warps
+    flops, shared, loaded = (sum(getattr(x, name) for x in code) for name in ("flops", "shared_bytes", "loaded_bytes"))
+    return {
+        "tensor": flops * warps / TENSOR_FLOPS,
+        "MUFU": count["MUFU"] * lanes / MUFU_LANES,
+        "FP32": max(count["FFMA"] + count["IMAD"], 2 * count["IMAD"]) * lanes / FP32_LANES,
+        "integer": (count["integer"] + count["compare"]) * lanes / INTEGER_LANES,
+        "shared": shared * warps / SHARED_BYTES + count["shuffle"] * lanes / SHUFFLE_LANES,
+        "L2": loaded * warps / L2_BYTES,
+        "issue": len(code) * warps / SCHEDULERS,
+    }
+
+
+def floor_cycles(launch: Launch, scores: int) -> float:
+    """The fewest cycles of an SM for so many scores."""
+    rate = 2 * FP32_LANES if launch.dtype == "float32" else TENSOR_FLOPS
+    return max(2 * scores * sum(head_sizes(launch, "SIZE", "SIZE_V")) / rate, scores / MUFU_LANES)
+
+
+def multiplies(launch: Launch, code: list[Instruction]) -> bool:
+    """Whether this code holds matrix products, which in fp32 are FFMAs: a head's length of them for each score."""
+    if launch.dtype == "float32":
+        return sum(x.kind == "FFMA" for x in code) >= sum(head_sizes(launch, "BLOCK_D", "BLOCK_DV"))
+    return any(x.kind == "tensor" for x in code)
+
+
+def head_sizes(launch: Launch, key: str, value: str) -> list[int]:
+    """The multiply-adds of a score: the constant named `key` and, where there is an output, that named `value`."""
+    names = [key, value] if launch.constants.get("USE_OUT") else [key]
+    return [launch.constants[name] for name in names if name in launch.constants]
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack (spills) a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"registers": int(re.search(r"REG:(\d+)", out)[1]), "stack": int(re.search(r"STACK:(\d+)", out)[1])}
+
+
+def programs_on_sm(warps: int, registers: int, shared: int) -> int:
+    """How many programs an H100's SM holds at a time."""
+    warp_registers = -(-registers * WARP_LANES // REGISTER_UNIT) * REGISTER_UNIT
+    return min(REGISTERS // (warp_registers * warps), SHARED_MEMORY // (shared + RESERVED_SHARED), WARPS // warps)
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Markdown tables: the launches, the instructions of their loops, and the cycles of those on an H100."""
+    names = ["target", "dtype", "kernel", "head", "options", "tile", "warps", "stages", "registers", "stack", "shared"]
+    launches, counts, cycles = [], [], []
+    for i, row in enumerate(rows, 1):
+        launches.append(
+            [str(i), *(str(row[name]) for name in names), str(row["programs"]) if row["target"] == 90 else "-"]
+        )
+        for loop in row["loops"]:
+            label, scores = [str(i), row["kernel"], loop["name"]], loop["scores"]
+            total = sum(loop["counts"].values())
+            each = [str(scores), f"{total * WARP_LANES * row['warps'] / scores:.1f}"] if scores else ["-", "-"]
+            counts.append([*label, each[0], *(str(loop["counts"][kind]) for kind in sass.KINDS), str(total), each[1]])
+            if "cycles" in loop:
+                numbers = [f"{n:.0f}" for n in (*loop["cycles"].values(), loop["floor"])]
+                cycles.append([*label, *numbers, loop["limit"], f"{loop['best']:.0%}", f"{loop['alone']:.0%}"])
+    units = list(unit_cycles([], 4))
+    text = [
+        table(["#", *names, "programs"], launches),
+        "Instructions that a warp issues in one turn of a loop; `a score`: of all threads, divided by the scores.",
+        table(["#", "kernel", "loop", "scores", *sass.KINDS, "all", "a score"], counts),
+    ]
+    if cycles:
+        text.append("Cycles of one turn on an SM of an H100, with every unit at its rate.")
+        text.append(table(["#", "kernel", "loop", *units, "floor", "limit", "best", "alone"], cycles))
+    return "\n\n".join(text)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown whose columns line up as text."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = [head, ["-" * (width - 1) + ":" for width in widths], *rows]
+    return "\n".join("| " + " | ".join(x.rjust(width) for x, width in zip(line, widths)) + " |" for line in lines)
+
+
+def lines_report(rows: list[dict[str, Any]], most: int = 12) -> str:
+    """The lines of the source from which most of a loop's instructions come."""
+    return "\n".join(
+        f"{i} {row['kernel']}, {loop['name']}: "
+        + ", ".join(f"{line} {n}" for line, n in loop["lines"].most_common(most))
+        for i, row in enumerate(rows, 1)
+        for loop in row["loops"]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--sizes", type=int, nargs="+", help="only launches for these head sizes")
+    parser.add_argument(
+        "--lines", action="store_true", help="also the lines that the instructions of each loop come from"
+    )
+    parser.add_argument("--json", action="store_true", help="print all that is known instead")
+    parser.add_argument("--out", type=Path, help="write what is printed to this file as well")
+    args = parser.parse_args()
+    rows = [describe(launch) for launch in progress(compile_launches(args.targets, args.sizes), "launches compiled")]
+    if args.json:
+        text = json.dumps(rows)
+    else:
+        where = environment()
+        head = ", ".join(f"{name} {where[name]}" for name in ("triton", "torch", "commit"))
+        text = "\n\n".join([head, report(rows), *([lines_report(rows)] if args.lines else [])])
+    print(text)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

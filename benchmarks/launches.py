@@ -1,0 +1,145 @@
+"""What the package launches, compiled without a GPU, exactly as its own launchers would have it on one.
+
+The public calls run on CPU tensors while Triton and torch are told that they are on a GPU of some compute capability.
+Each launch then compiles its kernel, with the signature, constants and alignment that Triton's runtime derives from the
+arguments, and is left out. Runs only where Triton compiles: not with TRITON_INTERPRET=1.
+"""
+
+import inspect
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import KernelInterface
+
+from rhythm_kernels import attention, attention_stats, group_stats
+
+TARGETS = (80, 90, 100)  # compute capabilities, times ten
+TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
+FEATURES = {"softcap": 30.0, "sinks": torch.zeros(QUERY_HEADS), "sliding_window": 4096}
+
+
+class Launch(NamedTuple):
+    target: int
+    dtype: str
+    """Of q; "" if the kernel has none."""
+    kernel: str
+    constants: dict[str, Any]
+    """The compile-time arguments by name."""
+    compiled: CompiledKernel
+    """Never loaded."""
+
+
+class _AbsentDriver:
+    """What Triton's runtime asks of a driver before it launches."""
+
+    def __init__(self, target: int):
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return self.target  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.target, 32)
+
+
+@contextmanager
+def absent_gpu(target: int) -> Iterator[list[Launch]]:
+    """In its block CPU tensors are on a GPU of this target, whose launches it collects instead of running them."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton interprets kernels in this process: unset TRITON_INTERPRET")
+    launches: list[Launch] = []
+
+    def launcher(kernel, grid) -> Callable:
+        def compile_only(*args, **options) -> None:
+            compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            named = {name: value for name, value in options.items() if name in kernel.arg_names}
+            values = inspect.signature(kernel.fn).bind(*args, **named).arguments
+            dtype = str(values["q"].dtype).removeprefix("torch.") if "q" in values else ""
+            constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+            launches.append(Launch(target, dtype, kernel.__name__, constants, compiled))
+
+        return compile_only
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(driver, "_active", _AbsentDriver(target)))
+        stack.enter_context(patch.object(KernelInterface, "__getitem__", launcher))
+        stack.enter_context(patch.object(Tensor, "is_cuda", True))
+        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda _=None: divmod(target, 10)))
+        yield launches
+
+
+class Case(NamedTuple):
+    """A public call at 8,192 tokens, 32 query heads and 8 key heads."""
+
+    call: str
+    size: int
+    options: dict[str, Any]
+    dtype: torch.dtype = torch.bfloat16
+    value_size: int | None = None
+    lse: bool = False
+
+    def run(self) -> None:
+        def zeros(heads: int, size: int) -> Tensor:
+            return torch.zeros((1, heads, TOKENS, size), dtype=self.dtype)
+
+        q, k = zeros(QUERY_HEADS, self.size), zeros(KEY_HEADS, self.size)
+        options = {**self.options, "backend": "triton"}
+        if self.lse:
+            options["lse"] = torch.zeros(1, QUERY_HEADS, TOKENS)
+        if self.call == "attention":
+            attention(q, k, zeros(KEY_HEADS, self.value_size or self.size), **options)
+        elif self.call == "group_stats":
+            group_stats(q, k, *torch.ones(2, QUERY_HEADS, dtype=torch.bool), **options)
+        else:
+            attention_stats(q, k, **options)
+
+
+def cases(target: int) -> list[Case]:
+    """Calls that between them launch every kernel in each of the target's tiles, and on the H100 with every option."""
+    found = [
+        case
+        for size in (64, 128, 256)
+        for case in (
+            Case("attention", size, FEATURES),
+            Case("attention_stats", size, FEATURES),
+            Case("group_stats", size, FEATURES, lse=True),
+        )
+    ]
+    if target == 90:
+        found += [
+            *[Case(call, size, {}) for size in (64, 128, 256) for call in ("attention", "attention_stats")],
+            Case("group_stats", 128, {}, lse=True),
+            Case("attention_stats", 128, {"need_span": False}),
+            *[Case("attention_stats", 128, options, lse=True) for options in ({}, FEATURES)],
+            Case("attention_stats", 128, {"need_span": False, "window": 256, "horizon": (1, None)}, lse=True),
+            Case("attention", 192, {}, value_size=128),
+            Case("attention", 80, {}),
+            Case("attention", 128, {}, dtype=torch.float16),
+            *[Case(call, 128, FEATURES, dtype=torch.float32) for call in ("attention", "attention_stats")],
+        ]
+    return found
+
+
+def compile_launches(targets: Iterable[int] = TARGETS, sizes: Container[int] | None = None) -> Iterator[Launch]:
+    """Every launch of `cases`, of these head sizes or all, each compiled kernel once."""
+    seen = set()
+    for target in targets:
+        for case in cases(target):
+            if sizes is None or case.size in sizes:
+                with absent_gpu(target) as launches:
+                    case.run()
+                for launch in launches:
+                    if launch.compiled.hash not in seen:
+                        seen.add(launch.compiled.hash)
+                        yield launch

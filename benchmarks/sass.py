@@ -1,0 +1,198 @@
+"""Reads NVIDIA machine code (SASS): its instructions, the loops around tensor-core work, and what each instruction is.
+
+Works on the text of nvdisasm, which the Triton wheel carries, for compute capability 7.0 and later.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+INSTRUCTION_BYTES = 16
+WARP_LANES = 32
+WARPGROUP_WARPS = 4  # they issue one HGMMA together
+
+_LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
+_LABEL = re.compile(r"(\.L_\w+):")
+_CODE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*?)\s*;")
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+
+# What an instruction is, by the first part of its opcode; "integer" is what no row names.
+_KINDS = {
+    "MUFU": "MUFU I2F F2I F2F FRND POPC FLO BREV",  # the unit of transcendental functions and most conversions
+    "FFMA": "FFMA FMUL FADD FFMA2 FMUL2 FADD2",
+    "compare": "FMNMX FMNMX3 FSETP FSET FSEL FCHK F2FP I2FP",  # of floats; these run on the integer unit
+    "IMAD": "IMAD IDP HFMA2 HADD2 HMUL2",  # run on the FP32 unit; the last three also move and convert
+    "shuffle": "SHFL REDUX",
+    "shared": "LDS STS LDSM STSM ATOMS",
+    "global": "LDG STG LDGSTS LD ST ATOM ATOMG RED REDG UBLKCP UTMALDG UTMASTG",
+    "local": "LDL STL",
+    "control": "BAR BMOV BRA BREAK BRX BSSY BSYNC CALL CCTL DEPBAR ELECT ERRBAR EXIT FENCE JMP LDGDEPBAR MEMBAR"
+    " NANOSLEEP NOP RET SYNCS USETMAXREG WARPGROUP WARPSYNC YIELD",
+}
+_KIND_OF = {opcode: kind for kind, opcodes in _KINDS.items() for opcode in opcodes.split()}
+KINDS = ("tensor", *_KINDS, "uniform", "integer")
+
+
+class Instruction(NamedTuple):
+    address: int
+    predicate: str
+    """"@P0", "@!UP1", or "" where it always runs."""
+    opcode: str
+    """With its modifiers: "LDGSTS.E.BYPASS.128"."""
+    operands: str
+    target: int | None
+    """Where it may branch to, if that is known."""
+    line: str
+    """"triton_scores.py:75", or "" without line information."""
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        name = self.opcode.partition(".")[0]
+        if not self.runs:
+            return "control"
+        if name in _KIND_OF:
+            return _KIND_OF[name]
+        if name.endswith("MMA"):
+            return "tensor"
+        return "uniform" if name.startswith("U") or name == "R2UR" else "integer"
+
+    @property
+    def runs(self) -> bool:
+        """False for padding, which is predicated off."""
+        return self.predicate not in ("@!PT", "@!UPT")
+
+    @property
+    def lane_bytes(self) -> int:
+        """What a load or store moves for each thread."""
+        parts = self.opcode.split(".")
+        if parts[0] in ("LDSM", "STSM"):  # 8 x 8 matrices of 16-bit values, a row from each of 8 threads
+            return 4 * int(parts[-1]) if parts[-1] in ("2", "4") else 4
+        widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        return next((widths[part] for part in parts[1:] if part in widths), 4)
+
+    @property
+    def matrix(self) -> tuple[int, int, int] | None:
+        """(M, N, K) of HGMMA (a warpgroup's) and HMMA (a warp's); tcgen05 has its shape in a descriptor."""
+        if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", self.opcode):
+            m, n, k = map(int, found.groups())
+            return m, n, k
+        if found := re.match(r"HMMA\.16(8)(8|16)\.", self.opcode):
+            return 16, int(found[1]), int(found[2])
+        return None
+
+    @property
+    def flops(self) -> int:
+        """Of a matrix product, for each warp that issues it."""
+        if self.matrix is None:
+            return 0
+        m, n, k = self.matrix
+        return 2 * m * n * k // (WARPGROUP_WARPS if self.opcode.startswith("HGMMA") else 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What it moves to or from shared memory, for each warp that issues it, without bank conflicts."""
+        if not self.runs:
+            return 0
+        if self.opcode.startswith("HGMMA"):  # B comes from shared memory, A too unless it is a register
+            m, n, k = self.matrix
+            a_in_registers = self.operands.split(", ")[1].startswith("R")
+            return 2 * k * (n + (0 if a_in_registers else m)) // WARPGROUP_WARPS
+        if self.kind == "shared" or self.opcode.startswith("LDGSTS"):
+            return WARP_LANES * self.lane_bytes
+        return 0
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What it reads of global memory, for each warp that issues it."""
+        loads = self.opcode.split(".")[0] in ("LDG", "LDGSTS", "LD")
+        return WARP_LANES * self.lane_bytes if loads and self.runs else 0
+
+
+def disassemble(cubin: bytes) -> list[Instruction]:
+    """The instructions of a cubin with one function, in order.
+
+    Raises: ValueError for text that does not parse.
+    """
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-g", "-c", file.name]
+        return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def parse(text: str) -> list[Instruction]:
+    """The instructions of what nvdisasm prints.
+
+    Raises: ValueError for text that does not parse.
+    """
+    found, labels, line = [], {}, ""
+    for row in text.splitlines():
+        row = row.strip()
+        if source := _LINE.match(row):
+            line = f"{Path(source[1]).name}:{source[2]}"
+        elif label := _LABEL.match(row):
+            labels[label[1]] = len(found) * INSTRUCTION_BYTES
+        elif code := _CODE.match(row):
+            if int(code[1], 16) != len(found) * INSTRUCTION_BYTES:
+                raise ValueError(f"an instruction is missing before this one: {row}")
+            found.append((code[2] or "", code[3], code[4], line))
+    if not found:
+        raise ValueError(f"no instructions in {text[:200]!r}")
+    code = []
+    for i, (predicate, opcode, operands, line) in enumerate(found):
+        label = _TARGET.search(operands)
+        target = labels[label[1]] if label else None
+        code.append(Instruction(i * INSTRUCTION_BYTES, predicate, opcode, operands, target, line))
+    return code
+
+
+def find_loops(code: list[Instruction], works: Callable[[list[Instruction]], bool]) -> list[list[Instruction]]:
+    """The loops for which `works` is true, in order of their first address, and what lies outside them, in front of it.
+
+    A loop inside another one stands for itself: its instructions do not count for the outer one.
+    """
+    before = _predecessors(code)
+    bodies: dict[int, set[int]] = {}
+    for tail, instruction in enumerate(code):
+        if instruction.opcode.startswith("BRA") and instruction.target <= instruction.address:
+            head = instruction.target // INSTRUCTION_BYTES
+            bodies[head] = bodies.get(head, set()) | _natural_loop(head, tail, before)
+    outside, found = set(range(len(code))), {}
+    for head, body in sorted(bodies.items(), key=lambda item: len(item[1])):
+        own = [code[i] for i in sorted(body & outside)]
+        if works(own):
+            found[head] = own
+            outside -= body
+    return [[code[i] for i in sorted(outside)], *(found[head] for head in sorted(found))]
+
+
+def _predecessors(code: list[Instruction]) -> list[list[int]]:
+    before: list[list[int]] = [[] for _ in code]
+    for i, instruction in enumerate(code):
+        name = instruction.opcode.partition(".")[0]
+        if name == "BRA":
+            before[instruction.target // INSTRUCTION_BYTES].append(i)
+        # BRA may carry its condition as an operand
+        always = instruction.predicate in ("", "@PT") and "," not in instruction.operands
+        if not (name in ("BRA", "EXIT", "RET") and always) and i + 1 < len(code):
+            before[i + 1].append(i)
+    return before
+
+
+def _natural_loop(head: int, tail: int, before: list[list[int]]) -> set[int]:
+    """Everything that reaches `tail` without passing `head`; empty where that includes the entry: no loop then."""
+    body, pending = {head}, [tail]
+    while pending:
+        i = pending.pop()
+        if i not in body:
+            if i == 0:
+                return set()
+            body.add(i)
+            pending += before[i]
+    return body

@@ -1,0 +1,231 @@
+"""Each row's visible keys in one pass: the log-sum-exp, the mean distance that the row looks back, and the output.
+
+Without v it is the row pass of the sidecar, which skips the rows outside R; with v it is the fused forward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rhythm_kernels.attention.layout import Layout
+from rhythm_kernels.attention.options import Options
+from rhythm_kernels.attention.triton_scores import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    NOWHERE,
+    load_place,
+    load_tile,
+    padded_size,
+    score_arguments,
+    score_tile,
+    weights_of,
+)
+from rhythm_kernels.attention.triton_tiles import Tile
+
+
+@triton.jit
+def _key_tiles(
+    highest,  # [BLOCK_M] the largest score so far, or the lse
+    total,  # [BLOCK_M] sum of exp2(score - highest)
+    distance,  # [BLOCK_M] the same sum, weighted with t - s
+    output,  # [BLOCK_M, BLOCK_DV] the same sum of v
+    query,
+    k,  # points to token `begin`
+    v,
+    stride_kt,
+    stride_vt,
+    begin,
+    end,
+    t,
+    sliding_window,
+    factor,
+    cap,
+    SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    USE_WINDOW: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr,
+    USE_LSE: tl.constexpr,
+    USE_SPAN: tl.constexpr,
+    USE_OUT: tl.constexpr,
+):
+    """Takes the keys begin..end into the sums; WHOLE: whole tiles that every row sees."""
+    j = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        key = load_tile(k, stride_kt, start, end, SIZE, BLOCK_D, BLOCK_N, WHOLE)
+        scores = score_tile(query, key, factor, cap, SCALE_FIRST, USE_SOFTCAP)
+        if not WHOLE:
+            past = t[:, None] - (start + j)[None, :]  # tokens; as an unsigned number, the future is far away
+            visible = past.to(tl.uint32, bitcast=True) < sliding_window.to(tl.uint32) if USE_WINDOW else past >= 0
+            scores = tl.where(visible, scores, float("-inf"))
+        if not USE_LSE:
+            tile_highest = tl.max(scores, 1)
+            if not SCALE_FIRST:
+                tile_highest *= factor
+            new_highest = tl.maximum(highest, tile_highest)
+            shrink = tl.exp2(highest - new_highest)
+            highest = new_highest
+            total *= shrink
+            if USE_SPAN:
+                distance *= shrink
+            if USE_OUT:
+                output *= shrink[:, None]
+        weights = weights_of(scores, factor, highest, SCALE_FIRST)
+        tile_total = tl.sum(weights, 1)
+        total += tile_total
+        if USE_SPAN:  # t - s = (t - start) - j: one FMA a score
+            distance += (t - start).to(tl.float32) * tile_total - tl.sum(weights * j.to(tl.float32)[None, :], 1)
+        if USE_OUT:
+            value = load_tile(v, stride_vt, start, end, SIZE_V, BLOCK_DV, BLOCK_N, WHOLE)
+            output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
+            v += BLOCK_N * stride_vt
+        k += BLOCK_N * stride_kt
+    return highest, total, distance, output, k, v
+
+
+@triton.jit(do_not_specialize=["tokens", "query_heads", "key_heads", "sliding_window"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    tiles,
+    rows,
+    sinks,
+    lse,  # [B, HQ, T], read with USE_LSE, else written
+    distance,  # [B, HQ, T]
+    out,  # [B, HQ, T, SIZE_V] contiguous
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    tokens,
+    query_heads,
+    key_heads,
+    sliding_window,
+    factor,
+    cap,
+    SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    USE_WINDOW: tl.constexpr,
+    USE_SOFTCAP: tl.constexpr,
+    USE_SINKS: tl.constexpr,
+    USE_LSE: tl.constexpr,
+    USE_SPAN: tl.constexpr,
+    USE_OUT: tl.constexpr,
+):
+    """Row tile fixed, its visible keys streamed through an online softmax."""
+    batch, row, first, last, sequence, head = load_place(tiles, query_heads)
+    key_head = head // (query_heads // key_heads)
+    t = row + tl.arange(0, BLOCK_M)
+    in_response = tl.load(rows + batch * tokens + t, mask=t < last, other=0) != 0
+    active = t < last if USE_OUT else in_response
+    # keys begin..end are seen by some row; whole_begin..whole_end, whole tiles of them, by every active row
+    begin = first
+    whole_begin = first
+    if USE_WINDOW:
+        lower = t - sliding_window + 1
+        begin = tl.maximum(tl.min(tl.where(active, lower, NOWHERE)), first)
+        whole_begin = begin + tl.cdiv(tl.maximum(tl.max(tl.where(active, lower, 0)) - begin, 0), BLOCK_N) * BLOCK_N
+    end = tl.max(tl.where(active, t + 1, 0))
+    whole_end = begin + tl.maximum(tl.min(tl.where(active, t + 1, NOWHERE)) - begin, 0) // BLOCK_N * BLOCK_N
+    whole_end = tl.minimum(whole_end, end)  # without an active row nothing is seen
+    whole_begin = tl.minimum(whole_begin, whole_end)
+
+    q += batch * stride_qb + head * stride_qh + row.to(tl.int64) * stride_qt
+    k += batch * stride_kb + key_head * stride_kh + begin.to(tl.int64) * stride_kt
+    query = load_tile(q, stride_qt, row, end, SIZE, BLOCK_D, BLOCK_M)
+    at = (batch * query_heads + head) * tokens + t
+    total = tl.zeros([BLOCK_M], tl.float32)
+    looked_back = tl.zeros([BLOCK_M], tl.float32)
+    output = total
+    if USE_OUT:
+        v += batch * stride_vb + key_head * stride_vh + begin.to(tl.int64) * stride_vt
+        output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if USE_LSE:
+        highest = tl.load(lse + at, mask=active, other=0.0) * LOG2E
+    else:
+        highest = tl.full([BLOCK_M], LOWEST, tl.float32)
+        if USE_SINKS:  # a first key without a position
+            sink = tl.load(sinks + head) * LOG2E
+            highest = tl.zeros([BLOCK_M], tl.float32) + tl.where(sink < LOWEST, LOWEST, sink)
+            total += 1.0
+
+    if USE_WINDOW:
+        highest, total, looked_back, output, k, v = _key_tiles(
+            highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, begin, whole_begin,
+            t, sliding_window, factor, cap, SIZE, BLOCK_D, SIZE_V, BLOCK_DV, BLOCK_N,
+            False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
+        )  # fmt: skip
+    highest, total, looked_back, output, k, v = _key_tiles(
+        highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_begin, whole_end,
+        t, sliding_window, factor, cap, SIZE, BLOCK_D, SIZE_V, BLOCK_DV, BLOCK_N,
+        True, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
+    )  # fmt: skip
+    highest, total, looked_back, output, k, v = _key_tiles(
+        highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_end, end,
+        t, sliding_window, factor, cap, SIZE, BLOCK_D, SIZE_V, BLOCK_DV, BLOCK_N,
+        False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
+    )  # fmt: skip
+
+    if not USE_LSE:
+        total = tl.where(active, total, 1.0)
+        row_lse = (highest + tl.log2(total)) * LN2
+        tl.store(lse + at, tl.where(in_response, row_lse, 0.0), mask=t < last)
+        looked_back /= total
+    if USE_SPAN:
+        tl.store(distance + at, tl.where(in_response, looked_back, 0.0), mask=t < last)
+    if USE_OUT:
+        d = tl.arange(0, BLOCK_DV)
+        inside = (t < last)[:, None] & (d < SIZE_V)[None, :]
+        tl.store(out + at[:, None] * SIZE_V + d[None, :], output / total[:, None], mask=inside)
+
+
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, layout: Layout, options: Options, tile: Tile
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(lse, mean distance of each row or None, out or None); fp32 [B, HQ, T], 0 outside R, and [B, HQ, T, Dv].
+
+    A given lse comes back as it is.
+    """
+    row_lse = layout.output(q.shape[:3], torch.float32) if lse is None else lse
+    distance = layout.output(q.shape[:3], torch.float32) if options.need_span else None
+    out = None if v is None else layout.output((*q.shape[:3], v.shape[-1]), v.dtype)
+    size_v = 16 if v is None else v.shape[-1]
+    tiles = layout.tiles(tile.block_m, "past")
+    forward_kernel[(len(tiles) * q.shape[1],)](
+        v=v,
+        tiles=tiles,
+        rows=layout.rows,
+        lse=row_lse,
+        distance=distance,
+        out=out,
+        **{f"stride_v{axis}": 0 if v is None else v.stride(i) for i, axis in enumerate("bht")},
+        **score_arguments(q, k, options),
+        SIZE_V=size_v,
+        BLOCK_DV=padded_size(size_v),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        USE_WINDOW=options.sliding_window is not None,
+        USE_LSE=lse is not None,
+        USE_SPAN=options.need_span,
+        USE_OUT=v is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return row_lse, distance, out

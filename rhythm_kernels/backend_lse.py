@@ -1,0 +1,120 @@
+"""The log-sum-exp that a model's own attention kernel computes, read while the kernel runs.
+
+Fused attention kernels keep the log-sum-exp of each row for a backward pass. `LseReader` is open around one call of a
+layer's attention function and reads it from the operator below autograd: the operator runs as often as before, on the
+same inputs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rhythm_kernels.attention.layout import Layout
+
+ROW_PASS = "row pass"
+"""The source of a log-sum-exp that the statistics compute themselves."""
+
+# Operators whose second output is the natural log-sum-exp of each row, before dropout: [B, HQ, T] or, where the batch
+# was unpadded into one row of tokens, [HQ, tokens]. Beside each, the argument that must be True for it to be computed.
+# Devices that plug in _scaled_dot_product_fused_attention_overrideable do not promise to fill it.
+FUSED_OPS: dict[str, str | None] = {
+    # torch.nn.functional.scaled_dot_product_attention
+    "aten::_scaled_dot_product_flash_attention_for_cpu": None,
+    "aten::_scaled_dot_product_flash_attention": None,
+    "aten::_scaled_dot_product_efficient_attention": "compute_log_sumexp",  # rows padded to a multiple of 32
+    "aten::_scaled_dot_product_cudnn_attention": "compute_log_sumexp",  # [B, HQ, T, 1]
+    # FlashAttention 2 and 3, from PyPI or the Hugging Face hub
+    "flash_attn::_flash_attn_forward": None,
+    "flash_attn::_flash_attn_varlen_forward": None,
+    "flash_attn::fwd": None,
+    "flash_attn::varlen_fwd": None,
+}
+
+
+class _Call(NamedTuple):
+    source: str
+    lse: Tensor
+    dtype: torch.dtype
+    unpadded: bool
+    has_sinks: bool
+
+
+class LseReader(TorchDispatchMode):
+    """Open around one call of an attention function; `lse` then has what the call's fused operator computed."""
+
+    def __init__(self):
+        super().__init__()
+        self._calls: list[_Call] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else a compiled attention, such as transformers' FlexAttention, would run uncompiled
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.scaled_dot_product_attention.default:  # in inference mode it arrives whole
+            with self:
+                return func.decompose(*args, **kwargs)
+        name = _without_build(func.name())
+        if name not in FUSED_OPS:
+            return func(*args, **kwargs)
+        names = [argument.name for argument in func._schema.arguments]
+        bound = {**dict(zip(names, args)), **kwargs}
+        if FUSED_OPS[name] is not None:
+            bound[FUSED_OPS[name]] = True
+        out = func(**bound)
+        query = bound[names[0]]
+        has_sinks = bound.get("s_aux") is not None  # FlashAttention 3 of vLLM: the log-sum-exp includes them
+        self._calls.append(_Call(func.name(), out[1], query.dtype, query.ndim == 3, has_sinks))
+        return out
+
+    def lse(
+        self, query: Tensor, sinks: Tensor | None, layout: Layout, returned: Tensor | None = None
+    ) -> tuple[Tensor | None, str]:
+        """The log-sum-exp of the call, if it is that of the scores that the statistics compute, and its source.
+
+        Args:
+            query: [B, HQ, T, D], what the attention function was given.
+            sinks: [HQ] fp32, of the layer.
+            returned: [B, HQ, T], what transformers' FlexAttention returned beside its output: without sinks, rounded to
+                the dtype of the values, so that only fp32 is of use.
+
+        Returns:
+            (lse [B, HQ, T] fp32, natural log, sinks included, anything in padding; the operator's name), or
+            (None, "row pass"): no fused operator ran or more than one, the query was cast to another dtype for it, it
+            left out the sinks, or its output has another shape.
+        """
+        shape = query.shape[:3]
+        if returned is not None and returned.dtype == torch.float32 and returned.shape == shape:
+            lse = returned.detach()
+            return lse if sinks is None else torch.logaddexp(lse, sinks[:, None]), "flex_attention"
+        if len(self._calls) == 1:
+            (call,) = self._calls
+            if call.dtype == query.dtype and (sinks is None or call.has_sinks):
+                lse = _fitted(call, shape, layout)
+                if lse is not None:
+                    return lse, call.source
+        return None, ROW_PASS
+
+
+def _without_build(name: str) -> str:
+    """FlashAttention's operators have a namespace for each version and build: flash_attn_3, _flash_attn2_588b404."""
+    namespace, _, operator = name.partition("::")
+    return f"flash_attn::{operator}" if "flash_attn" in namespace else name
+
+
+def _fitted(call: _Call, shape: torch.Size, layout: Layout) -> Tensor | None:
+    """The call's log-sum-exp as [B, HQ, T] fp32, anything in padding; None if it has another size."""
+    lse = call.lse.detach().float()
+    if not call.unpadded:
+        if lse.ndim == 4:
+            lse = lse.squeeze(-1)
+        lse = lse[..., : shape[2]]
+        return lse if lse.shape == shape else None
+    if lse.shape != (shape[1], sum(end - begin for _, begin, end in layout.bounds)):
+        return None
+    is_token = layout.first <= layout.last  # [B, T]; the tokens follow each other, batch row by batch row
+    place = is_token.flatten().cumsum(0).sub(1).clamp(min=0)
+    return lse[:, place].unflatten(1, is_token.shape).transpose(0, 1)

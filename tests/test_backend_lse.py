@@ -1,0 +1,262 @@
+"""The log-sum-exp read from attention kernels, inside models and against eager scores. For kernels that need a GPU,
+stand-ins on the CPU are registered under the real operators' names.
+"""
+
+import math
+
+import pytest
+import torch
+import transformers.modeling_flash_attention_utils as flash_utils
+from models import SIZES, dense_stats, eager_lse, eager_maps, llama, qwen3
+from torch.library import _scoped_library
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from rhythm_kernels import collect, reference
+from rhythm_kernels.attention.layout import make_layout
+from rhythm_kernels.backend_lse import FUSED_OPS, ROW_PASS, LseReader
+
+TOKENS = 70
+CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+ATEN = [name for name in FUSED_OPS if name.startswith("aten")]
+
+
+def inputs_of(kind: str):
+    """(arguments of a forward, rows [B, T], segments [B, T])."""
+    torch.manual_seed(2)
+    batch, position = 1 if kind == "packed" else 3, torch.arange(TOKENS)
+    inputs, bounds = {"input_ids": torch.randint(0, 61, (batch, TOKENS))}, None
+    real = torch.ones(batch, TOKENS, dtype=torch.bool)
+    if kind == "packed":
+        lengths = [20, 1, 33, 16]
+        inputs |= {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None], "use_cache": False}
+        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    elif kind != "full":
+        lengths = torch.tensor([TOKENS, 41, 23])[:, None]
+        real = position < lengths if kind == "right" else position >= TOKENS - lengths
+        inputs["attention_mask"] = real.long()
+    rows = real & (torch.rand(batch, TOKENS) < 0.7)
+    mask = None if kind == "packed" else real
+    return inputs, rows, reference.segment_ids(batch, TOKENS, mask, bounds)
+
+
+def assert_lse_of_eager(model, inputs, rows, stats):
+    exact = eager_lse(model, **inputs)
+    for layer, found in stats.items():
+        here = rows[:, None].expand_as(exact[layer])
+        torch.testing.assert_close(found.lse.double()[here], exact[layer][here], rtol=1e-6, atol=2e-6)
+        assert (found.lse[~here] == 0).all()
+
+
+@pytest.mark.parametrize("make", [llama, qwen3])
+@pytest.mark.parametrize("kind", ["full", "left", "right", "packed"])
+def test_sdpa(make, kind):
+    torch.manual_seed(1)
+    model = make("sdpa")
+    inputs, rows, _ = inputs_of(kind)
+    for grad_mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with grad_mode():
+            plain = model(**inputs).logits
+            with collect(model, response_mask=rows) as c:
+                assert torch.equal(model(**inputs).logits, plain)
+        assert c.lse_sources == dict.fromkeys(c.layers, CPU_FLASH)
+        assert_lse_of_eager(model, inputs, rows, c.stats)
+
+
+def test_what_has_no_lse_takes_the_row_pass():
+    torch.manual_seed(1)
+    inputs, rows, _ = inputs_of("left")
+    eager, sdpa = llama("eager"), llama("sdpa")
+    with torch.no_grad(), collect(eager, response_mask=rows) as c:
+        eager(**inputs)
+    assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
+    assert_lse_of_eager(eager, inputs, rows, c.stats)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), collect(sdpa, response_mask=rows) as c:
+        sdpa(**inputs)
+    assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
+
+
+def test_flex_attention():
+    """On a CPU, transformers does not ask FlexAttention for it. Where it does, sinks are left to the caller."""
+    torch.manual_seed(1)
+    model = llama("flex_attention")
+    inputs, rows, segments = inputs_of("full")
+    maps = eager_maps(model, **inputs)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with collect(model, response_mask=rows) as c:
+            assert torch.equal(model(**inputs).logits, plain)
+    assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
+    for layer, stats in c.stats.items():
+        for found, exact in zip(stats, dense_stats(maps[layer], rows, segments, 3)):
+            torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=2e-5)
+
+    q, k, layout = random_qk()
+    sinks = torch.randn(6)
+    plain, with_sinks = (attention_lse(q, k, sinks=sink) for sink in (None, sinks))
+    for sink, exact in ((None, plain), (sinks, with_sinks)):
+        lse, source = LseReader().lse(q, sink, layout, plain)
+        assert source == "flex_attention"
+        torch.testing.assert_close(lse, exact, rtol=1e-6, atol=1e-6)
+    assert LseReader().lse(q, None, layout, plain.bfloat16()) == (None, ROW_PASS)
+
+
+# ---- kernels that need a GPU -----------------------------------------------------------------------------------------
+
+
+def random_qk(batch=2, heads=6, key_heads=6, tokens=TOKENS, size=16):
+    torch.manual_seed(5)
+    q, k = torch.randn(batch, heads, tokens, size), torch.randn(batch, key_heads, tokens, size)
+    return q, k, make_layout(batch, tokens, q.device)
+
+
+def attention_lse(q, k, **options):
+    return reference.attention_map(q, k, torch.zeros(len(q), q.shape[2]), **options)[1].float()
+
+
+def aten_stand_in(name: str):
+    """A CPU kernel for the CUDA operator, with the shapes of the real one's log-sum-exp."""
+    switch = FUSED_OPS[name]
+    outputs = len(getattr(torch.ops.aten, name[6:]).default._schema.returns)
+
+    def kernel(query, key, value, *args, scale=None):
+        flags = dict(zip(("attn_bias", switch), args)) if switch else {switch: True}
+        lse = attention_lse(query, key, scale=scale)
+        if "cudnn" in name:
+            lse = lse[..., None]
+        if "efficient" in name:
+            lse = torch.nn.functional.pad(lse, (0, -query.shape[2] % 32), value=math.nan)
+        empty = lse.new_empty(0)
+        rest = {6: [empty, empty], 9: [empty, empty, TOKENS, TOKENS, empty, empty, empty]}
+        return query.clone(), lse if flags[switch] else lse[..., :0], *rest.get(outputs, [empty] * (outputs - 2))
+
+    return kernel
+
+
+@pytest.mark.parametrize("name", ATEN)
+def test_the_operators_schema(name):
+    schema = getattr(torch.ops.aten, name.removeprefix("aten::")).default._schema
+    assert schema.returns[1].name in ("logsumexp", "log_sumexp")
+    assert schema.arguments[0].name == "query"
+    switch = FUSED_OPS[name]
+    assert switch is None or switch in [argument.name for argument in schema.arguments]
+    assert all(a.name == switch for a in schema.arguments if "log" in a.name)
+
+
+@pytest.mark.parametrize("name", [name for name in ATEN if name != CPU_FLASH])
+def test_sdpa_of_a_gpu(name):
+    q, k, layout = random_qk()
+    operator = getattr(torch.ops.aten, name.removeprefix("aten::"))
+    args = (q, k, k, None, False, 0.0, True) if FUSED_OPS[name] else (q, k, k, 0.0, True)
+    with _scoped_library("aten", "IMPL") as library, torch.no_grad():
+        library.impl(name.removeprefix("aten::"), aten_stand_in(name), "CPU")
+        with LseReader() as reader:
+            operator(*args, scale=0.3)
+        assert operator(*args, scale=0.3)[1].numel() == 0 if FUSED_OPS[name] else True
+    lse, source = reader.lse(q, None, layout)
+    assert source == name and lse.dtype == torch.float32
+    torch.testing.assert_close(lse, attention_lse(q, k, scale=0.3), rtol=1e-6, atol=1e-6)
+
+
+def test_what_another_score_may_have_made_is_not_used():
+    q, k, layout = random_qk()
+
+    def read(*attend, query=q, sinks=None):
+        with LseReader() as reader:
+            for call in attend:
+                call()
+        return reader.lse(query, sinks, layout)
+
+    def sdpa(query=q, key=k):
+        scaled_dot_product_attention(query, key, key, is_causal=True)
+
+    assert read(sdpa)[1] == CPU_FLASH
+    row_pass = (None, ROW_PASS)
+    assert read() == row_pass
+    assert read(sdpa, sdpa) == row_pass, "two calls"
+    assert read(lambda: sdpa(q.bfloat16(), k.bfloat16())) == row_pass, "cast"
+    assert read(lambda: sdpa(q[:, :3], k[:, :3])) == row_pass, "some heads"
+    assert read(lambda: sdpa(q[:, :, :50], k[:, :, :50])) == row_pass, "some rows"
+    assert read(sdpa, sinks=torch.zeros(6)) == row_pass, "no sinks"
+
+
+def attend_flat(q, k, v, cu_seqlens, scale, window_left, sinks):
+    """(out, lse) as FlashAttention has them: [B, T, HQ, D] -> [B, HQ, T], or [tokens, HQ, D] -> [HQ, tokens]."""
+    unpadded = q.ndim == 3
+    q, k, v = ((x[None] if unpadded else x).transpose(1, 2) for x in (q, k, v))
+    bounds = cu_seqlens.long() if unpadded else None
+    segments = reference.segment_ids(len(q), q.shape[2], cu_seqlens=bounds)
+    window = None if window_left < 0 else window_left + 1
+    weights, lse = reference.attention_map(q, k, segments, scale=scale, sliding_window=window, sinks=sinks)
+    out, lse = reference.attention_out(weights, v).to(q.dtype).transpose(1, 2), lse.float()
+    return (out[0], lse[0]) if unpadded else (out, lse)
+
+
+FLASH = {
+    "FlashAttention 2": ("flash_attn", "_flash_attn_forward", "_flash_attn_varlen_forward"),
+    "FlashAttention 2 of the hub": ("_flash_attn2_0a1b2c3", "_flash_attn_forward", "_flash_attn_varlen_forward"),
+    "FlashAttention 3": ("flash_attn_3", "_flash_attn_forward", "_flash_attn_forward"),
+    "FlashAttention 3 of vLLM": ("_vllm_flash_attn3_0a1b2c3", "fwd", "fwd"),
+}
+
+
+@pytest.fixture(params=FLASH)
+def flash_operators(request, monkeypatch):
+    """transformers' flash attention calls stand-ins of the real operators, without the arguments that it leaves out."""
+    namespace, dense, varlen = FLASH[request.param]
+    operators = getattr(torch.ops, namespace)
+
+    def of_batch(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), s_aux=None):
+        return getattr(operators, dense)(q, k, v, None, softmax_scale, window_size[0], s_aux)[0]
+
+    def of_tokens(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False,
+        window_size=(-1, -1), s_aux=None,
+    ):  # fmt: skip
+        return getattr(operators, varlen)(q, k, v, cu_seqlens_q, softmax_scale, window_size[0], s_aux)[0]
+
+    functions = of_batch, of_tokens, None, flash_utils._pad_input, flash_utils._unpad_input
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: functions)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    arguments = "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, float scale, int window_size_left, Tensor? s_aux"
+    with _scoped_library(namespace, "FRAGMENT") as library:
+        for name in {dense, varlen}:
+            library.define(f"{name}({arguments}) -> (Tensor, Tensor)")
+            library.impl(name, attend_flat, "CPU")
+        yield f"{namespace}::{dense}", f"{namespace}::{varlen}"
+
+
+@pytest.mark.parametrize("kind", ["full", "left", "right", "packed"])
+def test_flash_attention(flash_operators, kind):
+    torch.manual_seed(1)
+    model = qwen3("eager")
+    inputs, rows, segments = inputs_of(kind)
+    maps = eager_maps(model, **inputs)
+    model.config._attn_implementation = "flash_attention_2"  # set_attn_implementation would ask for the package
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with collect(model, response_mask=rows) as c:
+            assert torch.equal(model(**inputs).logits, plain)
+    assert c.lse_sources == dict.fromkeys(c.layers, flash_operators[kind != "full"])
+    assert_lse_of_eager(model, inputs, rows, c.stats)
+    for layer, stats in c.stats.items():
+        exact = dense_stats(maps[layer], rows, segments, int(segments.max()) + 1)
+        for found, true in zip(stats, exact):
+            torch.testing.assert_close(found.double(), true, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "left"])
+def test_flash_attention_with_sinks(flash_operators, kind):
+    torch.manual_seed(1)
+    sizes = SIZES | {"num_attention_heads": 6, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = GptOssForCausalLM._from_config(GptOssConfig(**sizes, sliding_window=12), attn_implementation="eager").eval()
+    inputs, rows, segments = inputs_of(kind)
+    maps = eager_maps(model, **inputs)
+    model.config._attn_implementation = "flash_attention_2"
+    with torch.no_grad(), collect(model, response_mask=rows) as c:
+        model(**inputs)
+    assert c.lse_sources == dict.fromkeys(c.layers, flash_operators[kind != "full"])
+    for layer, stats in c.stats.items():
+        for found, true in zip(stats, dense_stats(maps[layer], rows, segments, 3)):
+            torch.testing.assert_close(found.double(), true, rtol=2e-5, atol=2e-5)

@@ -1,0 +1,320 @@
+"""What only a GPU can show, and the same code on a CPU at sizes that take no time.
+
+Every test takes a `Scale`. On a CPU, where "auto" is the torch backend, it is a test as all others; on a GPU, where
+"auto" is Triton, it is marked `gpu` and gets the sizes that it exists for.
+"""
+
+import importlib.util
+import sys
+from typing import NamedTuple
+from unittest.mock import MagicMock, patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.measure import extra_bytes
+from rhythm_kernels import attention, attention_stats, collect, find_peaks, group_stats, segment_topq
+
+if importlib.util.find_spec("hypothesis") is None:
+    # stats_cases makes its strategies with it; the cases and checks that are used here need none
+    with patch.dict(sys.modules, {"hypothesis": MagicMock()}):
+        import stats_cases
+else:
+    import stats_cases
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class Scale(NamedTuple):
+    device: str
+    tokens: int
+    """Of a case that is held against fp64."""
+    many_tokens: int
+    long: tuple[int, ...]
+    """Tokens for which memory must be linear."""
+    slack: int
+    """Bytes that a call may take beside 64 a row: tiles."""
+    repeats: int
+    far: int
+    """A stride, in elements; twice it is past int32 on a GPU."""
+    large_batch: tuple[int, int, int, int]
+    """[B, HQ, T, D] of q; more than 2^31 elements on a GPU."""
+
+
+CPU = Scale("cpu", 90, 130, (8192,), 200 << 20, 3, 2**13, (5, 4, 40, 16))
+GPU = Scale("cuda", 1031, 4096, (65536, 131072), 64 << 20, 1000, 2**30, (4100, 8, 512, 128))
+every_scale = pytest.mark.parametrize(
+    "scale", [pytest.param(CPU, id="cpu"), pytest.param(GPU, id="cuda", marks=[pytest.mark.gpu, cuda])]
+)
+
+
+def to(device: str, x):
+    """A tensor with its strides, on the device; anything else as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+def options_on(device: str, case, *without: str) -> dict:
+    return {name: to(device, x) for name, x in case.options(*without).items()}
+
+
+def response(tokens: int, begin: int) -> Tensor:
+    return (torch.arange(tokens) >= begin)[None]
+
+
+def packed(tokens: int) -> Tensor:
+    """Four sequences, one of them empty and one of a single token."""
+    third = tokens // 3
+    return torch.tensor([0, third, third, third + 1, tokens], dtype=torch.int32)
+
+
+def padded(tokens: int) -> Tensor:
+    """On the left, on the right, and none."""
+    position = torch.arange(tokens)
+    return torch.stack([position >= tokens // 4, position < tokens // 3, position >= 0])
+
+
+# name -> (B, HQ, H, D, Dv, options of a number of tokens)
+CASES = {
+    "plain": (1, 8, 2, 128, 128, lambda n: {}),
+    "head size 64, 9:3": (1, 9, 3, 64, 64, lambda n: {}),
+    "head size 80": (1, 4, 4, 80, 80, lambda n: {}),
+    "head size 256": (1, 4, 1, 256, 256, lambda n: {}),
+    "head sizes 192 and 128": (1, 4, 4, 192, 128, lambda n: {}),
+    "padded": (3, 4, 2, 128, 128, lambda n: {"attention_mask": padded(n)}),
+    "packed": (1, 4, 2, 128, 128, lambda n: {"cu_seqlens": packed(n), "row_mask": response(n, n // 5)}),
+    "sliding window": (1, 4, 2, 128, 128, lambda n: {"sliding_window": n // 8}),
+    "softcap": (1, 4, 2, 128, 128, lambda n: {"softcap": 5.0}),
+    "sinks": (1, 4, 2, 128, 128, lambda n: {"sinks": torch.tensor([1.5, -3.0, 0.0, 6.0])}),
+    "open horizon": (1, 4, 2, 128, 128, lambda n: {"horizon": (1, None), "row_mask": response(n, n // 2)}),
+}
+DTYPES = [(torch.bfloat16, name) for name in CASES]
+DTYPES += [(dtype, name) for dtype in (torch.float16, torch.float32) for name in ("plain", "packed", "softcap")]
+
+
+def check_all_calls(known, value_size: int, device: str) -> None:
+    """The three public calls against fp64; `known` is a case with the log-sum-exp, which is also left out."""
+    case = known._replace(kwargs=known.options("lse"))
+    band = known._replace(kwargs=known.kwargs | {"need_span": False})
+    q, k = to(device, case.q), to(device, case.k)
+    for some in (case, band):
+        stats_cases.assert_close_to_reference(attention_stats(q, k, **options_on(device, some)), some)
+
+    local, global_ = stats_cases.make_groups(case)
+    groups = to(device, local), to(device, global_)
+    for some in (case, known):
+        sums = group_stats(q, k, *groups, **options_on(device, some))
+        stats_cases.assert_groups_close(sums, some, local, global_)
+
+    v = stats_cases.make_values(case, value_size)
+    out, stats = attention(q, k, to(device, v), **options_on(device, case))
+    stats_cases.assert_attention_close(out, stats, case, v)
+
+
+@every_scale
+@pytest.mark.parametrize("dtype, name", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+def test_against_fp64(dtype, name, scale):
+    batch, query_heads, key_heads, size, value_size, options = CASES[name]
+    known = stats_cases.make_case(
+        (batch, query_heads, scale.tokens, size),
+        key_heads,
+        dtype=dtype,
+        order="heads inside",
+        lse_given=True,
+        **options(scale.tokens),
+    )
+    check_all_calls(known, value_size, scale.device)
+
+
+@every_scale
+def test_many_tokens_against_fp64(scale):
+    shape = (1, 2, scale.many_tokens, 128)
+    known = stats_cases.make_case(shape, 1, dtype=torch.bfloat16, sharpness=2.0, lse_given=True)
+    check_all_calls(known, 128, scale.device)
+
+
+def random_inputs(heads: tuple[int, int], tokens: int, size: int, device: str, dtype=torch.bfloat16):
+    """q, k, v [1, HQ or H, T, D]."""
+    generator = torch.Generator(device).manual_seed(tokens)
+    shapes = [(1, n, tokens, size) for n in (heads[0], heads[1], heads[1])]
+    return [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
+
+
+def every_result(q, k, v, lse, groups, **options) -> list[Tensor]:
+    """All that the three calls give."""
+    out, stats = attention(q, k, v, **options)
+    band = attention_stats(q, k, lse=lse, need_span=False, **options)
+    return [out, *stats, band.waad, band.fai, *group_stats(q, k, *groups, lse=lse, **options)]
+
+
+@every_scale
+@pytest.mark.parametrize("horizon", [(10, 50), (1, None)], ids=["finite", "open"])
+def test_same_bits_under_load(horizon, scale):
+    """Run after run, while products on another stream take SMs away and bring kernels out of step."""
+    q, k, v = random_inputs((4, 2), 700 if scale.device == "cuda" else 100, 64, scale.device)
+    groups = torch.tensor([True, False, True, False], device=scale.device)
+    groups = groups, ~groups
+    lse = attention_stats(q, k).lse
+    busy = torch.cuda.Stream() if scale.device == "cuda" else None
+    if busy is not None:
+        matrix = torch.randn(4096, 4096, device=scale.device, dtype=torch.bfloat16)
+        product = torch.empty_like(matrix)
+        busy.wait_stream(torch.cuda.current_stream())
+    first = every_result(q, k, v, lse, groups, horizon=horizon)
+    for i in range(scale.repeats):
+        if busy is not None:
+            with torch.cuda.stream(busy):
+                for _ in range(4):
+                    torch.mm(matrix, matrix, out=product)
+        again = every_result(q, k, v, lse, groups, horizon=horizon)
+        same = torch.stack([(x == y).all() for x, y in zip(first, again, strict=True)])
+        assert same.all(), f"run {i}: {same.tolist()}"
+
+
+@every_scale
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_stays_in_its_sequence(bad, scale):
+    """Three packed sequences share tiles; the middle one goes bad. The others keep every bit, in every result."""
+    a, b = scale.tokens // 3, 2 * scale.tokens // 3
+    q, k, v = random_inputs((4, 2), scale.tokens, 64, scale.device)
+    bounds = torch.tensor([0, a, b, scale.tokens], dtype=torch.int32, device=scale.device)
+    groups = torch.tensor([True, False, True, False], device=scale.device)
+    groups = groups, ~groups
+    lse = attention_stats(q, k, cu_seqlens=bounds).lse
+    clean = every_result(q, k, v, lse, groups, cu_seqlens=bounds)
+    q[:, :, a + 5], k[:, :, a + 9], v[:, :, b - 1], lse[:, :, a + 7] = bad, bad, bad, bad
+    spoiled = every_result(q, k, v, lse, groups, cu_seqlens=bounds)
+    for x, y in zip(clean, spoiled, strict=True):
+        if x.shape[:2] == (3, 4):  # spans [S, HQ]
+            assert torch.equal(x[[0, 2]], y[[0, 2]]) and not y[1].isfinite().all()
+            continue
+        # tokens are the dimension that has their number: [B, T], [B, HQ, T] or [B, HQ, T, D]
+        x, y = (z.movedim(list(z.shape).index(scale.tokens), 0) for z in (x, y))
+        assert torch.equal(x[:a], y[:a]) and torch.equal(x[b:], y[b:])
+        assert not y[a:b].isfinite().all()
+
+
+@every_scale
+@pytest.mark.parametrize("which", ["full", "band", "groups", "fused"])
+def test_memory_is_linear(which, scale):
+    """Beside its results a call takes some tiles and a few values a row, at any length."""
+    for tokens in scale.long:
+        q, k, v = random_inputs((2, 1), tokens, 16 if scale.device == "cpu" else 128, scale.device)
+        lse = torch.full(q.shape[:3], 12.0, device=scale.device)
+        local = torch.tensor([True, False], device=scale.device)
+        run = {
+            "full": lambda q=q, k=k: attention_stats(q, k),
+            "band": lambda q=q, k=k, lse=lse: attention_stats(q, k, lse=lse, need_span=False),
+            "groups": lambda q=q, k=k, lse=lse, local=local: group_stats(q, k, local, ~local, lse=lse),
+            "fused": lambda q=q, k=k, v=v: attention(q, k, v),
+        }[which]
+        run()  # what is made once: kernels, thread pools
+        allowed = scale.slack + 64 * lse.numel() + q.numel() * q.element_size()
+        maps = 4 * lse.numel() * tokens
+        assert 2 * allowed < maps, "the test would not notice a map"
+        assert extra_bytes(run, torch.device(scale.device)) <= allowed
+
+
+@every_scale
+def test_the_last_rows_of_a_long_sequence(scale):
+    """Positions up to the longest: lse, WAAD, span and output of the last rows, and the FAI that they give."""
+    tokens, rows = scale.long[-1], 64
+    q, k, v = random_inputs((2, 1), tokens, 64, scale.device, torch.float32)
+    position = torch.arange(tokens, device=scale.device)
+    distance = position[-rows:, None] - position
+    scores = (q[:, :, -rows:].double() @ k.double().mT / 8).masked_fill_(distance < 0, -torch.inf)
+    weights = scores.softmax(-1)
+    out, stats = attention(q, k, v, row_mask=(position >= tokens - rows)[None])
+    counted = (distance >= 10) & (distance <= 50)
+    fai = (weights * counted).sum(-2) / counted.sum(-2).clamp(min=1)
+    unit = 2.0**-18  # of a weight: fp32 scores, and fp32 sums over all keys
+    for got, want, largest in (
+        (stats.lse[..., -rows:], scores.logsumexp(-1), 2),
+        (stats.waad[..., -rows:], (weights * distance.clamp(max=10)).sum(-1), 10),
+        (stats.fai, fai, 1),
+        (stats.span, (weights * distance).sum(-1).mean(-1), tokens),
+        (out[:, :, -rows:], weights @ v.double(), v.abs().max()),
+    ):
+        assert (got.double() - want).abs().max() <= unit * largest
+
+
+@every_scale
+@pytest.mark.parametrize("where", ["batch", "head", "token"])
+def test_strides_past_int32(where, scale):
+    """q, k and v at elements 0, `far` and 2 `far` of one allocation."""
+    shape, axis = (3, 3, 3, 16), ["batch", "head", "token"].index(where)
+    strides = [512, 128, 32, 1]
+    strides[axis] = scale.far
+    apart = 2048  # q, k and v lie between each other's far parts
+    store = torch.empty(2 * scale.far + 3 * apart, device=scale.device, dtype=torch.bfloat16)
+    case = stats_cases.make_case(shape, 3, dtype=torch.bfloat16)
+    v = stats_cases.make_values(case, 16)
+    distant = [store[apart * i :].as_strided(shape, strides).copy_(x) for i, x in enumerate((case.q, case.k, v))]
+    near = [x.to(scale.device) for x in (case.q, case.k, v)]
+    groups = torch.tensor([True, False, True], device=scale.device)
+    results = []
+    for q, k, v in (distant, near):
+        results.append(every_result(q, k, v, attention_stats(q, k).lse, (groups, ~groups)))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+@every_scale
+def test_more_elements_than_int32_counts(scale):
+    """The last sequence of a batch, past 2^31 elements of q and out on a GPU, has the bits that it has alone."""
+    batch, heads, tokens, size = scale.large_batch
+    q = torch.randn(scale.large_batch, device=scale.device, dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, 1, tokens, size, device=scale.device, dtype=torch.bfloat16) for _ in range(2))
+    groups = torch.arange(heads, device=scale.device) % 2 == 0
+
+    def run(part: slice) -> list[Tensor]:
+        few = [x[part] for x in (q, k, v)]
+        lse = attention_stats(*few[:2]).lse
+        return [x[-1] for x in every_result(*few, lse, (groups, ~groups))]
+
+    for together, alone in zip(run(slice(None)), run(slice(batch - 1, batch)), strict=True):
+        assert torch.equal(together, alone)
+
+
+@every_scale
+def test_selection(scale):
+    """The extension's ops on this device against the same rule in torch, on values with ties and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 5000, generator=generator).mul(8).round().div(8)
+    values[1, ::7] = torch.nan
+    mask = torch.rand(4, 5000, generator=generator) < 0.8
+    on_device = values.to(scale.device), mask.to(scale.device)
+    for q in (0.2, 0.4, 1.0):
+        got = segment_topq(*on_device, q, backend="extension")
+        assert torch.equal(got.cpu(), segment_topq(values, mask, q, backend="torch"))
+    got = find_peaks(*on_device, min_quantile=0.5, backend="extension")
+    assert torch.equal(got.cpu(), find_peaks(values, mask, min_quantile=0.5, backend="torch"))
+
+
+@every_scale
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_collect(dtype, scale):
+    """A model's forward keeps its bits; head groups that are known change no rhythm; in fp32 it is the eager maps'."""
+    models = pytest.importorskip("models")
+    model = models.llama().to(scale.device, dtype)
+    ids = torch.randint(61, (2, 120), generator=torch.Generator().manual_seed(0)).to(scale.device)
+    rows = (torch.arange(120, device=scale.device) >= 40).expand(2, -1)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with collect(model, response_mask=rows) as c:
+            logits = model(ids).logits
+    rhythm = c.rhythm()
+    with torch.no_grad(), collect(model, response_mask=rows, groups=rhythm.groups) as known:
+        again = model(ids).logits
+    assert torch.equal(plain, logits) and torch.equal(plain, again)
+    of_groups = known.rhythm()
+    torch.testing.assert_close(of_groups.waad, rhythm.waad, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(of_groups.fai, rhythm.fai, rtol=2e-5, atol=2e-5)
+    if dtype == torch.float32:
+        maps = [attended.cpu() for attended in models.eager_maps(model, input_ids=ids)]
+        segments = torch.arange(2)[:, None].expand(2, 120)
+        waad, fai, _ = models.dense_rhythm(maps, c.layers, rows.cpu(), segments, 2)
+        torch.testing.assert_close(rhythm.waad.double().cpu(), waad, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(rhythm.fai.double().cpu(), fai, rtol=2e-5, atol=2e-5)
