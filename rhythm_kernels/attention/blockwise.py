@@ -20,7 +20,7 @@ from rhythm_kernels.types import AttentionStats, GroupStats
 ROW_TILE = 64  # rows
 TILE_BYTES = 32 << 20  # of fp32 scores held at once in the row pass; a few temporaries of this size live beside it
 BAND_TILE = 32  # tokens
-BAND_BYTES = 4 << 20  # of fp32 queries, keys and scores held at once in the band pass: what fits a cache is faster
+BAND_BYTES = 3 << 20  # of fp32 queries, keys and scores held at once in the band pass: what fits a cache is faster
 LOG2_E = 1 / math.log(2)
 
 
@@ -46,7 +46,7 @@ def group_stats(
             wanted = wanted.any(0, keepdim=True)
         # a batch row with fewer heads than another one is filled up with heads that the sums leave out
         most = int(wanted.sum(-1).amax()) if wanted.numel() else 0
-        heads = wanted.int().argsort(-1, descending=True, stable=True)[:, :most]  # [B, heads]
+        heads = wanted.int().sort(dim=-1, descending=True, stable=True).indices[:, :most]  # [B, heads]
         row = torch.arange(len(q), device=q.device)[:, None]
         q, k = q[row, heads], k[row, heads // (q.shape[1] // k.shape[1])]
         lse = None if lse is None else lse[row, heads]
@@ -274,9 +274,9 @@ def _band_sums(
 ) -> Tensor:
     """Sums [B, HQ, T] of A over the band lo <= t - s <= hi: of its rows, weighted by W - (t - s), or of its columns.
 
-    A tile's own tokens are those that are summed for, all of one sequence: rows, or columns. `others` are the tokens on
-    the other side of the band. So a sum is complete in its tile, and all tiles have one shape. An item is a tile and one
-    of `heads`, with G query heads: a run of items is one batched product.
+    A tile's own tokens are the rows, or the columns, that it sums for, all of one sequence; `others` are the tokens on
+    the other side of the band. So a sum is complete in its tile, and all tiles have one shape. An item is a tile and
+    one of `heads`, with G query heads; a run of items is one batched product.
     """
     batch, query_heads, tokens, size = q.shape
     (lo, hi), groups = band, heads.shape[1]

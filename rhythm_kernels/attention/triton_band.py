@@ -16,8 +16,8 @@ from rhythm_kernels.attention.triton_scores import (
     LOG2E,
     NOWHERE,
     is_between,
+    load_parts,
     load_place,
-    load_tile,
     score_arguments,
     score_tile,
     weights_of,
@@ -62,6 +62,7 @@ def band_kernel(
     hi,
     SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_BEFORE: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
@@ -95,9 +96,9 @@ def band_kernel(
         after_end = tl.where(is_global, after_end, 0)
 
     key_end = tl.where((row_end > 0) | (after < after_end), last, 0)
-    key = load_tile(k + start.to(tl.int64) * stride_kt, stride_kt, start, key_end, SIZE, BLOCK_D, BLOCK)
-    query = load_tile(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, BLOCK)
-    scores = score_tile(query, key, factor, cap, SCALE_FIRST, USE_SOFTCAP)
+    key = load_parts(k + start.to(tl.int64) * stride_kt, stride_kt, start, key_end, SIZE, BLOCK_D, REST_D, BLOCK)
+    query = load_parts(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, REST_D, BLOCK)
+    scores = score_tile(query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
     weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
     to = (batch * query_heads + head) * tokens + s
 
@@ -108,8 +109,8 @@ def band_kernel(
         before = tl.min(near_lower)
         k_before = k + before.to(tl.int64) * stride_kt
         for at in range(before, start, BLOCK_BEFORE):
-            early = load_tile(k_before, stride_kt, at, start, SIZE, BLOCK_D, BLOCK_BEFORE)
-            early_scores = score_tile(query, early, factor, cap, SCALE_FIRST, USE_SOFTCAP)
+            early = load_parts(k_before, stride_kt, at, start, SIZE, BLOCK_D, REST_D, BLOCK_BEFORE)
+            early_scores = score_tile(query, early, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
             early_weights = weights_of(early_scores, factor, log_sum, SCALE_FIRST)
             position = at + tl.arange(0, BLOCK_BEFORE)
             early_near = ((window - s)[:, None] + position[None, :]).to(tl.float32)
@@ -129,8 +130,8 @@ def band_kernel(
             late = tl.load(rows + t, mask=t < last, other=0) != 0
             late_lower = tl.where(late, tl.maximum(tl.maximum(t - sliding_window + 1, first), t - hi), NOWHERE)
             late_log_sum = tl.load(lse + t, mask=late, other=0.0) * LOG2E
-            late_query = load_tile(q_after, stride_qt, at, after_end, SIZE, BLOCK_D, BLOCK)
-            late_scores = score_tile(late_query, key, factor, cap, SCALE_FIRST, USE_SOFTCAP)
+            late_query = load_parts(q_after, stride_qt, at, after_end, SIZE, BLOCK_D, REST_D, BLOCK)
+            late_scores = score_tile(late_query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
             late_weights = weights_of(late_scores, factor, late_log_sum, SCALE_FIRST)
             received += tl.where(is_between(late_lower, s, t - lo), late_weights, 0.0)
             q_after += BLOCK * stride_qt

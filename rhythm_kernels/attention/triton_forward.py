@@ -15,6 +15,7 @@ from rhythm_kernels.attention.triton_scores import (
     LOG2E,
     LOWEST,
     NOWHERE,
+    load_parts,
     load_place,
     load_tile,
     padded_size,
@@ -44,6 +45,7 @@ def _key_tiles(
     cap,
     SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     SIZE_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,8 +60,8 @@ def _key_tiles(
     """Takes the keys begin..end into the sums; WHOLE: whole tiles that every row sees."""
     j = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
-        key = load_tile(k, stride_kt, start, end, SIZE, BLOCK_D, BLOCK_N, WHOLE)
-        scores = score_tile(query, key, factor, cap, SCALE_FIRST, USE_SOFTCAP)
+        key = load_parts(k, stride_kt, start, end, SIZE, BLOCK_D, REST_D, BLOCK_N, WHOLE)
+        scores = score_tile(query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
         if not WHOLE:
             past = t[:, None] - (start + j)[None, :]  # tokens; as an unsigned number, the future is far away
             visible = past.to(tl.uint32, bitcast=True) < sliding_window.to(tl.uint32) if USE_WINDOW else past >= 0
@@ -117,6 +119,7 @@ def forward_kernel(
     cap,
     SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     SIZE_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -149,7 +152,7 @@ def forward_kernel(
 
     q += batch * stride_qb + head * stride_qh + row.to(tl.int64) * stride_qt
     k += batch * stride_kb + key_head * stride_kh + begin.to(tl.int64) * stride_kt
-    query = load_tile(q, stride_qt, row, end, SIZE, BLOCK_D, BLOCK_M)
+    query = load_parts(q, stride_qt, row, end, SIZE, BLOCK_D, REST_D, BLOCK_M)
     at = (batch * query_heads + head) * tokens + t
     total = tl.zeros([BLOCK_M], tl.float32)
     looked_back = tl.zeros([BLOCK_M], tl.float32)
@@ -169,17 +172,17 @@ def forward_kernel(
     if USE_WINDOW:
         highest, total, looked_back, output, k, v = _key_tiles(
             highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, begin, whole_begin,
-            t, sliding_window, factor, cap, SIZE, BLOCK_D, SIZE_V, BLOCK_DV, BLOCK_N,
+            t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
             False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
         )  # fmt: skip
     highest, total, looked_back, output, k, v = _key_tiles(
         highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_begin, whole_end,
-        t, sliding_window, factor, cap, SIZE, BLOCK_D, SIZE_V, BLOCK_DV, BLOCK_N,
+        t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
         True, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
     )  # fmt: skip
     highest, total, looked_back, output, k, v = _key_tiles(
         highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_end, end,
-        t, sliding_window, factor, cap, SIZE, BLOCK_D, SIZE_V, BLOCK_DV, BLOCK_N,
+        t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
         False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
     )  # fmt: skip
 

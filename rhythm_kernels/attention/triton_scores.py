@@ -57,9 +57,35 @@ def load_tile(
 
 
 @triton.jit
-def score_tile(query, key, factor, cap, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr):
-    """[M, N] of query [M, D] and key [N, D], hidden pairs included: scores, or without SCALE_FIRST scores / factor."""
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+def load_parts(
+    x,
+    stride_t,
+    start,
+    end,
+    SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):
+    """`load_tile` in two parts along the head size, so that 80 is 64 + 16 and not 128; without REST_D in one."""
+    if REST_D > 0:
+        part = load_tile(x, stride_t, start, end, BLOCK_D, BLOCK_D, BLOCK, WHOLE)
+        rest = load_tile(x + BLOCK_D, stride_t, start, end, SIZE - BLOCK_D, REST_D, BLOCK, WHOLE)
+    else:
+        part = load_tile(x, stride_t, start, end, SIZE, BLOCK_D, BLOCK, WHOLE)
+        rest = part
+    return part, rest
+
+
+@triton.jit
+def score_tile(query, key, factor, cap, REST_D: tl.constexpr, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr):
+    """[M, N] of the parts of query [M, D] and key [N, D], hidden pairs included: scores, or without SCALE_FIRST
+    scores / factor.
+    """
+    scores = tl.dot(query[0], tl.trans(key[0]), input_precision="ieee")
+    if REST_D > 0:
+        scores = tl.dot(query[1], tl.trans(key[1]), scores, input_precision="ieee")
     if SCALE_FIRST:
         scores *= factor
     if USE_SOFTCAP:  # cap * tanh(x) = cap - 2 cap / (1 + exp(2 x)), and exp2(scores) = exp(2 x)
@@ -100,12 +126,19 @@ def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | f
         "factor": factor,
         "cap": cap,
         "SIZE": size,
-        "BLOCK_D": padded_size(size),
+        **dict(zip(("BLOCK_D", "REST_D"), size_parts(size), strict=True)),
         # a factor after the maximum must not change the order of the scores
         "SCALE_FIRST": options.softcap is not None or options.scale <= 0,
         "USE_SOFTCAP": options.softcap is not None,
         "USE_SINKS": options.sinks is not None,
     }
+
+
+def size_parts(size: int) -> tuple[int, int]:
+    """Powers of two that hold a head size, from 16: 80 -> (64, 16), 128 -> (128, 0), 20 -> (32, 0)."""
+    whole = padded_size(size)
+    rest = padded_size(size - whole // 2)
+    return (whole, 0) if size <= 16 or rest * 2 >= whole else (whole // 2, rest)
 
 
 def padded_size(size: int) -> int:
