@@ -49,7 +49,7 @@ class Layout:
         return Layout(self.first[part], self.last[part], self.rows[part], self.segments[part] - begin, bounds)
 
     def rows_looking_back(self, horizon: tuple[int, int | None]) -> Tensor:
-        """|T(s)|: how many rows of R look at column s from the horizon (Eq. 10). [B, T] int32."""
+        """|T(s)|: how many rows of R look at column s from the horizon (Eq. 10), and 1 for none. [B, T] int32."""
         return self._keep(("looking back", *horizon), lambda: _rows_looking_back(self, horizon))
 
     def next_row(self) -> Tensor:
@@ -151,7 +151,7 @@ def _rows_looking_back(layout: Layout, horizon: tuple[int, int | None]) -> Tenso
     lo, hi = horizon
     end = layout.last.long() + 1 if hi is None else torch.minimum(layout.last.long(), position + hi) + 1
     begin = torch.minimum(position + lo, end).clamp(min=0)
-    return (before.gather(1, end.clamp(min=0)) - before.gather(1, begin)).int()
+    return (before.gather(1, end.clamp(min=0)) - before.gather(1, begin)).clamp(min=1).int()
 
 
 def _next_row(rows: Tensor) -> Tensor:

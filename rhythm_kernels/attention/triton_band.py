@@ -15,7 +15,7 @@ from rhythm_kernels.attention.options import Options
 from rhythm_kernels.attention.triton_scores import (
     LOG2E,
     NOWHERE,
-    is_between,
+    is_within,
     load_parts,
     load_place,
     score_arguments,
@@ -40,7 +40,7 @@ def band_kernel(
     local,  # [sequences, HQ]
     global_,  # [sequences, HQ]
     waad,  # [B, HQ, T]; GROUPED: written for local heads only
-    fai,  # [B, HQ, T]; GROUPED: written for global heads only
+    fai,  # [B, HQ, T]; GROUPED: sums over T(s), written for global heads only
     stride_qb,
     stride_qh,
     stride_qt,
@@ -85,13 +85,14 @@ def band_kernel(
     q += batch * stride_qb + head * stride_qh
     k += batch * stride_kb + head // (query_heads // key_heads) * stride_kh
     active = tl.load(rows + s, mask=s < last, other=0) != 0
-    lower = tl.where(active, tl.maximum(s - sliding_window + 1, first), NOWHERE)
     log_sum = tl.load(lse + s, mask=active, other=0.0) * LOG2E
     row_end = tl.max(tl.where(active, s + 1, 0))
+    window_end = tl.minimum(window, sliding_window)  # WAAD counts the distances 0 .. window_end - 1
+    horizon = tl.maximum(tl.minimum(hi, sliding_window - 1) - lo + 1, 0)  # FAI counts lo .. lo + horizon - 1
 
     # rows behind the tile: from the first of R at a distance of lo to the last that is near enough
     after = tl.load(next_row + batch * (tokens + 1) + tl.minimum(start + tl.maximum(lo, BLOCK), tokens))
-    after_end = tl.minimum(last, start + BLOCK + tl.minimum(hi, sliding_window - 1))
+    after_end = tl.minimum(last, start + BLOCK + lo + horizon - 1)
     if GROUPED:
         after_end = tl.where(is_global, after_end, 0)
 
@@ -100,22 +101,23 @@ def band_kernel(
     query = load_parts(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, REST_D, BLOCK)
     scores = score_tile(query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
     weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
+    distance = i[:, None] - i[None, :]  # tokens
     to = (batch * query_heads + head) * tokens + s
 
-    if is_local:  # W x row sum - sum_s A (W - (t - s)) over t - s < W; the selection comes after exp2, see DESIGN.md
-        near_lower = tl.maximum(lower, s - window + 1)
-        near = (window - i[:, None] + i[None, :]).to(tl.float32)
-        nearness = tl.sum(tl.where(is_between(near_lower, s, s), weights * near, 0.0), 1)
-        before = tl.min(near_lower)
+    # selections come after exp2, since what is hidden may be NaN, and rows outside R go last
+    if is_local:  # W x row sum - sum_s A (W - (t - s)) over t - s < W
+        near = (window - i).to(tl.float32)[:, None] + i.to(tl.float32)[None, :]
+        nearness = tl.sum(tl.where(is_within(distance, window_end), weights * near, 0.0), 1)
+        before = tl.maximum(start - window_end + 1, first)
         k_before = k + before.to(tl.int64) * stride_kt
-        for at in range(before, start, BLOCK_BEFORE):
+        for at in range(before, tl.where(row_end > 0, start, before), BLOCK_BEFORE):
             early = load_parts(k_before, stride_kt, at, start, SIZE, BLOCK_D, REST_D, BLOCK_BEFORE)
             early_scores = score_tile(query, early, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
             early_weights = weights_of(early_scores, factor, log_sum, SCALE_FIRST)
             position = at + tl.arange(0, BLOCK_BEFORE)
-            early_near = ((window - s)[:, None] + position[None, :]).to(tl.float32)
-            taken = (near_lower[:, None] <= position[None, :]) & (position < start)[None, :]
-            nearness += tl.sum(tl.where(taken, early_weights * early_near, 0.0), 1)
+            early_near = (window - s + at).to(tl.float32)[:, None] + (position - at).to(tl.float32)[None, :]
+            early_distance = s[:, None] - tl.where(position < start, position, NOWHERE)[None, :]
+            nearness += tl.sum(tl.where(is_within(early_distance, window_end), early_weights * early_near, 0.0), 1)
             k_before += BLOCK_BEFORE * stride_kt
         row_sum = tl.full([BLOCK], 1.0, tl.float32)
         if USE_SINKS:
@@ -123,20 +125,23 @@ def band_kernel(
         tl.store(waad + to, tl.where(active, window * row_sum - nearness, 0.0), mask=s < last)
 
     if is_global:
-        received = tl.where(is_between(tl.maximum(lower, s - hi), s, s - lo), weights, 0.0)
+        limit = tl.where(active, horizon, 0)[:, None]
+        received = tl.where(is_within(distance - lo, limit), weights, 0.0)
         q_after = q + after.to(tl.int64) * stride_qt
         for at in range(after, after_end, BLOCK):
             t = at + i
             late = tl.load(rows + t, mask=t < last, other=0) != 0
-            late_lower = tl.where(late, tl.maximum(tl.maximum(t - sliding_window + 1, first), t - hi), NOWHERE)
             late_log_sum = tl.load(lse + t, mask=late, other=0.0) * LOG2E
             late_query = load_parts(q_after, stride_qt, at, after_end, SIZE, BLOCK_D, REST_D, BLOCK)
             late_scores = score_tile(late_query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
             late_weights = weights_of(late_scores, factor, late_log_sum, SCALE_FIRST)
-            received += tl.where(is_between(late_lower, s, t - lo), late_weights, 0.0)
+            late_limit = tl.where(late, horizon, 0)[:, None]
+            received += tl.where(is_within((t - lo)[:, None] - s[None, :], late_limit), late_weights, 0.0)
             q_after += BLOCK * stride_qt
-        count = tl.load(counts + batch * tokens + s, mask=s < last, other=1)
-        tl.store(fai + to, tl.sum(received, 0) / tl.maximum(count, 1).to(tl.float32), mask=s < last)
+        total = tl.sum(received, 0)
+        if not GROUPED:
+            total /= tl.load(counts + batch * tokens + s, mask=s < last, other=1).to(tl.float32)
+        tl.store(fai + to, total, mask=s < last)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -146,6 +151,7 @@ def sum_heads_kernel(
     local,  # [sequences, HQ]
     global_,
     segments,  # [B, T]
+    counts,  # [B, T]
     waad_sum,  # [B, T]
     fai_sum,
     stride_ls,
@@ -156,7 +162,7 @@ def sum_heads_kernel(
     heads,
     BLOCK: tl.constexpr,
 ):
-    """Sums over the heads that are in the group of each token's sequence, in ascending order."""
+    """Sums over the heads that are in the group of each token's sequence, in ascending order; FAI divided by counts."""
     batch = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = t < tokens
@@ -170,7 +176,8 @@ def sum_heads_kernel(
         waad_total += tl.load(waad + at, mask=is_local, other=0.0)
         fai_total += tl.load(fai + at, mask=is_global, other=0.0)
     tl.store(waad_sum + batch * tokens + t, waad_total, mask=inside)
-    tl.store(fai_sum + batch * tokens + t, fai_total, mask=inside)
+    count = tl.load(counts + batch * tokens + t, mask=inside, other=1).to(tl.float32)
+    tl.store(fai_sum + batch * tokens + t, fai_total / count, mask=inside)
 
 
 def band_pass(
@@ -206,17 +213,21 @@ def band_pass(
         GROUPED=groups is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.max_registers,
     )
-    return (waad, fai) if groups is None else _sum_heads(waad, fai, groups, layout)
+    return (waad, fai) if groups is None else _sum_heads(waad, fai, groups, layout, options)
 
 
-def _sum_heads(waad: Tensor, fai: Tensor, groups: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+def _sum_heads(
+    waad: Tensor, fai: Tensor, groups: tuple[Tensor, Tensor], layout: Layout, options: Options
+) -> tuple[Tensor, Tensor]:
     batch, heads, tokens = waad.shape
     waad_sum, fai_sum = (torch.empty((batch, tokens), dtype=torch.float32, device=waad.device) for _ in range(2))
     sum_heads_kernel[(batch, triton.cdiv(tokens, SUM_BLOCK))](
         waad=waad,
         fai=fai,
         segments=layout.segments,
+        counts=layout.rows_looking_back(options.horizon),
         waad_sum=waad_sum,
         fai_sum=fai_sum,
         **_group_arguments(groups),

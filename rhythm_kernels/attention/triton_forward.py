@@ -15,6 +15,7 @@ from rhythm_kernels.attention.triton_scores import (
     LOG2E,
     LOWEST,
     NOWHERE,
+    is_within,
     load_parts,
     load_place,
     load_tile,
@@ -63,8 +64,8 @@ def _key_tiles(
         key = load_parts(k, stride_kt, start, end, SIZE, BLOCK_D, REST_D, BLOCK_N, WHOLE)
         scores = score_tile(query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
         if not WHOLE:
-            past = t[:, None] - (start + j)[None, :]  # tokens; as an unsigned number, the future is far away
-            visible = past.to(tl.uint32, bitcast=True) < sliding_window.to(tl.uint32) if USE_WINDOW else past >= 0
+            past = t[:, None] - (start + j)[None, :]  # tokens
+            visible = is_within(past, sliding_window) if USE_WINDOW else past >= 0
             scores = tl.where(visible, scores, float("-inf"))
         if not USE_LSE:
             tile_highest = tl.max(scores, 1)

@@ -102,9 +102,9 @@ def weights_of(scores, factor, minus, SCALE_FIRST: tl.constexpr):
 
 
 @triton.jit
-def is_between(low, s, high):
-    """[M, N]: which keys s [N] each row takes, from low [M] to high [M], both included."""
-    return (low[:, None] <= s[None, :]) & (s[None, :] <= high[:, None])
+def is_within(distance, limit):
+    """0 <= distance < limit, int32, in one comparison: as an unsigned number, what is negative is far away."""
+    return distance.to(tl.uint32, bitcast=True) < limit.to(tl.uint32, bitcast=True)
 
 
 def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | float | bool | Tensor | None]:
