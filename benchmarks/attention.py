@@ -17,6 +17,8 @@ Qwen3-4B's on a GPU (32 and 8 of 128, bf16). Variants:
     groups      group_stats, lse given: WAAD summed over 30 % of the heads, FAI over another 30 %
     fused       attention: the output and all statistics
 
+`full`, `band` and `groups` get the layout of the batch ready-made, since `collect` makes it once for all layers.
+
 Whatever a variant returns is checked before it is timed: up to 1,024 tokens (once at 1,024, if only larger sizes are
 asked for) against fp64; above, statistics against `full` and outputs against sdpa. Errors are in units of the largest
 value of what is compared; allowed are `EXACT`, and `ROUNDED` for 16-bit outputs and for variants that round scores,
@@ -26,6 +28,7 @@ On a GPU: times between two CUDA events with an L2 cache full of other data, in 
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +40,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import Measured, available_bytes, environment, interleave, ratio, write
-from rhythm_kernels import attention, attention_stats, group_heads, group_stats, reference
+from rhythm_kernels import AttentionStats, attention, attention_stats, group_heads, reference
+from rhythm_kernels.attention.api import run_group_stats, run_stats
+from rhythm_kernels.attention.layout import Layout, make_layout
+from rhythm_kernels.attention.options import Options, check_options
 
 WINDOW, HORIZON = 10, (10, 50)
 OPTIONS = {"window": WINDOW, "horizon": HORIZON}
@@ -67,6 +73,7 @@ class Problem(NamedTuple):
     """[HQ] bool: 30 % of the heads, of the shortest spans."""
     global_: Tensor
     """[HQ] bool: 30 % of the heads, of the longest spans."""
+    layout: Layout
 
     @property
     def repeats(self) -> int:
@@ -110,12 +117,12 @@ def make_problem(shape: Shape, tokens: int, device: torch.device) -> Problem:
     angle = torch.arange(tokens, device=device)[:, None] * frequency
     place = torch.cat([angle.cos(), angle.sin()], -1).float()  # place[t] @ place[s] falls off with t - s
     k[..., : place.shape[1]] += place
-    nearest = 2 * size**-0.5 * torch.tensor(float(tokens)).log()  # a bonus of log N on the score of distance 0
-    q[..., : place.shape[1]] += torch.linspace(0, float(nearest), query_heads, device=device)[:, None, None] * place
+    most = 2 * size**-0.5 * math.log(tokens)  # adds log N to the score of distance 0
+    q[..., : place.shape[1]] += torch.linspace(0, most, query_heads, device=device)[:, None, None] * place
     q, k, v = (x.to(dtype) for x in (q, k, v))
     stats = attention_stats(q, k, **OPTIONS)
     groups = group_heads(stats.span)
-    return Problem(q, k, v, stats.lse, groups.local[0], groups.global_[0])
+    return Problem(q, k, v, stats.lse, groups.local[0], groups.global_[0], make_layout(1, tokens, device))
 
 
 # ---- the variants ----------------------------------------------------------------------------------------------------
@@ -234,19 +241,28 @@ def make_colreduce(p: Problem) -> Callable[[], Answer]:
 
 
 def make_full(p: Problem) -> Callable[[], Answer]:
-    return lambda: of_stats(attention_stats(p.q, p.k, **OPTIONS))
+    options = checked_options(p, need_span=True)
+    return lambda: of_stats(run_stats(p.q, p.k, None, p.layout, options))
 
 
 def make_band(p: Problem) -> Callable[[], Answer]:
-    return lambda: of_stats(attention_stats(p.q, p.k, lse=p.lse, need_span=False, **OPTIONS))
+    options = checked_options(p, need_span=False)
+    return lambda: of_stats(run_stats(p.q, p.k, p.lse, p.layout, options))
 
 
 def make_groups(p: Problem) -> Callable[[], Answer]:
+    options = checked_options(p, need_span=False)
+
     def run() -> Answer:
-        waad, fai = group_stats(p.q, p.k, p.local, p.global_, lse=p.lse, **OPTIONS)
+        waad, fai = run_group_stats(p.q, p.k, p.lse, p.local, p.global_, p.layout, options)
         return Answer(group_waad=waad, group_fai=fai)
 
     return run
+
+
+def checked_options(p: Problem, need_span: bool) -> Options:
+    none = dict.fromkeys(("scale", "sliding_window", "softcap", "sinks"))
+    return check_options(p.q, p.k, need_span=need_span, **OPTIONS, **none)
 
 
 def make_fused(p: Problem) -> Callable[[], Answer]:
@@ -257,7 +273,7 @@ def make_fused(p: Problem) -> Callable[[], Answer]:
     return run
 
 
-def of_stats(stats) -> Answer:
+def of_stats(stats: AttentionStats) -> Answer:
     return Answer(waad=stats.waad, fai=stats.fai, span=stats.span, lse=stats.lse)
 
 
@@ -299,7 +315,7 @@ def why_not(variant: Variant, shape: Shape, tokens: int, device: torch.device) -
         return "needs a GPU"
     needed = dense_bytes(shape.query_heads, tokens)
     if variant.dense and needed > MEMORY_SHARE * available_bytes(device):
-        return f"needs {needed / 2**30:,.0f} GiB"
+        return f"needs {needed / 2**30:,.1f} GiB"
     return None
 
 
@@ -318,7 +334,7 @@ def work(name: str, shape: Shape, tokens: int) -> Work | None:
     """None for variants whose cost is the maps'."""
     heads, key_heads, size, dtype = shape
     pairs = heads * tokens * (tokens + 1) // 2
-    (lo, hi), share = HORIZON, round(0.3 * heads)
+    (lo, hi), share = HORIZON, math.ceil(0.3 * heads)
     columns = len({*range(WINDOW), *range(lo, hi + 1)}) * tokens  # of a head's band
     band = heads * columns
     some = share * (WINDOW + hi - lo + 1) * tokens
@@ -343,7 +359,7 @@ def work(name: str, shape: Shape, tokens: int) -> Work | None:
 
 def exact_answer(p: Problem) -> Answer:
     """Everything, in fp64 on a CPU."""
-    q, k, v, _, local, global_ = (x.cpu() for x in p)
+    q, k, v, local, global_ = (x.cpu() for x in (p.q, p.k, p.v, p.local, p.global_))
     segments = torch.zeros(1, q.shape[2], dtype=torch.int64)
     rows = segments == 0
     weights, lse = reference.attention_map(q, k, segments)
@@ -569,7 +585,7 @@ def report(args: argparse.Namespace, shape: Shape, device: torch.device, results
     """Writes what `--out` asks for, and returns the text."""
     where = environment(device)
     heads = f"{shape.query_heads} query and {shape.key_heads} key heads of {shape.head_size}, {args.dtype}"
-    worst = max(error for row in results.values() for error in row.errors.values())
+    worst = max((error for row in results.values() for error in row.errors.values()), default=0.0)
     rounds = f"medians of at most {args.rounds} interleaved rounds; largest error {worst:.1e}"
     head = ", ".join(f"{name} {value}" for name, value in where.items())
     text = f"{head}\n\n{heads}; {rounds}\n\n{table(results, args.variants)}\n\n{summary(results)}\n"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.attention import DTYPES, EXACT, HORIZON, OPTIONS, ROUNDED, WINDOW, dense_bytes, dense_sums
-from benchmarks.measure import Measured, available_bytes, environment, interleave, ratio, write
+from benchmarks.measure import Measured, available_bytes, environment, interleave, ratio, ratios, write
 from rhythm_kernels import AttentionStats, HeadGroups, Rhythm, collect, sampled_layers
 from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.signals import rhythm_of
@@ -162,10 +162,11 @@ def check(variants: dict[str, Callable[[], Result]], ids: Tensor, dtype: torch.d
 
 
 def table(measured: dict[str, Measured]) -> str:
-    lines = ["| | time | of plain | peak extra memory |", "|---|---|---|---|"]
+    lines = ["| | time | of plain (least, most) | peak extra memory |", "|---|---|---|---|"]
     for name, m in measured.items():
-        memory = f"{m.extra_bytes / 2**20:,.0f} MiB"
-        lines.append(f"| {name} | {m.seconds:.3f} s | {ratio(m, measured['plain']):.3f}x | {memory} |")
+        each = ratios(m, measured["plain"])
+        share = f"{ratio(m, measured['plain']):.3f}x ({min(each):.3f}, {max(each):.3f})"
+        lines.append(f"| {name} | {m.seconds:.3f} s | {share} | {m.extra_bytes / 2**20:,.0f} MiB |")
     return "\n".join(lines)
 
 

@@ -45,22 +45,17 @@ L2_BYTES = 6.65e12 / SMS / CLOCK
 REGISTERS, SHARED_MEMORY, WARPS = 64 << 10, 228 << 10, 64
 REGISTER_UNIT, RESERVED_SHARED = 256, 1 << 10  # registers a warp is given at a time; bytes taken of each program
 
-# The loops of a kernel that multiply matrices, in order of address (one without a window has the last of them), and
-# the constants whose product is the number of scores of one turn; then the same of what lies outside the loops.
+# What multiplies matrices in a kernel, and the constants whose product is the number of scores of one turn: the loops
+# in order of address (a forward without a window has no first one), then what lies outside them.
+TILE = ("BLOCK_M", "BLOCK_N")
 LOOPS = {
-    "forward_kernel": (
-        [
-            ("window's edge", "BLOCK_M", "BLOCK_N"),
-            ("whole tiles", "BLOCK_M", "BLOCK_N"),
-            ("diagonal", "BLOCK_M", "BLOCK_N"),
-        ],
-        ("outside",),
-    ),
-    "band_kernel": (
-        [("keys before", "BLOCK", "BLOCK_BEFORE"), ("rows behind", "BLOCK", "BLOCK")],
-        ("own tile", "BLOCK", "BLOCK"),
-    ),
-    "sum_heads_kernel": ([], ("all",)),
+    "forward_kernel": {"window's edge": TILE, "whole tiles": TILE, "diagonal": TILE, "outside": ()},
+    "band_kernel": {
+        "keys before": ("BLOCK", "BLOCK_BEFORE"),
+        "rows behind": ("BLOCK", "BLOCK"),
+        "own tile": ("BLOCK", "BLOCK"),
+    },
+    "sum_heads_kernel": {"all": ()},
 }
 
 
@@ -73,7 +68,7 @@ def describe(launch: Launch) -> dict[str, Any]:
         "target": launch.target,
         "dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(launch.dtype, "-"),
         "kernel": launch.kernel.removesuffix("_kernel"),
-        "head": "/".join(str(size) for size in head_sizes(launch, "SIZE", "SIZE_V")),
+        "head": "/".join(str(size) for size in head_sizes(launch)),
         "options": " ".join(name.removeprefix("USE_").lower() for name, value in constants.items() if value is True),
         "tile": "x".join(str(n) for name, n in constants.items() if name.startswith("BLOCK") and "_D" not in name),
         "warps": metadata.num_warps,
@@ -94,13 +89,13 @@ def parts(launch: Launch, code: list[Instruction]) -> list[tuple[str, int | None
     Raises: ValueError for a kernel whose loops LOOPS does not name.
     """
     outside, *loops = sass.find_loops(code, lambda code: multiplies(launch, code))
-    names, rest = LOOPS.get(launch.kernel, ([], ()))
-    if len(loops) > len(names) or not rest:
+    *names, rest = LOOPS.get(launch.kernel, {"": ()}).items()
+    if launch.kernel not in LOOPS or len(loops) > len(names):
         raise ValueError(f"LOOPS names {len(names)} loops of {launch.kernel}, found {len(loops)} in {launch.constants}")
     found = [*zip(names[len(names) - len(loops) :], loops)]
     if multiplies(launch, outside) or not loops:
         found.append((rest, outside))
-    return [(name, prod(launch.constants[x] for x in block) if block else None, code) for (name, *block), code in found]
+    return [(name, prod(launch.constants[x] for x in block) if block else None, code) for (name, block), code in found]
 
 
 def describe_loop(launch: Launch, name: str, scores: int | None, code: list[Instruction]) -> dict[str, Any]:
@@ -143,19 +138,19 @@ def unit_cycles(code: list[Instruction], warps: int) -> dict[str, float]:
 def floor_cycles(launch: Launch, scores: int) -> float:
     """The fewest cycles of an SM for so many scores."""
     rate = 2 * FP32_LANES if launch.dtype == "float32" else TENSOR_FLOPS
-    return max(2 * scores * sum(head_sizes(launch, "SIZE", "SIZE_V")) / rate, scores / MUFU_LANES)
+    return max(2 * scores * sum(head_sizes(launch)) / rate, scores / MUFU_LANES)
 
 
 def multiplies(launch: Launch, code: list[Instruction]) -> bool:
     """Whether this code holds matrix products, which in fp32 are FFMAs: a head's length of them for each score."""
     if launch.dtype == "float32":
-        return sum(x.kind == "FFMA" for x in code) >= sum(head_sizes(launch, "BLOCK_D", "BLOCK_DV"))
+        return sum(x.kind == "FFMA" for x in code) >= sum(head_sizes(launch))
     return any(x.kind == "tensor" for x in code)
 
 
-def head_sizes(launch: Launch, key: str, value: str) -> list[int]:
-    """The multiply-adds of a score: the constant named `key` and, where there is an output, that named `value`."""
-    names = [key, value] if launch.constants.get("USE_OUT") else [key]
+def head_sizes(launch: Launch) -> list[int]:
+    """The multiply-adds of a score: one for each number of a key and, where there is an output, of a value."""
+    names = ["SIZE", "SIZE_V"] if launch.constants.get("USE_OUT") else ["SIZE"]
     return [launch.constants[name] for name in names if name in launch.constants]
 
 

@@ -23,7 +23,8 @@ from rhythm_kernels import attention, attention_stats, group_stats
 
 TARGETS = (80, 90, 100)  # compute capabilities, times ten
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
-FEATURES = {"softcap": 30.0, "sinks": torch.zeros(QUERY_HEADS), "sliding_window": 4096}
+FEATURES = {"softcap": 30.0, "sinks": torch.zeros(QUERY_HEADS)}
+WINDOW = {"sliding_window": 4096}
 
 
 class Launch(NamedTuple):
@@ -108,25 +109,23 @@ class Case(NamedTuple):
 def cases(target: int) -> list[Case]:
     """Calls that between them launch every kernel in each of the target's tiles, and on the H100 with every option."""
     found = [
-        case
-        for size in (64, 128, 256)
-        for case in (
-            Case("attention", size, FEATURES),
-            Case("attention_stats", size, FEATURES),
-            Case("group_stats", size, FEATURES, lse=True),
-        )
+        *[Case("attention", size, WINDOW) for size in (64, 128, 256)],
+        *[Case("attention_stats", size, options) for size, options in ((64, {}), (128, FEATURES), (256, FEATURES))],
+        Case("group_stats", 128, FEATURES, lse=True),
     ]
     if target == 90:
         found += [
             *[Case(call, size, {}) for size in (64, 128, 256) for call in ("attention", "attention_stats")],
-            Case("group_stats", 128, {}, lse=True),
-            Case("attention_stats", 128, {"need_span": False}),
+            Case("attention_stats", 64, FEATURES),
+            Case("attention", 128, FEATURES | WINDOW),
             *[Case("attention_stats", 128, options, lse=True) for options in ({}, FEATURES)],
             Case("attention_stats", 128, {"need_span": False, "window": 256, "horizon": (1, None)}, lse=True),
+            Case("attention_stats", 128, {"need_span": False}),
+            Case("group_stats", 128, {}, lse=True),
             Case("attention", 192, {}, value_size=128),
-            Case("attention", 80, {}),
-            Case("attention", 128, {}, dtype=torch.float16),
-            *[Case(call, 128, FEATURES, dtype=torch.float32) for call in ("attention", "attention_stats")],
+            Case("attention_stats", 80, {}),
+            Case("attention_stats", 128, {}, dtype=torch.float16),
+            *[Case(call, 128, FEATURES | WINDOW, dtype=torch.float32) for call in ("attention", "attention_stats")],
         ]
     return found
 

@@ -32,9 +32,14 @@ class Measured(NamedTuple):
     """On a GPU, time inside kernels and copies alone, median of a few runs; None where no trace can be had."""
 
 
+def ratios(above: Measured, below: Measured) -> list[float]:
+    """One variant's time over another's, in each round."""
+    return [a / b for a, b in zip(above.samples, below.samples, strict=True)]
+
+
 def ratio(above: Measured, below: Measured) -> float:
-    """The median over the rounds of one variant's time over another's."""
-    return statistics.median(a / b for a, b in zip(above.samples, below.samples, strict=True))
+    """The median of `ratios`."""
+    return statistics.median(ratios(above, below))
 
 
 def interleave(
@@ -46,29 +51,32 @@ def interleave(
 ) -> dict[str, Measured]:
     """Runs the variants in turn, so that a drifting machine hits all alike.
 
-    Two rounds come first that are not timed: a warm-up, and one that measures memory. On a GPU each timed run finds an
-    L2 cache full of other data; on a CPU the caches hold what the variant before it left.
+    Two rounds come first that are not timed: they warm up, and the lesser of their memory counts. On a GPU each timed
+    run finds an L2 cache full of other data; on a CPU the caches hold what the variant before it left.
 
     Args:
         rounds: at most so many are timed; fewer, but at least `FEWEST_ROUNDS`, once `limit` seconds are over.
     """
-    extra: dict[str, int] = {}
+    extra: dict[str, list[int]] = {name: [] for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     begin = time.perf_counter()
+    gc.collect()
+    gc.freeze()  # collections between the runs then look at what the runs left only
     for i in progress(range(-2, rounds), label):
         if i >= FEWEST_ROUNDS and time.perf_counter() - begin > limit:
             break
         for name, run in variants.items():
             gc.collect()
             if i < 0:
-                extra[name] = extra_bytes(run, device)
+                extra[name].append(extra_bytes(run, device))
             else:
                 seconds[name].append(_time(run, device))
+    gc.unfreeze()
     return {
         name: Measured(
             seconds=statistics.median(taken),
             samples=tuple(taken),
-            extra_bytes=extra[name],
+            extra_bytes=min(extra[name]),
             kernel_seconds=_kernel_seconds(variants[name], device) if device.type == "cuda" else None,
         )
         for name, taken in seconds.items()
@@ -138,7 +146,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Peak memory of one call above what was held before it; on a CPU of the resident set, so to a few pages."""
+    """Peak memory of one call above what was held before it; on a CPU of the resident set, with malloc's slack."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -122,7 +122,7 @@ def disassemble(cubin: bytes) -> list[Instruction]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-g", "-c", file.name]
+        command = [knobs.nvidia.nvdisasm.path, "-g", "-c", "-ndf", file.name]
         return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

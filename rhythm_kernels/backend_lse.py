@@ -5,6 +5,7 @@ layer's attention function and reads it from the operator below autograd: the op
 same inputs.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -44,20 +45,22 @@ class _Call(NamedTuple):
 class LseReader(TorchDispatchMode):
     """Open around one call of an attention function; `lse` then has what the call's fused operator computed."""
 
+    supports_higher_order_operators = True  # FlexAttention is one where it runs uncompiled
+
     def __init__(self):
         super().__init__()
         self._calls: list[_Call] = []
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # else a compiled attention, such as transformers' FlexAttention, would run uncompiled
+        return True  # what is compiled, as transformers' FlexAttention is, stays so
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten.scaled_dot_product_attention.default:  # in inference mode it arrives whole
             with self:
                 return func.decompose(*args, **kwargs)
-        name = _without_build(func.name())
+        name = _name(func)
         if name not in FUSED_OPS:
             return func(*args, **kwargs)
         names = [argument.name for argument in func._schema.arguments]
@@ -84,13 +87,15 @@ class LseReader(TorchDispatchMode):
         Returns:
             (lse [B, HQ, T] fp32, natural log, sinks included, anything in padding; the operator's name), or
             (None, "row pass"): no fused operator ran or more than one, the query was cast to another dtype for it, it
-            left out the sinks, or its output has another shape.
+            left out the sinks, its output has another shape, or it is of 16-bit inputs on a CPU, good to 1e-4 only.
         """
         shape = query.shape[:3]
         if returned is not None and returned.dtype == torch.float32 and returned.shape == shape:
             lse = returned.detach()
             return lse if sinks is None else torch.logaddexp(lse, sinks[:, None]), "flex_attention"
-        if len(self._calls) == 1:
+        # on a CPU, torch's kernel takes faster exponentials for 16-bit inputs: the log-sum-exp is off by 6e-5
+        precise = query.dtype == torch.float32 or not query.is_cpu
+        if len(self._calls) == 1 and precise:
             (call,) = self._calls
             if call.dtype == query.dtype and (sinks is None or call.has_sinks):
                 lse = _fitted(call, shape, layout)
@@ -99,10 +104,11 @@ class LseReader(TorchDispatchMode):
         return None, ROW_PASS
 
 
-def _without_build(name: str) -> str:
+@cache
+def _name(operator) -> str:
     """FlashAttention's operators have a namespace for each version and build: flash_attn_3, _flash_attn2_588b404."""
-    namespace, _, operator = name.partition("::")
-    return f"flash_attn::{operator}" if "flash_attn" in namespace else name
+    namespace, _, name = operator.name().partition("::")
+    return f"flash_attn::{name}" if "flash_attn" in namespace else operator.name()
 
 
 def _fitted(call: _Call, shape: torch.Size, layout: Layout) -> Tensor | None:

@@ -213,15 +213,15 @@ class Collector:
         key = (id(mask), window)  # of all layers of a kind in a forward
         if not isinstance(mask, Tensor) or mask.ndim != 4 or key in self._plain_masks:
             return
-        visible = (mask if mask.dtype == torch.bool else mask == 0).sum(-1)
+        visible = (mask if mask.dtype == torch.bool else mask == 0).sum(-1, dtype=torch.int32)
         position = torch.arange(mask.shape[-1], device=mask.device)
         expected = position + 1 - self.layout.first[:, None]
         if window is not None:
             expected = expected.clamp(max=window)
         wrong = (visible != expected) & self.layout.rows[:, None]
         if wrong.any():
-            row, _, token = wrong.nonzero()[0].tolist()
-            seen, wanted = visible.expand_as(wrong)[row, 0, token], expected[row, 0, token]
+            row, head, token = wrong.nonzero()[0].tolist()
+            seen, wanted = visible.expand_as(wrong)[row, head, token], expected[row, 0, token]
             raise ValueError(
                 f"collect needs attention to every earlier token or in a sliding window, got layer {layer}, where "
                 f"token {token} of row {row} sees {seen} tokens, not {wanted}"

@@ -1,14 +1,32 @@
-"""Every test runs on poisoned memory: what torch.empty hands out is full of NaN (or the largest integer)."""
+"""Every test runs on poisoned memory: what torch.empty hands out is full of NaN (or the largest integer).
+
+Fuzz tests draw new cases in each run; the seed is printed, and --hypothesis-seed=SEED repeats them.
+"""
 
 import os
+import random
 
 import pytest
-
-# Triton decides at its import whether it interprets kernels on the CPU
 import torch
 
+# Triton decides at its import whether it interprets kernels on the CPU
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads its option
+def pytest_configure(config):
+    if getattr(config.option, "hypothesis_seed", "absent") is None:  # there is no such option without hypothesis
+        from hypothesis import settings
+
+        settings.register_profile("drawn anew", derandomize=False)  # also where CI is set
+        settings.load_profile("drawn anew")
+        config.option.hypothesis_seed = str(random.SystemRandom().randrange(10**9))
+
+
+def pytest_report_header(config):
+    seed = getattr(config.option, "hypothesis_seed", None)
+    return None if seed is None else f"hypothesis seed: {seed}"
 
 
 def poisoned(make):

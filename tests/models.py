@@ -35,8 +35,10 @@ def qwen3(attention: str = "sdpa"):
 def eager(model):
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    yield
-    model.config._attn_implementation = implementation  # the method would look for flash attention's package
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = implementation  # the method would look for flash attention's package
 
 
 @torch.no_grad()

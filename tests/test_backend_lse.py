@@ -12,6 +12,7 @@ from torch.library import _scoped_library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import collect, reference
 from rhythm_kernels.attention.layout import make_layout
@@ -77,29 +78,22 @@ def test_what_has_no_lse_takes_the_row_pass():
     assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention():
-    """On a CPU, transformers does not ask FlexAttention for it. Where it does, sinks are left to the caller."""
+    """On a CPU, transformers does not ask FlexAttention for its log-sum-exp."""
     torch.manual_seed(1)
     model = llama("flex_attention")
     inputs, rows, segments = inputs_of("full")
     maps = eager_maps(model, **inputs)
-    with torch.no_grad():
-        plain = model(**inputs).logits
-        with collect(model, response_mask=rows) as c:
-            assert torch.equal(model(**inputs).logits, plain)
-    assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
-    for layer, stats in c.stats.items():
-        for found, exact in zip(stats, dense_stats(maps[layer], rows, segments, 3)):
-            torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=2e-5)
-
-    q, k, layout = random_qk()
-    sinks = torch.randn(6)
-    plain, with_sinks = (attention_lse(q, k, sinks=sink) for sink in (None, sinks))
-    for sink, exact in ((None, plain), (sinks, with_sinks)):
-        lse, source = LseReader().lse(q, sink, layout, plain)
-        assert source == "flex_attention"
-        torch.testing.assert_close(lse, exact, rtol=1e-6, atol=1e-6)
-    assert LseReader().lse(q, None, layout, plain.bfloat16()) == (None, ROW_PASS)
+    for stance in ("default", "force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            plain = model(**inputs).logits
+            with collect(model, response_mask=rows) as c:
+                assert torch.equal(model(**inputs).logits, plain)
+        assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
+        for layer, stats in c.stats.items():
+            for found, exact in zip(stats, dense_stats(maps[layer], rows, segments, 3)):
+                torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=2e-5)
 
 
 # ---- kernels that need a GPU -----------------------------------------------------------------------------------------
@@ -116,20 +110,19 @@ def attention_lse(q, k, **options):
 
 
 def aten_stand_in(name: str):
-    """A CPU kernel for the CUDA operator, with the shapes of the real one's log-sum-exp."""
-    switch = FUSED_OPS[name]
-    outputs = len(getattr(torch.ops.aten, name[6:]).default._schema.returns)
+    """A CPU kernel for the CUDA operator, whose log-sum-exp has the real one's shape."""
 
     def kernel(query, key, value, *args, scale=None):
-        flags = dict(zip(("attn_bias", switch), args)) if switch else {switch: True}
         lse = attention_lse(query, key, scale=scale)
+        out, empty = query.clone(), lse.new_empty(0)
+        if "flash" in name:
+            return out, lse, empty, empty, TOKENS, TOKENS, empty, empty, empty
+        compute_log_sumexp = args[1]
         if "cudnn" in name:
-            lse = lse[..., None]
-        if "efficient" in name:
-            lse = torch.nn.functional.pad(lse, (0, -query.shape[2] % 32), value=math.nan)
-        empty = lse.new_empty(0)
-        rest = {6: [empty, empty], 9: [empty, empty, TOKENS, TOKENS, empty, empty, empty]}
-        return query.clone(), lse if flags[switch] else lse[..., :0], *rest.get(outputs, [empty] * (outputs - 2))
+            lse = lse[..., None] if compute_log_sumexp else empty
+            return out, lse, empty, empty, TOKENS, TOKENS, empty, empty, empty
+        padded = torch.nn.functional.pad(lse, (0, -TOKENS % 32), value=math.nan)
+        return out, padded if compute_log_sumexp else padded[..., :0], empty, empty
 
     return kernel
 
@@ -153,10 +146,36 @@ def test_sdpa_of_a_gpu(name):
         library.impl(name.removeprefix("aten::"), aten_stand_in(name), "CPU")
         with LseReader() as reader:
             operator(*args, scale=0.3)
-        assert operator(*args, scale=0.3)[1].numel() == 0 if FUSED_OPS[name] else True
+        unread = operator(*args, scale=0.3)[1]
+    assert (unread.numel() == 0) == (FUSED_OPS[name] is not None)
     lse, source = reader.lse(q, None, layout)
     assert source == name and lse.dtype == torch.float32
     torch.testing.assert_close(lse, attention_lse(q, k, scale=0.3), rtol=1e-6, atol=1e-6)
+
+
+def test_flex_attention_of_a_gpu(monkeypatch):
+    """There transformers returns the log-sum-exp: without sinks, in the dtype of the values."""
+
+    def attend(module, query, key, value, mask, scaling, **kwargs):
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), attention_lse(query, key, scale=scaling).to(value.dtype)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flex_attention", attend)
+    torch.manual_seed(1)
+    model = llama("flex_attention")
+    inputs, rows, _ = inputs_of("full")
+    with collect(model, response_mask=rows) as c:
+        model(**inputs)
+    assert c.lse_sources == dict.fromkeys(c.layers, "flex_attention")
+    assert_lse_of_eager(model, inputs, rows, c.stats)
+
+    q, k, layout = random_qk()
+    sinks = torch.randn(6)
+    lse, with_sinks = attention_lse(q, k), attention_lse(q, k, sinks=sinks)
+    found, source = LseReader().lse(q, sinks, layout, lse)
+    assert source == "flex_attention"
+    torch.testing.assert_close(found, with_sinks, rtol=1e-6, atol=1e-6)
+    assert LseReader().lse(q, None, layout, lse.bfloat16()) == (None, ROW_PASS)
 
 
 def test_what_another_score_may_have_made_is_not_used():
@@ -175,7 +194,9 @@ def test_what_another_score_may_have_made_is_not_used():
     row_pass = (None, ROW_PASS)
     assert read() == row_pass
     assert read(sdpa, sdpa) == row_pass, "two calls"
-    assert read(lambda: sdpa(q.bfloat16(), k.bfloat16())) == row_pass, "cast"
+    half = q.bfloat16(), k.bfloat16()
+    assert read(lambda: sdpa(*half)) == row_pass, "cast"
+    assert read(lambda: sdpa(*half), query=half[0]) == row_pass, "16 bits on a CPU"
     assert read(lambda: sdpa(q[:, :3], k[:, :3])) == row_pass, "some heads"
     assert read(lambda: sdpa(q[:, :, :50], k[:, :, :50])) == row_pass, "some rows"
     assert read(sdpa, sinks=torch.zeros(6)) == row_pass, "no sinks"

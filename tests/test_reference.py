@@ -85,6 +85,29 @@ def test_padding_on_either_side_and_packing_are_the_same_sequence():
     exactly(packed.fai, torch.cat([alone.fai, alone.fai], 2))
 
 
+def test_attention_out_by_hand():
+    weights = tensor([[[[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.0, 0.0, 0.0]]]])  # the last token is padding
+    v = tensor([[[[4.0, 0.0], [8.0, 1.0], [math.nan, math.inf]]]])
+    exactly(reference.attention_out(weights, v)[0, 0], [[4, 0], [7, 0.75], [0, 0]])
+    v[0, 0, 1, 0] = math.inf
+    out = reference.attention_out(weights, v)[0, 0]
+    assert out[1, 0].isnan() and out.isnan().sum() == 1, "only what the broken value has a weight in"
+    heads = torch.arange(4.0).view(1, 4, 1, 1)
+    exactly(reference.attention_out(heads, tensor([1.0, 5.0]).view(1, 2, 1, 1)).flatten(), [0, 1, 10, 15])
+
+
+def test_group_sums_by_hand():
+    waad, fai = tensor([[[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]]), tensor([[[4.0, 5.0, 6.0], [math.nan] * 3]])
+    one = tensor([True, False])
+    sums = reference.group_sums(waad, fai, ~one | one, one, tensor([[0, 0, 1]]))
+    exactly(sums.waad, [[11, 22, 33]])
+    exactly(sums.fai, [[4, 5, 6]])
+    local, global_ = tensor([[True, False], [False, True]]), tensor([[False, False], [True, False]])
+    sums = reference.group_sums(waad, fai, local, global_, tensor([[0, 0, 1]]))
+    exactly(sums.waad, [[1, 2, 30]])
+    exactly(sums.fai, [[0, 0, 6]])
+
+
 def test_only_response_rows_count():
     rows = tensor([[False, True, False, True]])
     stats = reference.attention_stats(*uniform(4), window=1, horizon=(1, None), row_mask=rows)

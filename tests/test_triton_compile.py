@@ -21,13 +21,16 @@ ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program; sm_86 and sm_89 run sm_80's tiles
 TENSOR_CORE = {80: ("mma.sync", "HMMA."), 90: ("wgmma", "HGMMA."), 100: ("tcgen05", "UTC")}
 
-pytestmark = pytest.mark.xdist_group("compile")  # in one worker only
+# each compiled in one worker only
+EACH_TARGET = {target: pytest.param(target, marks=pytest.mark.xdist_group(f"sm_{target}")) for target in SHARED_LIMIT}
+on_h100 = pytest.mark.parametrize("compiled", [EACH_TARGET[90]], indirect=True, scope="module")
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
+@pytest.fixture(scope="module", params=EACH_TARGET.values())
+def compiled(request) -> list[dict]:
+    """Every launch for a target."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernels", "--json"]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--json", "--targets", str(request.param)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT).stdout
     return json.loads(out)
 
@@ -44,10 +47,10 @@ def failing(launches: list[dict], passes) -> list[str]:
     return ["  ".join(f"{name} {row[name]}" for name in names) for row in launches if not passes(row)]
 
 
-def test_every_kernel_is_compiled_for_every_target(compiled):
+def test_every_kernel_is_compiled(compiled):
     sources = [path.read_text() for path in (ROOT / "rhythm_kernels").rglob("*.py")]
     names = {name for source in sources for name in re.findall(r"^def (\w+)_kernel\(", source, re.MULTILINE)}
-    assert {(row["target"], row["kernel"]) for row in compiled} == {(t, name) for t in SHARED_LIMIT for name in names}
+    assert {row["kernel"] for row in compiled} == names
 
 
 def test_nothing_is_spilled(compiled):
@@ -63,7 +66,9 @@ def test_shared_memory_suffices(compiled):
 
 def test_no_atomics(compiled):
     def in_order(row):
-        return row["ptx_atomics"] == 0 and not any(re.match(r"ATOM|RED[.G]", opcode) for opcode in row["opcodes"])
+        # tcgen05 keeps account of its tensor memory with atomics on shared memory
+        atomics = r"(ATOMG?|REDG?)\b" if row["target"] == 100 else r"(ATOM[GS]?|REDG?)\b"
+        return row["ptx_atomics"] == 0 and not any(re.match(atomics, opcode) for opcode in row["opcodes"])
 
     assert failing(compiled, in_order) == []
 
@@ -87,30 +92,30 @@ def test_tiles_are_loaded_16_bytes_at_a_time(products):
     assert failing(products, wide) == []
 
 
+@on_h100
 def test_no_matrix_product_is_computed_twice(products):
-    """On the H100, for heads that fill their tiles."""
-    rows = [row for row in products if row["target"] == 90 and row["dtype"] != "fp32"]
-    rows = [row for row in rows if set(row["head"].split("/")) <= {"64", "128", "256"}]
+    """Beyond heads of 128, 64 rows are spread over 8 warps not to spill, and some products are."""
 
     def once(row):
         each = 2 * sum(map(int, row["head"].split("/"))) / kernels.TENSOR_FLOPS
         return all(loop["cycles"]["tensor"] == each * loop["scores"] for loop in row["loops"])
 
+    rows = [row for row in products if row["dtype"] != "fp32" and set(row["head"].split("/")) <= {"64", "128"}]
     assert len(rows) > 0
     assert failing(rows, once) == []
 
 
-def test_whole_tiles_are_not_limited_by_address_arithmetic(products):
-    """The plain bf16 forward on the H100: its masks and addresses hide behind a unit that has real work."""
-    rows = [row for row in products if (row["target"], row["dtype"], row["kernel"]) == (90, "bf16", "forward")]
-    rows = [row for row in rows if not {"softcap", "window"} & set(row["options"].split())]
-    loops = [{loop["name"]: loop for loop in row["loops"]} for row in rows]
+@on_h100
+def test_no_address_arithmetic_limits_whole_tiles(products):
+    def hidden(row):
+        loops = {loop["name"]: loop for loop in row["loops"]}
+        whole, diagonal = (sum(loops[name]["counts"].values()) for name in ("whole tiles", "diagonal"))
+        return whole < diagonal and loops["whole tiles"]["limit"] not in ("integer", "issue")
+
+    rows = [row for row in products if row["dtype"] != "fp32" and row["head"] in ("128", "128/128")]
+    rows = [row for row in rows if row["kernel"] == "forward"]
     assert len(rows) > 0
-    assert [
-        each["whole tiles"]["limit"] for each in loops if each["whole tiles"]["limit"] in ("issue", "integer")
-    ] == []
-    for each in loops:
-        assert sum(each["whole tiles"]["counts"].values()) < sum(each["diagonal"]["counts"].values())
+    assert failing(rows, hidden) == []
 
 
 def test_units_of_an_sm():

@@ -110,13 +110,10 @@ def _row_pass(
     sinks = None if options.sinks is None else options.sinks.expand(batch, -1)
     for at in range(0, batch, chunk):
         part = slice(at, at + chunk)
-        some_q, some_k, some_v, some_lse, some_sinks, *some = (
-            None if x is None else x[part] for x in (q, k, v, lse, sinks, *found)
-        )
+        *some, some_sinks = (None if x is None else x[part] for x in (q, k, v, lse, sinks))
         some_layout = layout if chunk >= batch else layout.slice(part)
-        _row_tiles(
-            some_q, some_k, some_v, some_lse, some_layout, options._replace(sinks=some_sinks), tile, _Rows(*some)
-        )
+        some_found = _Rows(*(None if x is None else x[part] for x in found))
+        _row_tiles(*some, some_layout, options._replace(sinks=some_sinks), tile, some_found)
     return found
 
 
@@ -246,7 +243,7 @@ def _window_sums(weights: Tensor, distance: Tensor, options: Options) -> tuple[T
 def _band_stats(
     q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, local: Tensor, global_: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(WAAD of the local heads, FAI of the global heads over a finite horizon), [B, HQ, T]; other heads hold nothing.
+    """(WAAD of the local heads, FAI of the global heads over a finite horizon), [B, HQ, T]; of no meaning for others.
 
     The heads are bool [sequences, HQ], or [sequences, H] for all query heads of a key head.
     """

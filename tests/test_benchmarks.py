@@ -1,0 +1,347 @@
+"""The benchmarks themselves: they run to the end, refuse wrong results, and say what they left out and why."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import attention, ceilings, forward, gpu_suite, measure
+from benchmarks.attention import VARIANTS, Answer, Shape, Variant
+from benchmarks.gpu_suite import Step
+from benchmarks.triton_forward_baseline import causal_attention
+
+CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels, interpreted on a CPU
+SMALL = Shape(4, 2, 16, torch.float32)
+ON_A_CPU = ["maps", "eager", "sdpa", "colreduce", "full", "band", "groups", "fused"]  # flex takes a compiler
+TINY = ["--device", "cpu", "--heads", "4", "2", "--head-size", "16", "--rounds", "1"]
+
+
+# ---- measure ---------------------------------------------------------------------------------------------------------
+
+
+def test_variants_take_turns_and_rounds_stop_at_the_limit():
+    calls = []
+    variants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    measured = measure.interleave(variants, 50, "test", limit=0.0)
+    rounds = 2 + measure.FEWEST_ROUNDS  # two are not timed
+    assert calls == ["a", "b"] * rounds
+    assert len(measured["a"].samples) == measure.FEWEST_ROUNDS
+    assert len(measure.interleave(variants, 5, "test")["a"].samples) == 5
+
+
+def test_extra_bytes_are_the_peak():
+    size = 64 << 20
+    found = measure.extra_bytes(lambda: torch.ones(size // 4).add(1).sum(), CPU)
+    assert 1.95 * size < found < 2.1 * size
+
+
+def test_ratio_compares_rounds():
+    slow, fast = (measure.Measured(0.0, samples, 0) for samples in ((2.0, 30.0, 2.0), (1.0, 10.0, 1.0)))
+    assert measure.ratio(slow, fast) == 2.0
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def test_attention_runs_and_writes(tmp_path, capsys):
+    out = tmp_path / "folder" / "result"
+    attention.main([*TINY, "--tokens", "128", "64", "--variants", *ON_A_CPU, "--out", str(out)])
+    text = capsys.readouterr().out
+    assert out.with_suffix(".md").read_text() == text.removesuffix("\n")
+    assert (tmp_path / "folder" / "result.png").read_bytes().startswith(b"\x89PNG")
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    for name in ON_A_CPU:
+        assert rows[name].count("needs a GPU" if name == "colreduce" else " ms, ") == 2, rows[name]
+    assert "| out, waad, fai, span, lse |" in rows["fused"]
+    assert "At 128 tokens band is " in text and "the time at 128 tokens that it takes at 64" in text
+
+    data = json.loads(out.with_suffix(".json").read_text())
+    assert list(data["tokens"]) == ["64", "128"]
+    for row in data["tokens"].values():
+        assert row["measured"].keys() == row["errors"].keys() == set(ON_A_CPU) - {"colreduce"}
+        assert row["skipped"] == {"colreduce": "needs a GPU"}
+        assert max(row["errors"].values()) < 1e-5
+    assert data["tokens"]["64"]["work"]["band"]["flops"] == 2 * 16 * 4 * 64 * 51
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_passes_of_flex_give_the_statistics(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    _, row = attention.prepare(SMALL, 128, ["flex"], CPU, {})
+    assert row.gives["flex"] == ["out", "waad", "fai", "lse"] and row.errors["flex"] < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [64, 1100])  # against fp64, and against `full`
+@pytest.mark.parametrize("name", ["maps", "band", "groups", "fused"])
+def test_a_wrong_result_is_refused(name, tokens, monkeypatch, capsys):
+    right = VARIANTS[name]
+
+    def make_wrong(problem):
+        run = right.make(problem)
+
+        def wrong() -> Answer:
+            answer = run()
+            field = "group_fai" if answer.fai is None else "fai"
+            return answer._replace(**{field: getattr(answer, field) * 1.001})
+
+        return wrong
+
+    attention.prepare(SMALL, tokens, [name], CPU, {})
+    monkeypatch.setitem(VARIANTS, name, right._replace(make=make_wrong))
+    off = f"fai of {name} at {tokens} tokens is off by 1.0e-03, allowed are 1.0e-04: nothing is timed"
+    with pytest.raises(SystemExit, match=off):
+        attention.prepare(SMALL, tokens, [name], CPU, {})
+    with pytest.raises(SystemExit, match="is off by 1.0e-03"):
+        attention.main([*TINY, "--tokens", str(tokens), "--variants", "sdpa", name])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * torch.nan, lambda x: x[..., 1:]], ids=["NaN", "shape"])
+def test_nan_and_wrong_shapes_are_refused(spoil, monkeypatch):
+    problem = attention.make_problem(SMALL, 32, CPU)
+    truth = attention.exact_answer(problem)
+    answer = VARIANTS["full"].make(problem)()
+    attention.check("full", answer, truth, SMALL)
+    with pytest.raises(SystemExit, match="waad of full at 32 tokens"):
+        attention.check("full", answer._replace(waad=spoil(answer.waad)), truth, SMALL)
+
+
+def test_only_what_rounds_to_16_bits_may_be_off_by_that():
+    shape = SMALL._replace(dtype=torch.bfloat16)
+    _, row = attention.prepare(shape, 96, ["maps", "eager", "sdpa", "full", "band", "fused"], CPU, {})
+    assert max(row.errors["full"], row.errors["band"]) < 1e-5 < min(row.errors["maps"], row.errors["eager"])
+
+
+def test_dense_maps_that_do_not_fit_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "available_bytes", lambda device: 300 << 20)
+    attention.main([*TINY, "--tokens", "64", "4096", "--variants", "maps", "eager", "band", "--rounds", "1"])
+    text = capsys.readouterr().out
+    for name in ("maps", "eager"):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert line.endswith("| needs 0.9 GiB |") and line.count(" ms, ") == 1
+    assert "At 64 tokens band is " in text  # the largest size at which both ran
+
+
+def test_dense_maps_take_what_is_computed():
+    heads, tokens = 4, 2048
+    run = VARIANTS["maps"].make(attention.make_problem(Shape(heads, 2, 16, torch.float32), tokens, CPU))
+    found = min(measure.extra_bytes(run, CPU) for _ in range(3))
+    assert 0.9 < found / attention.dense_bytes(heads, tokens) < 1.1
+
+
+def test_a_competitor_that_fails_is_a_footnote_and_ours_an_error(monkeypatch, capsys):
+    def fails(problem):
+        raise RuntimeError("no kernel for this\nand more")
+
+    def absent(problem):
+        import a_package_that_is_not_there  # noqa: F401
+
+    monkeypatch.setitem(VARIANTS, "eager", Variant(fails))
+    monkeypatch.setitem(VARIANTS, "colreduce", Variant(absent))
+    attention.main([*TINY, "--tokens", "32", "64", "--variants", "eager", "colreduce", "band"])
+    text = capsys.readouterr().out
+    assert "| eager | - | (1) | (1) |" in text and "\n(1) eager: no kernel for this\n" in text
+    assert "(2) colreduce: a_package_that_is_not_there is not installed" in text
+    monkeypatch.setitem(VARIANTS, "band", Variant(fails, ours=True))
+    with pytest.raises(RuntimeError, match="no kernel for this"):
+        attention.main([*TINY, "--tokens", "32", "--variants", "band"])
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 150])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_the_triton_baseline_is_attention(dtype, tokens):
+    q, k, v = (torch.randn(2, n, tokens, 32, device=DEVICE).to(dtype) for n in (4, 2, 2))
+    out, lse = causal_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)
+    heads = torch.ones(4, dtype=torch.bool)
+    exact = attention.exact_answer(attention.Problem(q[:1], k[:1], v[:1], lse, heads, heads, layout=None))
+    eps = torch.finfo(dtype).eps
+    assert (out[:1].cpu() - exact.out).abs().max() <= 8 * eps
+    assert (lse[:1].cpu() - exact.lse).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="power of two from 16, got 24"):
+        causal_attention(q[..., :24], k[..., :24], v[..., :24])
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,  # large, so that attention is far from uniform
+    }
+    monkeypatch.setitem(forward.MODELS, "tiny", config)
+    return ["--device", "cpu", "--model", "tiny", "--tokens", "96", "--rounds", "1"]
+
+
+def test_forward_runs_and_writes(tiny, tmp_path, capsys):
+    forward.main([*tiny, "--out", str(tmp_path / "forward")])
+    text = capsys.readouterr().out
+    assert (tmp_path / "forward.md").read_text() == text.removesuffix("\n")
+    assert "tiny (random weights), fp32, 96 tokens" in text and "| plain |" in text and "1.000x" in text
+    data = json.loads((tmp_path / "forward.json").read_text())
+    assert data["error"] < 1e-5 and len(data["groups"]["samples"]) == 1
+
+
+def test_forward_refuses_another_rhythm(tiny, monkeypatch, capsys):
+    def wrong(tokens, device):
+        sums, distance = attention.dense_sums(tokens, device)
+        return lambda weights: sums(weights)._replace(waad=sums(weights).waad * 1.001), distance
+
+    monkeypatch.setattr(forward, "dense_sums", wrong)
+    with pytest.raises(SystemExit, match="waad of groups is off by .*e-0[34], allowed are 1.0e-04: nothing is timed"):
+        forward.main(tiny)
+    assert capsys.readouterr().out == ""
+
+
+def test_forward_refuses_other_logits(tiny):
+    model, _ = forward.load("tiny", torch.float32, CPU)
+    ids = torch.randint(64, (1, 40))
+    variants = forward.make_variants(model, ids)
+    forward.check(variants, ids, torch.float32)
+    logits, rhythm, stats = variants["spans"]()
+    variants["spans"] = lambda: (logits.nextafter(logits + 1), rhythm, stats)
+    with pytest.raises(SystemExit, match="collecting changed the logits of spans: nothing is timed"):
+        forward.check(variants, ids, torch.float32)
+
+
+def test_forward_wants_memory_for_the_dense_maps(tiny, monkeypatch):
+    monkeypatch.setattr(forward, "available_bytes", lambda device: 1000)
+    with pytest.raises(SystemExit, match="dense maps need 0 GiB: ask for fewer --tokens"):
+        forward.main(tiny)
+
+
+def test_dense_layers_leave_transformers_as_it_was():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
+
+    before = table["sdpa"]
+    with pytest.raises(KeyError), forward.dense_layers([0], 8, torch.float32, CPU):
+        assert table["sdpa"] is not before
+        raise KeyError
+    assert table["sdpa"] is before
+
+
+# ---- the GPU suite ---------------------------------------------------------------------------------------------------
+
+
+def test_the_dry_run_lists_every_step(capsys):
+    assert gpu_suite.main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    steps = gpu_suite.steps()
+    assert [line.split(",")[0] for line in lines[: len(steps)]] == [step.name for step in steps]
+    assert "tests/test_gpu.py" in lines[1] and "tests/test_selection.py" in lines[1]
+    assert gpu_suite.main(["--dry-run", "--only", "racecheck"]) == 0
+    assert capsys.readouterr().out.startswith("racecheck, at most ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu_suite.main([]) == 2
+    assert "needs a GPU, and torch" in capsys.readouterr().err
+
+
+def test_a_file_whose_imports_are_missing_is_left_out(tmp_path, monkeypatch):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_triton_a.py").write_text("import json\nfrom helper import x\n")
+    (tests / "test_triton_b.py").write_text("import pytest  # pytest.mark." + "gpu\n")
+    (tests / "helper.py").write_text("import torch\nfrom absent_package.part import y\n")
+    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    assert gpu_suite.left_out_tests() == {"test_triton_a.py": ["absent_package"]}
+    assert gpu_suite.runnable(gpu_suite.triton_tests()) == ["tests/test_triton_b.py"]
+    assert gpu_suite.runnable(gpu_suite.gpu_tests()) == ["tests/test_triton_b.py"]
+
+
+def python(name: str, code: str, seconds: int = 60) -> Step:
+    return Step(name, [sys.executable, "-c", code], seconds, {"A_VARIABLE": "7"})
+
+
+def test_a_step_passes_fails_or_runs_out_of_time(tmp_path):
+    def outcome(code: str, seconds: float = 60):
+        return gpu_suite.run(python("step", code), seconds, tmp_path)
+
+    passed = outcome("import os; print('hello', os.environ['A_VARIABLE'])")
+    assert (passed.status, passed.tail) == ("passed", "hello 7")
+    failed = outcome("for i in range(99): print(i)\nraise ValueError('the reason')")
+    assert failed.status == "failed" and failed.tail.endswith("the reason") and "\n0\n" not in failed.tail
+
+    beat = tmp_path / "beat"
+    child = f"import time\nwhile True: open({str(beat)!r}, 'a').write('.'); time.sleep(0.02)"
+    stuck = outcome(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", seconds=3)
+    assert stuck.status == "out of time" and beat.exists()
+    beats = beat.stat().st_size
+    time.sleep(0.2)
+    assert beat.stat().st_size == beats, "a process that the step started lives on"
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_suite, "environment", lambda device: {"device": "NVIDIA Pretended 80GB"})
+    monkeypatch.setattr(gpu_suite, "sanitizer_path", lambda: None)
+
+
+def test_the_report_holds_what_passed_and_what_did_not(pretended_gpu, monkeypatch, tmp_path, capsys):
+    rates = {"flops": 1e9, "bytes": 1e9, "exps": 1e9}
+    write = f"open('{{out}}.md', 'w').write('rates'); open('{{out}}.json', 'w').write({json.dumps(json.dumps(rates))})"
+    measured = [sys.executable, "-m", "benchmarks.attention", *TINY, "--tokens", "64", "--variants", "sdpa", "band"]
+    monkeypatch.setattr(
+        gpu_suite,
+        "steps",
+        lambda: [
+            python("gpu-tests", "print('== 12 passed in 3 s ==')"),
+            python("ceilings", write),
+            Step("attention", [*measured, "--out", "{out}"], 120),
+            python("forward", "raise ValueError('too slow a day')"),
+            python("memcheck", ""),
+        ],
+    )
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 1
+    text = (tmp_path / "gpu-nvidia-pretended-80gb.md").read_text()
+    for line in (
+        "| forward | failed |",
+        "ValueError: too slow a day",
+        "gpu-tests: 12 passed in 3 s",
+        "| memcheck | left",
+    ):
+        assert line in text
+    assert "![attention](gpu-nvidia-pretended-80gb-attention.png)" in text
+    assert (tmp_path / "gpu-nvidia-pretended-80gb-attention.png").exists()
+    data = json.loads((tmp_path / "gpu-nvidia-pretended-80gb.json").read_text())
+    assert [step["status"] for step in data["steps"]] == ["passed", "passed", "passed", "failed", "left out"]
+
+    row = data["results"]["attention"]["tokens"]["64"]
+    work, seconds = row["work"]["band"], row["measured"]["band"]["seconds"]
+    assert work["flops"] == max(work.values())
+    assert f"\n| band | {work['flops'] / 1e9 / seconds:.0%} |" in text.split("fraction of the floor")[1]
+
+    assert gpu_suite.main(["--out", str(tmp_path), "--only", "gpu-tests", "memcheck"]) == 0
+    assert gpu_suite.main(["--out", str(tmp_path), "--only", "gpu-tests", "--budget", "0"]) == 1
+    assert "| gpu-tests | out of time | 0 |" in capsys.readouterr().out
+
+
+def test_what_runs_under_the_sanitizers_runs():
+    gpu_suite.run_kernels_once("cpu")
+
+
+def test_ceilings(monkeypatch):
+    for name, size in {"PRODUCT": 32, "COPY": 64, "EXP_ELEMENTS": 2048, "EXP_STEPS": 5}.items():
+        monkeypatch.setattr(ceilings, name, size)
+    rates = ceilings.measure(3, torch.device(DEVICE))
+    assert rates.keys() == {"flops", "bytes", "exps"} and min(rates.values()) > 0
+
+    x = torch.rand(1024, device=DEVICE)
+    out, expected = torch.empty_like(x), x
+    ceilings.exp2_kernel[(1,)](x, out, STEPS=5, BLOCK=1024)
+    for _ in range(5):
+        expected = torch.exp2(-expected)
+    torch.testing.assert_close(out, expected)
