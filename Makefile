@@ -15,13 +15,15 @@ export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 7
 
-.PHONY: train test bench lint format build help
+.PHONY: train test test-gpu bench bench-gpu kernels lint format build help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
 	@echo "make test     everything that CI runs"
 	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
-	@echo "make bench    time and memory of the statistics beside the dense maps, on this machine"
+	@echo "make bench    time and memory of the statistics, alone and in a whole forward, on this machine"
+	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one"
+	@echo "make test-gpu, bench-gpu    what needs a GPU: the tests; everything, in one report"
 	@echo "make build    the environment and the extension"
 
 train: build
@@ -40,8 +42,18 @@ format: $(VENV)/.installed
 	$(PY) -m ruff format $(CODE)
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-bench: build
+bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.attention --rounds $(ROUNDS) --out benchmarks/results/attention-cpu
+	$(PY) -m benchmarks.forward --rounds $(ROUNDS) --out benchmarks/results/forward-cpu
+
+bench-gpu: build
+	$(PY) -m benchmarks.gpu_suite $(ARGS)
+
+kernels: build
+	$(PY) -m benchmarks.kernels $(ARGS)
+
+test-gpu: build
+	$(PY) -m pytest -m gpu $(ARGS)
 
 build: $(VENV)/.built
 

@@ -170,7 +170,7 @@ def test_feature(shape, key_heads, options, call):
 @pytest.mark.parametrize("head_size", [64, 96, 160])
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_shipped_tiles(target, head_size, call, monkeypatch):
-    monkeypatch.setattr(triton_backend, "_tiles_for", lambda *_: choose_tiles(target, head_size, 16))
+    monkeypatch.setattr(triton_backend, "_tiles_for", lambda *_: choose_tiles(target, head_size, 32, 16))
     options = {"row_mask": holes(200), "sliding_window": 150, "softcap": 8.0, "sinks": torch.ones(2), "window": 40}
     check(call, make_case((1, 2, 200, head_size), 1, dtype=HALF, **options))
 

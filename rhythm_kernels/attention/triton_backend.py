@@ -72,12 +72,12 @@ def _choose_tiles(**inputs: Tensor) -> Tiles:
     reason = unsupported(**inputs)
     if reason is not None:
         raise ValueError(f'backend="triton" {reason}; backend="torch" runs there')
-    q = inputs["q"]
-    return _tiles_for(q.device, max(x.shape[-1] for x in inputs.values()), 8 * q.element_size())
+    q, v = inputs["q"], inputs.get("v")
+    return _tiles_for(q.device, q.shape[-1], 0 if v is None else v.shape[-1], 8 * q.element_size())
 
 
-def _tiles_for(device: torch.device, head_size: int, bits: int) -> Tiles:
+def _tiles_for(device: torch.device, head_size: int, value_size: int, bits: int) -> Tiles:
     if INTERPRETING:
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
-    return choose_tiles(10 * major + minor, head_size, bits)
+    return choose_tiles(10 * major + minor, head_size, value_size, bits)

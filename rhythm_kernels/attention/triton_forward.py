@@ -34,7 +34,7 @@ def _key_tiles(
     distance,  # [BLOCK_M] the same sum, weighted with t - s
     output,  # [BLOCK_M, BLOCK_DV] the same sum of v
     query,
-    k,  # points to token `begin`
+    k,  # points to token 0
     v,
     stride_kt,
     stride_vt,
@@ -60,6 +60,9 @@ def _key_tiles(
 ):
     """Takes the keys begin..end into the sums; WHOLE: whole tiles that every row sees."""
     j = tl.arange(0, BLOCK_N)
+    k += begin.to(tl.int64) * stride_kt
+    if USE_OUT:
+        v += begin.to(tl.int64) * stride_vt
     for start in range(begin, end, BLOCK_N):
         key = load_parts(k, stride_kt, start, end, SIZE, BLOCK_D, REST_D, BLOCK_N, WHOLE)
         scores = score_tile(query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
@@ -89,7 +92,7 @@ def _key_tiles(
             output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
             v += BLOCK_N * stride_vt
         k += BLOCK_N * stride_kt
-    return highest, total, distance, output, k, v
+    return highest, total, distance, output
 
 
 @triton.jit(do_not_specialize=["tokens", "query_heads", "key_heads", "sliding_window"])
@@ -152,14 +155,14 @@ def forward_kernel(
     whole_begin = tl.minimum(whole_begin, whole_end)
 
     q += batch * stride_qb + head * stride_qh + row.to(tl.int64) * stride_qt
-    k += batch * stride_kb + key_head * stride_kh + begin.to(tl.int64) * stride_kt
+    k += batch * stride_kb + key_head * stride_kh
     query = load_parts(q, stride_qt, row, end, SIZE, BLOCK_D, REST_D, BLOCK_M)
     at = (batch * query_heads + head) * tokens + t
     total = tl.zeros([BLOCK_M], tl.float32)
     looked_back = tl.zeros([BLOCK_M], tl.float32)
     output = total
     if USE_OUT:
-        v += batch * stride_vb + key_head * stride_vh + begin.to(tl.int64) * stride_vt
+        v += batch * stride_vb + key_head * stride_vh
         output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if USE_LSE:
         highest = tl.load(lse + at, mask=active, other=0.0) * LOG2E
@@ -171,17 +174,17 @@ def forward_kernel(
             total += 1.0
 
     if USE_WINDOW:
-        highest, total, looked_back, output, k, v = _key_tiles(
+        highest, total, looked_back, output = _key_tiles(
             highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, begin, whole_begin,
             t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
             False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
         )  # fmt: skip
-    highest, total, looked_back, output, k, v = _key_tiles(
+    highest, total, looked_back, output = _key_tiles(
         highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_begin, whole_end,
         t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
         True, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
     )  # fmt: skip
-    highest, total, looked_back, output, k, v = _key_tiles(
+    highest, total, looked_back, output = _key_tiles(
         highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_end, end,
         t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
         False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
@@ -220,7 +223,7 @@ def forward_pass(
         distance=distance,
         out=out,
         **{f"stride_v{axis}": 0 if v is None else v.stride(i) for i, axis in enumerate("bht")},
-        **score_arguments(q, k, options),
+        **score_arguments(q, k, options, in_parts=True),
         SIZE_V=size_v,
         BLOCK_DV=padded_size(size_v),
         BLOCK_M=tile.block_m,

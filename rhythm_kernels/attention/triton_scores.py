@@ -107,8 +107,14 @@ def is_within(distance, limit):
     return distance.to(tl.uint32, bitcast=True) < limit.to(tl.uint32, bitcast=True)
 
 
-def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | float | bool | Tensor | None]:
-    """The arguments of both kernels that say what a score is, and where q and k lie."""
+def score_arguments(
+    q: Tensor, k: Tensor, options: Options, in_parts: bool
+) -> dict[str, int | float | bool | Tensor | None]:
+    """The arguments of both kernels that say what a score is, and where q and k lie.
+
+    in_parts: a head size between powers of two is loaded in two parts; not where tiles are so small that the threads
+    would copy less than 16 bytes each.
+    """
     tokens, size = q.shape[2:]
     factor, cap = options.scale * LOG2E.value, 0.0
     if options.softcap is not None:
@@ -126,7 +132,7 @@ def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | f
         "factor": factor,
         "cap": cap,
         "SIZE": size,
-        **dict(zip(("BLOCK_D", "REST_D"), size_parts(size), strict=True)),
+        **dict(zip(("BLOCK_D", "REST_D"), size_parts(size) if in_parts else (padded_size(size), 0), strict=True)),
         # a factor after the maximum must not change the order of the scores
         "SCALE_FIRST": options.softcap is not None or options.scale <= 0,
         "USE_SOFTCAP": options.softcap is not None,

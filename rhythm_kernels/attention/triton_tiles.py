@@ -38,7 +38,7 @@ _BAND = BandTile(64, 16, 4, 2)
 # The compiler takes up to 222 registers where it spills none with 168, and then three programs share an SM of an H100.
 _BAND_90 = BandTile(64, 16, 4, 2, max_registers=168)
 
-# Compute capability (from this one up to the next) -> (head sizes to 64, to 128, to 256).
+# Compute capability (from this one up to the next) -> head sizes to 64; to 128; to 192 with values to 128; to 256.
 TARGETS = {
     # mma.sync keeps operands in registers, and sm_86, sm_89 and sm_120 have 99 KB of shared memory. With v, few keys at
     # a time leave registers for 128 rows of output.
@@ -46,19 +46,22 @@ TARGETS = {
         Tiles(rows=Tile(64, 64, 4, 3), forward=Tile(128, 32, 4, 3), band=_BAND),
         Tiles(rows=Tile(64, 64, 4, 3), forward=Tile(128, 32, 8, 3), band=_BAND),
         Tiles(rows=Tile(64, 32, 4, 2), forward=Tile(64, 16, 8, 2), band=BandTile(64, 16, 8, 2)),
+        Tiles(rows=Tile(64, 32, 4, 2), forward=Tile(64, 16, 8, 2), band=BandTile(64, 16, 8, 2)),
     ),
     # Rows: two programs of one warpgroup an SM, so that the softmax of one hides behind the wgmma of the other; 128,
     # since with 64 the keys would come from L2 faster than L2 can give. With v, scores and output take the registers of
-    # two warpgroups. Head size 256 leaves shared memory for one program.
+    # two warpgroups; each has 64 rows, since with fewer both would compute the same.
     90: (
         Tiles(rows=Tile(128, 64, 4, 3), forward=Tile(128, 64, 8, 3), band=_BAND_90),
         Tiles(rows=Tile(128, 64, 4, 3), forward=Tile(128, 64, 8, 3), band=_BAND_90),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=BandTile(64, 16, 8, 2)),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(128, 64, 8, 2), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(128, 16, 8, 2), band=_BAND),
     ),
     # tcgen05 brings scores back through registers: 4 warps would need all 255.
     100: (
         Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
         Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 32, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 64, 8, 2), band=_BAND),
         Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 64, 8, 2), band=_BAND),
     ),
 }
@@ -71,9 +74,11 @@ FP32 = Tiles(rows=Tile(16, 16, 4, 2), forward=Tile(16, 16, 8, 2), band=BandTile(
 INTERPRETED = Tiles(rows=Tile(32, 16, 1, 1), forward=Tile(16, 32, 1, 1), band=BandTile(32, 16, 1, 1))
 
 
-def choose_tiles(capability: int, head_size: int, bits: int) -> Tiles:
-    """The tiles for a compute capability (90 for 9.0), the larger of q's and v's head size, inputs of 16 or 32 bits."""
+def choose_tiles(capability: int, head_size: int, value_size: int, bits: int) -> Tiles:
+    """The tiles for a compute capability (90: 9.0), sizes of q's and v's heads (0: no v), inputs of 16 or 32 bits."""
     if bits == 32:
         return FP32
     target = max((target for target in TARGETS if target <= capability), default=80)
-    return TARGETS[target][(head_size > 64) + (head_size > 128)]
+    bounds = ((64, 64), (128, 128), (192, 128), (256, 256))
+    fits = [head_size <= size and value_size <= value for size, value in bounds]
+    return TARGETS[target][fits.index(True)]
