@@ -10,14 +10,15 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_library_example_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     torch.manual_seed(0)
     names: dict[str, object] = {}
-    exec(block, names)
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(block, names)
     gamma, per_token, response = names["gamma"], names["per_token"], names["response"]
     assert gamma.shape == per_token.shape == (4, 300)
     assert gamma[~response].eq(1).all() and gamma[response].gt(1).any()
     assert torch.equal(per_token[1], torch.full((300,), -0.4))
+    assert names["schedule"].groups.local.any() and names["c"].rhythm().spans is None
 
 
 def test_the_tree_names_what_is_there():

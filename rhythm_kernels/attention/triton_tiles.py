@@ -61,14 +61,14 @@ TARGETS = {
     100: (
         Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
         Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 32, 8, 3), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 64, 8, 2), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 64, 8, 2), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=_BAND),
     ),
 }
 TARGETS[120] = TARGETS[80]
 
 # fp32 without TF32 runs on the FMA units, unrolled over the head size: larger tiles and larger heads spill.
-FP32 = Tiles(rows=Tile(16, 16, 4, 2), forward=Tile(16, 16, 8, 2), band=BandTile(16, 16, 4, 2))
+FP32 = Tiles(rows=Tile(16, 16, 4, 2), forward=Tile(32, 16, 8, 2), band=BandTile(16, 16, 4, 2))
 
 # The interpreter's time goes by operations, not by elements; short tests should cross many borders.
 INTERPRETED = Tiles(rows=Tile(32, 16, 1, 1), forward=Tile(16, 32, 1, 1), band=BandTile(32, 16, 1, 1))
