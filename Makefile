@@ -13,7 +13,7 @@ CODE := rhythm_kernels train tests setup.py $(wildcard benchmarks)
 # Two runs side by side, each with one thread, must not spin against each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-ROUNDS ?= 7
+ROUNDS ?= 5
 
 .PHONY: train test test-gpu bench bench-gpu kernels lint format build help
 
