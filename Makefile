@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-gpu bench bench-gpu kernels lint format build help
+.PHONY: train test test-gpu bench kernels lint format build help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
@@ -23,7 +23,7 @@ help:
 	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
 	@echo "make bench    time and memory of the statistics, alone and in a whole forward, on this machine"
 	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one"
-	@echo "make test-gpu, bench-gpu    what needs a GPU: the tests; everything, in one report"
+	@echo "make test-gpu everything that needs a GPU: tests, sanitizers, benchmarks, one report; installs nothing"
 	@echo "make build    the environment and the extension"
 
 train: build
@@ -46,14 +46,12 @@ bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.attention --rounds $(ROUNDS) --out benchmarks/results/attention-cpu
 	$(PY) -m benchmarks.forward --rounds $(ROUNDS) --out benchmarks/results/forward-cpu
 
-bench-gpu: build
-	$(PY) -m benchmarks.gpu_suite $(ARGS)
-
 kernels: build
 	$(PY) -m benchmarks.kernels $(ARGS)
 
-test-gpu: build
-	$(PY) -m pytest -m gpu $(ARGS)
+# On a bare GPU machine nothing can be installed: it runs with the Python that is there, and builds the extension itself.
+test-gpu:
+	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_suite $(ARGS)
 
 build: $(VENV)/.built
 

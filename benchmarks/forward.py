@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attention import DTYPES, EXACT, HORIZON, OPTIONS, ROUNDED, WINDOW, dense_bytes, dense_sums
+from benchmarks.attention import DTYPES, EXACT, ROUNDED
+from benchmarks.attention_variants import HORIZON, OPTIONS, WINDOW, dense_bytes, dense_sums
 from benchmarks.measure import Measured, available_bytes, environment, interleave, ratio, ratios, write
 from rhythm_kernels import AttentionStats, HeadGroups, Rhythm, collect, sampled_layers
 from rhythm_kernels.attention.layout import make_layout

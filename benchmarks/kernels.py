@@ -1,6 +1,7 @@
 """What do the compiled kernels take of an SM, and what fraction of the floor can they then reach on an H100?
 
     python -m benchmarks.kernels [--targets 80 90 100] [--sizes 128] [--lines] [--json] [--out FILE.md]
+    python -m benchmarks.kernels --targets 90 --sizes 128 --try rows=128,128,8,2    # another tile than the table's
 
 Needs no GPU: every launch that ships is compiled ahead of time (launches.py) and its machine code is read (sass.py).
 
@@ -17,9 +18,12 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import triton
 
@@ -27,6 +31,8 @@ from benchmarks import sass
 from benchmarks.launches import TARGETS, Launch, compile_launches
 from benchmarks.measure import environment, progress
 from benchmarks.sass import WARP_LANES, Instruction
+from rhythm_kernels.attention import triton_backend
+from rhythm_kernels.attention.triton_tiles import BandTile, Tile, Tiles, choose_tiles
 
 # One SM of an H100 SXM, a cycle. 132 of them at 1.83 GHz make the data sheet's 989e12 FLOP/s (bf16, dense).
 SMS, CLOCK = 132, 1.83e9
@@ -215,6 +221,28 @@ def lines_report(rows: list[dict[str, Any]], most: int = 12) -> str:
     )
 
 
+def parse_tile(text: str) -> tuple[str, Tile | BandTile]:
+    """rows=128,64,4,3 -> ("rows", Tile(128, 64, 4, 3))."""
+    launch, _, numbers = text.partition("=")
+    kinds = {"rows": Tile, "forward": Tile, "band": BandTile}
+    try:
+        return launch, kinds[launch](*map(int, numbers.split(",")))
+    except (KeyError, TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"must be as in rows=128,64,4,3, got {text!r}") from None
+
+
+@contextmanager
+def other_tiles(tiles: dict[str, Tile | BandTile]) -> Iterator[None]:
+    """In its block the launchers take these instead of the table's, for 16-bit inputs."""
+
+    def choose(capability: int, head_size: int, value_size: int, bits: int) -> Tiles:
+        chosen = choose_tiles(capability, head_size, value_size, bits)
+        return chosen._replace(**tiles) if bits == 16 else chosen
+
+    with patch.object(triton_backend, "choose_tiles", choose):
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
@@ -222,10 +250,16 @@ def main() -> None:
     parser.add_argument(
         "--lines", action="store_true", help="also the lines that the instructions of each loop come from"
     )
+    parser.add_argument(
+        "--try", dest="tiles", type=parse_tile, nargs="+", default=(), metavar="LAUNCH=A,B,WARPS,STAGES",
+        help="rows=M,N,.. or forward=M,N,.. or band=TOKENS,LEAST_BEFORE,..[,MAX_REGISTERS] for 16-bit inputs",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print all that is known instead")
     parser.add_argument("--out", type=Path, help="write what is printed to this file as well")
     args = parser.parse_args()
-    rows = [describe(launch) for launch in progress(compile_launches(args.targets, args.sizes), "launches compiled")]
+    with other_tiles(dict(args.tiles)):
+        found = compile_launches(args.targets, args.sizes)
+        rows = [describe(launch) for launch in progress(found, "launches compiled")]
     if args.json:
         text = json.dumps(rows)
     else:

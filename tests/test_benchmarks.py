@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import attention, ceilings, forward, gpu_suite, measure
-from benchmarks.attention import VARIANTS, Answer, Shape, Variant
+from benchmarks import attention, attention_variants, ceilings, forward, gpu_suite, measure
+from benchmarks.attention_variants import VARIANTS, Answer, Shape, Variant
 from benchmarks.gpu_suite import Step
 from benchmarks.triton_forward_baseline import causal_attention
 
@@ -101,7 +101,7 @@ def test_a_wrong_result_is_refused(name, tokens, monkeypatch, capsys):
 
 @pytest.mark.parametrize("spoil", [lambda x: x * torch.nan, lambda x: x[..., 1:]], ids=["NaN", "shape"])
 def test_nan_and_wrong_shapes_are_refused(spoil, monkeypatch):
-    problem = attention.make_problem(SMALL, 32, CPU)
+    problem = attention_variants.make_problem(SMALL, 32, CPU)
     truth = attention.exact_answer(problem)
     answer = VARIANTS["full"].make(problem)()
     attention.check("full", answer, truth, SMALL)
@@ -116,7 +116,7 @@ def test_only_what_rounds_to_16_bits_may_be_off_by_that():
 
 
 def test_dense_maps_that_do_not_fit_are_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(attention, "available_bytes", lambda device: 300 << 20)
+    monkeypatch.setattr(attention_variants, "available_bytes", lambda device: 300 << 20)
     attention.main([*TINY, "--tokens", "64", "4096", "--variants", "maps", "eager", "band", "--rounds", "1"])
     text = capsys.readouterr().out
     for name in ("maps", "eager"):
@@ -127,9 +127,9 @@ def test_dense_maps_that_do_not_fit_are_left_out(monkeypatch, capsys):
 
 def test_dense_maps_take_what_is_computed():
     heads, tokens = 4, 2048
-    run = VARIANTS["maps"].make(attention.make_problem(Shape(heads, 2, 16, torch.float32), tokens, CPU))
+    run = VARIANTS["maps"].make(attention_variants.make_problem(Shape(heads, 2, 16, torch.float32), tokens, CPU))
     found = min(measure.extra_bytes(run, CPU) for _ in range(3))
-    assert 0.9 < found / attention.dense_bytes(heads, tokens) < 1.1
+    assert 0.9 < found / attention_variants.dense_bytes(heads, tokens) < 1.1
 
 
 def test_a_competitor_that_fails_is_a_footnote_and_ours_an_error(monkeypatch, capsys):
@@ -156,7 +156,7 @@ def test_the_triton_baseline_is_attention(dtype, tokens):
     q, k, v = (torch.randn(2, n, tokens, 32, device=DEVICE).to(dtype) for n in (4, 2, 2))
     out, lse = causal_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)
     heads = torch.ones(4, dtype=torch.bool)
-    exact = attention.exact_answer(attention.Problem(q[:1], k[:1], v[:1], lse, heads, heads, layout=None))
+    exact = attention.exact_answer(attention_variants.Problem(q[:1], k[:1], v[:1], lse, heads, heads, layout=None))
     eps = torch.finfo(dtype).eps
     assert (out[:1].cpu() - exact.out).abs().max() <= 8 * eps
     assert (lse[:1].cpu() - exact.lse).abs().max() <= 1e-5
@@ -194,7 +194,7 @@ def test_forward_runs_and_writes(tiny, tmp_path, capsys):
 
 def test_forward_refuses_another_rhythm(tiny, monkeypatch, capsys):
     def wrong(tokens, device):
-        sums, distance = attention.dense_sums(tokens, device)
+        sums, distance = attention_variants.dense_sums(tokens, device)
         return lambda weights: sums(weights)._replace(waad=sums(weights).waad * 1.001), distance
 
     monkeypatch.setattr(forward, "dense_sums", wrong)

@@ -11,8 +11,8 @@ from stats_cases import (
     make_case,
     make_groups,
     make_values,
-    stats_case,
 )
+from stats_strategy import stats_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -4,24 +4,16 @@ Every test takes a `Scale`. On a CPU, where "auto" is the torch backend, it is a
 "auto" is Triton, it is marked `gpu` and gets the sizes that it exists for.
 """
 
-import importlib.util
-import sys
 from typing import NamedTuple
-from unittest.mock import MagicMock, patch
 
+import models
 import pytest
+import stats_cases
 import torch
 from torch import Tensor
 
 from benchmarks.measure import extra_bytes
 from rhythm_kernels import attention, attention_stats, collect, find_peaks, group_stats, segment_topq
-
-if importlib.util.find_spec("hypothesis") is None:
-    # stats_cases makes its strategies with it; the cases and checks that are used here need none
-    with patch.dict(sys.modules, {"hypothesis": MagicMock()}):
-        import stats_cases
-else:
-    import stats_cases
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -297,7 +289,6 @@ def test_selection(scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_collect(dtype, scale):
     """A model's forward keeps its bits; head groups that are known change no rhythm; in fp32 it is the eager maps'."""
-    models = pytest.importorskip("models")
     model = models.llama().to(scale.device, dtype)
     ids = torch.randint(61, (2, 120), generator=torch.Generator().manual_seed(0)).to(scale.device)
     rows = (torch.arange(120, device=scale.device) >= 40).expand(2, -1)

@@ -6,81 +6,12 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from stats_cases import (
-    StatsCase,
-    assert_attention_close,
-    assert_close_to_reference,
-    assert_groups_close,
-    make_case,
-    make_groups,
-    make_values,
-    reference_stats,
-    stats_case,
-)
+from stats_cases import StatsCase, assert_attention_close, assert_close_to_reference, make_case, reference_stats
+from triton_calls import CALLS, DEVICE, HALF, check, outputs, run, run_attention, run_groups
 
-from rhythm_kernels import attention, attention_stats, group_stats
+from rhythm_kernels import attention, attention_stats
 from rhythm_kernels.attention import triton_backend
 from rhythm_kernels.attention.triton_tiles import MAX_TOKEN_STRIDE, choose_tiles
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF = torch.float16  # the interpreter's tl.dot is wrong for bf16
-FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 300))
-
-
-def on_device(x):
-    """A copy on the device, in the same memory order."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
-
-
-def on_cpu(stats):
-    return type(stats)(*(None if x is None else x.cpu() for x in stats))
-
-
-def run(case: StatsCase):
-    kwargs = {name: on_device(x) for name, x in case.kwargs.items()}
-    return on_cpu(attention_stats(on_device(case.q), on_device(case.k), **kwargs, backend="triton"))
-
-
-def run_groups(case: StatsCase, local, global_):
-    kwargs = {name: on_device(x) for name, x in case.options("need_span").items()}
-    inputs = [on_device(x) for x in (case.q, case.k, local, global_)]
-    return on_cpu(group_stats(*inputs, **kwargs, backend="triton"))
-
-
-def run_attention(case: StatsCase, v):
-    kwargs = {name: on_device(x) for name, x in case.options("lse").items()}
-    out, stats = attention(*(on_device(x) for x in (case.q, case.k, v)), **kwargs, backend="triton")
-    return out.cpu(), on_cpu(stats)
-
-
-CALLS = ("statistics", "groups", "attention")
-
-
-def outputs(call: str, case: StatsCase) -> dict[str, torch.Tensor]:
-    """What a call leaves for each token, by name: [B, ..., T]."""
-    if call == "statistics":
-        return {name: x for name, x in run(case)._asdict().items() if name != "span"}
-    if call == "groups":
-        is_local = torch.arange(case.q.shape[1]) % 2 == 0
-        return run_groups(case, is_local, ~is_local)._asdict()
-    out, stats = run_attention(case, make_values(case, 20))
-    return {"out": out.movedim(2, -1), "waad": stats.waad, "fai": stats.fai, "lse": stats.lse}
-
-
-def check(call: str, case: StatsCase, seed: int = 0) -> None:
-    """The call against the fp64 reference; groups and v, of another head size than q, come from the seed."""
-    if call == "statistics":
-        assert_close_to_reference(run(case), case)
-    elif call == "groups":
-        groups = make_groups(case, seed, per_sequence=seed % 2 == 0)
-        assert_groups_close(run_groups(case, *groups), case, *groups)
-    else:
-        v = make_values(case, (16, 5, 40, 32)[seed % 4], seed, ("heads inside", "slice", "heads outside")[seed % 3])
-        assert_attention_close(*run_attention(case, v), case, v)
 
 
 def response(tokens: int, begin: int) -> torch.Tensor:
@@ -100,16 +31,6 @@ def packed(*bounds: int) -> torch.Tensor:
 def padded(tokens: int, *spans: tuple[int, int]) -> torch.Tensor:
     position = torch.arange(tokens)
     return torch.stack([(position >= begin) & (position < end) for begin, end in spans])
-
-
-@pytest.mark.parametrize("call", CALLS)
-@settings(max_examples=FUZZ_CASES // 3, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-@given(
-    case=stats_case(dtypes=(torch.float32, HALF) if DEVICE == "cpu" else (torch.float32, HALF, torch.bfloat16)),
-    seed=st.integers(0, 999),
-)
-def test_fuzz(call, case, seed):
-    check(call, case, seed)
 
 
 # (q [B, HQ, T, D], H, options)

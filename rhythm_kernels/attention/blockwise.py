@@ -88,7 +88,7 @@ class _Rows(NamedTuple):
 
 
 def _stats(found: _Rows, layout: Layout, options: Options) -> AttentionStats:
-    fai = found.fai_sums / layout.rows_looking_back(options.horizon).clamp(min=1)[:, None]
+    fai = found.fai_sums / layout.rows_looking_back(options.horizon)[:, None]
     span = mean_over_rows(found.looked_back, layout) if options.need_span else None
     return AttentionStats(found.waad, fai, span, found.lse)
 
@@ -256,7 +256,7 @@ def _band_stats(
     nearness = _band_sums(q, k, lse, layout, options, local, (0, options.window - 1), of_rows=True)
     waad = torch.where(layout.rows[:, None], options.window * row_sums - nearness, 0.0)
     received = _band_sums(q, k, lse, layout, options, global_, options.horizon, of_rows=False)
-    return waad, received / layout.rows_looking_back(options.horizon).clamp(min=1)[:, None]
+    return waad, received / layout.rows_looking_back(options.horizon)[:, None]
 
 
 def _band_sums(

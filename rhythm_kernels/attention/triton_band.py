@@ -16,10 +16,12 @@ from rhythm_kernels.attention.triton_scores import (
     LOG2E,
     NOWHERE,
     is_within,
-    load_parts,
     load_place,
+    load_tile,
+    multiply,
+    padded_size,
     score_arguments,
-    score_tile,
+    scores_of,
     weights_of,
 )
 from rhythm_kernels.attention.triton_tiles import BandTile
@@ -62,7 +64,6 @@ def band_kernel(
     hi,
     SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    REST_D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_BEFORE: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
@@ -97,9 +98,9 @@ def band_kernel(
         after_end = tl.where(is_global, after_end, 0)
 
     key_end = tl.where((row_end > 0) | (after < after_end), last, 0)
-    key = load_parts(k + start.to(tl.int64) * stride_kt, stride_kt, start, key_end, SIZE, BLOCK_D, REST_D, BLOCK)
-    query = load_parts(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, REST_D, BLOCK)
-    scores = score_tile(query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
+    key = load_tile(k + start.to(tl.int64) * stride_kt, stride_kt, start, key_end, SIZE, BLOCK_D, BLOCK)
+    query = load_tile(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, BLOCK)
+    scores = scores_of(multiply(query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
     weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
     distance = i[:, None] - i[None, :]  # tokens
     to = (batch * query_heads + head) * tokens + s
@@ -111,8 +112,8 @@ def band_kernel(
         before = tl.maximum(start - window_end + 1, first)
         k_before = k + before.to(tl.int64) * stride_kt
         for at in range(before, tl.where(row_end > 0, start, before), BLOCK_BEFORE):
-            early = load_parts(k_before, stride_kt, at, start, SIZE, BLOCK_D, REST_D, BLOCK_BEFORE)
-            early_scores = score_tile(query, early, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
+            early = load_tile(k_before, stride_kt, at, start, SIZE, BLOCK_D, BLOCK_BEFORE)
+            early_scores = scores_of(multiply(query, early), factor, cap, SCALE_FIRST, USE_SOFTCAP)
             early_weights = weights_of(early_scores, factor, log_sum, SCALE_FIRST)
             position = at + tl.arange(0, BLOCK_BEFORE)
             early_near = (window - s + at).to(tl.float32)[:, None] + (position - at).to(tl.float32)[None, :]
@@ -132,8 +133,8 @@ def band_kernel(
             t = at + i
             late = tl.load(rows + t, mask=t < last, other=0) != 0
             late_log_sum = tl.load(lse + t, mask=late, other=0.0) * LOG2E
-            late_query = load_parts(q_after, stride_qt, at, after_end, SIZE, BLOCK_D, REST_D, BLOCK)
-            late_scores = score_tile(late_query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
+            late_query = load_tile(q_after, stride_qt, at, after_end, SIZE, BLOCK_D, BLOCK)
+            late_scores = scores_of(multiply(late_query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
             late_weights = weights_of(late_scores, factor, late_log_sum, SCALE_FIRST)
             late_limit = tl.where(late, horizon, 0)[:, None]
             received += tl.where(is_within((t - lo)[:, None] - s[None, :], late_limit), late_weights, 0.0)
@@ -204,7 +205,8 @@ def band_pass(
         waad=waad,
         fai=fai,
         **_group_arguments(groups),
-        **score_arguments(q, k, options, in_parts=False),
+        **score_arguments(q, k, options),
+        BLOCK_D=padded_size(q.shape[-1]),
         window=options.window,
         lo=lo,
         hi=hi,

@@ -19,9 +19,11 @@ from rhythm_kernels.attention.triton_scores import (
     load_parts,
     load_place,
     load_tile,
+    multiply_parts,
     padded_size,
     score_arguments,
-    score_tile,
+    scores_of,
+    size_parts,
     weights_of,
 )
 from rhythm_kernels.attention.triton_tiles import Tile
@@ -65,7 +67,7 @@ def _key_tiles(
         v += begin.to(tl.int64) * stride_vt
     for start in range(begin, end, BLOCK_N):
         key = load_parts(k, stride_kt, start, end, SIZE, BLOCK_D, REST_D, BLOCK_N, WHOLE)
-        scores = score_tile(query, key, factor, cap, REST_D, SCALE_FIRST, USE_SOFTCAP)
+        scores = scores_of(multiply_parts(query, key, REST_D), factor, cap, SCALE_FIRST, USE_SOFTCAP)
         if not WHOLE:
             past = t[:, None] - (start + j)[None, :]  # tokens
             visible = is_within(past, sliding_window) if USE_WINDOW else past >= 0
@@ -214,6 +216,7 @@ def forward_pass(
     distance = layout.output(q.shape[:3], torch.float32) if options.need_span else None
     out = None if v is None else layout.output((*q.shape[:3], v.shape[-1]), v.dtype)
     size_v = 16 if v is None else v.shape[-1]
+    block_d, rest_d = size_parts(q.shape[-1])
     tiles = layout.tiles(tile.block_m, "past")
     forward_kernel[(len(tiles) * q.shape[1],)](
         v=v,
@@ -223,7 +226,9 @@ def forward_pass(
         distance=distance,
         out=out,
         **{f"stride_v{axis}": 0 if v is None else v.stride(i) for i, axis in enumerate("bht")},
-        **score_arguments(q, k, options, in_parts=True),
+        **score_arguments(q, k, options),
+        BLOCK_D=block_d,
+        REST_D=rest_d,
         SIZE_V=size_v,
         BLOCK_DV=padded_size(size_v),
         BLOCK_M=tile.block_m,

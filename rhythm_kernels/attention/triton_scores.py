@@ -79,23 +79,33 @@ def load_parts(
 
 
 @triton.jit
-def score_tile(query, key, factor, cap, REST_D: tl.constexpr, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr):
-    """[M, N] of the parts of query [M, D] and key [N, D], hidden pairs included: scores, or without SCALE_FIRST
-    scores / factor.
-    """
-    scores = tl.dot(query[0], tl.trans(key[0]), input_precision="ieee")
+def multiply(query, key):
+    """q k^T [M, N] of query [M, D] and key [N, D]."""
+    return tl.dot(query, tl.trans(key), input_precision="ieee")
+
+
+@triton.jit
+def multiply_parts(query, key, REST_D: tl.constexpr):
+    """q k^T [M, N] of what `load_parts` gives."""
+    product = multiply(query[0], key[0])
     if REST_D > 0:
-        scores = tl.dot(query[1], tl.trans(key[1]), scores, input_precision="ieee")
+        product = tl.dot(query[1], tl.trans(key[1]), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def scores_of(product, factor, cap, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr):
+    """Scores of q k^T [M, N], hidden pairs included; without SCALE_FIRST scores / factor."""
     if SCALE_FIRST:
-        scores *= factor
-    if USE_SOFTCAP:  # cap * tanh(x) = cap - 2 cap / (1 + exp(2 x)), and exp2(scores) = exp(2 x)
-        scores = cap - 2 * cap / (1 + tl.exp2(scores))
-    return scores
+        product *= factor
+    if USE_SOFTCAP:  # cap * tanh(x) = cap - 2 cap / (1 + exp(2 x)), and exp2(product) = exp(2 x)
+        product = cap - 2 * cap / (1 + tl.exp2(product))
+    return product
 
 
 @triton.jit
 def weights_of(scores, factor, minus, SCALE_FIRST: tl.constexpr):
-    """exp2(score - minus) [M, N] of what `score_tile` gives: one FMA and one exp2 each."""
+    """exp2(score - minus) [M, N] of what `scores_of` gives: one FMA and one exp2 each."""
     if not SCALE_FIRST:
         scores *= factor
     return tl.exp2(scores - minus[:, None])
@@ -107,14 +117,8 @@ def is_within(distance, limit):
     return distance.to(tl.uint32, bitcast=True) < limit.to(tl.uint32, bitcast=True)
 
 
-def score_arguments(
-    q: Tensor, k: Tensor, options: Options, in_parts: bool
-) -> dict[str, int | float | bool | Tensor | None]:
-    """The arguments of both kernels that say what a score is, and where q and k lie.
-
-    in_parts: a head size between powers of two is loaded in two parts; not where tiles are so small that the threads
-    would copy less than 16 bytes each.
-    """
+def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | float | bool | Tensor | None]:
+    """The arguments of both kernels that say what a score is, and where q and k lie."""
     tokens, size = q.shape[2:]
     factor, cap = options.scale * LOG2E.value, 0.0
     if options.softcap is not None:
@@ -132,7 +136,6 @@ def score_arguments(
         "factor": factor,
         "cap": cap,
         "SIZE": size,
-        **dict(zip(("BLOCK_D", "REST_D"), size_parts(size) if in_parts else (padded_size(size), 0), strict=True)),
         # a factor after the maximum must not change the order of the scores
         "SCALE_FIRST": options.softcap is not None or options.scale <= 0,
         "USE_SOFTCAP": options.softcap is not None,
