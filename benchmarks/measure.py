@@ -191,7 +191,11 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "absent"
-    return found | {"commit": output_of("git", "-C", str(root), "describe", "--always", "--dirty") or "unknown"}
+    git = ("git", "-C", str(root))
+    commit = output_of(*git, "rev-parse", "--short", "HEAD") or "unknown"
+    # results are written while others are still measured
+    changed = output_of(*git, "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return found | {"commit": f"{commit}-dirty" if changed else commit}
 
 
 def output_of(*command: str) -> str:

@@ -87,13 +87,13 @@ class LseReader(TorchDispatchMode):
         Returns:
             (lse [B, HQ, T] fp32, natural log, sinks included, anything in padding; the operator's name), or
             (None, "row pass"): no fused operator ran or more than one, the query was cast to another dtype for it, it
-            left out the sinks, its output has another shape, or it is of 16-bit inputs on a CPU, good to 1e-4 only.
+            left out the sinks, its output has another shape, or it is of 16-bit inputs on a CPU, where torch rounds it.
         """
         shape = query.shape[:3]
         if returned is not None and returned.dtype == torch.float32 and returned.shape == shape:
             lse = returned.detach()
             return lse if sinks is None else torch.logaddexp(lse, sinks[:, None]), "flex_attention"
-        # on a CPU, torch's kernel takes faster exponentials for 16-bit inputs: the log-sum-exp is off by 6e-5
+        # on a CPU, torch's kernel takes faster exponentials for 16-bit inputs, which its log-sum-exp shows
         precise = query.dtype == torch.float32 or not query.is_cpu
         if len(self._calls) == 1 and precise:
             (call,) = self._calls

@@ -22,12 +22,12 @@ SIZES = {
 }
 
 
-def llama(attention: str = "sdpa"):
-    return LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation=attention).eval()
+def llama(attention: str = "sdpa", **sizes):
+    return LlamaForCausalLM._from_config(LlamaConfig(**SIZES | sizes), attn_implementation=attention).eval()
 
 
-def qwen3(attention: str = "sdpa"):
-    config = Qwen3Config(**SIZES, head_dim=16, use_sliding_window=True, sliding_window=12, max_window_layers=3)
+def qwen3(attention: str = "sdpa", **sizes):
+    config = Qwen3Config(**SIZES | sizes, head_dim=16, use_sliding_window=True, sliding_window=12, max_window_layers=3)
     return Qwen3ForCausalLM._from_config(config, attn_implementation=attention).eval()
 
 

@@ -1,8 +1,11 @@
 """`collect` against transformers' own eager maps: every statistic, group and edge of the contract."""
 
+import sys
+
 import pytest
 import torch
 from models import SIZES, dense_rhythm, dense_stats, eager_maps, llama, qwen3
+from stats_cases import StatsCase, assert_close_to_reference
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -12,6 +15,7 @@ from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.signals import rhythm_of
 
 TOKENS = 70
+collect_module = sys.modules["rhythm_kernels.collect"]  # the package has a function of this name
 
 
 @pytest.fixture(params=[llama, qwen3], ids=["llama", "qwen3"])
@@ -60,6 +64,25 @@ def test_padded_batches(make, attention, side, groups_per):
             assert torch.equal(got[b] if groups_per == "sequence" else got, expected)
     assert rhythm.spans.shape == ((3, 3, 6) if groups_per == "sequence" else (3, 6))
     assert c.seconds > 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sharp_attention_is_held_to_the_same_tolerance(make, attention, side, monkeypatch):
+    """Scores of tens, where eager's own maps are off by 1e-5: against fp64 on the very q and k, as every backend is."""
+    model = make(attention, initializer_range=0.3)
+    ids, real, response = batch_inputs(side)
+    calls = []
+    real_run = collect_module.run_stats
+    monkeypatch.setattr(collect_module, "run_stats", lambda *args: calls.append(args) or real_run(*args))
+    with torch.no_grad(), collect(model, response_mask=response) as c:
+        model(ids, attention_mask=real.long())
+    for (q, k, lse, _, options, _), stats in zip(calls, c.stats.values(), strict=True):
+        kwargs = {"scale": options.scale, "sliding_window": options.sliding_window, "need_span": True}
+        kwargs |= {"attention_mask": real, "row_mask": response}
+        case = StatsCase(q, k, kwargs if lse is None else kwargs | {"lse": lse})
+        assert (lse is None) == (attention == "eager")
+        assert_close_to_reference(stats, case)
 
 
 def test_packed_sequences(make):
