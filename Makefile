@@ -8,14 +8,19 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+NATIVE := $(SOURCES) $(wildcard tests/native/*.*)
 CODE := rhythm_kernels train tests setup.py $(wildcard benchmarks)
+
+# Beside which torch `make test-wheel` tests the wheel, and what: all that needs no checkout.
+OTHER_TORCH ?= torch==2.14.1
+WHEEL_TESTS := selection credit reference heads blockwise collect backend_lse group_schedule triton
 
 # Two runs side by side, each with one thread, must not spin against each other.
 export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-gpu bench kernels lint format build help
+.PHONY: train test test-gpu test-wheel bench kernels lint format build wheel help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
@@ -25,6 +30,8 @@ help:
 	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one"
 	@echo "make test-gpu everything that needs a GPU: tests, sanitizers, benchmarks, one report; installs nothing"
 	@echo "make build    the environment and the extension"
+	@echo "make wheel    dist/*.whl, for every Python >= 3.10 and torch >= 2.11; with the CUDA ops where setup.py finds a toolkit"
+	@echo "make test-wheel  the wheel in a fresh environment with a newer torch (OTHER_TORCH=torch==...)"
 
 train: build
 	$(PY) -m train $(ARGS)
@@ -35,12 +42,12 @@ test: lint build $(VENV)/.smollm2
 lint: $(VENV)/.installed
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m ruff format --check $(CODE)
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix $(CODE)
 	$(PY) -m ruff format $(CODE)
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(NATIVE)
 
 bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.attention --rounds $(ROUNDS) --out benchmarks/results/attention-cpu
@@ -54,6 +61,18 @@ test-gpu:
 	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_suite $(ARGS)
 
 build: $(VENV)/.built
+
+wheel: $(VENV)/.installed
+	rm -rf dist
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+test-wheel: wheel
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet $(OTHER_TORCH) "$$(ls dist/*.whl)[test]"
+	cp -r tests train pyproject.toml build/wheel
+	cd build/wheel && OMP_NUM_THREADS=1 venv/bin/python -m pytest -m "not gpu" -n 2 --dist loadgroup $(WHEEL_TESTS:%=tests/test_%.py) $(ARGS)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python >= 3.10 is needed, got {v.major}.{v.minor}: make PYTHON=...")'

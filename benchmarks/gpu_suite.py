@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from benchmarks.measure import environment, output_of, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +61,7 @@ def steps() -> list[Step]:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}
     tokens = [str(n) for n in (1024, 4096, 8192, 32768, 131072)]
     attention = [PYTHON, "-m", "benchmarks.attention", "--tokens", *tokens, "--rounds", "20", "--limit", "8"]
+    selection = [PYTHON, "-m", "benchmarks.selection", "--rounds", "20", "--limit", "4"]
     forward = [PYTHON, "-m", "benchmarks.forward", "--rounds", "5", "--limit", "40"]
     sanitizer = [sanitizer_path() or "compute-sanitizer", "--error-exitcode", "9"]
     kernels = [PYTHON, "-m", "benchmarks.gpu_suite", "--run-kernels-once"]
@@ -69,6 +72,7 @@ def steps() -> list[Step]:
         Step("gpu-tests", [*pytest, "-m", "gpu", *runnable(gpu_tests())], 180, threads),
         Step("ceilings", [PYTHON, "-m", "benchmarks.ceilings", "--out", "{out}"], 60),
         Step("attention", [*attention, "--out", "{out}"], 200),
+        Step("selection", [*selection, "--out", "{out}"], 60),
         Step("forward", [*forward, "--out", "{out}"], 100),
         Step("triton-tests", [*pytest, *runnable(triton_tests())], 150, threads | {"FUZZ_CASES": "40"}),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *kernels], 90, no_cache),
@@ -164,7 +168,7 @@ def run_kernels_once(device: str) -> None:
     """Each kernel of the package on small inputs, for the sanitizers: they find what is wrong, nothing is compared."""
     import torch
 
-    from rhythm_kernels import attention, attention_stats, find_peaks, group_stats, segment_topq
+    from rhythm_kernels import attention, attention_stats, group_stats
 
     heads = torch.tensor([True, False, False, True], device=device)
     bounds = torch.tensor([0, 77, 77, 300], dtype=torch.int32, device=device)
@@ -180,11 +184,38 @@ def run_kernels_once(device: str) -> None:
         attention_stats(q, k, lse=lse, need_span=False, **options)
         group_stats(q, k, heads, ~heads, lse=lse, **options)
         attention(q, k, v, **options)
-    values, mask = torch.randn(3, 1000, device=device), torch.rand(3, 1000, device=device) < 0.8
-    segment_topq(values, mask, 0.4, backend="extension")
-    find_peaks(values, mask, backend="extension")
+    # few threads a block and many; scratch in shared memory and, at 60,000 tokens, in global memory; packed: both
+    for shape, cuts in (
+        ((3, 1000), None),
+        ((2, 3000), None),
+        ((1, 60_000), None),
+        ((1, 1000), [0, 77, 77, 1000]),
+        ((1, 62_000), [0, 77, 77, 2000, 62_000]),
+    ):
+        cu_seqlens = None if cuts is None else torch.tensor(cuts, dtype=torch.int32, device=device)
+        mask = torch.rand(shape, device=device) < 0.8
+        run_selection_once(torch.randn(shape, device=device), mask, cu_seqlens)
+        run_selection_once(torch.randint(3, shape, device=device).float(), mask, cu_seqlens)  # heavy ties
     if device == "cuda":
+        # on a CPU all three raise: sequences that leave the row, or overlap, and a signal that is not finite
+        values, mask = torch.randn(1, 60_000, device=device), torch.rand(1, 60_000, device=device) < 0.8
+        for cuts in ([0, 70_000], [0, 40_000, 100, 60_000]):
+            run_selection_once(values, mask, torch.tensor(cuts, dtype=torch.int32, device=device))
+        run_selection_once(torch.where(values > 1, torch.nan, values), mask, None)
         torch.cuda.synchronize()
+
+
+def run_selection_once(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Every op of csrc/ops.cpp."""
+    from rhythm_kernels import Rhythm, coupled_sets, find_peaks, segment_topq, token_credit
+
+    options = {"cu_seqlens": cu_seqlens, "backend": "extension"}
+    segment_topq(values, mask, 0.4, **options)
+    find_peaks(values, mask, min_quantile=0.5, **options)
+    rhythm = Rhythm(waad=values, fai=values.flip(-1))
+    for strategy in ("local", "global", "coupled"):
+        token_credit(strategy, mask=mask, rhythm=rhythm, k=40, **options)
+    coupled_sets(rhythm, mask, k=40, **options)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -192,18 +223,16 @@ def run_kernels_once(device: str) -> None:
 
 def floor_seconds(work: dict[str, int], ceilings: dict[str, float]) -> float:
     """The time of the slowest of products, exponentials and memory, each at its measured ceiling."""
-    return max(work[name] / ceilings[name] for name in ("flops", "exps", "bytes"))
+    return max(amount / ceilings[name] for name, amount in work.items())
 
 
-def floors(results: dict) -> str:
-    """Of each variant of the attention benchmark: the fraction of its floor, by the time inside its kernels."""
-    ceilings, sizes = results["ceilings"], results["attention"]["tokens"]
-    names = sorted({name for row in sizes.values() for name in row["work"]})
-    lines = ["| fraction of the floor | " + " | ".join(f"{int(n):,}" for n in sizes) + " |"]
-    lines.append("|---" * (len(sizes) + 1) + "|")
+def floors(rows: dict[str, dict], ceilings: dict[str, float]) -> str:
+    """Of each variant of a benchmark, by column: the fraction of its floor, by the time inside its kernels."""
+    names = sorted({name for row in rows.values() for name in row["work"]})
+    lines = ["| fraction of the floor | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for name in names:
         cells = []
-        for row in sizes.values():
+        for row in rows.values():
             m = row["measured"].get(name)
             cells.append("" if m is None else _share(floor_seconds(row["work"][name], ceilings), m))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -227,9 +256,11 @@ def report(where: dict[str, str], outcomes: list[Outcome], left_out: dict[str, l
         lines += ["", f"## {name}", "", (folder / f"{name}.md").read_text().strip()]
         if (folder / f"{name}.png").exists():
             lines += ["", f"![{name}]({report_name(where)}-{name}.png)"]
-    if {"ceilings", "attention"} <= results.keys():
-        lines += ["", "The floor is the largest of products, exponentials and bytes at the ceilings above.", ""]
-        lines += [floors(results)]
+    counted = counted_rows(results)
+    if "ceilings" in results and counted:
+        lines += ["", "The floor is the largest of products, exponentials and bytes at the ceilings above."]
+        for rows in counted:
+            lines += ["", floors(rows, results["ceilings"])]
     for o in outcomes:
         if o.status == "passed" and "tests" in o.name:
             lines += ["", f"{o.name}: {o.tail.splitlines()[-1].strip('= ')}"]
@@ -242,6 +273,13 @@ def collected(outcomes: list[Outcome], folder: Path) -> dict[str, dict]:
     """What the benchmarks wrote, also before they ran out of time."""
     files = {o.name: folder / f"{o.name}.json" for o in outcomes}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def counted_rows(results: dict[str, dict]) -> list[dict[str, dict]]:
+    """Of each benchmark that counts the work of its variants: its rows, by their size or shape."""
+    tokens = results.get("attention", {}).get("tokens", {})
+    shapes = results.get("selection", {}).get("shapes", {})
+    return [rows for rows in ({f"{int(n):,}": row for n, row in tokens.items()}, shapes) if rows]
 
 
 def report_name(where: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 """Checks of arguments: each error names the argument and shows what arrived."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -44,10 +45,31 @@ def check_float(name: str, value: object, minimum: float = -math.inf, maximum: f
     return float(value)
 
 
+def check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}: {value!r}")
+    return value
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def check_cuts(cuts: Sequence[int], tokens: int) -> None:
+    """The content of cu_seqlens."""
+    rising = all(a <= b for a, b in itertools.pairwise(cuts))
+    if not cuts or cuts[0] != 0 or cuts[-1] != tokens or not rising:
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {cuts[:8]}{' ...' * (len(cuts) > 8)}")
+
+
+def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """All but the content, which a GPU would have to be waited for."""
+    check_tensor("cu_seqlens", cu_seqlens, ["S + 1"], [torch.int32, torch.int64], device)
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs a batch of one row, got B = {batch}")
+    return cu_seqlens
 
 
 def check_horizon(horizon: object) -> tuple[int, int | None]:

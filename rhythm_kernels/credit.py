@@ -5,17 +5,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.checks import check_choice, check_float, check_int, check_tensor
-from rhythm_kernels.selection import segment_topq
-from rhythm_kernels.signals import delta
+from rhythm_kernels.checks import check_bool, check_choice, check_float, check_int, check_tensor
+from rhythm_kernels.composed import ALONE, DOMINATED, FIRST_SIGNAL, INTRO, PREPLAN, SECOND_SIGNAL
+from rhythm_kernels.selection import check_packing, ops
 from rhythm_kernels.types import Rhythm
 
 STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
+MOST_AMP = 1e37  # so that every factor is finite in fp32
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CoupledSets(NamedTuple):
-    """The token sets of coupled credit, each [B, T] bool."""
+    """The token sets of coupled credit, each [B, T] bool, and which token introduces which anchor."""
 
     t_loc: Tensor
     """Preplan tokens: TopQ of Delta (Eq. 13)."""
@@ -25,6 +26,8 @@ class CoupledSets(NamedTuple):
     """D: anchors with a low WAAD just after a preplan peak (Eq. 17)."""
     intros: Tensor
     """I(D): the preplan peaks that introduce them."""
+    intro_of: Tensor
+    """[B, T] int64: for each token of D the position in its row of the token that introduces it; -1 elsewhere."""
 
 
 def token_credit(
@@ -41,6 +44,8 @@ def token_credit(
     tau_waad: float | None = None,
     tau_delta: float | None = None,
     seed: int = 0,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """gamma: the factor of each token's advantage (Eq. 14, 16, 18), [B, T] fp32, 1 outside R.
 
@@ -50,43 +55,58 @@ def token_credit(
             their credit with the token that introduces them, Eq. 18).
         mask: [B, T] bool, R.
         rhythm: "local" needs rhythm.waad, "global" rhythm.fai, "coupled" both; each [B, T] floating, finite in R.
-        entropy: [B, T] floating, nats; only for "entropy".
+        entropy: [B, T] floating, nats, finite in R; only for "entropy".
         q: the fraction of R that is selected, ceil(q n - 1e-9) of n.
-        amp: the factor of a selected token.
+        amp: the factor of a selected token, 0 to 1e37.
         alpha: the share of a locally dominated anchor's credit that goes to its intro, 0 to 1.
         k: how many tokens back an intro may be.
         largest: False selects the bottom (the paper's ablation); in "coupled" it changes the anchors alone.
         tau_waad: an anchor is dominated if its WAAD is at most this; the lower median of R if None. Tokens.
         tau_delta: and if a Delta of at least this comes before it; the smallest of the preplan tokens' if None. Tokens.
         seed: of "random"; give each step its own.
+        cu_seqlens: [S + 1] int32 or int64, packed sequences, as in `attention_stats`; then B = 1. R is that of each
+            sequence, and no Delta or intro crosses from one to another.
+        backend: "extension" (one launch on a GPU, which the host does not wait for), "torch", or "auto": the extension
+            where it is built for the device, else torch.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, or a signal that is missing
-            or not finite in R.
+            or, on a CPU, not finite in R.
+        RuntimeError: backend="extension" where it is not built for the device.
+
+    The extension does not wait for a GPU. What is raised on a CPU for the content of a tensor comes out as NaN there:
+    gamma is NaN in R of a sequence with a signal that is not finite in R, and everywhere if cu_seqlens does not rise
+    from 0 to T ("none" reads neither). So it is in a compiled graph, on a CPU too. The composed torch ops give the same
+    NaN for signals; they read cu_seqlens on the host.
     """
     check_choice("strategy", strategy, STRATEGIES)
     check_tensor("mask", mask, ["B", "T"], [torch.bool])
-    check_float("q", q, 0.0, 1.0)
-    check_float("amp", amp, 0.0)
+    check_float("amp", amp, 0.0, MOST_AMP)
     check_float("alpha", alpha, 0.0, 1.0)
     check_int("seed", seed, 0)
-    _check_rhythm(rhythm)
+    _check_options(rhythm, q, k, largest, tau_waad, tau_delta)
+    cu_seqlens = check_packing(cu_seqlens, mask)
+    of = ops(backend, mask.device)
     if strategy == "none":
         return torch.ones(mask.shape, device=mask.device)
     if strategy == "coupled":
-        sets = coupled_sets(rhythm, mask, q=q, k=k, largest=largest, tau_waad=tau_waad, tau_delta=tau_delta)
-        return _weigh(sets, amp, alpha)
+        waad, fai = _check_both(rhythm, mask)
+        options = (q, amp, alpha, k, largest, tau_waad, tau_delta)
+        gamma, faults, *_ = of.coupled_credit(waad, fai, mask, cu_seqlens, *options, False)
+        _raise_faults(faults, "rhythm.waad", "rhythm.fai")
+        return gamma
     if strategy == "random":
-        generator = torch.Generator(mask.device).manual_seed(seed)
+        name, generator = "the draw", torch.Generator(mask.device).manual_seed(seed)
         signal = torch.rand(mask.shape, generator=generator, device=mask.device)
     elif strategy == "entropy":
-        signal = _check_signal("entropy", entropy, mask)
+        name, signal = "entropy", _check_signal("entropy", entropy, mask)
     elif strategy == "local":
-        signal = delta(_check_signal("rhythm.waad", getattr(rhythm, "waad", None), mask), mask)
+        name, signal = "rhythm.waad", _check_signal("rhythm.waad", getattr(rhythm, "waad", None), mask)
     else:
-        signal = _check_signal("rhythm.fai", getattr(rhythm, "fai", None), mask)
-    selected = segment_topq(signal, mask, q, largest=largest)
-    return torch.where(selected, 1 + (amp - 1), 1.0).float()
+        name, signal = "rhythm.fai", _check_signal("rhythm.fai", getattr(rhythm, "fai", None), mask)
+    gamma, faults = of.topq_credit(signal, mask, cu_seqlens, strategy == "local", q, amp, largest)
+    _raise_faults(faults, name)
+    return gamma
 
 
 def coupled_sets(
@@ -98,38 +118,23 @@ def coupled_sets(
     largest: bool = True,
     tau_waad: float | None = None,
     tau_delta: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
 ) -> CoupledSets:
-    """T_loc, T_glob, D and I(D) of Eq. 13, 15 and 17; arguments as in `token_credit`."""
-    check_tensor("mask", mask, ["B", "T"], [torch.bool])
-    _check_rhythm(rhythm)
-    waad = _check_signal("rhythm.waad", getattr(rhythm, "waad", None), mask)
-    fai = _check_signal("rhythm.fai", getattr(rhythm, "fai", None), mask)
-    check_int("k", k, 1)
-    for name, tau in (("tau_waad", tau_waad), ("tau_delta", tau_delta)):
-        if tau is not None:
-            check_float(name, tau)
-    change = delta(waad, mask)
-    t_loc = segment_topq(change, mask, q)
-    t_glob = segment_topq(fai, mask, q, largest=largest)
-    # compared in fp64, so that a threshold is not rounded to the signal's precision
-    low = _lower_median(waad, mask).double() if tau_waad is None else tau_waad
-    if tau_delta is not None:
-        high = tau_delta
-    else:
-        high = change.double().masked_fill(~t_loc, torch.inf).amin(-1, keepdim=True) if mask.shape[1] else 0.0
+    """T_loc, T_glob, D and I(D) of Eq. 13, 15 and 17; arguments and errors as in `token_credit`.
 
-    best = torch.full_like(waad, -torch.inf)  # the largest Delta among the k tokens before, and how far back it is
-    back = torch.zeros_like(waad, dtype=torch.long)
-    for steps in range(1, min(k, mask.shape[1] - 1) + 1):
-        earlier = torch.full_like(waad, -torch.inf)
-        earlier[:, steps:] = change[:, :-steps].masked_fill(~mask[:, :-steps], -torch.inf)
-        better = earlier > best  # strictly: the latest wins a tie
-        best, back = torch.where(better, earlier, best), torch.where(better, steps, back)
-    dominated = t_glob & (waad.double() <= low) & (best.double() >= high) & (back > 0)
-    intros = torch.zeros_like(mask)
-    for steps in range(1, min(k, mask.shape[1] - 1) + 1):
-        intros[:, :-steps] |= (dominated & (back == steps))[:, steps:]
-    return CoupledSets(t_loc, t_glob, dominated, intros)
+    Where `token_credit` would give NaN, the sets are empty.
+    """
+    check_tensor("mask", mask, ["B", "T"], [torch.bool])
+    _check_options(rhythm, q, k, largest, tau_waad, tau_delta)
+    cu_seqlens = check_packing(cu_seqlens, mask)
+    waad, fai = _check_both(rhythm, mask)
+    options = (q, 1.0, 0.0, k, largest, tau_waad, tau_delta)
+    _, faults, sets, back = ops(backend, mask.device).coupled_credit(waad, fai, mask, cu_seqlens, *options, True)
+    _raise_faults(faults, "rhythm.waad", "rhythm.fai")
+    members = ((sets & bits) != 0 for bits in (PREPLAN, ALONE | DOMINATED, DOMINATED, INTRO))
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return CoupledSets(*members, torch.where(back > 0, position - back, -1))
 
 
 def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
@@ -143,36 +148,38 @@ def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
     return torch.where(per_token >= 0, per_token * gamma.detach(), per_token)
 
 
-def _check_rhythm(rhythm: Rhythm | None) -> None:
+def _check_options(
+    rhythm: Rhythm | None, q: float, k: int, largest: bool, tau_waad: float | None, tau_delta: float | None
+) -> None:
     if rhythm is not None and not isinstance(rhythm, Rhythm):
         raise TypeError(f"rhythm must be a Rhythm, got {type(rhythm).__name__}")
+    check_float("q", q, 0.0, 1.0)
+    check_int("k", k, 1)
+    check_bool("largest", largest)
+    for name, tau in (("tau_waad", tau_waad), ("tau_delta", tau_delta)):
+        if tau is not None:
+            check_float(name, tau)
 
 
 def _check_signal(name: str, signal: Tensor | None, mask: Tensor) -> Tensor:
     if signal is None:
         raise ValueError(f"{name} is needed by this strategy, got None")
     check_tensor(name, signal, list(mask.shape), FLOATING, mask.device)
-    broken = (~signal.isfinite() & mask).any(-1)
-    if broken.any():
-        rows = broken.nonzero().flatten().tolist()
-        raise ValueError(
-            f"{name} must be finite in R, got NaN or infinity in {len(rows)} sequence(s), first in row {rows[0]}"
-        )
     return signal.detach().float()
 
 
-def _lower_median(values: Tensor, mask: Tensor) -> Tensor:
-    """The ceil(n / 2)-th smallest of a row's n masked values, [B, 1]; anything where n is 0."""
-    if not mask.shape[1]:
-        return values.new_zeros(mask.shape[0], 1)
-    ordered = values.masked_fill(~mask, torch.inf).sort(-1).values
-    rank = (mask.sum(-1, keepdim=True) + 1) // 2
-    return ordered.gather(-1, (rank - 1).clamp(min=0))
+def _check_both(rhythm: Rhythm | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(_check_signal(f"rhythm.{name}", getattr(rhythm, name, None), mask) for name in ("waad", "fai"))
 
 
-def _weigh(sets: CoupledSets, amp: float, alpha: float) -> Tensor:
-    """Eq. 18 by a table of its eight cases: the sum in fp64, rounded once."""
-    cases = [(anchor, alone, intro) for anchor in (0, 1) for alone in (0, 1) for intro in (0, 1)]
-    table = [1 + (amp - 1) * ((1 - alpha) * anchor + alone + alpha * intro) for anchor, alone, intro in cases]
-    case = 4 * sets.dominated.long() + 2 * (sets.t_glob & ~sets.dominated).long() + sets.intros.long()
-    return torch.tensor(table, dtype=torch.float64, device=case.device).float()[case]
+def _raise_faults(faults: Tensor, *names: str) -> None:
+    """Raises where looking at the result costs nothing; elsewhere the NaN in it stands for the fault."""
+    if faults.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for name, bit in zip(names, (FIRST_SIGNAL, SECOND_SIGNAL)):
+        sequences = ((faults & bit) != 0).nonzero().flatten().tolist()
+        if sequences:
+            raise ValueError(
+                f"{name} must be finite in R, got NaN or infinity in {len(sequences)} sequence(s), "
+                f"first in row {sequences[0]}"
+            )

@@ -52,14 +52,6 @@ def rhythm_of(
     return Rhythm(_mean(waad, groups.local, layout), _mean(fai, groups.global_, layout), spans, groups)
 
 
-def delta(waad: Tensor, mask: Tensor) -> Tensor:
-    """Delta_t = |WAAD_t - WAAD_{t+1}| (Eq. 13); 0 where t or t + 1 is not in R. waad, mask [B, T] -> [B, T]."""
-    out = torch.zeros_like(waad)
-    inside = mask[:, :-1] & mask[:, 1:]
-    out[:, :-1] = (waad[:, :-1] - waad[:, 1:]).abs().masked_fill(~inside, 0.0)
-    return out
-
-
 def check_groups(groups: HeadGroups, layers: int, heads: int, sequences: int) -> None:
     if not isinstance(groups, HeadGroups):
         raise TypeError(f"groups must be HeadGroups, got {type(groups).__name__}")

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import triton
 
 from rhythm_kernels import _extension
 
@@ -59,7 +60,7 @@ def test_a_torch_without_cuda_gets_the_cpu_ops(monkeypatch, capsys):
     monkeypatch.setattr(build.torch.version, "cuda", None)
     monkeypatch.delenv("RHYTHM_KERNELS_CUDA_ARCHS", raising=False)
     (extension,) = build.extensions()
-    assert sources(extension) == {"ops.cpp", "topq.cpp", "peaks.cpp"}
+    assert sources(extension) == {"ops.cpp", "topq.cpp", "peaks.cpp", "credit.cpp"}
     assert "building the CPU ops only" in capsys.readouterr().err
     monkeypatch.setenv("RHYTHM_KERNELS_CUDA_ARCHS", "90a")
     with pytest.raises(SystemExit, match="RHYTHM_KERNELS_CUDA_ARCHS='90a', but torch .* is a build without CUDA"):
@@ -128,19 +129,38 @@ def test_the_cuda_kernels_neither_warn_nor_spill(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(lambda path: run(["nvcc", "-c", path, "-o", tmp_path / path.stem, *flags]), files))
     found = {
-        (next(file.stem for file in files if file.stem in name), arch): [int(n) for n in numbers]
-        for name, arch, *numbers in re.findall(
-            r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-            r"(\d+) bytes spill loads.*?Used (\d+) registers.*?(\d+) bytes smem",
+        (row, arch): [int(n) for n in numbers]
+        for row, arch, *numbers in re.findall(
+            r"entry function '\w+row_kernelINS_\d+(\w+?)EEEv\w+' for '(\w+)'.*?(\d+) bytes stack frame, "
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers.*?(\d+) bytes smem",
             "".join(outputs),
             re.DOTALL,
         )
     }
-    for (kernel, arch), (stack, stores, loads, registers, shared) in found.items():
-        print(f"{kernel} {arch}: {registers} registers, {shared} bytes of shared memory")
-        assert (stack, stores, loads) == (0, 0, 0), (kernel, arch)
+    for (row, arch), (stack, stores, loads, registers, shared) in found.items():
+        print(f"{row} {arch}: {registers} registers, {shared} bytes of shared memory beside the sequence's")
+        assert (stack, stores, loads) == (0, 0, 0), (row, arch)
         assert registers <= 64, "a block of 1024 threads has 64 registers a thread"
-    assert set(found) == {(file.stem, arch) for file in files for arch in ("sm_80", "sm_90a", "sm_100")}
+    rows = {
+        name
+        for file in (CSRC / "rows").glob("*.h")
+        for name in re.findall(r"struct (\w+) {\n  static constexpr int kScratch", file.read_text())
+    }
+    assert len(rows) == 4
+    assert set(found) == {(row, arch) for row in rows for arch in ("sm_80", "sm_90a", "sm_100")}
+    check_sass(tmp_path)
+
+
+def check_sass(objects: Path) -> None:
+    """Bins are counted by the instruction that adds up a warp's equal bins, so few exponents make nothing slower."""
+    cuobjdump = shutil.which("cuobjdump") or next(Path(triton.__file__).parent.rglob("bin/cuobjdump"))
+    for file in sorted(objects.iterdir()):
+        sass = run([cuobjdump, "-sass", file])
+        functions = [text for text in sass.split("Function : ")[1:] if "row_kernel" in text.splitlines()[0]]
+        assert functions
+        for function in functions:
+            assert "ATOMS.POPC.INC" in function
+            assert not re.search(r"\b(LDL|STL)\b", function)
 
 
 # ---- the binary ------------------------------------------------------------------------------------------------------

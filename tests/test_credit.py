@@ -4,8 +4,18 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from test_selection import DEVICES, cuda, pack, unpacked
 
-from rhythm_kernels import Rhythm, coupled_sets, reference, shape_advantages, token_credit
+from rhythm_kernels import (
+    Rhythm,
+    _extension,
+    composed,
+    coupled_sets,
+    reference,
+    segment_topq,
+    shape_advantages,
+    token_credit,
+)
 
 NAN = float("nan")
 
@@ -37,30 +47,291 @@ knobs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(signals(), knobs, st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.sampled_from([1.0, 1.5, 2.7]))
+BACKENDS = ("extension", "torch")
+
+
+@settings(max_examples=1000, deadline=None)
+@given(signals(), knobs, st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.sampled_from([0.0, 1.0, 1.5, 2.7]))
 def test_coupled_equals_the_reference(given_signals, options, alpha, amp):
     waad, fai, mask = given_signals
     rhythm = Rhythm(waad, fai)
-    sets = coupled_sets(rhythm, mask, **options)
     expected = reference.coupled_sets(waad, fai, mask, **options)
-    for name, got, want in zip(("t_glob", "dominated", "intros"), sets[1:], expected, strict=True):
-        assert torch.equal(got, want), name
-    assert torch.equal(sets.t_loc, reference.segment_topq(reference.delta(waad, mask), mask, options["q"]))
-    gamma = token_credit("coupled", mask=mask, rhythm=rhythm, alpha=alpha, amp=amp, **options)
-    assert torch.equal(gamma, reference.gamma("coupled", mask, waad, fai, alpha=alpha, amp=amp, **options))
-    assert gamma[~mask].eq(1).all()
+    t_loc = reference.segment_topq(reference.delta(waad, mask), mask, options["q"])
+    factors = reference.gamma("coupled", mask, waad, fai, alpha=alpha, amp=amp, **options)
+    for backend in BACKENDS:
+        sets = coupled_sets(rhythm, mask, backend=backend, **options)
+        for name, got, want in zip(("t_glob", "dominated", "intros"), sets[1:4], expected, strict=True):
+            assert torch.equal(got, want), (backend, name)
+        assert torch.equal(sets.t_loc, t_loc)
+        check_intros(sets, reference.delta(waad, mask), mask, options["k"])
+        gamma = token_credit("coupled", mask=mask, rhythm=rhythm, alpha=alpha, amp=amp, backend=backend, **options)
+        assert torch.equal(gamma, factors), backend
+        assert gamma[~mask].eq(1).all()
 
 
-@settings(max_examples=150, deadline=None)
+def check_intros(sets, delta, mask, k):
+    """Each dominated anchor names the largest Delta of the k tokens before it, the latest of equal ones."""
+    assert torch.equal(sets.intro_of >= 0, sets.dominated)
+    for b, t in sets.dominated.nonzero().tolist():
+        before = [u for u in range(max(t - k, 0), t) if mask[b, u]]
+        assert sets.intro_of[b, t] == max(before, key=lambda u: (delta[b, u].item(), u))
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    signals(), st.sampled_from(["none", "local", "global", "entropy"]), st.sampled_from([0.0, 0.4, 1.0]), st.booleans()
+    signals(),
+    st.sampled_from(["none", "local", "global", "entropy"]),
+    st.sampled_from([0.0, 0.4, 1.0]),
+    st.booleans(),
+    st.sampled_from([0.0, 1.0, 1.5, 2.7]),
 )
-def test_other_strategies_equal_the_reference(given_signals, strategy, q, largest):
+def test_other_strategies_equal_the_reference(given_signals, strategy, q, largest, amp):
     waad, fai, mask = given_signals
-    inputs = {"rhythm": Rhythm(waad, fai), "entropy": fai, "q": q, "largest": largest}
-    expected = reference.gamma(strategy, mask, waad, fai, entropy=fai, q=q, largest=largest)
-    assert torch.equal(token_credit(strategy, mask=mask, **inputs), expected)
+    inputs = {"rhythm": Rhythm(waad, fai), "entropy": fai, "q": q, "largest": largest, "amp": amp}
+    expected = reference.gamma(strategy, mask, waad, fai, entropy=fai, q=q, largest=largest, amp=amp)
+    for backend in BACKENDS:
+        assert torch.equal(token_credit(strategy, mask=mask, backend=backend, **inputs), expected), backend
+
+
+@settings(max_examples=500, deadline=None)
+@given(signals(), knobs, st.sampled_from(["local", "global", "entropy", "coupled"]), st.data())
+def test_packed_sequences_have_the_credit_that_they_have_alone(given_signals, options, strategy, data):
+    lengths = data.draw(st.lists(st.integers(0, given_signals[2].shape[1]), min_size=3, max_size=3))
+    lengths = torch.tensor(lengths[: len(given_signals[2])])
+    (waad, fai, mask), cu_seqlens = pack(*given_signals, lengths=lengths)
+    alone = [
+        reference.gamma(strategy, m, w, f, entropy=f, **options)
+        for w, f, m in zip(*(unpacked(x, cu_seqlens) for x in (waad, fai, mask)), strict=True)
+    ]
+    for backend in BACKENDS:
+        inputs = {"mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "backend": backend, **options}
+        gamma = token_credit(strategy, cu_seqlens=cu_seqlens, **inputs)
+        assert torch.equal(gamma, torch.cat(alone, -1)), backend
+    sets = coupled_sets(Rhythm(waad, fai), mask, cu_seqlens=cu_seqlens, **options)
+    ends = zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])
+    for begin, end in ends:  # positions are those of the packed row
+        named = sets.intro_of[0, begin:end]
+        assert named[named >= 0].ge(begin).all() and named.lt(end).all()
+
+
+ODD = (0.0, -0.0, 1.0, -1.0, 2.5, float("inf"), -float("inf"), NAN, 1e-45, -1e-45, 1e-40, 3.4e38, -3.4e38)
+TAUS = (None, 0.0, -0.0, 0.1, 1e-46, -1e-46, 1e300, -1e300, 3.5e38, -3.5e38, 3.4028235e38)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.data())
+def test_the_ops_agree_on_any_bits(data):
+    """Every output of both implementations: non-finite signals, denormals, overflowing differences, extreme taus."""
+    batch, tokens = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 12))
+    element = data.draw(st.sampled_from([st.sampled_from(ODD), st.floats(width=32, allow_nan=False)]))
+    count = batch * tokens
+    waad, fai = (
+        torch.tensor(data.draw(st.lists(element, min_size=count, max_size=count)), dtype=torch.float32).view(
+            batch, tokens
+        )
+        for _ in range(2)
+    )
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=torch.bool)
+    mask, cuts = mask.view(batch, tokens), None
+    if data.draw(st.booleans()):
+        lengths = data.draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
+        (waad, fai, mask), cuts = pack(waad, fai, mask, lengths=torch.tensor(lengths, dtype=torch.int64))
+    q, largest = data.draw(st.sampled_from([0.0, 0.4, 1.0])), data.draw(st.booleans())
+    taus = data.draw(st.sampled_from(TAUS)), data.draw(st.sampled_from(TAUS))
+    k = data.draw(st.sampled_from([1, 2, 8, 2**40]))
+    amp = data.draw(st.sampled_from([0.0, 1.5, 1e37]))
+    for with_sets in (True, False):
+        arguments = (waad, fai, mask, cuts, q, amp, 0.3, k, largest, *taus, with_sets)
+        check_same(torch.ops.rhythm_kernels.coupled_credit(*arguments), composed.coupled_credit(*arguments))
+    for of_delta in (True, False):
+        arguments = (waad, mask, cuts, of_delta, q, amp, largest)
+        check_same(torch.ops.rhythm_kernels.topq_credit(*arguments), composed.topq_credit(*arguments))
+
+
+def check_same(outputs, expected):
+    for i, (got, want) in enumerate(zip(outputs, expected, strict=True)):
+        assert got.dtype == want.dtype and got.shape == want.shape, i
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("tokens", [8191, 131072])
+def test_long_sequences_equal_the_reference(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    waad, fai = torch.rand(2, tokens, generator=generator) * 10, torch.rand(2, tokens, generator=generator) ** 4
+    waad[1], fai[1] = waad[1].round(), (fai[1] * 8).round()  # ties
+    mask = torch.rand(2, tokens, generator=generator) < 0.9
+    t_glob, dominated, intros = expected = reference.coupled_sets(waad, fai, mask)
+    assert dominated.any(-1).all()
+    share = (t_glob & ~dominated).double() + 0.5 * dominated.double() + 0.5 * intros.double()
+    for backend in BACKENDS:
+        sets = coupled_sets(Rhythm(waad, fai), mask, backend=backend)
+        for got, want in zip(sets[1:4], expected, strict=True):
+            assert torch.equal(got, want), backend
+        gamma = token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), backend=backend)
+        assert torch.equal(gamma, (1 + 0.5 * share).float()), backend
+
+
+# ---- as ops of torch -------------------------------------------------------------------------------------------------
+
+
+def example(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """waad, fai, mask [3, 50] and the cu_seqlens of a row."""
+    generator = torch.Generator().manual_seed(0)
+    waad, fai = torch.rand(3, 50, generator=generator) * 10, torch.rand(3, 50, generator=generator)
+    mask = torch.rand(3, 50, generator=generator) < 0.8
+    cuts = torch.tensor([0, 20, 20, 50], dtype=torch.int32)
+    return waad.to(device), fai.to(device), mask.to(device), cuts.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    waad, fai, mask, cuts = example(device)
+    options = (0.4, 1.5, 0.5, 3, True)
+    for few, cu_seqlens in ((slice(None), None), (slice(0, 0), None), (slice(0, 1), cuts)):
+        rows = waad[few], fai[few], mask[few], cu_seqlens
+        for taus in ((None, None), (2.0, 0.5)):
+            for with_sets in (False, True):
+                torch.library.opcheck(torch.ops.rhythm_kernels.coupled_credit, (*rows, *options, *taus, with_sets))
+        for of_delta in (False, True):
+            arguments = (waad[few], mask[few], cu_seqlens, of_delta, 0.4, 1.5, True)
+            torch.library.opcheck(torch.ops.rhythm_kernels.topq_credit, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_compiles_into_one_graph(backend, compiler):
+    """Nothing is raised for a signal that is not finite: its sequence has NaN, and the others what they have."""
+    waad, fai, mask, cuts = example()
+    waad[1, mask[1].nonzero()[0]] = NAN
+
+    def credit(waad, fai, mask, cuts):
+        rhythm, row = Rhythm(waad, fai), Rhythm(fai[:1], fai[:1])
+        gammas = [
+            token_credit(strategy, mask=mask, rhythm=rhythm, entropy=fai, backend=backend)
+            for strategy in ("none", "entropy", "local", "global", "coupled")
+        ]
+        if backend != "torch":  # reads cu_seqlens on the host
+            gammas += [token_credit("coupled", mask=mask[:1], rhythm=row, cu_seqlens=cuts, backend=backend)]
+        return gammas
+
+    none, entropy, local, global_, coupled, *packed = torch.compile(credit, fullgraph=True, backend=compiler)(
+        waad, fai, mask, cuts
+    )
+    sound = mask & torch.tensor([True, False, True])[:, None]
+    for gamma in (local, coupled):
+        assert torch.equal(gamma.isnan(), mask & ~sound)
+        assert gamma[1, ~mask[1]].eq(1).all()
+    finite = Rhythm(waad.nan_to_num(), fai)
+    for strategy, gamma in (("local", local), ("coupled", coupled)):
+        want = token_credit(strategy, mask=mask, rhythm=finite)
+        assert torch.equal(gamma[[0, 2]], want[[0, 2]])
+    assert torch.equal(none, torch.ones_like(waad)) and torch.equal(entropy, global_)
+    for gamma in packed:
+        want = token_credit("coupled", mask=mask[:1], rhythm=Rhythm(fai[:1], fai[:1]), cu_seqlens=cuts)
+        assert torch.equal(gamma, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_output_is_written(backend):
+    """In deterministic mode torch fills new memory, also what the extension allocates, with NaN or the largest int."""
+    waad, fai, mask, cuts = example()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for tensors in ((waad, fai, mask, None), (waad[:1], fai[:1], mask[:1], cuts)):
+            of = torch.ops.rhythm_kernels if backend == "extension" else composed
+            gamma, faults, sets, back = of.coupled_credit(*tensors, 0.4, 1.5, 0.5, 3, True, None, None, True)
+            assert gamma.isfinite().all() and (faults == 0).all() and (sets < 16).all() and (back <= 3).all()
+            gamma, faults = of.topq_credit(tensors[0], *tensors[2:], True, 0.4, 1.5, True)
+            assert gamma.isfinite().all() and (faults == 0).all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_extension, "_DEVICE_TYPES", frozenset())
+    monkeypatch.setattr(_extension, "_warned", set())
+    waad, fai, mask, _ = example()
+    with pytest.warns(UserWarning, match="on cpu, the slower torch implementation") as caught:
+        for _ in range(2):
+            gamma = token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai))
+    assert len(caught) == 1
+    assert torch.equal(gamma, reference.gamma("coupled", mask, waad, fai))
+    with pytest.raises(RuntimeError, match='backend="extension" has no ops for cpu'):
+        token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), backend="extension")
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def every_credit(waad, fai, mask, cu_seqlens=None, **options) -> list[torch.Tensor]:
+    """gamma of every strategy."""
+    inputs = {"mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "cu_seqlens": cu_seqlens, **options}
+    return [token_credit(strategy, **inputs) for strategy in ("none", "entropy", "local", "global", "coupled")]
+
+
+@pytest.mark.gpu
+@cuda
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (3, 1025), (32, 8192), (2, 8191), (1, 60_000), (1, 2**20)], ids=str)
+@pytest.mark.parametrize("levels", [None, 5], ids=["distinct", "tied"])
+def test_cuda_equals_cpu_without_synchronizing(shape, levels):
+    generator = torch.Generator().manual_seed(0)
+    waad, fai = (torch.rand(shape, generator=generator) for _ in range(2))
+    if levels is not None:
+        waad, fai = ((x * levels).round() for x in (waad, fai))
+    mask = torch.rand(shape, generator=generator) < 0.9
+    tokens = mask.numel()
+    cuts = torch.tensor([0, tokens // 3, tokens // 3, tokens], dtype=torch.int32)
+    packed = [x.reshape(1, -1) for x in (waad, fai, mask)]
+    for tensors in ((waad, fai, mask, None), (*packed, cuts)):
+        on_device = [x if x is None else x.cuda() for x in tensors]
+        for options in ({}, {"largest": False, "q": 0.7, "k": 8, "tau_waad": 0.4, "tau_delta": 0.2}):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                gammas = every_credit(*on_device, **options)
+                token_credit("random", mask=on_device[2], seed=3)
+                sets = coupled_sets(Rhythm(*on_device[:2]), on_device[2], cu_seqlens=on_device[3])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            for got, want in zip(gammas, every_credit(*tensors, **options), strict=True):
+                assert torch.equal(got.cpu(), want)
+            for got, want in zip(sets, coupled_sets(Rhythm(*tensors[:2]), tensors[2], cu_seqlens=tensors[3])):
+                assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.gpu
+@cuda
+def test_a_cuda_graph_repeats_it():
+    waad, fai, mask, _ = example("cuda")
+    token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai))  # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gamma = token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        waad.copy_(torch.rand(waad.shape) * 10), fai.copy_(torch.rand(fai.shape))
+        graph.replay()
+        assert torch.equal(gamma.cpu(), token_credit("coupled", mask=mask.cpu(), rhythm=Rhythm(waad.cpu(), fai.cpu())))
+
+
+@pytest.mark.gpu
+@cuda
+def test_what_a_gpu_cannot_raise_comes_out_as_nan():
+    waad, fai, mask, cuts = example("cuda")
+    fai[1, 7], mask[1, 7] = float("inf"), True
+    gamma = token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai))
+    assert torch.equal(gamma.isnan(), mask & (torch.arange(3, device="cuda") == 1)[:, None])
+    row = Rhythm(waad[:1], waad[:1])
+    for bad in ([3, 50], [0, 40], [0, 60], [0, -1, 50], [0, 30, 20, 50], [0]):
+        cuts = torch.tensor(bad, dtype=torch.int32, device="cuda")
+        gamma = token_credit("coupled", mask=mask[:1], rhythm=row, cu_seqlens=cuts, backend="extension")
+        assert gamma.isnan().all(), bad
+        selected, has_nan = segment_topq(row.waad, mask[:1], 1.0, cu_seqlens=cuts, return_nan=True)
+        assert not selected.any() and has_nan.all()
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 50"):
+            token_credit("coupled", mask=mask[:1], rhythm=row, cu_seqlens=cuts, backend="torch")
+
+
+# ---- on a CPU --------------------------------------------------------------------------------------------------------
 
 
 def test_random_is_seeded_and_selects_the_right_number():

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import extra_bytes
-from rhythm_kernels import attention, attention_stats, collect, find_peaks, group_stats, segment_topq
+from rhythm_kernels import (
+    Rhythm,
+    attention,
+    attention_stats,
+    collect,
+    find_peaks,
+    group_stats,
+    segment_topq,
+    token_credit,
+)
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -271,18 +280,29 @@ def test_more_elements_than_int32_counts(scale):
 
 
 @every_scale
-def test_selection(scale):
-    """The extension's ops on this device against the same rule in torch, on values with ties and NaN."""
+def test_selection_and_credit(scale):
+    """The extension on this device against the same rules composed of torch ops on the host: ties, NaN, packing."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(4, 5000, generator=generator).mul(8).round().div(8)
-    values[1, ::7] = torch.nan
     mask = torch.rand(4, 5000, generator=generator) < 0.8
-    on_device = values.to(scale.device), mask.to(scale.device)
-    for q in (0.2, 0.4, 1.0):
-        got = segment_topq(*on_device, q, backend="extension")
-        assert torch.equal(got.cpu(), segment_topq(values, mask, q, backend="torch"))
-    got = find_peaks(*on_device, min_quantile=0.5, backend="extension")
-    assert torch.equal(got.cpu(), find_peaks(values, mask, min_quantile=0.5, backend="torch"))
+    cuts = torch.tensor([0, 1, 5000, 5000, 20_000], dtype=torch.int32)
+    with_nan = values.clone()
+    with_nan[1, ::7] = torch.nan
+    for packed in (False, True):
+        rows = [x.reshape(1, -1) if packed else x for x in (values, with_nan, mask)]
+        own = {"cu_seqlens": cuts if packed else None, "backend": "torch"}
+        there = {"cu_seqlens": to(scale.device, own["cu_seqlens"]), "backend": "extension"}
+        finite, broken, inside = rows
+        on_device = [x.to(scale.device) for x in rows]
+        for q in (0.2, 0.4, 1.0):
+            got = segment_topq(*on_device[1:], q, return_nan=True, **there)
+            for x, y in zip(got, segment_topq(broken, inside, q, return_nan=True, **own), strict=True):
+                assert torch.equal(x.cpu(), y)
+            got = token_credit("coupled", mask=on_device[2], rhythm=Rhythm(on_device[0], on_device[0]), q=q, **there)
+            want = token_credit("coupled", mask=inside, rhythm=Rhythm(finite, finite), q=q, **own)
+            assert torch.equal(got.cpu(), want)
+        got = find_peaks(*on_device[1:], min_quantile=0.5, **there)
+        assert torch.equal(got.cpu(), find_peaks(broken, inside, min_quantile=0.5, **own))
 
 
 @every_scale

@@ -1,5 +1,6 @@
 """segment_topq and find_peaks: both backends give exactly what rhythm_kernels.reference defines."""
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -52,6 +53,32 @@ def batches(draw) -> tuple[torch.Tensor, torch.Tensor]:
         values = torch.stack([values, values + 1], -1).view(batch, 2 * tokens)[:, ::2]
         mask = torch.stack([~mask, mask], -1).view(batch, 2 * tokens)[:, 1::2]
     return values, mask
+
+
+def pack(*rows: torch.Tensor, lengths: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The first tokens of each row one after another, [1, sum of lengths] of each tensor, and cu_seqlens."""
+    inside = torch.arange(rows[0].shape[1]) < lengths[:, None]
+    return [x[inside][None] for x in rows], torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def unpacked(x: torch.Tensor, cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
+    """[1, T] -> each sequence's [1, its length]."""
+    return [x[:, a:b] for a, b in itertools.pairwise(cu_seqlens.tolist())]
+
+
+def of_each(function, *tensors: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """A function of rows on each packed sequence alone, packed again."""
+    parts = zip(*(unpacked(x, cu_seqlens) for x in tensors), strict=True)
+    return torch.cat([torch.zeros(1, 0, dtype=torch.bool), *(function(*part) for part in parts)], -1)
+
+
+@st.composite
+def packed_batches(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(values [1, T], mask [1, T], cu_seqlens): also empty sequences, and none at all."""
+    values, mask = draw(batches())
+    lengths = draw(st.lists(st.integers(0, values.shape[1]), min_size=len(values), max_size=len(values)))
+    (values, mask), cu_seqlens = pack(values, mask, lengths=torch.tensor(lengths, dtype=torch.int64))
+    return values, mask, cu_seqlens
 
 
 # ---- hand-computed cases ---------------------------------------------------------------------------------------------
@@ -146,6 +173,51 @@ def test_peaks_equal_the_reference(batch, p):
         assert torch.equal(find_peaks(*batch, min_quantile=p, backend=backend), expected), backend
 
 
+@given(batch=packed_batches(), q=st.sampled_from(SHARES) | st.floats(0, 1), largest=st.booleans())
+@settings(max_examples=800, deadline=None)
+def test_packed_sequences_equal_the_reference(batch, q, largest):
+    values, mask, cu_seqlens = batch
+    top = of_each(lambda v, m: reference.segment_topq(v, m, q, largest), values, mask, cu_seqlens=cu_seqlens)
+    peaks = of_each(lambda v, m: reference.find_peaks(v, m, q), values, mask, cu_seqlens=cu_seqlens)
+    nan = [bool((v.isnan() & m).any()) for v, m in zip(unpacked(values, cu_seqlens), unpacked(mask, cu_seqlens))]
+    for backend in BACKENDS:
+        packed = {"cu_seqlens": cu_seqlens, "backend": backend}
+        got, has_nan = segment_topq(values, mask, q, largest=largest, return_nan=True, **packed)
+        assert torch.equal(got, top) and has_nan.tolist() == nan, backend
+        assert torch.equal(find_peaks(values, mask, min_quantile=q, **packed), peaks), backend
+
+
+@given(batch=batches())
+@settings(max_examples=100, deadline=None)
+def test_sequences_with_nan_are_reported(batch):
+    values, mask = batch
+    for backend in BACKENDS:
+        _, has_nan = segment_topq(values, mask, 0.4, return_nan=True, backend=backend)
+        assert torch.equal(has_nan, (values.isnan() & mask).any(-1)), backend
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied", "equal"])
+@pytest.mark.parametrize("tokens", [8191, 131072])
+def test_very_long_rows_equal_the_reference(tokens, kind):
+    values = torch.randn(1, tokens, generator=torch.Generator().manual_seed(tokens))
+    values = {"normal": values, "tied": values.mul(4).round(), "equal": torch.zeros(1, tokens)}[kind]
+    mask = torch.rand(1, tokens, generator=torch.Generator().manual_seed(1)) < 0.95
+    top, peaks = reference.segment_topq(values, mask, 0.4), reference.find_peaks(values, mask, 0.4)
+    for backend in BACKENDS:
+        assert torch.equal(segment_topq(values, mask, 0.4, backend=backend), top)
+        assert torch.equal(find_peaks(values, mask, min_quantile=0.4, backend=backend), peaks)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_plateau_as_long_as_the_row(backend):
+    values = torch.ones(3, 100_000)
+    values[:, 0] = 0
+    values[0, -1], values[1, -1] = 0, 2
+    mask = torch.ones(3, 100_000, dtype=torch.bool)
+    peaks = find_peaks(values, mask, backend=backend)
+    assert peaks.nonzero().tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("levels", [1, 3, 1000], ids=lambda n: f"{n}levels")
 @pytest.mark.parametrize("tokens", [255, 1024, 1025])
 def test_long_rows_equal_the_reference(tokens, levels):
@@ -203,8 +275,11 @@ def test_opcheck(device):
     values, mask = example(device)
     for sample in (values, values.T.contiguous().T, values[:0], values[:, :0]):
         sample_mask = mask[: sample.shape[0], : sample.shape[1]]
-        torch.library.opcheck(torch.ops.rhythm_kernels.segment_topq, (sample, sample_mask, 0.4, True))
-        torch.library.opcheck(torch.ops.rhythm_kernels.find_peaks, (sample, sample_mask, 0.5))
+        torch.library.opcheck(torch.ops.rhythm_kernels.segment_topq, (sample, sample_mask, None, 0.4, True))
+        torch.library.opcheck(torch.ops.rhythm_kernels.find_peaks, (sample, sample_mask, None, 0.5))
+    cuts = torch.tensor([0, 20, 20, 50], dtype=torch.int32, device=device)
+    torch.library.opcheck(torch.ops.rhythm_kernels.segment_topq, (values[:1], mask[:1], cuts, 0.4, True))
+    torch.library.opcheck(torch.ops.rhythm_kernels.find_peaks, (values[:1], mask[:1], cuts, 0.5))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -276,6 +351,7 @@ def test_cuda_equals_cpu_without_synchronizing(shape):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 VALUES, MASK = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+CUTS = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -312,7 +388,30 @@ def test_bad_shares_are_named(share, error, shown_value, backend):
         find_peaks(VALUES, MASK, min_quantile=share, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("cu_seqlens", "batch", "error", "message"),
+    [
+        ([0, 3], 1, TypeError, "cu_seqlens must be a tensor, got list"),
+        (CUTS.float(), 1, TypeError, "cu_seqlens must be .*, got torch.float32"),
+        (CUTS[None], 1, ValueError, r"cu_seqlens must have shape \[S \+ 1\], got \[1, 4\]"),
+        (CUTS.to("meta"), 1, ValueError, "cu_seqlens must be on cpu, got meta"),
+        (CUTS, 2, ValueError, "cu_seqlens needs a batch of one row, got B = 2"),
+        (CUTS[1:], 1, ValueError, r"cu_seqlens must rise from 0 to T = 3, got \[1, 2, 3\]"),
+        (CUTS[:0], 1, ValueError, r"cu_seqlens must rise from 0 to T = 3, got \[\]"),
+        (CUTS.flip(0), 1, ValueError, r"cu_seqlens must rise from 0 to T = 3, got \[3, 2, 1, 0\]"),
+    ],
+)
+def test_bad_cu_seqlens_are_named(cu_seqlens, batch, error, message, backend):
+    with pytest.raises(error, match=message):
+        segment_topq(VALUES[:batch], MASK[:batch], 0.4, cu_seqlens=cu_seqlens, backend=backend)
+    with pytest.raises(error, match=message):
+        find_peaks(VALUES[:batch], MASK[:batch], cu_seqlens=cu_seqlens, backend=backend)
+
+
 def test_bad_options_are_named():
+    with pytest.raises(TypeError, match="return_nan must be a bool, got str: 'yes'"):
+        segment_topq(VALUES, MASK, 0.4, return_nan="yes")
     with pytest.raises(TypeError, match="largest must be a bool, got int: 1"):
         segment_topq(VALUES, MASK, 0.4, largest=1)
     with pytest.raises(ValueError, match="backend must be one of auto, extension, torch, got 'cuda'"):
@@ -324,10 +423,17 @@ def test_bad_options_are_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((VALUES.double(), MASK), "values must be float32, got Double"),
-        ((VALUES, MASK.byte()), "mask must be bool, got Byte"),
-        ((VALUES[0], MASK), r"values must have shape \[B, T\], got \[3\]"),
-        ((VALUES, MASK[:, :2]), r"mask must have the shape of values, \[2, 3\], got \[2, 2\]"),
+        ((VALUES.double(), MASK, None), "values must be Float, got Double"),
+        ((VALUES, MASK.byte(), None), "mask must be Bool, got Byte"),
+        ((VALUES, MASK[0], None), r"mask must have shape \[B, T\], got \[3\]"),
+        ((VALUES[0], MASK, None), r"values must have the shape of mask, \[2, 3\], got \[3\]"),
+        ((VALUES, MASK[:, :2], None), r"values must have the shape of mask, \[2, 2\], got \[2, 3\]"),
+        ((VALUES, MASK, CUTS), "cu_seqlens needs a batch of one row, got B = 2"),
+        ((VALUES[:1], MASK[:1], CUTS.long()), "cu_seqlens must be Int, got Long"),
+        ((VALUES[:1], MASK[:1], CUTS[:0]), r"cu_seqlens must have shape \[S \+ 1\], got \[0\]"),
+        ((VALUES[:1], MASK[:1], CUTS[:-1]), "cu_seqlens must rise from 0 to T = 3"),
+        ((VALUES[:1], MASK[:1], CUTS[1:]), "cu_seqlens must rise from 0 to T = 3"),
+        ((VALUES[:1], MASK[:1], CUTS[[0, 2, 1, 3]]), "cu_seqlens must rise from 0 to T = 3"),
     ],
 )
 def test_the_ops_check_for_themselves(arguments, message):
@@ -340,9 +446,9 @@ def test_the_ops_check_for_themselves(arguments, message):
 @pytest.mark.parametrize("share", [NAN, -0.1, 1.1])
 def test_the_ops_check_shares_for_themselves(share):
     with pytest.raises(ValueError, match=rf"segment_topq: q must be in \[0, 1\], got {share}"):
-        torch.ops.rhythm_kernels.segment_topq(VALUES, MASK, share, True)
+        torch.ops.rhythm_kernels.segment_topq(VALUES, MASK, None, share, True)
     with pytest.raises(ValueError, match=rf"find_peaks: min_quantile must be in \[0, 1\], got {share}"):
-        torch.ops.rhythm_kernels.find_peaks(VALUES, MASK, share)
+        torch.ops.rhythm_kernels.find_peaks(VALUES, MASK, None, share)
 
 
 # ---- without the extension -------------------------------------------------------------------------------------------

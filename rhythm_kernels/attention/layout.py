@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhythm_kernels.checks import check_tensor
+from rhythm_kernels.checks import check_cu_seqlens, check_cuts, check_tensor
 
 SPAN_UNIT = 2.0**-20  # tokens: the spans' sums are integers of this unit, so that their order does not matter
 
@@ -134,13 +134,8 @@ def _padded_bounds(attention_mask: Tensor, batch: int, tokens: int, device: torc
 
 
 def _packed_bounds(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device) -> tuple:
-    check_tensor("cu_seqlens", cu_seqlens, ["S + 1"], [torch.int32, torch.int64], device)
-    if batch != 1:
-        raise ValueError(f"cu_seqlens needs a batch of one row, got B = {batch}")
-    cuts = cu_seqlens.tolist()
-    rising = all(a <= b for a, b in itertools.pairwise(cuts))
-    if not cuts or cuts[0] != 0 or cuts[-1] != tokens or not rising:
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {cuts[:8]}{' ...' * (len(cuts) > 8)}")
+    cuts = check_cu_seqlens(cu_seqlens, batch, tokens, device).tolist()
+    check_cuts(cuts, tokens)
     return tuple((0, begin, end) for begin, end in itertools.pairwise(cuts))
 
 

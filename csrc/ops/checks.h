@@ -1,0 +1,150 @@
+// Host checks of op arguments: each names the argument and prints what arrived.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "../rows/sequences.h"
+
+namespace rhythm_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (!holds) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::invalid_argument(message.str());
+  }
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    text << (dim ? ", " : "") << tensor.size(dim);
+  }
+  text << ']';
+  return text.str();
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "cpu";
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
+  check(
+      tensor.scalar_type() == dtype,
+      op,
+      ": ",
+      name,
+      " must be ",
+      torch::headeronly::toString(dtype),
+      ", got ",
+      torch::headeronly::toString(tensor.scalar_type()));
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& mask) {
+  const std::string wanted = device_of(mask);
+  const std::string found = device_of(tensor);
+  check(wanted == found, op, ": ", name, " must be on the device of mask, ", wanted, ", got ", found);
+}
+
+// A batch's mask [B,T], its sequences, and what keeps them alive.
+struct Batch {
+  Tensor mask;  // contiguous
+  std::optional<Tensor> cu_seqlens;
+  Sequences sequences;
+
+  const uint8_t* mask_ptr() const { return static_cast<const uint8_t*>(mask.const_data_ptr()); }
+};
+
+// mask bool [B,T]; cu_seqlens int32 [S+1] with B = 1. T is an int32, so that positions and counts in a row are too.
+// The device that runs the rows looks at what cu_seqlens holds.
+inline Batch check_batch(const char* op, const Tensor& mask, const std::optional<Tensor>& cu_seqlens) {
+  check_dtype(op, "mask", mask, ScalarType::Bool);
+  check(mask.dim() == 2, op, ": mask must have shape [B, T], got ", shape_of(mask));
+  const int64_t tokens = mask.size(1);
+  check(
+      tokens <= std::numeric_limits<int32_t>::max(), op, ": mask must have fewer than 2^31 tokens a row, got ", tokens);
+  Batch batch{torch::stable::contiguous(mask), std::nullopt, {mask.size(0), tokens, nullptr}};
+  if (!cu_seqlens.has_value()) {
+    return batch;
+  }
+  check_dtype(op, "cu_seqlens", *cu_seqlens, ScalarType::Int);
+  check(
+      cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0,
+      op,
+      ": cu_seqlens must have shape [S + 1], got ",
+      shape_of(*cu_seqlens));
+  check(mask.size(0) == 1, op, ": cu_seqlens needs a batch of one row, got B = ", mask.size(0));
+  check_device(op, "cu_seqlens", *cu_seqlens, mask);
+  batch.cu_seqlens = torch::stable::contiguous(*cu_seqlens);
+  const auto* cuts = static_cast<const int32_t*>(batch.cu_seqlens->const_data_ptr());
+  batch.sequences = {cu_seqlens->size(0) - 1, tokens, cuts};
+  return batch;
+}
+
+// A signal fp32 [B,T], contiguous.
+inline Tensor check_signal(const char* op, const char* name, const Tensor& values, const Batch& batch) {
+  check_dtype(op, name, values, ScalarType::Float);
+  check(
+      values.dim() == 2 && values.size(0) == batch.mask.size(0) && values.size(1) == batch.mask.size(1),
+      op,
+      ": ",
+      name,
+      " must have the shape of mask, ",
+      shape_of(batch.mask),
+      ", got ",
+      shape_of(values));
+  check_device(op, name, values, batch.mask);
+  return torch::stable::contiguous(values);
+}
+
+// Written so that NaN fails.
+inline void check_fraction(const char* op, const char* name, double value) {
+  check(value >= 0.0 && value <= 1.0, op, ": ", name, " must be in [0, 1], got ", value);
+}
+
+// Outputs.
+
+inline Tensor new_like_mask(const Batch& batch, ScalarType dtype) {
+  return torch::stable::new_empty(batch.mask, batch.mask.sizes(), dtype);
+}
+
+inline Tensor new_per_sequence(const Batch& batch, ScalarType dtype) {
+  return torch::stable::new_empty(batch.mask, {batch.sequences.count}, dtype);
+}
+
+inline Tensor new_none(const Batch& batch, ScalarType dtype) {
+  return torch::stable::new_empty(batch.mask, {0}, dtype);
+}
+
+// Where cu_seqlens is wrong no sequence exists that would write, and on a GPU that is seen too late for an error.
+inline void fill_if_packed(const Batch& batch, Tensor& output, double value) {
+  if (batch.sequences.cu_seqlens != nullptr) {
+    torch::stable::fill_(output, value);
+  }
+}
+
+template <typename T>
+const T* pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* pointer(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace rhythm_kernels
