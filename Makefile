@@ -20,14 +20,14 @@ export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-gpu test-wheel bench kernels lint format build wheel help
+.PHONY: train test test-gpu test-wheel bench kernels extension lint format build wheel help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
 	@echo "make test     everything that CI runs"
 	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
-	@echo "make bench    time and memory of the statistics, alone and in a whole forward, on this machine"
-	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one"
+	@echo "make bench    time and memory of the statistics, alone and in a whole forward, and of selection, on this machine"
+	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one; make extension: the CUDA ones (nvcc)"
 	@echo "make test-gpu everything that needs a GPU: tests, sanitizers, benchmarks, one report; installs nothing"
 	@echo "make build    the environment and the extension"
 	@echo "make wheel    dist/*.whl, for every Python >= 3.10 and torch >= 2.11; with the CUDA ops where setup.py finds a toolkit"
@@ -52,9 +52,13 @@ format: $(VENV)/.installed
 bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.attention --rounds $(ROUNDS) --out benchmarks/results/attention-cpu
 	$(PY) -m benchmarks.forward --rounds $(ROUNDS) --out benchmarks/results/forward-cpu
+	$(PY) -m benchmarks.selection --out benchmarks/results/selection-cpu
 
 kernels: build
 	$(PY) -m benchmarks.kernels $(ARGS)
+
+extension: build
+	$(PY) -m benchmarks.extension $(ARGS)
 
 # On a bare GPU machine nothing can be installed: it runs with the Python that is there, and builds the extension itself.
 test-gpu:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import attention, attention_variants, ceilings, forward, gpu_suite, measure, selection
+from benchmarks import attention, attention_variants, ceilings, extension, forward, gpu_suite, measure, selection
 from benchmarks.attention_variants import VARIANTS, Answer, Shape, Variant
 from benchmarks.gpu_suite import Step
 from benchmarks.triton_forward_baseline import causal_attention
@@ -507,3 +508,22 @@ def test_ceilings(monkeypatch):
     for _ in range(5):
         expected = torch.exp2(-expected)
     torch.testing.assert_close(out, expected)
+
+
+# ---- the extension's machine code ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+def test_the_loops_of_the_extension_are_found():
+    """Each phase of a row, once for each place of its scratch; the searches by their atomics."""
+    kernels = {kernel.row: kernel for kernel in extension.compile_kernels()}
+    assert set(kernels) == {"TopQ", "Peaks", "TopQCredit", "CoupledCredit"}
+    for row, searches in {"TopQ": 1, "Peaks": 1, "TopQCredit": 1, "CoupledCredit": 3}.items():
+        for scratch in ("shared", "global"):
+            loops = [loop for loop in kernels[row].loops if loop.scratch == scratch]
+            assert sum(loop.turns == extension.DIGITS_READ for loop in loops) == searches, (row, scratch)
+            assert all(loop.memory["ATOMS"] == 1 for loop in loops if loop.turns == extension.DIGITS_READ)
+            assert sum(loop.turns == 1 for loop in loops) >= 3
+        assert kernels[row].issue_seconds() > 0
+    text = extension.report(list(kernels.values()))
+    assert "## CoupledCredit" in text and "select(team, tokens" in text

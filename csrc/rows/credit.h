@@ -38,8 +38,12 @@ RK_HOST_DEVICE uint32_t delta_key(const uint32_t* keys, int32_t t, int32_t token
 // Reads a signal's keys; whether all of R is finite.
 template <class Team>
 RK_HOST_DEVICE bool load_signal(Team& team, const float* values, const uint8_t* mask, int32_t tokens, uint32_t* keys) {
-  team.for_each(tokens, [=](int32_t t) { keys[t] = key_at(values, mask, t); });
-  return team.sum(tokens, [=](int32_t t) { return keys[t] != kOutside && !is_finite(keys[t]); }) == 0;
+  const int32_t broken = team.sum(tokens, [=](int32_t t) {
+    const uint32_t key = key_at(values, mask, t);
+    keys[t] = key;
+    return key != kOutside && !is_finite(key);
+  });
+  return broken == 0;
 }
 
 template <class Team>
@@ -173,6 +177,7 @@ struct CoupledCredit {
   RK_HOST_DEVICE static uint32_t find_intro(const uint32_t* deltas, int32_t t, int32_t k, uint32_t high) {
     uint32_t best = kOutside;
     int32_t intro = 0;
+    RK_SHORT_LOOP  // k is 1 to 3
     for (int32_t u = t - 1; u >= 0 && u >= t - k; --u) {
       if (deltas[u] > best) {
         best = deltas[u];

@@ -11,6 +11,13 @@
 #define RK_HOST_DEVICE inline
 #endif
 
+// In front of a loop with few turns, which nvcc would unroll.
+#ifdef __CUDA_ARCH__
+#define RK_SHORT_LOOP _Pragma("unroll 1")
+#else
+#define RK_SHORT_LOOP
+#endif
+
 namespace rhythm_kernels {
 
 // Keys compare as the numbers do. -0.0 has the key of +0.0. The two keys below every number's:

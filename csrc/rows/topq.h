@@ -26,8 +26,10 @@ struct TopQ {
     uint8_t* row_selected = selected + sequence.begin;
     uint8_t* row_has_nan = has_nan + sequence.index;
     const bool take_largest = largest;
-    team.for_each(tokens, [=](int32_t t) { ranks[t] = rank_of(key_at(row_values, row_mask, t), take_largest); });
-    const int32_t n = team.sum(tokens, [=](int32_t t) { return ranks[t] != kOutside; });
+    const int32_t n = team.sum(tokens, [=](int32_t t) {
+      ranks[t] = rank_of(key_at(row_values, row_mask, t), take_largest);
+      return row_mask[t] != 0;
+    });
     const int32_t numbers = team.sum(tokens, [=](int32_t t) { return is_number(ranks[t]); });
     const Threshold taken = select(team, tokens, selection_count(q, n), [=](int32_t t) { return ranks[t]; });
     team.for_each(tokens, [=](int32_t t) { row_selected[t] = taken.takes(ranks[t], t); });
