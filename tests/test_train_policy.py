@@ -249,6 +249,19 @@ def test_no_advantage_no_step(policy, batch):
     assert set(metrics.values()) == {0.0}
 
 
+def test_nan_never_reaches_the_weights(policy, batch):
+    """A GPU's credit says NaN where a CPU's raises."""
+    config = load_preset("countdown-smoke").change(prompts_per_step=3, num_generations=4, gradient_steps=3)
+    before = [p.clone() for p in policy.parameters()]
+    advantages = torch.ones(batch.ids.shape)
+    advantages[0, batch.response_mask[0]] = torch.nan
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        update_policy(policy, optimizer, batch, old_pass(policy, batch).log_probs, advantages, config)
+    policy.zero_grad()
+    assert all(torch.equal(p, kept) for p, kept in zip(policy.parameters(), before))
+
+
 def test_policy_comes_back_from_its_folder(policy, batch, tmp_path):
     from train.checkpoint import load_policy
 

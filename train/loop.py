@@ -165,7 +165,8 @@ def update_policy(
             for name, value in (parts | {"loss": loss.detach()}).items():
                 totals[name] += value.item() / count
         if len(learnable):
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grpo.max_grad_norm)
+            # NaN, as in the credit of a signal that is not finite, ends the run before it reaches the weights
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grpo.max_grad_norm, error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             totals["grad_norm"] += norm.item() / count
