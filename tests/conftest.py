@@ -29,6 +29,15 @@ def pytest_report_header(config):
     return None if seed is None else f"hypothesis seed: {seed}"
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What a test recorded for the reader of a log, as record_property("resources", text)."""
+    reports = terminalreporter.stats.get("passed", [])
+    lines = [text for report in reports for name, text in report.user_properties if name == "resources"]
+    if lines:
+        terminalreporter.section("resources of compiled kernels")
+        terminalreporter.write_line("\n".join(lines))
+
+
 def poisoned(make):
     def wrapped(*args, **kwargs):
         out = make(*args, **kwargs)

@@ -122,8 +122,8 @@ def test_the_cpu_sources_have_no_warnings():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
-def test_the_cuda_kernels_neither_warn_nor_spill(tmp_path):
-    """On every architecture of the default list. `pytest -s` shows registers and shared memory."""
+def test_the_cuda_kernels_neither_warn_nor_spill(tmp_path, record_property):
+    """On every architecture of the default list. The end of the log shows registers and shared memory."""
     flags = [*build.nvcc_flags(build.parse_archs(build.DEFAULT_CUDA_ARCHS)), "-Werror=all-warnings", "-Xptxas=-v"]
     files = sorted(CSRC.rglob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
@@ -138,7 +138,8 @@ def test_the_cuda_kernels_neither_warn_nor_spill(tmp_path):
         )
     }
     for (row, arch), (stack, stores, loads, registers, shared) in found.items():
-        print(f"{row} {arch}: {registers} registers, {shared} bytes of shared memory beside the sequence's")
+        text = f"{row}, {arch}: {registers} registers, {shared} bytes of shared memory beside the sequence's, no stack"
+        record_property("resources", text)
         assert (stack, stores, loads) == (0, 0, 0), (row, arch)
         assert registers <= 64, "a block of 1024 threads has 64 registers a thread"
     rows = {

@@ -232,7 +232,7 @@ def test_long_rows_equal_the_reference(tokens, levels):
             assert torch.equal(find_peaks(values, mask, min_quantile=q, backend=backend), expected_peaks)
 
 
-@pytest.mark.parametrize("shape", [(64, 777), (3, 8191), (1, 131072)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 777), (3, 8191), (1, 131072), (1, 2**20)], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "tied", "sorted", "equal"])
 def test_backends_agree_at_size(shape, kind):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
