@@ -5,9 +5,8 @@
 //
 //   for_each(n, f)               f(i), for every item
 //   sum(n, f)                    of f(i), an int32
-//   find_bin(n, bin_of, place)   the items are put in bins (kNoBin: in none); the bin of the place-th item, counted
-//   from
-//                                the highest bin, place >= 1
+//   find_bin(n, bin_of, place)   the items are put in bins (kNoBin: in none); the bin of the place-th item, place >= 1,
+//                                counted from the highest bin
 //   mark(n, f, words)            bit i % 32 of words[i / 32] = f(i)
 //   add_bits(word, bits)         word |= bits, also when several threads do it
 //
