@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
-NATIVE := $(SOURCES) $(wildcard tests/native/*.cpp)
+NATIVE := $(SOURCES) $(wildcard tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 CODE := rhythm_kernels train tests setup.py $(wildcard benchmarks)
 
 # Beside which torch `make test-wheel` tests the wheel, and what: all that needs no checkout.

@@ -184,7 +184,7 @@ def test_every_barrier_is_needed(teams, barrier):
     ("file", "old", "new", "report"),
     [
         ("rows/credit.h", "team.add_bits(&fai_keys[waad_keys[t]], kIntro)", "fai_keys[waad_keys[t]] |= kIntro", RACE),
-        ("rows/topq.h", "take_largest = largest", "take_largest = sizeof(team) > 1", "has other results"),
+        ("rows/topq.h", "take_largest = largest", "take_largest = sizeof(team) > 1", "other results than one thread's"),
     ],
     ids=["a race", "a result that depends on the team"],
 )

@@ -13,14 +13,13 @@
 
 #include "../ops/checks.h"
 #include "../rows/sequences.h"
-#include "block.cuh"
+#include "row_kernel.cuh"
 
 // Part of libtorch's stable C interface; its header declares it only in builds of torch with CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace rhythm_kernels::cuda {
 
-constexpr int kThreads = 1024;
 constexpr int kFewThreads = 256;
 constexpr int64_t kFewTokens = 2048;
 constexpr int64_t kPackedSharedBytes = 100 << 10;  // two blocks a multiprocessor, on an H100
@@ -35,21 +34,6 @@ inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
-}
-
-// A sequence's scratch is in shared memory if it has at most `capacity` tokens, else in its part of `workspace`.
-template <class Row>
-__global__ void __launch_bounds__(kThreads, 1) row_kernel(
-    const __grid_constant__ Row row, const Sequences sequences, const int32_t capacity, uint32_t* workspace) {
-  extern __shared__ uint32_t shared[];
-  __shared__ BlockScratch scratch;
-  Block team(scratch);
-  const Sequence sequence = sequences.at(blockIdx.x, sequences.exist(team));
-  if (sequence.tokens <= capacity) {
-    row(team, sequence, shared);
-  } else {
-    row(team, sequence, workspace + Row::kScratch * sequence.begin);
-  }
 }
 
 struct Device {
@@ -73,11 +57,14 @@ struct Device {
     // rows of equal length fit all or not at all
     capacity = capacity >= sequences.tokens ? sequences.tokens : packed ? capacity : 0;
     // the most that is possible, and not what this call needs: another thread may be about to launch with more
-    check_cuda(
-        op, cudaFuncSetAttribute(row_kernel<Row>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)));
+    check_cuda(op, cudaFuncSetAttribute(row_kernel<Row>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     const int64_t mean = packed ? sequences.tokens / sequences.count : sequences.tokens;
     const int threads = mean <= kFewTokens ? kFewThreads : kThreads;
-    row_kernel<<<static_cast<unsigned>(sequences.count), threads, capacity * kBytes, current_stream(index)>>>(
+    row_kernel<<<
+        static_cast<unsigned>(sequences.count),
+        threads,
+        sizeof(BlockScratch) + capacity * kBytes,
+        current_stream(index)>>>(
         row,
         sequences,
         static_cast<int32_t>(capacity),
