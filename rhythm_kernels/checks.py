@@ -1,7 +1,7 @@
 """Checks of arguments: each error names the argument and shows what arrived."""
 
 import itertools
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -37,10 +37,12 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
     return value
 
 
-def check_float(name: str, value: object, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+def check_float(
+    name: str, value: object, minimum: float = -sys.float_info.max, maximum: float = sys.float_info.max
+) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}: {value!r}")
-    if not math.isfinite(value) or not minimum <= value <= maximum:
+    if not minimum <= value <= maximum:  # NaN is not; a compiled graph could not ask math.isfinite
         raise ValueError(f"{name} must be finite and between {minimum} and {maximum}, got {value}")
     return float(value)
 
@@ -49,6 +51,11 @@ def check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}: {value!r}")
     return value
+
+
+def can_look(tensor: torch.Tensor) -> bool:
+    """Whether what a tensor holds can be read here and now: not on a GPU, which would be waited for, nor in a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is torch.Tensor
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:

@@ -60,7 +60,7 @@ def topq_credit(
     faults = FIRST_SIGNAL * _is_broken(values, rows.mask)
     signal = delta(values, rows.mask) if of_delta else values
     selected = _topq(_ranks(_keys(signal, rows.mask), largest), rows.mask, q)
-    gamma = torch.where(selected, 1 + (amp - 1), 1.0).float()
+    gamma = torch.ones_like(values).masked_fill(selected, 1 + (amp - 1))
     return rows.unpad(_void(gamma, rows.mask, faults)), faults
 
 
@@ -156,7 +156,7 @@ class _Rows:
 
 def _keys(values: Tensor, mask: Tensor) -> Tensor:
     """int32 [B, T]; -0.0 has the key of +0.0."""
-    bits = values.contiguous().view(torch.int32)
+    bits = values.resolve_neg().contiguous().view(torch.int32)
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys = torch.where(bits == -(2**31), 0, keys)  # the bits of -0.0
     return torch.where(mask, torch.where(values.isnan(), NAN, keys), OUTSIDE)
@@ -207,4 +207,5 @@ def _is_broken(values: Tensor, mask: Tensor) -> Tensor:
 
 def _void(gamma: Tensor, mask: Tensor, faults: Tensor) -> Tensor:
     """A sequence with a fault has NaN in R, and 1 elsewhere."""
-    return torch.where((faults != 0)[:, None], torch.where(mask, torch.nan, 1.0), gamma)
+    broken = (faults != 0)[:, None]
+    return gamma.masked_fill(broken & mask, torch.nan).masked_fill(broken & ~mask, 1.0)

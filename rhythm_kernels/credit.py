@@ -5,14 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.checks import check_bool, check_choice, check_float, check_int, check_tensor
+from rhythm_kernels.checks import can_look, check_bool, check_choice, check_float, check_int, check_tensor
 from rhythm_kernels.composed import ALONE, DOMINATED, FIRST_SIGNAL, INTRO, PREPLAN, SECOND_SIGNAL
-from rhythm_kernels.selection import check_packing, ops
+from rhythm_kernels.selection import DTYPES, check_packing, ops
 from rhythm_kernels.types import Rhythm
 
 STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
 MOST_AMP = 1e37  # so that every factor is finite in fp32
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CoupledSets(NamedTuple):
@@ -63,11 +62,11 @@ def token_credit(
         largest: False selects the bottom (the paper's ablation); in "coupled" it changes the anchors alone.
         tau_waad: an anchor is dominated if its WAAD is at most this; the lower median of R if None. Tokens.
         tau_delta: and if a Delta of at least this comes before it; the smallest of the preplan tokens' if None. Tokens.
-        seed: of "random"; give each step its own.
+        seed: of "random"; give each step its own. A compiled graph cannot make the generator: draw outside of it.
         cu_seqlens: [S + 1] int32 or int64, packed sequences, as in `attention_stats`; then B = 1. R is that of each
             sequence, and no Delta or intro crosses from one to another.
-        backend: "extension" (one launch on a GPU, which the host does not wait for), "torch", or "auto": the extension
-            where it is built for the device, else torch.
+        backend: "extension" (on a GPU one launch for fp32 signals, a fill before it for packed ones; the host does not
+            wait), "torch", or "auto": the extension where it is built for the device, else torch.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, or a signal that is missing
@@ -75,20 +74,20 @@ def token_credit(
         RuntimeError: backend="extension" where it is not built for the device.
 
     The extension does not wait for a GPU. What is raised on a CPU for the content of a tensor comes out as NaN there:
-    gamma is NaN in R of a sequence with a signal that is not finite in R, and everywhere if cu_seqlens does not rise
-    from 0 to T ("none" reads neither). So it is in a compiled graph, on a CPU too. The composed torch ops give the same
-    NaN for signals; they read cu_seqlens on the host.
+    gamma is NaN in R of a sequence with a signal that is not finite in R, also in a compiled graph on a CPU, and
+    everywhere if cu_seqlens does not rise from 0 to T ("none" reads neither). The composed torch ops give the same NaN
+    for signals; they read cu_seqlens on the host.
     """
     check_choice("strategy", strategy, STRATEGIES)
     check_tensor("mask", mask, ["B", "T"], [torch.bool])
     check_float("amp", amp, 0.0, MOST_AMP)
     check_float("alpha", alpha, 0.0, 1.0)
-    check_int("seed", seed, 0)
+    check_int("seed", seed, 0, 2**64 - 1)
     _check_options(rhythm, q, k, largest, tau_waad, tau_delta)
     cu_seqlens = check_packing(cu_seqlens, mask)
     of = ops(backend, mask.device)
     if strategy == "none":
-        return torch.ones(mask.shape, device=mask.device)
+        return torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
     if strategy == "coupled":
         waad, fai = _check_both(rhythm, mask)
         options = (q, amp, alpha, k, largest, tau_waad, tau_delta)
@@ -97,7 +96,7 @@ def token_credit(
         return gamma
     if strategy == "random":
         name, generator = "the draw", torch.Generator(mask.device).manual_seed(seed)
-        signal = torch.rand(mask.shape, generator=generator, device=mask.device)
+        signal = torch.rand(mask.shape, generator=generator, dtype=torch.float32, device=mask.device)
     elif strategy == "entropy":
         name, signal = "entropy", _check_signal("entropy", entropy, mask)
     elif strategy == "local":
@@ -139,7 +138,7 @@ def coupled_sets(
 
 def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
     """A_t gamma_t where A_t >= 0, else A_t: [B] or [B, T] floating advantages and gamma [B, T] -> [B, T]."""
-    floating = (*FLOATING, torch.float64)
+    floating = (*DTYPES, torch.float64)
     check_tensor("gamma", gamma, ["B", "T"], floating)
     per_sequence = isinstance(advantages, Tensor) and advantages.ndim == 1
     shape = gamma.shape[:1] if per_sequence else gamma.shape
@@ -154,7 +153,7 @@ def _check_options(
     if rhythm is not None and not isinstance(rhythm, Rhythm):
         raise TypeError(f"rhythm must be a Rhythm, got {type(rhythm).__name__}")
     check_float("q", q, 0.0, 1.0)
-    check_int("k", k, 1)
+    check_int("k", k, 1, 2**63 - 1)
     check_bool("largest", largest)
     for name, tau in (("tau_waad", tau_waad), ("tau_delta", tau_delta)):
         if tau is not None:
@@ -164,7 +163,7 @@ def _check_options(
 def _check_signal(name: str, signal: Tensor | None, mask: Tensor) -> Tensor:
     if signal is None:
         raise ValueError(f"{name} is needed by this strategy, got None")
-    check_tensor(name, signal, list(mask.shape), FLOATING, mask.device)
+    check_tensor(name, signal, list(mask.shape), DTYPES, mask.device)
     return signal.detach().float()
 
 
@@ -174,12 +173,12 @@ def _check_both(rhythm: Rhythm | None, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _raise_faults(faults: Tensor, *names: str) -> None:
     """Raises where looking at the result costs nothing; elsewhere the NaN in it stands for the fault."""
-    if faults.device.type != "cpu" or torch.compiler.is_compiling():
+    if not can_look(faults):
         return
     for name, bit in zip(names, (FIRST_SIGNAL, SECOND_SIGNAL)):
         sequences = ((faults & bit) != 0).nonzero().flatten().tolist()
         if sequences:
             raise ValueError(
                 f"{name} must be finite in R, got NaN or infinity in {len(sequences)} sequence(s), "
-                f"first in row {sequences[0]}"
+                f"first in sequence {sequences[0]}"
             )

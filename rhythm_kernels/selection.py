@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels import _extension, composed
-from rhythm_kernels.checks import check_bool, check_choice, check_cu_seqlens, check_cuts, check_float, check_tensor
+from rhythm_kernels.checks import (
+    can_look,
+    check_bool,
+    check_choice,
+    check_cu_seqlens,
+    check_cuts,
+    check_float,
+    check_tensor,
+)
 
 BACKENDS = ("auto", "extension", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # all of them exact in float32
@@ -89,9 +97,10 @@ def check_packing(cu_seqlens: Tensor | None, mask: Tensor) -> Tensor | None:
     if cu_seqlens is None:
         return None
     check_cu_seqlens(cu_seqlens, *mask.shape, mask.device)
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_look(cu_seqlens):
         check_cuts(cu_seqlens.tolist(), mask.shape[1])
-    return cu_seqlens.int()
+    # what int32 does not hold stays wrong
+    return cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.clamp(-1, 2**31 - 1).int()
 
 
 def _check_rows(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

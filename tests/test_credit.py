@@ -5,17 +5,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from test_selection import DEVICES, cuda, pack, unpacked
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rhythm_kernels import (
     Rhythm,
     _extension,
     composed,
     coupled_sets,
+    find_peaks,
     reference,
     segment_topq,
     shape_advantages,
     token_credit,
 )
+from rhythm_kernels.credit import STRATEGIES
 
 NAN = float("nan")
 
@@ -231,6 +234,72 @@ def test_compiles_into_one_graph(backend, compiler):
         assert torch.equal(gamma, want)
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["as needed", "dynamic"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options_and_shapes_may_change_in_a_compiled_graph(backend, dynamic):
+    def credit(waad, fai, mask, **options):
+        return token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), backend=backend, **options)
+
+    def local(waad, mask, q):
+        gamma = token_credit("local", mask=mask, rhythm=Rhythm(waad), q=q, backend=backend)
+        return gamma, segment_topq(waad, mask, q, backend=backend), find_peaks(waad, mask, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = [torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager") for f in (credit, local)]
+    waad, fai, mask, _ = example()
+    for q, amp, alpha, k, tau, tokens in (
+        (0.4, 1.5, 0.5, 3, 2.0, 50),
+        (0.6, 1.7, 0.2, 2, 3.0, 40),
+        (0.2, 2, 0, 1, 1, 30),
+    ):
+        few = waad[:, :tokens], fai[:, :tokens], mask[:, :tokens]
+        options = {"q": q, "amp": amp, "alpha": alpha, "k": k, "tau_waad": tau}
+        assert torch.equal(compiled[0](*few, **options), credit(*few, **options))
+        for got, want in zip(compiled[1](few[0], few[2], q), local(few[0], few[2], q), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_does_not_matter(backend, dtype):
+    waad, fai, mask, _ = example()
+
+    def gammas():
+        inputs = {"mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "amp": 1.3, "backend": backend}
+        return [token_credit(strategy, **inputs) for strategy in STRATEGIES]
+
+    expected = gammas()
+    torch.set_default_dtype(dtype)
+    try:
+        got = gammas()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y)
+
+
+def test_fake_tensors_are_not_looked_into():
+    waad, fai, mask, cuts = example()
+    with FakeTensorMode() as mode:
+        waad, fai, mask, cuts = (mode.from_tensor(x) for x in (waad, fai, mask, cuts))
+        assert token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai)).shape == (3, 50)
+        assert coupled_sets(Rhythm(waad[:1], fai[:1]), mask[:1], cu_seqlens=cuts).intros.shape == (1, 50)
+
+
+def test_cu_seqlens_that_int32_does_not_hold_stay_wrong():
+    """Compiled, so that the host does not look: the op does."""
+    waad, fai, mask, _ = example()
+
+    def credit(waad, fai, mask, cuts):
+        return token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), cu_seqlens=cuts, backend="extension")
+
+    compiled = torch.compile(credit, fullgraph=True, backend="aot_eager")
+    row = waad[:1], fai[:1], mask[:1]
+    assert torch.equal(compiled(*row, torch.tensor([0, 20, 50])), credit(*row, torch.tensor([0, 20, 50])))
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 50"):
+        compiled(*row, torch.tensor([0, 20, 2**32 + 50]))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_output_is_written(backend):
     """In deterministic mode torch fills new memory, also what the extension allocates, with NaN or the largest int."""
@@ -300,17 +369,26 @@ def test_cuda_equals_cpu_without_synchronizing(shape, levels):
 
 @pytest.mark.gpu
 @cuda
-def test_a_cuda_graph_repeats_it():
-    waad, fai, mask, _ = example("cuda")
-    token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai))  # loads the kernel
+@pytest.mark.parametrize("tokens", [50, 60_000], ids=["shared memory", "workspace"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_cuda_graph_repeats_it(packed, tokens):
+    waad, fai = torch.zeros(1, tokens, device="cuda"), torch.zeros(1, tokens, device="cuda")
+    mask = torch.rand(1, tokens, device="cuda") < 0.9
+    cuts = torch.tensor([0, tokens // 9, tokens], dtype=torch.int32, device="cuda") if packed else None
+
+    def credit(waad, fai, mask, cuts):
+        return token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), cu_seqlens=cuts)
+
+    credit(waad, fai, mask, cuts)  # loads the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gamma = token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai))
+        gamma = credit(waad, fai, mask, cuts)
     for seed in range(3):
         torch.manual_seed(seed)
         waad.copy_(torch.rand(waad.shape) * 10), fai.copy_(torch.rand(fai.shape))
         graph.replay()
-        assert torch.equal(gamma.cpu(), token_credit("coupled", mask=mask.cpu(), rhythm=Rhythm(waad.cpu(), fai.cpu())))
+        on_cpu = [x if x is None else x.cpu() for x in (waad, fai, mask, cuts)]
+        assert torch.equal(gamma.cpu(), credit(*on_cpu))
 
 
 @pytest.mark.gpu
@@ -376,13 +454,16 @@ VALUES = torch.rand(2, 4)
         ("entropy", {"entropy": VALUES[:1]}, ValueError, r"entropy must have shape \[2, 4\], got \[1, 4\]"),
         ("entropy", {"entropy": VALUES.double()}, TypeError, "entropy must be .*, got torch.float64"),
         ("local", {"rhythm": Rhythm(waad=VALUES * NAN)}, ValueError, "finite in R, got NaN or infinity in 2 sequence"),
-        ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "k": 0}, ValueError, "k must be at least 1, got 0"),
+        ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "k": 0}, ValueError, "k must be between 1 and .*, got 0"),
         ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "tau_waad": NAN}, ValueError, "tau_waad must be finite"),
         ("random", {"q": 1.2}, ValueError, "q must be finite and between 0.0 and 1.0, got 1.2"),
         ("random", {"q": NAN}, ValueError, "q must be finite"),
         ("random", {"amp": -1.0}, ValueError, "amp must be"),
         ("random", {"alpha": 2.0}, ValueError, "alpha must be"),
         ("random", {"seed": 1.5}, TypeError, "seed must be an int, got float"),
+        ("random", {"seed": 2**64}, ValueError, "seed must be between 0 and"),
+        ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "k": 2**63}, ValueError, "k must be between 1 and"),
+        ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "tau_waad": 10**400}, ValueError, "tau_waad must be finite"),
     ],
 )
 def test_bad_input(strategy, options, error, text):

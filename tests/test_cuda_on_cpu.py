@@ -41,6 +41,8 @@ def test_every_kernel_has_one_threads_results(tmp_path):
             "sequence.tokens <= capacity + 1",
             "behind its shared memory",
         ),
+        ("plan.h", "static_cast<int32_t>(capacity)", "static_cast<int32_t>(capacity + 50)", "behind its shared memory"),
+        ("plan.h", "scratch * all}", "all}", "behind the workspace"),
         (
             "block.cuh",
             "    if (threadIdx.x < kWarpSize) {\n      walk_by_warp(place);",
@@ -61,6 +63,8 @@ def test_every_kernel_has_one_threads_results(tmp_path):
         "word of a plateau",
         "bits not added",
         "one token too many",
+        "more than the room",
+        "too small a workspace",
         "a lane that is not there",
         "a barrier in a branch",
     ],

@@ -38,11 +38,11 @@ struct Solo {
 
   template <class F>
   void mark(int32_t n, F f, uint32_t* words) {
-    for (int32_t begin = 0; begin < n; begin += 32) {
-      const int32_t end = n - begin < 32 ? n : begin + 32;
+    for (int64_t begin = 0; begin < n; begin += 32) {
+      const int64_t end = n - begin < 32 ? n : begin + 32;
       uint32_t word = 0;
-      for (int32_t i = begin; i < end; ++i) {
-        word |= static_cast<uint32_t>(f(i)) << (i - begin);
+      for (int64_t i = begin; i < end; ++i) {
+        word |= static_cast<uint32_t>(f(static_cast<int32_t>(i))) << (i - begin);
       }
       words[begin / 32] = word;
     }

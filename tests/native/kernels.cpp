@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cases.h"
+#include "cuda/plan.h"
 #include "cuda/row_kernel.cuh"
 
 Index threadIdx, blockIdx, blockDim;
@@ -163,7 +164,7 @@ void run_block(const std::function<void()>& body, int threads, const std::vector
 namespace rhythm_kernels {
 namespace cuda {
 
-constexpr int kSharedWords = 8192;
+constexpr int kSharedWords = 16384;
 uint32_t shared[kSharedWords];
 
 }  // namespace cuda
@@ -172,8 +173,8 @@ namespace {
 
 constexpr int kCases = 240;
 constexpr int kBlockSizes[] = {32, 64, 256};
-constexpr int kLargest = 1024;  // now and then: a thousand fibers take their time
-constexpr int kRarely = 40;
+constexpr int kRarely = 30;
+constexpr int kBehind = 4096;  // words that nobody may write
 constexpr uint32_t kUntouched = 0xffffffffu;
 
 std::vector<int> order_of(int threads, int number) {
@@ -187,21 +188,26 @@ std::vector<int> order_of(int threads, int number) {
   return order;
 }
 
-// As cuda::Device launches it, but that the room in shared memory is now little and now more than the sequences need.
+// As cuda::Device launches it, with little shared memory or much, and often fewer threads: a thousand fibers are slow.
 template <class Row>
-void run_blocks(const Row& row, const Sequences& sequences, uint32_t* workspace, int number) {
-  constexpr int kBlockWords = sizeof(cuda::BlockScratch) / sizeof(uint32_t);
-  const int threads = number % kRarely == 0 ? kLargest : kBlockSizes[number % std::size(kBlockSizes)];
-  const int32_t most = (cuda::kSharedWords - kBlockWords) / Row::kScratch;
-  const int32_t capacity = number % 4 == 0 ? 0 : number % 4 == 1 ? 100 : most;
-  const uint32_t* end = cuda::shared + kBlockWords + Row::kScratch * capacity;
+void run_blocks(const Row& row, const Sequences& sequences, int number) {
+  const int64_t shared_bytes = number % 3 == 0 ? 2 << 10 : number % 3 == 1 ? 4 << 10 : sizeof(cuda::shared);
+  const cuda::Plan plan = cuda::plan_launch(Row::kScratch, sequences, shared_bytes);
+  const int threads = number % kRarely == 0 ? plan.threads : kBlockSizes[number / 3 % std::size(kBlockSizes)];
+  const uint32_t* end = cuda::shared + plan.shared_bytes / sizeof(uint32_t);
+  std::vector<uint32_t> workspace(plan.workspace_words + kBehind, kUntouched);
   for (int64_t index = 0; index < sequences.count; ++index) {
     std::fill(std::begin(cuda::shared), std::end(cuda::shared), kUntouched);
     blockIdx.x = static_cast<unsigned>(index);
     emulation::run_block(
-        [&] { cuda::row_kernel(row, sequences, capacity, workspace); }, threads, order_of(threads, number));
-    if (std::any_of(end, std::cend(cuda::shared), [](uint32_t word) { return word != kUntouched; })) {
+        [&] { cuda::row_kernel(row, sequences, plan.capacity, workspace.data()); }, threads, order_of(threads, number));
+    const auto touched = [](uint32_t word) { return word != kUntouched; };
+    if (plan.shared_bytes > shared_bytes || std::any_of(end, std::cend(cuda::shared), touched)) {
       std::printf("case %d: a block wrote behind its shared memory\n", number);
+      std::exit(1);
+    }
+    if (std::any_of(workspace.end() - kBehind, workspace.end(), touched)) {
+      std::printf("case %d: a block wrote behind the workspace\n", number);
       std::exit(1);
     }
   }
@@ -212,8 +218,8 @@ void run_blocks(const Row& row, const Sequences& sequences, uint32_t* workspace,
 
 int main() {
   using namespace rhythm_kernels;
-  const auto run = [](const auto& row, const Sequences& sequences, uint32_t* workspace, int number) {
-    run_blocks(row, sequences, workspace, number);
+  const auto run = [](const auto& row, const Sequences& sequences, uint32_t*, int number) {
+    run_blocks(row, sequences, number);
   };
   Comparison comparison(run, kCases);
   std::puts("every kernel has the same results");
