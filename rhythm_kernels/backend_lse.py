@@ -26,6 +26,7 @@ FUSED_OPS: dict[str, str | None] = {
     "aten::_scaled_dot_product_flash_attention": None,
     "aten::_scaled_dot_product_efficient_attention": "compute_log_sumexp",  # rows padded to a multiple of 32
     "aten::_scaled_dot_product_cudnn_attention": "compute_log_sumexp",  # [B, HQ, T, 1]
+    "torch_attn::_varlen_attn": None,  # torch.nn.attention.varlen
     # FlashAttention 2 and 3, from PyPI or the Hugging Face hub
     "flash_attn::_flash_attn_forward": None,
     "flash_attn::_flash_attn_varlen_forward": None,
@@ -86,8 +87,9 @@ class LseReader(TorchDispatchMode):
 
         Returns:
             (lse [B, HQ, T] fp32, natural log, sinks included, anything in padding; the operator's name), or
-            (None, "row pass"): no fused operator ran or more than one, the query was cast to another dtype for it, it
-            left out the sinks, its output has another shape, or it is of 16-bit inputs on a CPU, where torch rounds it.
+            (None, "row pass"): no fused operator ran, or several that are not one for each packed sequence, the query
+            was cast to another dtype for it, it left out the sinks, its output has another shape, or it is of 16-bit
+            inputs on a CPU, where torch rounds it.
         """
         shape = query.shape[:3]
         if returned is not None and returned.dtype == torch.float32 and returned.shape == shape:
@@ -95,12 +97,11 @@ class LseReader(TorchDispatchMode):
             return lse if sinks is None else torch.logaddexp(lse, sinks[:, None]), "flex_attention"
         # on a CPU, torch's kernel takes faster exponentials for 16-bit inputs, which its log-sum-exp shows
         precise = query.dtype == torch.float32 or not query.is_cpu
-        if len(self._calls) == 1 and precise:
-            (call,) = self._calls
-            if call.dtype == query.dtype and (sinks is None or call.has_sinks):
-                lse = _fitted(call, shape, layout)
-                if lse is not None:
-                    return lse, call.source
+        fitting = all(call.dtype == query.dtype and (sinks is None or call.has_sinks) for call in self._calls)
+        if self._calls and fitting and precise:
+            lse = _fitted(self._calls[0], shape, layout) if len(self._calls) == 1 else _joined(self._calls, shape, layout)
+            if lse is not None:
+                return lse, self._calls[0].source
         return None, ROW_PASS
 
 
@@ -109,6 +110,16 @@ def _name(operator) -> str:
     """FlashAttention's operators have a namespace for each version and build: flash_attn_3, _flash_attn2_588b404."""
     namespace, _, name = operator.name().partition("::")
     return f"flash_attn::{name}" if "flash_attn" in namespace else operator.name()
+
+
+def _joined(calls: list[_Call], shape: torch.Size, layout: Layout) -> Tensor | None:
+    """Of a packed row whose sequences were computed one after another: [1, HQ, T]; None if the calls are others."""
+    parts = [call.lse.detach().float() for call in calls]
+    lengths = [end - begin for _, begin, end in layout.bounds]
+    expected = [(1, shape[1], length) for length in lengths]
+    if shape[0] != 1 or sum(lengths) != shape[2] or [tuple(part.shape) for part in parts] != expected:
+        return None
+    return torch.cat(parts, -1)
 
 
 def _fitted(call: _Call, shape: torch.Size, layout: Layout) -> Tensor | None:

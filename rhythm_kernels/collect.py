@@ -164,7 +164,8 @@ class Collector:
         if use_cache is None:
             use_cache = getattr(self.decoder.config, "use_cache", False)
         checkpointing = getattr(self.decoder, "gradient_checkpointing", False) and self.decoder.training
-        return bound.get("past_key_values") is not None or (use_cache and not checkpointing)
+        given = any(bound.get(name) is not None for name in ("past_key_values", "cache"))  # its name changed
+        return given or (use_cache and not checkpointing)
 
     def wants(self, module: nn.Module) -> bool:
         """Whether a call from this attention module is to be recorded (once: checkpointing calls it again)."""

@@ -1,93 +1,22 @@
-"""Problems, their split, demonstrations and the tokenizer."""
+"""Named sets, local files and the order in which problems are trained on."""
 
-import random
+import json
 
 import pytest
-from transformers import AutoTokenizer
 
-from train.config import Demonstrations, Task
-from train.data import LARGEST_NUMBER, ProblemStream, attempts, build_tokenizer, demonstrate, split_problems
-from train.presets import PRESETS, load_preset
-from train.rewards import countdown_reward
-from train.supervise import context_length
+from train.config import BadSetting
+from train.data import ProblemStream
+from train.tasks import Problem, sets
+from train.tasks.sets import HELD_OUT, SETS, TRAIN, drop_overlap, find_set, identify, load_set
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_no_number_multiset_is_on_both_sides(preset):
-    task = load_preset(preset).task
-    split = split_problems(task)
-    assert len(set(split.held_out)) == len(split.held_out) == task.held_out
-    assert len(set(split.train)) == len(split.train)
-    assert {tuple(sorted(p.numbers)) for p in split.train}.isdisjoint(tuple(sorted(p.numbers)) for p in split.held_out)
-
-
-def test_default_task_holds_out_enough():
-    assert load_preset("countdown-tiny").task.held_out >= 1024
-
-
-def test_split_repeats_and_follows_its_seed():
-    assert split_problems(Task()) == split_problems(Task())
-    assert split_problems(Task()).held_out != split_problems(Task(split_seed=1)).held_out
-
-
-def test_impossible_split_names_the_flag():
-    with pytest.raises(ValueError, match="--held-out 5000"):
-        split_problems(Task(largest=4, held_out=5000))
-
-
-def test_attempts_by_hand():
-    steps = {attempt.steps: attempt.value for attempt in attempts((2, 3), "+-*")}
-    assert steps == {"3 + 2 = 5": 5, "3 - 2 = 1": 1, "3 * 2 = 6": 6}
-    assert [a.steps for a in attempts((50, 60), "+-*/")] == ["60 - 50 = 10"]  # the others leave the tokens
-    assert {a.expression for a in attempts((2, 2, 8), "/")} == {"( 8 / 2 ) / 2", "8 / ( 2 / 2 )"}
-
-
-def test_attempts_stay_within_the_vocabulary():
-    for numbers in [(13, 17, 20), (1, 1, 1), (2, 5, 9, 20)]:
-        for attempt in attempts(numbers, "+-*/"):
-            assert all(int(word) <= LARGEST_NUMBER for word in attempt.steps.split() if word.isdigit())
-
-
-def test_demonstrations_are_right_unless_they_give_up():
-    config, draw = load_preset("countdown-tiny"), random.Random(0)
-    for problem in draw.sample(split_problems(config.task).train, 300):
-        text = demonstrate(problem, config.task, config.demonstrations, draw)
-        assert countdown_reward(text, *problem) == ("!" in text)
-        assert text.count("!") <= 1 and ("!" in text or "x A" in text)
-
-
-def test_demonstrations_follow_their_odds():
-    task, draw = Task(), random.Random(0)
-    problem = split_problems(task).train[0]
-    only_two = Demonstrations(misses=(0.0, 0.0, 1.0), give_up=0.0)
-    assert all(demonstrate(problem, task, only_two, draw).count("x") == 2 for _ in range(20))
-    always = Demonstrations(misses=(0.0, 1.0), give_up=1.0)
-    assert all("!" not in demonstrate(problem, task, always, draw) for _ in range(20))
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_prompts_and_demonstrations_fit_the_context(preset):
-    config, tokenizer, draw = load_preset(preset), build_tokenizer(), random.Random(0)
-    for problem in draw.choices(split_problems(config.task).train, k=300):
-        text = demonstrate(problem, config.task, config.demonstrations, draw)
-        ids = tokenizer.encode(f"{problem.prompt} {text}")
-        assert tokenizer.decode(ids) == f"{problem.prompt} {text}"
-        assert tokenizer.unk_token_id is None and len(ids) == len(f"{problem.prompt} {text}".split())
-        assert len(ids) < context_length(config)
-
-
-def test_tokenizer_comes_back_from_its_folder(tmp_path):
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = "1 7 10 ? 2 > 10 - 1 = 9 , 9 - 7 = 2 ! A ( 10 - 1 ) - 7"
-    assert loaded.encode(text) == tokenizer.encode(text) and loaded.decode(loaded.encode(text)) == text
-    assert (loaded.pad_token, loaded.eos_token, loaded.padding_side) == ("<pad>", "<eos>", "left")
-    assert len(loaded) == len(tokenizer)
+def write(path, rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def test_stream_covers_each_epoch_and_continues_from_its_cursor():
-    problems = split_problems(load_preset("countdown-smoke").task).train
+    problems = [Problem(f"problem {index}", "[]", "maths") for index in range(23)]
     stream = ProblemStream(problems, seed=3)
     epoch = stream.take(len(problems))
     assert sorted(epoch) == sorted(problems)
@@ -96,3 +25,139 @@ def test_stream_covers_each_epoch_and_continues_from_its_cursor():
     copy.load_state_dict(stream.state_dict())
     assert copy.take(len(problems)) == stream.take(len(problems))
     assert ProblemStream(problems, seed=4).take(len(problems)) != epoch
+
+
+def test_generated_countdown_is_split_for_good():
+    train, test = load_set("countdown"), load_set("countdown-test")
+    assert (len(train), len(test)) == (TRAIN, HELD_OUT)
+    asked = [identify(problem) for problem in train + test]
+    assert len(set(asked)) == len(asked)
+    assert load_set("countdown-test") == test
+
+
+@pytest.mark.parametrize(
+    "name, row, prompt, answer",
+    [
+        ("countdown", {"nums": [3, 1], "target": 4}, "3, 1", {"numbers": [1, 3], "target": 4}),
+        ("tinyzero", {"nums": [4, 3, 2, 1], "target": 10}, "4, 3, 2, 1", {"numbers": [1, 2, 3, 4], "target": 10}),
+        ("dapo-math", {"prompt": "How many?", "solution": "34"}, "How many?", ["34"]),
+        ("aime24", {"problem": "Find n.", "answer": 33}, "Find n.", ["33"]),
+        ("amc23", {"question": "Find n.", "answer": "27.0"}, "Find n.", ["27.0"]),
+        ("maths", {"problem": "Find n.", "answer": ["1/2", "0.5"]}, "Find n.", ["1/2", "0.5"]),
+        ("olympiadbench", {"question": "Solve.", "final_answer": ["$x=1$", "$x=2$"]}, "Solve.", ["x=1, x=2"]),
+        (
+            "olympiadbench",
+            {"question": "Solve.", "final_answer": ["$1$"], "context": "Let n be even."},
+            "Let n be even.\n\nSolve.",
+            ["1"],
+        ),
+        ("choice", {"question": "Capital?", "options": ["Rome", "Oslo"], "answer": "Oslo"}, "B. Oslo", ("B", "Oslo")),
+        (
+            "crossthink-qa",
+            {
+                "prompt": [{"role": "user", "content": "Capital?\nA. Rome\nB. Oslo"}],
+                "reward_model": {"ground_truth": "B", "style": "rule"},
+            },
+            "A. Rome",
+            ("B", "Oslo"),
+        ),
+    ],
+)
+def test_rows_of_every_kind_make_problems(tmp_path, name, row, prompt, answer):
+    if isinstance(answer, tuple):
+        answer = dict(zip(("letter", "text"), answer))
+    [problem] = load_set(f"{name}:{write(tmp_path / 'rows.jsonl', [row, chr(10)])}")
+    assert prompt in problem.prompt and json.loads(problem.answer) == answer
+
+
+@pytest.mark.parametrize(
+    "name, rows, message",
+    [
+        ("maths", [{"problem": "?", "answer": "1"}, {"problem": "?"}], "line 2: no column 'answer', the row has"),
+        ("dapo-math", [{"prompt": "?", "answer": "1"}], "line 1: no column 'solution'"),
+        ("crossthink-qa", [{"prompt": "?", "reward_model": "B"}], "no column 'reward_model.ground_truth'"),
+        ("maths", [{"problem": ["?"], "answer": "1"}], "line 1: the question must be text, got ['?']"),
+        ("maths", [{"problem": "?", "answer": {"a": 1}}], "must be text or a number, got {'a': 1}"),
+        ("countdown", [{"nums": [1, "2"], "target": 3}], "nums must be two or more integers"),
+        ("countdown", [{"nums": [1, 2], "target": True}], "target must be an integer, got True"),
+        ("choice", [{"question": "?", "options": [1, 2], "answer": "A"}], "options must be"),
+        ("maths", ["{'problem': 1}\n"], "line 1: no JSON"),
+        ("maths", ["[" * 10**5 + "\n"], "line 1: no JSON"),
+        ("maths", ["[1]\n"], "line 1: a row must be an object with columns, got [1]"),
+        ("maths", [], "holds no problems"),
+    ],
+)
+def test_bad_file_is_named_with_its_line(tmp_path, name, rows, message):
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(BadSetting) as error:
+        load_set(f"{name}:{path}")
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("chess", "must be one of countdown, "),
+        ("my.jsonl", "named with the set whose columns it has: maths:my.jsonl"),
+        ("maths", "'maths' needs a file: maths:FILE.jsonl"),
+        ("aime24:", "'aime24:' needs a file"),
+        ("maths:/nowhere/my.jsonl", "/nowhere/my.jsonl"),
+    ],
+)
+def test_unknown_set_is_refused(name, message):
+    with pytest.raises(BadSetting) as error:
+        load_set(name)
+    assert message in str(error.value)
+
+
+def test_unusable_rows_are_counted(tmp_path):
+    rows = [
+        {"question": "?", "options": ["Rome", "Oslo"], "answer": "Bonn"},
+        {"question": "?", "options": ["Rome", "Oslo"], "answer": "Rome"},
+        {"question": "?", "options": ["Rome", "Oslo"], "answer": None},
+    ]
+    said = []
+    assert len(load_set(f"choice:{write(tmp_path / 'rows.jsonl', rows)}", said.append)) == 1
+    assert len(said) == 1 and "2 of 3 rows left out, the first" in said[0] and "'Bonn' is none of" in said[0]
+
+
+def test_hub_sets_load_through_datasets(tmp_path, monkeypatch):
+    """A folder stands in for the hub, which the tests cannot reach; the library and the split are the real ones."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "test.jsonl", [{"question": "Find n.", "answer": "27"}] * 2)
+    name = SETS["amc23"]
+    monkeypatch.setitem(
+        SETS, "amc23", sets.ProblemSet(name.build, name.columns, (), (str(tmp_path / "hub"), None, "test"))
+    )
+    assert [json.loads(problem.answer) for problem in load_set("amc23")] == [["27"], ["27"]]
+    gone = (str(tmp_path / "nowhere"), None, "test")
+    monkeypatch.setitem(SETS, "amc23", sets.ProblemSet(name.build, name.columns, (), gone))
+    with pytest.raises(BadSetting, match="amc23:FILE.jsonl"):
+        load_set("amc23")
+
+
+def test_set_that_is_split_here_has_no_problem_on_both_sides(monkeypatch):
+    rows = [{"nums": [number, number + 1, 2, 3], "target": 10} for number in range(700)]
+    rows += [{"nums": row["nums"][::-1], "target": 10} for row in rows[:50]] + [{"nums": [1, 2, 3], "target": 6}]
+    monkeypatch.setattr(sets, "_rows_of_hub", lambda *_: ((f"row {index}", row) for index, row in enumerate(rows)))
+    said = []
+    train, test = load_set("tinyzero", said.append), load_set("tinyzero-test")
+    assert len(test) == HELD_OUT and len(train) == 700 - HELD_OUT
+    assert len({identify(problem) for problem in train + test}) == 700
+    assert len(said) == 2
+    assert "tinyzero: 1 of 751 rows left out" in said[0] and "it gives 3 numbers, not 4" in said[0]
+    assert said[1] == "tinyzero: 50 of 750 problems left out as repeats of others"
+
+
+def test_overlap_is_dropped_and_counted():
+    train = [Problem("Find  n.", "[]", "maths"), Problem("Find m.", "[]", "maths")]
+    assert drop_overlap(train, [Problem("find n.", "[1]", "maths")]) == (train[1:], 1)
+    assert drop_overlap(train, []) == (train, 0)
+
+
+def test_table_is_consistent():
+    for name, found in SETS.items():
+        assert set(found.evaluate) <= set(SETS)
+        assert find_set(f"{name}:x.jsonl")[0] is found
+    assert {name for name, found in SETS.items() if found.answers == 16} == {"aime24", "aime25"}

@@ -1,49 +1,51 @@
-"""The loss against cases computed by hand, and its alignment of logits with tokens."""
+"""The loss against cases computed by hand."""
 
 import math
 
 import pytest
 import torch
+from train_cases import ALONE
 
-from train.loss import (
-    TokenWeights,
-    group_advantages,
-    grpo_loss,
-    token_entropy,
-    token_log_probs,
-    token_weights,
-)
+from train.batch import pack
+from train.distributed import World
+from train.loss import group_advantages, grpo_loss, sampler_correction, token_weights
+from train.rollout import Completion
 
-MASK = torch.tensor([[False, True, True], [False, True, False]])
+
+def batch_of(*lengths: int):
+    """One answer of each length, behind prompts of two tokens."""
+    return pack([[1, 2]] * len(lengths), [Completion([3] * n, [0.0] * n, "stop") for n in lengths], 1, ALONE.device)
+
+
+CLIP = {"epsilon": 0.2, "epsilon_high": 0.2}
 
 
 def test_clipped_loss_by_hand():
     # ratios 1.5 and 0.5; A = +1 takes min(1.5, 1.2) and min(0.5, 0.8), A = -1 takes min(-1.5, -1.2) and min(-0.5, -0.8)
-    ratio = torch.tensor([[1.0, 1.5, 0.5], [1.0, 1.5, 0.5]])
-    advantages = torch.tensor([[0.0, 1.0, 1.0], [0.0, -1.0, -1.0]])
-    mask = torch.tensor([[False, True, True]] * 2)
-    loss, metrics = grpo_loss(
-        ratio.log(),
-        torch.zeros(2, 3),
-        advantages,
-        token_weights(mask, "dapo", 3),
-        epsilon=0.2,
-        epsilon_high=0.2,
-    )
+    ratio, advantages = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    loss, metrics = grpo_loss(ratio.log(), torch.zeros(4), advantages, torch.full((4,), 0.25), **CLIP)
     assert loss.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) / 4)
     assert metrics["clip_ratio/high_mean"].item() == metrics["clip_ratio/low_mean"].item() == 0.25
+    assert metrics["loss"] == loss
 
 
 def test_upper_clip_is_its_own():
-    loss, _ = grpo_loss(
-        torch.tensor([[0.0, math.log(1.5)]]),
-        torch.zeros(1, 2),
-        torch.ones(1, 2),
-        TokenWeights(torch.tensor([[0.0, 1.0]]), torch.tensor(1.0)),
-        epsilon=0.2,
-        epsilon_high=0.28,
-    )
+    one = torch.ones(1)
+    loss, _ = grpo_loss(one * math.log(1.5), 0 * one, one, one, epsilon=0.2, epsilon_high=0.28)
     assert loss.item() == pytest.approx(-1.28)
+
+
+def test_divergence_and_correction_by_hand():
+    one, away = torch.ones(1), math.log(2.0)
+    loss, metrics = grpo_loss(
+        0 * one, 0 * one, one, one, **CLIP, correction=0.5 * one, reference_log_probs=one * away, beta=0.1
+    )
+    divergence = 2.0 - away - 1
+    assert loss.item() == pytest.approx(-0.5 + 0.1 * divergence)
+    assert metrics["kl"].item() == pytest.approx(divergence)
+    trainer, sampler = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -5.0, -2.0])
+    expected = torch.tensor([1.0, 2.0, math.exp(-1)])
+    assert torch.allclose(sampler_correction(trainer, sampler, cap=2.0), expected)
 
 
 @pytest.mark.parametrize(
@@ -51,37 +53,50 @@ def test_upper_clip_is_its_own():
     [("dapo", (2 + 3 + 4) / 3), ("grpo", ((2 + 3) / 2 + 4) / 2), ("dr_grpo", (2 + 3 + 4) / (2 * 5))],
 )
 def test_averages_by_hand(loss_type, expected):
-    weights = token_weights(MASK, loss_type, max_completion_length=5)
-    advantages = -torch.tensor([[9.0, 2.0, 3.0], [9.0, 4.0, 9.0]])
-    zeros = torch.zeros(2, 3)
-    loss, _ = grpo_loss(zeros, zeros, advantages, weights, epsilon=0.2, epsilon_high=0.2)
-    assert loss.item() == pytest.approx(expected)
-    parts = [
-        grpo_loss(zeros[r, :w], zeros[r, :w], advantages[r, :w], weights.of(r, w), epsilon=0.2, epsilon_high=0.2)[0]
-        for r, w in ((torch.tensor([0]), 3), (torch.tensor([1]), 2))
-    ]
+    """Three answers, of which the last does not count."""
+    batch = batch_of(2, 1, 3)
+    values = torch.tensor([9.0, 9, 2, 3, 9, 9, 4, 9, 9, 7, 7, 7])
+    weights = token_weights(batch, torch.tensor([True, True, False]), loss_type, 5, ALONE)
+    assert (weights * values).sum().item() == pytest.approx(expected)
+    zeros = torch.zeros(12)
+    parts = [grpo_loss(zeros[p], zeros[p], -values[p], weights[p], **CLIP)[0] for p in (slice(0, 5), slice(5, 12))]
     assert sum(parts).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_answers_on_other_ranks_count_in_the_average(loss_type):
+    class WithAnother(World):
+        def sum(self, values):
+            return values + torch.tensor([7.0, 2.0], dtype=values.dtype)  # tokens, answers
+
+    both = token_weights(batch_of(2, 1), torch.ones(2, dtype=torch.bool), loss_type, 5, WithAnother(0, 2, "cpu"))
+    expected = {"dapo": [1 / 10] * 3, "grpo": [1 / 8, 1 / 8, 1 / 4], "dr_grpo": [1 / 20] * 3}[loss_type]
+    assert torch.allclose(both[both > 0], torch.tensor(expected))
+
+
+def test_an_empty_step_weighs_nothing():
+    assert token_weights(batch_of(2), torch.tensor([False]), "dapo", 5, ALONE).eq(0).all()
 
 
 def test_unknown_loss_type_is_refused():
     with pytest.raises(ValueError, match="got 'ppo'"):
-        token_weights(MASK, "ppo", 5)
+        token_weights(batch_of(1), torch.tensor([True]), "ppo", 5, ALONE)
 
 
 def test_advantages_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
-    plain = group_advantages(rewards, 4, "none")
-    assert plain.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
-    assert torch.allclose(group_advantages(rewards, 4, "group"), plain / (0.5 + 1e-4))
+    centred = group_advantages(rewards, 4, "none", ALONE)
+    assert centred.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+    assert torch.allclose(group_advantages(rewards, 4, "group", ALONE), centred / (0.5 + 1e-4))
+    assert torch.allclose(group_advantages(rewards, 4, "batch", ALONE), centred / (rewards.std() + 1e-4))
 
 
-def test_log_probs_and_entropy_stand_at_their_token():
-    torch.manual_seed(0)
-    logits, ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    log_probs, entropy = token_log_probs(logits, ids), token_entropy(logits)
-    assert log_probs[:, 0].eq(0).all() and entropy[:, 0].eq(0).all()
-    for row in range(2):
-        for t in range(1, 5):
-            p = logits[row, t - 1].double().softmax(-1)
-            assert log_probs[row, t].item() == pytest.approx(p[ids[row, t]].log().item(), abs=1e-6)
-            assert entropy[row, t].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-6)
+def test_the_deviation_of_the_batch_is_that_of_all_ranks():
+    here, there = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+
+    class WithAnother(World):
+        def sum(self, values):
+            return values + torch.stack([torch.ones(4), there, there**2]).double().sum(-1)
+
+    got = group_advantages(here, 2, "batch", WithAnother(0, 2, "cpu"))
+    assert torch.allclose(got, torch.tensor([0.5, -0.5]) / (torch.cat([here, there]).std() + 1e-4))

@@ -1,107 +1,209 @@
-"""The verifier: right on right and wrong answers, and unmoved by whatever else a model writes."""
+"""Rewards: a verifier that hangs, dies, raises or returns nonsense costs its own answer and nothing else."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from train.config import Task
-from train.data import SIGNS, attempts
-from train.rewards import LONGEST_ANSWER, countdown_reward, evaluate, split_words
+from train.rewards import Rewards, Score, count_errors
+from train.tasks import VERIFIERS, Problem
+from train.tasks.choice import from_row as choice_problem
+from train.tasks.countdown import from_row as countdown_problem
+from train.tasks.maths import from_row as maths_problem
+from train.tasks.words import Puzzle
 
-NUMBERS, TARGET = (1, 7, 10), 2
+MATHS = maths_problem("What is 2 + 3?", "5")
+
+
+def loop_forever(completion, answer):
+    while True:
+        pass
+
+
+def loop_in_c(completion, answer):
+    return sum(itertools.repeat(0))  # never returns to Python, where a signal could be handled
+
+
+def leave(completion, answer):
+    os._exit(7)
+
+
+def raise_error(completion, answer):
+    raise KeyError(completion)
+
+
+def return_nan(completion, answer):
+    return float("nan")
+
+
+def return_text(completion, answer):
+    return "full marks"
+
+
+def eat_memory(completion, answer):
+    return len(bytearray(5 << 30))  # untouched pages: nothing but the limit objects
+
+
+def raise_unspeakable(completion, answer):
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    raise Unspeakable
+
+
+def torch_is_loaded(completion, answer):
+    return float("torch" in sys.modules)
+
+
+@pytest.fixture(scope="module")
+def rewards():
+    with Rewards(workers=2, timeout=2.0) as rewards:
+        yield rewards
 
 
 @pytest.mark.parametrize(
-    "answer",
-    ["( 10 - 1 ) - 7", "10 - 1 - 7", "10 - ( 1 + 7 )", "((10)-(7))-1", "  10-7-1  ", "( ( ( 10 - 1 - 7 ) ) )"],
-)
-def test_right_answers(answer):
-    assert countdown_reward(f"10 + 1 = 11 , 11 + 7 = 18 x 10 - 1 = 9 , 9 - 7 = 2 ! A {answer}", NUMBERS, TARGET) == 1.0
-
-
-@pytest.mark.parametrize(
-    "answer",
+    "verifier, error",
     [
-        pytest.param("10 - 7", id="a number left out"),
-        pytest.param("10 - 7 - 1 + 1 - 1", id="a number used twice"),
-        pytest.param("10 - 9 + 1", id="a number not given"),
-        pytest.param("10 + 7 + 1", id="misses the target"),
-        pytest.param("10 - 1 - 7 = 2", id="an equation"),
-        pytest.param("10 - 1 - 7 A 10 - 1 - 7", id="two answers"),
-        pytest.param("10 - 1 - 7 x", id="a word behind"),
-        pytest.param("( 10 - 1 - 7", id="unclosed"),
-        pytest.param("10 - 1 - 7 )", id="unopened"),
-        pytest.param("10 1 - - 7", id="postfix"),
-        pytest.param("- 7 - 1 + 10", id="unary minus"),
-        pytest.param("10 - 1 - 7 -", id="open end"),
-        pytest.param("10 - () 1 - 7", id="empty parentheses"),
-        pytest.param("10 - ( 1 + 7", id="half open"),
-        pytest.param("1 0 - 1 - 7", id="digits apart"),
-        pytest.param("10 - 1 - ７", id="a digit of another script"),
-        pytest.param("__import__('os').getcwd()", id="code"),
-        pytest.param("10 ** 7 ** 1", id="a power"),
-        pytest.param("", id="empty"),
+        (loop_forever, "timed out"),
+        (loop_in_c, "timed out"),
+        (leave, "worker died: exit code 7"),
+        (raise_error, "KeyError: 'text'"),
+        (return_nan, "ValueError: the verifier returned nan"),
+        (return_text, "ValueError: could not convert string to float: 'full marks'"),
+        (eat_memory, "MemoryError: "),
+        (raise_unspeakable, "Unspeakable"),
     ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_wrong_answers(answer):
-    assert countdown_reward(f"A {answer}", NUMBERS, TARGET) == 0.0
+def test_failure_costs_its_own_answer_only(rewards, monkeypatch, verifier, error):
+    monkeypatch.setitem(VERIFIERS, "bad", verifier)
+    bad, began = Problem("", "", "bad"), time.monotonic()
+    scores = rewards.score([r"\boxed{5}", "text", r"\boxed{6}", r"\boxed{5}"], [MATHS, bad, MATHS, MATHS])
+    assert scores == [Score(1.0), Score(0.0, error), Score(0.0), Score(1.0)]
+    assert count_errors(scores) == 1
+    assert time.monotonic() - began < 30
 
 
-def test_no_answer_scores_nothing():
-    assert countdown_reward("10 - 1 - 7", NUMBERS, TARGET) == 0.0
-    assert countdown_reward("", NUMBERS, TARGET) == 0.0
+def test_workers_load_no_torch(rewards, monkeypatch):
+    monkeypatch.setitem(VERIFIERS, "torch", torch_is_loaded)
+    assert rewards.score([""], [Problem("", "", "torch")]) == [Score(0.0)]
 
 
-def test_division_is_exact_and_never_by_zero():
-    assert countdown_reward("A 7 / 2 * 4", (2, 4, 7), 14) == 1.0
-    assert countdown_reward("A 7 / 2 * 4", (2, 4, 7), 12) == 0.0
-    assert countdown_reward("A 7 / ( 2 - 2 )", (2, 2, 7), 0) == 0.0
+def test_tasks_and_rewards_import_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "import train.rewards, train.tasks.sets, train.tasks.worker\n"
+        "train.tasks.sets.load_set('countdown-test')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
-def test_precedence_and_associativity():
-    assert evaluate(split_words("2 + 3 * 4 - 8 / 4 / 2")) == 13
-    assert evaluate(split_words("20 - 5 - 3")) == 12
-    assert evaluate(split_words("( 2 + 3 ) * 4")) == 20
+def test_bounded_verifiers_need_no_process():
+    before = multiprocessing.active_children()
+    problems = [
+        Puzzle((1, 7, 10), 2).problem,
+        countdown_problem([7, 1, 10], 2),
+        choice_problem("Which?\nA. this\nB. that", "B"),
+    ]
+    with Rewards(workers=1, timeout=1.0) as rewards:
+        right = rewards.score(["A 10 - 1 - 7", "<answer>10-1-7</answer>", r"\boxed{B}"], problems)
+        wrong = rewards.score(["A 10 + 1 - 7", "<answer>10-7</answer>", r"\boxed{A}"], problems)
+        assert multiprocessing.active_children() == before
+    assert right == [Score(1.0)] * 3 and wrong == [Score(0.0)] * 3
 
 
-@pytest.mark.parametrize("answer", ["(" * 10**5, "1" * 10**6, "1 + " * 10**5 + "1", ")" * 10**5, " " * 10**5])
-def test_floods_are_wrong_at_once(answer):
-    assert countdown_reward("A" + answer, NUMBERS, TARGET) == 0.0
+def test_exception_of_a_bounded_verifier_is_an_error(monkeypatch):
+    monkeypatch.setitem(VERIFIERS, "words", raise_error)
+    with Rewards(workers=1, timeout=1.0) as rewards:
+        assert rewards.score(["text"], [Puzzle((1,), 1).problem]) == [Score(0.0, "KeyError: 'text'")]
 
 
-def test_longest_answer_is_read():
-    terms = (LONGEST_ANSWER + 1) // 2
-    assert countdown_reward("A " + " + ".join(["1"] * terms), (1,) * terms, terms) == 1.0
-    assert countdown_reward("A " + " + ".join(["1"] * (terms + 1)), (1,) * (terms + 1), terms + 1) == 0.0
+def test_workers_killed_between_batches_are_replaced():
+    with Rewards(workers=1, timeout=5.0) as rewards:
+        others = set(multiprocessing.active_children())
+        assert rewards.score([r"\boxed{5}"], [MATHS]) == [Score(1.0)]
+        for process in set(multiprocessing.active_children()) - others:
+            os.kill(process.pid, signal.SIGKILL)
+        assert rewards.score([r"\boxed{5}", r"\boxed{6}"], [MATHS] * 2) == [Score(1.0), Score(0.0)]
+        mine = set(multiprocessing.active_children()) - others
+    assert mine and not mine & set(multiprocessing.active_children())
 
 
-@given(st.text())
-def test_any_text_gets_a_reward(text):
-    assert countdown_reward("A" + text, NUMBERS, TARGET) in (0.0, 1.0)
+def test_order_and_progress_of_many(rewards):
+    texts = [rf"so \boxed{{{number}}}" for number in range(40)]
+    problems = [maths_problem("?", number if number % 2 else number + 1) for number in range(40)]
+    counts = []
+    scores = rewards.score(texts, problems, progress=counts.append)
+    assert [score.reward for score in scores] == [float(number % 2) for number in range(40)]
+    assert sum(counts) == 40
 
 
-@given(st.lists(st.sampled_from([*SIGNS, "0", "1", "7", "10"]), max_size=40))
-def test_any_words_get_a_reward(words):
-    assert countdown_reward(" ".join(words), NUMBERS, TARGET) in (0.0, 1.0)
+def test_wrong_calls_are_refused():
+    with Rewards(workers=1, timeout=1.0) as rewards:
+        with pytest.raises(ValueError, match="got 1 texts and 0 problems"):
+            rewards.score(["text"], [])
+        with pytest.raises(ValueError, match="got 'chess'"):
+            rewards.score(["text"], [Problem("", "", "chess")])
+        assert rewards.score([], []) == []
+    with pytest.raises(ValueError, match="got 0 and 1.0"):
+        Rewards(workers=0, timeout=1.0)
 
 
-@given(st.lists(st.sampled_from(["+", "-", "*", "/", "(", ")", "1", "7", "10"]), max_size=12))
-def test_values_are_those_of_arithmetic(words):
-    """Where Python's own parser accepts the words, with no unary sign, power or call in them, both agree."""
-    text = " ".join(words)
-    value = evaluate(words) if words else None
-    try:
-        expected = eval(text, {"__builtins__": {}})  # nothing but the words above
-    except (SyntaxError, TypeError, ZeroDivisionError):
-        assert value is None
-    else:
-        if value is not None:
-            assert float(value) == pytest.approx(expected)
+NASTY = {
+    "tower of powers": "9^{9^{9^9}}",
+    "huge power": "10^{10^{10}}",
+    "huge factorial": "100000000!",
+    "many digits": "1" * 1900,
+    "open parentheses": "(" * 900,
+    "deep braces": "{" * 900 + "}" * 900,
+    "deep roots": r"\sqrt{" * 300 + "5" + "}" * 300,
+    "long product": r"\prod_{i=1}^{10^9} i",
+    "integral": r"\int_0^{10^9} e^{x^{x}} dx",
+    "wide matrix": r"\begin{pmatrix}" + "1&" * 500 + r"1\end{pmatrix}",
+    "emoji": "\\text{\N{GRINNING FACE}} \ud83d",
+    "code": "__import__('os')._exit(1)",
+    "nul": "\0" * 100,
+}
 
 
-@given(st.lists(st.integers(1, 20), min_size=2, max_size=4))
-def test_every_attempt_is_verified_at_its_value(numbers):
-    numbers = tuple(sorted(numbers))
-    for attempt in attempts(numbers, Task().operators)[:50]:
-        assert countdown_reward(f"A {attempt.expression}", numbers, attempt.value) == 1.0
-        assert countdown_reward(f"A {attempt.expression}", numbers, attempt.value + 1) == 0.0
+def test_nasty_maths_ends_in_time(rewards):
+    began = time.monotonic()
+    scores = rewards.score([rf"\boxed{{{text}}}" for text in NASTY.values()], [MATHS] * len(NASTY))
+    found = dict(zip(NASTY, scores))
+    assert {score.reward for score in scores} == {0.0}
+    assert found["tower of powers"].error == "timed out"
+    assert Counter(score.error for score in scores).keys() <= {None, "timed out"}
+    assert time.monotonic() - began < 90
+    assert rewards.score([r"\boxed{5}"], [MATHS]) == [Score(1.0)]
+
+
+LATEX = st.lists(
+    st.sampled_from([*"0159xi+-*/^_={}()[]|,.;%$&!<> ", r"\frac{1}", r"\sqrt", r"\pi", r"\cup", r"\infty", r"\text{"]),
+    max_size=30,
+).map("".join)
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.text(max_size=200), LATEX), min_size=1, max_size=12))
+def test_any_maths_gets_a_reward_in_time(rewards, texts):
+    began = time.monotonic()
+    answer = maths_problem("?", "x^2 + 1").answer
+    scores = rewards.score([rf"\boxed{{{text}}}" for text in texts], [Problem("", answer, "maths")] * len(texts))
+    assert all(score.reward in (0.0, 1.0) and score.error in (None, "timed out") for score in scores)
+    assert time.monotonic() - began < 6 * len(texts) + 10
+
+
+def test_gold_without_meaning_is_an_error(rewards):
+    [score] = rewards.score([r"\boxed{5}"], [Problem("", json.dumps([r"\boxed{}"]), "maths")])
+    assert score.reward == 0.0 and "cannot be parsed" in score.error

@@ -1,96 +1,362 @@
 """Checkpoints that survive a kill at any moment, and that a run continues from as if nothing had happened.
 
-A checkpoint is a folder `checkpoints/step-N` that transformers' Auto classes load, and beside the model `trainer.pt`
-with what else the next step depends on. It is written under another name, flushed to the disk and renamed: a folder of
-that name is complete. Nothing in it is unpickled.
+    checkpoints/step-000025/
+      trainer.json          step, config, what the loop shares; every tensor's shape, every file's size and CRC32
+      rank-R.safetensors    rank R's random generators, and what else is its own
+      state/                parameters and optimizer state: a shard of each on each rank, read by any number of ranks
+      model/                the whole model and the tokenizer, for from_pretrained
+
+A checkpoint is written under another name, flushed to the disk and renamed: a folder of that name is complete. All is
+safetensors and JSON; nothing is unpickled. The folder must be one that all ranks see. What fails on one rank fails on
+all with the same message, so none waits for the others forever.
 """
 
+import json
 import os
+import re
 import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rhythm_kernels import GroupSchedule
-from train.data import ProblemStream
+from train.distributed import weights_of, whole
 
-STATE = "trainer.pt"
+FORMAT = 1
+RECORD, STATE, MODEL = "trainer.json", "state", "model"
+UNFINISHED = "unfinished-"
+FILE_BYTES = 2 << 30  # of state a rank puts into one file: DCP makes a file in memory before it writes it
+CHUNK_BYTES = 16 << 20
+
+T = TypeVar("T")
 
 
-class Position(NamedTuple):
-    """How far a run has come: steps done, and the bytes of metrics.jsonl written by then."""
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, is damaged, or is not this run's."""
+
+
+class Checkpoint(NamedTuple):
+    """What `restore` gives back: the step, and what was passed to `save_checkpoint` at it."""
 
     step: int
-    metrics_bytes: int
-
-
-def load_policy(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The saved model in the dtype it was saved in, its weights copied into memory of their own.
-
-    Loaded weights may lie in a mapped file, at an alignment that another process would not have; results that repeat
-    to the bit want the same alignment.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="sdpa")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model.to(device).eval()
-
-
-def save_checkpoint(
-    run: Path,
-    position: Position,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    problems: ProblemStream,
-    schedule: GroupSchedule,
-    *,
-    keep: int,
-) -> Path:
-    folder = run / "checkpoints" / f"step-{position.step:06d}"
-    if folder.exists():
-        return folder
-    unfinished = folder.with_name(f"unfinished-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    state = {
-        "position": position._asdict(),
-        "optimizer": optimizer.state_dict(),
-        "problems": problems.state_dict(),
-        "schedule": schedule.state_dict(),
-        "cpu_generator": torch.get_rng_state(),
-        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    torch.save(state, unfinished / STATE)
-    for path in [*unfinished.iterdir(), unfinished]:
-        _flush(path)
-    unfinished.rename(folder)
-    _flush(folder.parent)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+    shared: dict
+    own: dict[str, Tensor] | None
+    """None on a rank that the saved run did not have: its random generators are as they were, to be seeded anew."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=_step_of)
 
 
-def restore(
-    folder: Path, optimizer: torch.optim.Optimizer, problems: ProblemStream, schedule: GroupSchedule
-) -> Position:
-    """Puts optimizer, data cursor, head groups and random generators back to where the checkpoint was made."""
-    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    problems.load_state_dict(state["problems"])
-    schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["cpu_generator"])
-    if state["cuda_generators"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_generators"])
-    return Position(**state["position"])
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shared: dict,
+    own: dict[str, Tensor],
+    config: dict,
+    keep: int,
+) -> Path:
+    """Writes the checkpoint of `step` and removes all but the last `keep`; every rank calls it and gets the folder.
+
+    `shared` and `config` are what JSON can hold, and rank 0's are written; `own` are each rank's tensors. Optimizer
+    state must be tensors; the numbers of the param_groups, such as the learning rate, are not saved. A complete
+    checkpoint of that step is left as it is. Raises CheckpointError, after removing what it wrote.
+    """
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    if _on_first_rank(folder.exists):
+        return folder
+    record = {"format": FORMAT, "step": step, "torch": torch.__version__, "config": config, "shared": shared}
+    try:
+        _on_first_rank(lambda: _make_room(unfinished))
+        record["tensors"] = _on_all_ranks(lambda: _write_state(unfinished, model, optimizer, own))[0]
+        _export(unfinished / MODEL, model, tokenizer)
+        sizes = _on_first_rank(lambda: _sizes(unfinished))
+        sums = _on_all_ranks(lambda: {name: _flush_and_sum(unfinished / name) for name in _my_share(sizes)})
+        record["files"] = {name: [sizes[name], crc] for share in sums for name, crc in share.items()}
+        record["world_size"] = len(sums)
+        _on_first_rank(lambda: _publish(unfinished, folder, record))
+    except CheckpointError as error:
+        cause = str(error)
+        raise CheckpointError(_on_first_rank(lambda: _clean_up(unfinished, folder, cause))) from error
+    _on_first_rank(lambda: _prune(run, keep))
+    return folder
+
+
+def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, config: dict) -> Checkpoint:
+    """Puts parameters, optimizer state and random generators back to where the checkpoint was made.
+
+    Every rank calls it, with the model and the optimizer built as at the run's start; their number may differ from the
+    saved run's. Each file's size and CRC32, `config` (all that must stay equal) and the model's shapes and dtypes are
+    checked before anything is changed. Tensors are copied into the model's own memory, and into optimizer state made as
+    a first step makes it, so that a continued run repeats to the bit.
+    """
+    rank, _ = _rank_and_world()
+    record = _on_all_ranks(lambda: _verify(folder))[rank]
+    tensors = {f"model/{name}": tensor for name, tensor in weights_of(model).items()}
+    saved = {name: spec for name, spec in record["tensors"].items() if name.startswith("model/")}
+    _compare(folder, "other settings", _flat(record["config"]), _flat(_as_json(config)))
+    _compare(folder, "another model", saved, _specs(tensors))
+    _make_optimizer_state(model, optimizer, record["tensors"])
+    tensors = _state(model, optimizer)
+    _compare(folder, "another optimizer", record["tensors"], _specs(tensors))
+    own = _on_all_ranks(lambda: _read_state(folder, tensors, rank if rank < record["world_size"] else None))[rank]
+    return Checkpoint(record["step"], record["shared"], own)
+
+
+# What a checkpoint holds
+
+
+def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """model/NAME and optimizer/NAME/KEY of everything that is saved in shards."""
+    weights = weights_of(model)
+    names = {id(tensor): name for name, tensor in weights.items()}
+    state = {f"model/{name}": tensor for name, tensor in weights.items()}
+    for parameter, values in optimizer.state.items():
+        if id(parameter) not in names:
+            raise ValueError("the optimizer has a parameter that the model has not: build it after sharding the model")
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"optimizer state must be tensors, got {key} {value!r} of {names[id(parameter)]}")
+            state[f"optimizer/{names[id(parameter)]}/{key}"] = value
+    return state
+
+
+def _specs(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {name: f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" for name, value in tensors.items()}
+
+
+def _make_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Iterable[str]):
+    """Has the optimizer make its state of the saved parameters as it does in training, by a step that moves nothing."""
+    stepped = {name.split("/")[1] for name in saved if name.startswith("optimizer/")}
+    optimizer.state.clear()
+    for name, tensor in weights_of(model).items():
+        tensor.grad = torch.zeros_like(tensor) if name in stepped else None
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+
+
+# Writing
+
+
+def _make_room(unfinished: Path):
+    for leftover in unfinished.parent.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover)
+    unfinished.mkdir(parents=True)
+
+
+def _write_state(
+    unfinished: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, own: dict[str, Tensor]
+) -> dict[str, str]:
+    rank, world = _rank_and_world()
+    state = _state(model, optimizer)
+    files, filled = {}, 0
+    for name, tensor in state.items():
+        filled += tensor.numel() * tensor.element_size()
+        files[name] = 1 + filled // (FILE_BYTES * world)
+    writer = dcp.HuggingFaceStorageWriter(unfinished / STATE, fqn_to_index_mapping=files, save_distributed=True)
+    with _one_process_is_fine():
+        dcp.save(state, storage_writer=writer)
+    kept = {f"own/{name}": tensor.detach().cpu().clone() for name, tensor in own.items()}
+    kept["generator/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_initialized():
+        kept["generator/cuda"] = torch.cuda.get_rng_state()
+    save_file(kept, unfinished / f"rank-{rank}.safetensors")
+    return _specs(state)
+
+
+def _export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    """The model as users load it, in its config's dtype. Rank 0 holds it whole on the CPU, the others a weight each."""
+    config, dtype, rank = model.config, model.config.dtype or model.dtype, _rank_and_world()[0]
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    gathered = {}
+    for name, tensor in weights_of(model).items():
+        full = whole(tensor.detach())  # on every rank alike: all of them have a part of it
+        if rank == 0:
+            gathered[name] = full.to("cpu", dtype if full.is_floating_point() else None)
+
+    def write():
+        tied = model.state_dict(keep_vars=True)
+        first = {id(tensor): name for name, tensor in reversed(tied.items())}
+        weights = {name: gathered[first[id(tensor)]] for name, tensor in tied.items() if first[id(tensor)] in gathered}
+        try:
+            model.save_pretrained(folder, state_dict=weights)
+        finally:
+            config.dtype = dtype  # save_pretrained sets it to the parameters'
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    _on_first_rank(write)
+
+
+def _publish(unfinished: Path, folder: Path, record: dict):
+    record = _as_json(record)
+    (unfinished / RECORD).write_text(json.dumps(record | {"crc32": _sum_of(record)}, indent=1) + "\n")
+    for path in (unfinished / RECORD, unfinished / STATE, unfinished / MODEL, unfinished):
+        _flush(path)
+    unfinished.rename(folder)
+    _flush(folder.parent)
+    _flush(folder.parent.parent)
+
+
+def _clean_up(unfinished: Path, folder: Path, cause: str) -> str:
+    """Removes what was written, and says what happened."""
+    run = folder.parent.parent
+    free = shutil.disk_usage(run).free
+    shutil.rmtree(unfinished, ignore_errors=True)
+    left = f"its rest is left in {unfinished}" if unfinished.exists() else "its rest was removed"
+    complete = list_checkpoints(run)
+    there = f"--resume would continue from {complete[-1].name}" if complete else "there is no complete checkpoint yet"
+    return f"could not write checkpoint {folder}: {cause}; {free / 2**30:.1f} GiB were free there; {left}; {there}"
+
+
+def _prune(run: Path, keep: int):
+    for old in list_checkpoints(run)[:-keep]:
+        doomed = old.rename(old.with_name(UNFINISHED + old.name))  # half removed it must not look complete
+        shutil.rmtree(doomed)
+
+
+# Reading
+
+
+def _verify(folder: Path) -> dict:
+    """The record, once it and this rank's share of the files are found to be as they were written."""
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        form = record["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(folder, RECORD, f"cannot be read ({type(error).__name__}: {error})") from error
+    if form != FORMAT:
+        raise _damaged(folder, RECORD, f"has format {form!r}, and this version reads {FORMAT}")
+    if record.pop("crc32", None) != _sum_of(record):
+        raise _damaged(folder, RECORD, "has another CRC32 than when it was written")
+    files = record["files"]
+    for name in _my_share({name: size for name, (size, _) in files.items()}):
+        path, (size, crc) = folder / name, files[name]
+        if not path.is_file():
+            raise _damaged(folder, name, "is missing")
+        if path.stat().st_size != size:
+            raise _damaged(folder, name, f"has {path.stat().st_size} bytes, and {size} were written")
+        if _crc32(path) != crc:
+            raise _damaged(folder, name, "has another CRC32 than when it was written")
+    for path in (folder / STATE).iterdir():
+        if f"{STATE}/{path.name}" not in files:  # it would be read as one more shard
+            raise _damaged(folder, f"{STATE}/{path.name}", "was not written with it")
+    return record
+
+
+def _damaged(folder: Path, name: str, what: str) -> CheckpointError:
+    older = [path.name for path in list_checkpoints(folder.parent.parent) if _step_of(path) < _step_of(folder)]
+    offer = f"remove that folder to continue from {older[-1]}" if older else "there is no older one to continue from"
+    return CheckpointError(f"checkpoint {folder} is damaged: {name} {what}; {offer}")
+
+
+def _compare(folder: Path, what: str, there: dict[str, str], here: dict[str, str]):
+    changed = [
+        f"{name} {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        for name in there | here
+        if there.get(name) != here.get(name)
+    ]
+    if changed:
+        more = f"; and {len(changed) - 10} more" if len(changed) > 10 else ""
+        raise CheckpointError(f"checkpoint {folder} is of {what}: {'; '.join(changed[:10])}{more}")
+
+
+def _read_state(folder: Path, tensors: dict[str, Tensor], rank: int | None) -> dict[str, Tensor] | None:
+    """Fills `tensors`, and the random generators if it is the checkpoint's rank; returns that rank's own."""
+    with _one_process_is_fine():
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / STATE))
+    if rank is None:
+        return None
+    kept = load_file(folder / f"rank-{rank}.safetensors")
+    torch.set_rng_state(kept["generator/cpu"])
+    if "generator/cuda" in kept and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(kept["generator/cuda"])
+    return {name.removeprefix("own/"): value.clone() for name, value in kept.items() if name.startswith("own/")}
+
+
+# Ranks
+
+
+def _rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """Runs `work` on every rank; returns all results, or raises the first rank's failure on every rank."""
+    rank, world = _rank_and_world()
+    result = failure = error = None
+    try:
+        result = work()
+    except (Exception, CheckpointException) as caught:
+        error, failure = caught, _failure(caught, rank, world)
+    outcomes = [(result, failure)]
+    if world > 1:
+        outcomes *= world
+        dist.all_gather_object(outcomes, (result, failure))
+    for _, failure in outcomes:
+        if failure:
+            raise CheckpointError(failure) from error
+    return [result for result, _ in outcomes]
+
+
+def _on_first_rank(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 only; every rank gets what it returned, or raises its failure."""
+    return _on_all_ranks(lambda: work() if _rank_and_world()[0] == 0 else None)[0]
+
+
+def _failure(error: BaseException, rank: int, world: int) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, CheckpointException):  # DCP's: the same on all ranks, with the failure of each
+        rank, (error, _) = next(iter(error.failures.items()))
+    where = f"rank {rank}: " if world > 1 else ""
+    return f"{where}{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+# Files
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _my_share(sizes: dict[str, int]) -> list[str]:
+    """The files that this rank reads through, dealt out by size."""
+    rank, world = _rank_and_world()
+    return sorted(sizes, key=lambda name: (-sizes[name], name))[rank::world]
 
 
 def _flush(path: Path):
@@ -100,3 +366,33 @@ def _flush(path: Path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _flush_and_sum(path: Path) -> int:
+    _flush(path)
+    return _crc32(path)
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _as_json(value: T) -> T:
+    """The value as it comes back from a JSON file: lists in place of tuples, strings as keys."""
+    return json.loads(json.dumps(value))
+
+
+def _sum_of(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _flat(settings: dict, group: str = "") -> dict[str, str]:
+    """Nested settings as text, under dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{group}{name}.") if isinstance(value, dict) else {f"{group}{name}": repr(value)}
+    return flat

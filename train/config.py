@@ -1,7 +1,8 @@
 """Every setting of a run: dataclasses whose fields are the command-line flags, in the same groups.
 
 A field `prompts_per_step` is the flag `--prompts-per-step`. Its help text and limits stand beside its default, and
-`Config.check` holds every value against them before anything runs.
+`Config.check` holds every value against them before anything runs. Where TRL's GRPOConfig has a setting, the name is
+TRL's.
 """
 
 import json
@@ -23,8 +24,20 @@ def flag(default, help: str, **limits):
 
 
 @dataclass(frozen=True)
-class Task:
-    """task: Countdown"""
+class Data:
+    """problems"""
+
+    train_data: str = flag("words", "a named set or KIND:FILE.jsonl; words: the tiny Countdown, made here")
+    eval_data: tuple[str, ...] = flag((), "the same, several; empty: those that --train-data holds out")
+    chat_template: bool = flag(True, "put problems into the model's chat template, where its tokenizer has one")
+    max_prompt_length: int = flag(1024, "tokens; a longer problem is left out and counted", least=1)
+    reward_workers: int = flag(2, "processes that verify maths answers", least=1)
+    reward_timeout: float = flag(10.0, "seconds, after which a verification is killed and scores 0", above=0)
+
+
+@dataclass(frozen=True)
+class Words:
+    """the tiny Countdown (--train-data words)"""
 
     numbers: int = flag(3, "how many numbers a problem gives; 4 take minutes to enumerate", least=2, most=4)
     largest: int = flag(20, "the numbers are drawn from 1 to this", least=2, most=99)
@@ -36,20 +49,27 @@ class Task:
 
 @dataclass(frozen=True)
 class Model:
-    """model: Qwen3, from scratch"""
+    """model"""
 
+    model: str = flag("", "a transformers model, folder or hub name; empty: a Qwen3 from scratch, as shaped below")
+    dtype: str = flag("float32", "of arithmetic; parameters are kept in float32", choices=("float32", "bfloat16"))
+    attention: str = flag(
+        "packed",
+        "of training; packed: one kernel call over a batch of sequences, the others are transformers' own",
+        choices=("packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    )
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     layers: int = flag(4, "decoder layers", least=1)
     hidden_size: int = flag(128, "width of the residual stream", least=1)
     heads: int = flag(4, "query heads", least=1)
     key_heads: int = flag(2, "key heads, a divisor of --heads", least=1)
     head_size: int = flag(32, "channels of a head, even", least=2)
     mlp_size: int = flag(256, "width of the MLP", least=1)
-    dtype: str = flag("float32", "of parameters and arithmetic", choices=("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """supervised warm start, cached"""
+    """supervised warm start of a model from scratch, cached"""
 
     misses: tuple[float, ...] = flag((0.35, 0.3, 0.2, 0.15), "odds of 0, 1, 2, ... misses before the hit", least=0)
     give_up: float = flag(0.25, "share of the searches with a miss that end with it as the answer", least=0, most=1)
@@ -62,10 +82,17 @@ class Demonstrations:
 class Rollout:
     """rollouts"""
 
-    prompts_per_step: int = flag(32, "problems a step", least=1)
+    engine: str = flag("transformers", "what samples the answers", choices=("transformers", "vllm"))
+    prompts_per_step: int = flag(32, "problems a step, over all ranks", least=1)
     num_generations: int = flag(8, "answers to each problem, the group that rewards are compared in", least=2)
     max_completion_length: int = flag(64, "tokens an answer may take", least=1)
     temperature: float = flag(1.0, "of sampling; log-probabilities are taken at it", above=0)
+    rollout_batch_size: int = flag(256, "answers that the transformers engine samples at a time", least=1)
+    vllm_gpu_memory_utilization: float = flag(0.5, "share of a GPU's memory that vLLM takes", above=0, most=1)
+    vllm_enable_sleep_mode: bool = flag(True, "vLLM gives its memory to the update; on a GPU only")
+    vllm_logp_tolerance: float = flag(
+        0.05, "largest mean gap, in nats, of sampler and trainer after the first weight sync", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -74,20 +101,33 @@ class GRPO:
 
     max_steps: int = flag(150, "rollout batches to train on", least=0)
     learning_rate: float = flag(2e-4, "AdamW", above=0)
+    weight_decay: float = flag(0.0, "AdamW", least=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", least=0)
     final_learning_rate: float = flag(0.1, "share of the learning rate left at the last step", least=0, most=1)
     max_grad_norm: float = flag(1.0, "the gradient is scaled down to this norm", above=0)
     epsilon: float = flag(0.2, "lower clip of the probability ratio: 1 - epsilon", above=0, most=1)
     epsilon_high: float = flag(0.2, "upper clip of the probability ratio: 1 + epsilon_high", above=0)
+    beta: float = flag(0.0, "weight of the KL divergence from the first policy; above 0 keeps a copy of it", least=0)
     loss_type: str = flag(
         "dapo",
         "dapo: mean over tokens; grpo: mean over answers of their mean; dr_grpo: sum over a constant",
         choices=("dapo", "grpo", "dr_grpo"),
     )
-    scale_rewards: str = flag("group", "divide advantages by the group's deviation, or not", choices=("group", "none"))
+    scale_rewards: str = flag(
+        "group",
+        "divide advantages by the deviation of the group, of the batch, or not",
+        choices=("group", "batch", "none"),
+    )
+    mask_truncated_completions: bool = flag(False, "leave answers that were cut off out of the loss")
+    vllm_importance_sampling_correction: bool = flag(
+        False, "weight tokens by the trainer's over the sampler's probability, whichever the engine"
+    )
+    vllm_importance_sampling_cap: float = flag(2.0, "largest such weight", above=0)
     num_iterations: int = flag(1, "passes over a rollout batch", least=1)
     gradient_steps: int = flag(2, "optimizer steps a pass, a divisor of --prompts-per-step", least=1)
-    micro_batch_size: int = flag(64, "answers in one forward", least=1)
+    micro_batch_tokens: int = flag(
+        4096, "tokens in one forward, prompts included; a longer sequence goes alone", least=1
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +140,7 @@ class Credit:
     credit_alpha: float = flag(0.5, "share of a dominated anchor's credit that moves to its opening", least=0, most=1)
     credit_k: int = flag(3, "tokens before an anchor in which its opening may lie", least=1)
     credit_largest: bool = flag(True, "select the largest values, or the smallest (the paper's ablation)")
+    sampled_layers: int = flag(5, "layers of the middle third whose attention is read; 0: all", least=0)
     window: int = flag(10, "WAAD clips distances at this many tokens", least=1)
     horizon: tuple[int, ...] = flag((10, 50), "FAI counts attention from this many tokens later to that many", least=1)
     groups_per: str = flag("sequence", "rank heads per sequence or over the batch", choices=("sequence", "batch"))
@@ -111,21 +152,24 @@ class Run:
     """the run"""
 
     output: str = flag("", "folder of the run; by default runs/PRESET-CREDIT-TIME")
-    seeds: tuple[int, ...] = flag((0, 1), "one training run each, side by side", least=0)
+    seeds: tuple[int, ...] = flag((0, 1), "one training run each, side by side; one seed under torchrun", least=0)
     device: str = flag("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
     threads: int = flag(0, "CPU threads of each training run; 0 shares the cores among the seeds", least=0)
     cache: str = flag("runs/cache", "folder of warm starts, by a hash of what made them")
-    eval_batch_size: int = flag(256, "held-out problems in one batch", least=1)
+    eval_steps: int = flag(0, "steps between evaluations; 0: before and after only", least=0)
+    eval_batch_size: int = flag(256, "answers in one evaluation batch", least=1)
     save_steps: int = flag(25, "steps between checkpoints", least=1)
     save_total_limit: int = flag(2, "checkpoints kept", least=1)
     logging_steps: int = flag(10, "steps between console lines", least=1)
-    sample_answers: int = flag(16, "held-out answers on the sample page", least=0)
+    sample_steps: int = flag(0, "steps between pages of sampled answers; 0: after the run only", least=0)
+    sample_answers: int = flag(16, "answers on a page", least=0)
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = "countdown-tiny"
-    task: Task = Task()
+    data: Data = Data()
+    words: Words = Words()
     model: Model = Model()
     demonstrations: Demonstrations = Demonstrations()
     rollout: Rollout = Rollout()
@@ -171,8 +215,21 @@ class Config:
             credit.groups_per,
             groups_every=credit.groups_every,
         )
+        _require(bool(model.model) or self.data.train_data == "words", "model", "be given where problems are read", "")
+        _require(
+            bool(model.model) or rollout.engine == "transformers",
+            "engine",
+            "be transformers for a model from scratch",
+            rollout.engine,
+        )
         _require(len(set(run.seeds)) == len(run.seeds) > 0, "seeds", "be different numbers, at least one", run.seeds)
         return self
+
+    def settings(self) -> dict[str, object]:
+        """What the results of a run depend on, flat: all but where it writes and how it reports."""
+        only_here = {f.name for f in fields(Run)} - {"seeds", "eval_steps"}
+        flat = {f.name: getattr(group, f.name) for _, group in self.groups() for f in fields(group)}
+        return json.loads(json.dumps({name: value for name, value in flat.items() if name not in only_here}))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)

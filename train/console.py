@@ -1,8 +1,12 @@
 """Progress on the console: bars that show the time left, and whole lines between them."""
 
+import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
+import torch
 from tqdm import tqdm
 
 # Where standard error is a file, every update stays: one line every half a minute.
@@ -12,13 +16,63 @@ LOG_OPTIONS = {
     "leave": False,
     "bar_format": "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}\n",
 }
+SHORT = 1.0  # seconds; a phase that is over sooner shows no bar
 
 
-def bar(items: Iterable, phase: str, unit: str) -> tqdm:
-    options = {"dynamic_ncols": True, "leave": False} if sys.stderr.isatty() else LOG_OPTIONS
-    return tqdm(items, desc=phase, unit=unit, **options)
+def bar(items: Iterable | None, phase: str, unit: str, **options) -> tqdm:
+    style = {"dynamic_ncols": True, "leave": False} if sys.stderr.isatty() else LOG_OPTIONS
+    return tqdm(items, desc=phase, unit=unit, **style | options)
 
 
 def say(line: str):
     """One line on standard output, clear of any bar."""
     tqdm.write(line) if sys.stderr.isatty() else print(line, flush=True)
+
+
+class Phases:
+    """The phases of one step: a live line for each, with its rate and the time left, and the seconds that it took.
+
+    On a GPU a phase ends when its work is done.
+    """
+
+    def __init__(self, label: str, *, shown: bool = True):
+        self.label, self.shown = label, shown
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str, total: int = 1, unit: str = "") -> Iterator[Callable[..., None]]:
+        """Gives a function that is told what was done since its last call, and of which tokens if those are not it."""
+        began = time.perf_counter()
+        below = int(os.environ.get("TQDM_POSITION", 0)) + 1
+        delay = {"delay": SHORT} if sys.stderr.isatty() else {}
+        line = bar(
+            None,
+            f"{self.label} {phase}",
+            unit,
+            total=total,
+            unit_scale=True,
+            position=below,
+            disable=not self.shown,
+            **delay,
+        )
+        made = 0
+
+        def advance(done: int, tokens: int | None = None) -> None:
+            nonlocal made
+            if tokens is not None:
+                made += tokens
+                line.set_postfix_str(f"{made / (time.perf_counter() - began):,.0f} tok/s", refresh=False)
+            line.update(done)
+
+        with line:
+            yield advance
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = time.perf_counter() - began
+
+    def metrics(self, statistics: float) -> dict[str, float]:
+        """`time/PHASE` in seconds, `step_time`, and how much of it the statistics took."""
+        total = sum(self.seconds.values())
+        times = {f"time/{phase.replace(' ', '_')}": seconds for phase, seconds in self.seconds.items()}
+        times |= {"time/statistics": statistics, "rhythm/statistics_share": statistics / total}
+        return times | {"step_time": total}

@@ -5,12 +5,13 @@ continued by itself.
 """
 
 import fcntl
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
@@ -19,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from train.config import BadSetting, Config, flag_name
 from train.console import say
+from train.distributed import World, choose_device, is_torchrun
 from train.evaluate import Evaluation, SolveRate
-from train.loop import choose_device, train
+from train.loop import train
 from train.metrics import read_metrics
 from train.plots import plot_learning_curve
 
@@ -29,13 +31,16 @@ PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds: the run
 
 def launch(config: Config, folder: Path | None = None) -> int:
     """Starts the run, or continues the one in `folder`; returns the exit status."""
-    choose_device(config.run.device)
     transformers_logging.disable_progress_bar()
+    if is_torchrun():
+        return launch_rank(config, folder)
+    choose_device(config.run.device)
     folder = folder or prepare(config)
     began = time.time()
     with claim(folder):
         if len(config.run.seeds) == 1:
             train(config.change(threads=threads_per_seed(config)), folder)
+            World.leave()  # a group of its own
             runs = {f"seed {config.run.seeds[0]}": folder}
         else:
             runs = {f"seed {seed}": folder / f"seed-{seed}" for seed in config.run.seeds}
@@ -45,6 +50,24 @@ def launch(config: Config, folder: Path | None = None) -> int:
         plot_learning_curve(runs, folder / "learning_curve.png", f"{config.preset}, {config.credit.credit} credit")
     if not os.environ.get(PARENT):
         report(config, folder, runs, time.time() - began)
+    return 0
+
+
+def launch_rank(config: Config, folder: Path | None) -> int:
+    """One rank of a run of one seed under torchrun; the first rank decides on the folder and reports."""
+    if len(config.run.seeds) != 1:
+        raise BadSetting(f"--seeds must be one number under torchrun, got {config.run.seeds}")
+    world = World.join(config.run.device)
+    folder = world.from_first(lambda: folder or prepare(config))
+    began = time.time()
+    with claim(folder) if world.is_first else nullcontext():
+        train(config, folder)
+    if world.is_first:
+        runs = {f"seed {config.run.seeds[0]}": folder}
+        plot_learning_curve(runs, folder / "learning_curve.png", f"{config.preset}, {config.credit.credit} credit")
+        report(config, folder, runs, time.time() - began)
+    world.barrier()
+    World.leave()
     return 0
 
 
@@ -103,7 +126,7 @@ def run_side_by_side(config: Config, folders: list[Path]) -> int:
         for place, folder in enumerate(folders):
             environment = {**os.environ, PARENT: "1", "OMP_NUM_THREADS": str(threads)}
             if sys.stderr.isatty():
-                environment["TQDM_POSITION"] = str(place)  # bars below each other
+                environment["TQDM_POSITION"] = str(2 * place)  # bars below each other
             command = [sys.executable, "-m", "train", "--resume", str(folder)]
             processes.append(subprocess.Popen(command, env=environment))
         while any(process.poll() is None for process in processes):
@@ -124,13 +147,14 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
     for label, run in runs.items():
         records = [record for record in read_metrics(run) if "reward" not in record]
         evaluations[label] = (Evaluation.from_metrics(records[0]), Evaluation.from_metrics(records[-1]))
-    say(f"\nheld-out solve rate, {config.task.held_out} problems whose numbers were never trained on")
-    say(f"{'':8} {'':8} {'before':>28}   {'after':>28}   change")
+    say("\nsolved of the held-out problems" + (", whose numbers were never trained on" if is_words(config) else ""))
+    width = max(len(name) for before, _ in evaluations.values() for name in before.rates)
+    say(f"{'':8} {'':{width}} {'before':>28}   {'after':>28}   change")
     for label, (before, after) in evaluations.items():
-        _report_rows(label, before, after)
+        _report_rows(label, before, after, width)
     if len(evaluations) > 1:
         befores, afters = zip(*evaluations.values(), strict=True)
-        _report_rows("mean", _mean(befores), _mean(afters))
+        _report_rows("mean", _mean(befores), _mean(afters), width)
     steps = [record for run in runs.values() for record in read_metrics(run) if "reward" in record]
     if steps:
         share = sum(record["time/statistics"] for record in steps) / sum(record["step_time"] for record in steps)
@@ -147,16 +171,28 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
     say("metrics.jsonl and tensorboard/")
 
 
-def _report_rows(label: str, before: Evaluation, after: Evaluation):
-    for how, old, new in zip(Evaluation._fields, before, after, strict=True):
-        say(f"{label:8} {how:8} {old!s:>28}   {new!s:>28}   {100 * (new.solved - old.solved):+.1f} points")
+def is_words(config: Config) -> bool:
+    return config.data.train_data == "words"
+
+
+def _report_rows(label: str, before: Evaluation, after: Evaluation, width: int):
+    for name, old in before.rates.items():
+        new = after.rates[name]
+        change = f"{100 * (new.solved - old.solved):+.1f} points of {new.problems}"
+        say(f"{label:8} {name:{width}} {old!s:>28}   {new!s:>28}   {change}")
         label = ""
 
 
 def _mean(evaluations: tuple[Evaluation, ...]) -> Evaluation:
-    """Means over seeds; counted over all their answers."""
+    """Means over seeds, and their standard errors from the problems of all."""
 
     def pool(rates: list[SolveRate]) -> SolveRate:
-        return SolveRate(mean(r.solved for r in rates), mean(r.finished for r in rates), sum(r.problems for r in rates))
+        return SolveRate(
+            mean(rate.solved for rate in rates),
+            mean(rate.finished for rate in rates),
+            math.sqrt(sum(rate.standard_error**2 for rate in rates)) / len(rates),
+            sum(rate.problems for rate in rates),
+            rates[0].answers,
+        )
 
-    return Evaluation(*(pool(list(rates)) for rates in zip(*evaluations, strict=True)))
+    return Evaluation({name: pool([each.rates[name] for each in evaluations]) for name in evaluations[0].rates})

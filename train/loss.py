@@ -1,86 +1,89 @@
-"""From logits to GRPO's clipped loss, as pure functions of tensors.
+"""GRPO's advantages, averages and clipped loss, as pure functions of tensors.
 
-Everything is [B, T] and indexed by the token's own position: column t of the log-probabilities is that of token t given
-the tokens before it, which the logits at t-1 hold. Column 0 has no prediction and is 0.
+Tokens are those of a packed batch or of a part of it, [N]; sequences are [B].
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class TokenWeights(NamedTuple):
-    """How a batch's tokens are averaged: loss = sum(weight * token loss) / denominator."""
-
-    weight: Tensor  # [B, T], 0 outside the response
-    denominator: Tensor  # scalar
-
-    def of(self, rows: Tensor, width: int) -> "TokenWeights":
-        """These rows' part, up to column `width`, of the same average: the parts' losses add up to the batch's."""
-        return TokenWeights(self.weight[rows, :width], self.denominator)
+from train.batch import Rollouts
+from train.distributed import World
 
 
-def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
-    """[B, T], aligned with the tokens."""
-    before = logits[:, :-1]
-    chosen = before.gather(-1, ids[:, 1:, None]).squeeze(-1) - before.logsumexp(-1)
-    return torch.nn.functional.pad(chosen, (1, 0))
-
-
-def token_entropy(logits: Tensor) -> Tensor:
-    """[B, T]: the entropy in nats of the distribution that each token was drawn from."""
-    log_probs = logits[:, :-1].log_softmax(-1)
-    return torch.nn.functional.pad(-(log_probs.exp() * log_probs).sum(-1), (1, 0))
-
-
-def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> Tensor:
-    """[B]: each reward against the mean of its group, over the group's deviation if `scale` is "group"."""
+def group_advantages(rewards: Tensor, num_generations: int, scale: str, world: World) -> Tensor:
+    """[B]: each reward against the mean of its group, over the deviation of the group or of the whole batch."""
     groups = rewards.view(-1, num_generations)
     advantages = groups - groups.mean(-1, keepdim=True)
     if scale == "group":
         advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
+    elif scale == "batch":
+        count, total, squares = world.sum(torch.stack([torch.ones_like(rewards), rewards, rewards**2]).double().sum(-1))
+        variance = (squares - total**2 / count) / (count - 1)
+        advantages = advantages / (variance.clamp(min=0).sqrt().to(rewards) + 1e-4)
     return advantages.flatten()
 
 
-def token_weights(response_mask: Tensor, loss_type: str, max_completion_length: int) -> TokenWeights:
-    """The average that `loss_type` stands for, over the answers with tokens here, so that micro-batches only add."""
-    mask = response_mask.float()
-    answers = response_mask.any(-1).sum()
-    if loss_type == "dapo":  # every token counts the same
-        return TokenWeights(mask, mask.sum())
-    if loss_type == "grpo":  # every answer counts the same
-        return TokenWeights(mask / mask.sum(-1, keepdim=True).clamp(min=1), answers)
-    if loss_type == "dr_grpo":  # no length in the denominator
-        return TokenWeights(mask, answers * max_completion_length)
-    raise ValueError(f"loss_type must be one of dapo, grpo, dr_grpo, got {loss_type!r}")
+def token_weights(batch: Rollouts, chosen: Tensor, loss_type: str, max_completion_length: int, world: World) -> Tensor:
+    """[N]: the weight of each token's loss in the sum over all micro-batches and ranks; 0 outside `chosen` answers.
+
+    Args:
+        chosen: [B] bool, the answers of one optimizer step that count.
+        loss_type: "dapo": every token counts the same; "grpo": every answer; "dr_grpo": a constant in place of length.
+    """
+    tokens = batch.per_sequence(batch.response_mask.float())
+    all_tokens, all_answers = world.sum(torch.stack([tokens[chosen].sum(), chosen.sum()]).double()).clamp(min=1).float()
+    if loss_type == "dapo":
+        each = torch.ones_like(tokens) / all_tokens
+    elif loss_type == "grpo":
+        each = 1 / (tokens.clamp(min=1) * all_answers)
+    elif loss_type == "dr_grpo":
+        each = torch.ones_like(tokens) / (all_answers * max_completion_length)
+    else:
+        raise ValueError(f"loss_type must be one of dapo, grpo, dr_grpo, got {loss_type!r}")
+    return (each * chosen)[batch.sequence_of] * batch.response_mask
 
 
 def grpo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
-    weights: TokenWeights,
+    weights: Tensor,
     *,
     epsilon: float,
     epsilon_high: float,
+    correction: Tensor | None = None,
+    reference_log_probs: Tensor | None = None,
+    beta: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate, -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), and this batch's part of each metric.
+    """The clipped surrogate, -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), and this part's share of each metric.
 
-    Losses and metrics of micro-batches that share a denominator add up to those of the whole.
+    Args:
+        log_probs, old_log_probs, advantages, weights: [m], see `token_weights`.
+        correction: [m], factors for the sampler's mismatch, see `sampler_correction`.
+        reference_log_probs, beta: the KL divergence from a reference by the estimator exp(d) - d - 1, and its weight.
+
+    Losses and metrics of micro-batches, and of ranks, add up to those of the whole.
     """
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    weight, denominator = weights
-
-    def average(values: Tensor) -> Tensor:
-        return (values * weight).sum() / denominator
-
+    if correction is not None:
+        token_loss = token_loss * correction
     with torch.no_grad():
         metrics = {
-            "clip_ratio/low_mean": average((ratio < 1 - epsilon) & (advantages < 0)),
-            "clip_ratio/high_mean": average((ratio > 1 + epsilon_high) & (advantages > 0)),
-            "approx_kl": average(ratio - 1 - (log_probs - old_log_probs)),
+            "clip_ratio/low_mean": (((ratio < 1 - epsilon) & (advantages < 0)) * weights).sum(),
+            "clip_ratio/high_mean": (((ratio > 1 + epsilon_high) & (advantages > 0)) * weights).sum(),
+            "approx_kl": ((ratio - 1 - (log_probs - old_log_probs)) * weights).sum(),
         }
-    return average(token_loss), metrics
+    if reference_log_probs is not None:
+        away = reference_log_probs - log_probs
+        divergence = away.exp() - away - 1
+        token_loss = token_loss + beta * divergence
+        metrics["kl"] = (divergence.detach() * weights).sum()
+    loss = (token_loss * weights).sum()
+    return loss, metrics | {"loss": loss.detach()}
+
+
+def sampler_correction(log_probs: Tensor, sampler_log_probs: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights: the trainer's probability of each token over the sampler's, at most `cap`."""
+    return (log_probs - sampler_log_probs).exp().clamp(max=cap)

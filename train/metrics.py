@@ -8,22 +8,31 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from train.checkpoint import Position
+from rhythm_kernels import coupled_sets, find_peaks
+from train.batch import Rollouts
+from train.config import Credit
+from train.distributed import World
 from train.policy import TokenStats
-from train.rollout import Rollouts
 
 FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to a run's metrics, after cutting off what was written beyond `position`."""
+    """Appends to a run's metrics, after cutting off what was written beyond `size` bytes, of steps after `step`.
 
-    def __init__(self, run: Path, position: Position):
-        self.file = open(run / FILE, "ab")  # noqa: SIM115
-        self.file.truncate(position.metrics_bytes)
-        self.board = SummaryWriter(run / "tensorboard", purge_step=position.step + 1)
+    Only the first rank writes.
+    """
+
+    def __init__(self, run: Path, step: int, size: int, world: World):
+        self.file = self.board = None
+        if world.is_first:
+            self.file = open(run / FILE, "ab")  # noqa: SIM115
+            self.file.truncate(size)
+            self.board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]):
+        if self.file is None:
+            return
         self.file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
         self.file.flush()
         for name, value in metrics.items():
@@ -31,50 +40,112 @@ class MetricsLog:
 
     def flush(self) -> int:
         """Has the disk hold everything written so far, and returns its size in bytes."""
+        if self.file is None:
+            return 0
         self.file.flush()
         os.fsync(self.file.fileno())
         self.board.flush()
         return self.file.seek(0, os.SEEK_END)
 
     def close(self):
-        self.flush()
-        self.file.close()
-        self.board.close()
+        if self.file is not None:
+            self.flush()
+            self.file.close()
+            self.board.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / FILE).read_text().splitlines()]
 
 
+class Gathered:
+    """Means and extremes over all ranks: what is added here is reduced in one go."""
+
+    def __init__(self):
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.most: dict[str, Tensor] = {}
+
+    def mean(self, name: str, values: Tensor) -> None:
+        """Of the values of all ranks; 0 where there are none."""
+        values = values.double()
+        self.sums[name] = (values.sum(), torch.tensor(float(values.numel()), dtype=torch.float64))
+
+    def share(self, name: str, part: Tensor, whole: Tensor) -> None:
+        """The part's True values over the whole's; 0 of none."""
+        self.sums[name] = (part.sum().double(), whole.sum().double())
+
+    def total(self, name: str, value: float) -> None:
+        self.sums[name] = (torch.tensor(float(value), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
+
+    def largest(self, name: str, values: Tensor) -> None:
+        self.most[name] = values.max().double() if values.numel() else torch.tensor(0.0, dtype=torch.float64)
+
+    def reduce(self, world: World) -> dict[str, float]:
+        means = torch.stack([torch.stack([x.to(world.device) for x in pair]) for pair in self.sums.values()])
+        most = torch.stack([value.to(world.device) for value in self.most.values()])
+        means, most = world.sum(means), world.largest(most)
+        found = {name: (s / n if n else s) for name, (s, n) in zip(self.sums, means.tolist(), strict=True)}
+        return found | dict(zip(self.most, most.tolist(), strict=True))
+
+
 def rollout_metrics(
-    batch: Rollouts, rewards: Tensor, num_generations: int, old: TokenStats, gamma: Tensor
+    batch: Rollouts, rewards: Tensor, num_generations: int, old: TokenStats, gamma: Tensor, credit: Credit, world: World
 ) -> dict[str, float]:
-    mask = batch.response_mask
-    lengths = mask.sum(-1).float()
-    ended = lengths[batch.finished]
+    """Of one step's answers over all ranks; rewards [B], gamma [N]."""
+    mask, found = batch.response_mask, Gathered()
+    lengths = batch.per_sequence(mask.long())
     deviations = rewards.view(-1, num_generations).std(-1)
-    gap = (old.log_probs - batch.log_probs).abs()[mask]
-    metrics = {
-        "reward": rewards.mean(),
-        "reward_std": deviations.mean(),
-        "frac_reward_zero_std": (deviations == 0).float().mean(),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - batch.finished.float().mean(),
-        "completions/mean_terminated_length": ended.mean() if len(ended) else torch.tensor(0.0),
-        "num_tokens": batch.attention_mask.sum(),
-        "entropy": old.entropy[mask].mean(),
-        "sampling/sampling_logp_difference/mean": gap.mean(),
-        "sampling/sampling_logp_difference/max": gap.max(),
-        "rhythm/gamma_mean": gamma[mask].mean(),
-        "rhythm/credited_share": (gamma[mask] != 1).float().mean(),
-    }
+    found.mean("reward", rewards)
+    found.mean("reward_std", deviations)
+    found.mean("frac_reward_zero_std", deviations == 0)
+    found.mean("completions/mean_length", lengths)
+    found.mean("completions/mean_terminated_length", lengths[batch.finished])
+    found.mean("completions/clipped_ratio", ~batch.finished)
+    found.largest("completions/max_length", lengths)
+    found.largest("completions/min_length", -lengths)
+    found.total("num_tokens", len(batch.ids))
+    known = mask & old.log_probs.isfinite()  # a single step's own pass leaves out answers without an advantage
+    found.mean("entropy", old.entropy[known])
+    gap = (old.log_probs - batch.log_probs)[known]
+    found.mean("sampling/sampling_logp_difference/mean", gap.abs())
+    found.largest("sampling/sampling_logp_difference/max", gap.abs())
+    found.mean("sampling/importance_sampling_ratio/mean", gap.exp())
+    found.mean("rhythm/gamma_mean", gamma[mask])
+    found.mean("rhythm/credited_share", gamma[mask] != 1)
     if old.rhythm is not None:
-        metrics["rhythm/waad_mean"] = old.rhythm.waad[mask].mean()
-        metrics["rhythm/fai_mean"] = old.rhythm.fai[mask].mean()
-    drift = old.drift._asdict() if old.drift else {}
-    return {name: value.item() for name, value in metrics.items()} | {f"groups/{k}": v for k, v in drift.items()}
+        _rhythm_metrics(found, batch, old, known, credit)
+    metrics = found.reduce(world)
+    metrics["completions/min_length"] *= -1
+    return metrics | {f"groups/{name}": value for name, value in (old.drift._asdict() if old.drift else {}).items()}
+
+
+def _rhythm_metrics(found: Gathered, batch: Rollouts, old: TokenStats, known: Tensor, credit: Credit) -> None:
+    mask = batch.response_mask
+    packed = {"cu_seqlens": batch.cu_seqlens}
+    options = {"q": credit.credit_q, "k": credit.credit_k, "largest": credit.credit_largest}
+    sets = coupled_sets(old.rhythm, mask[None], **options, **packed)
+    peaks = find_peaks(old.rhythm.waad, mask[None], **packed)[0]
+    found.mean("rhythm/waad_mean", old.rhythm.waad[0, mask])
+    found.mean("rhythm/fai_mean", old.rhythm.fai[0, mask])
+    found.share("rhythm/dominated_anchors", sets.dominated, sets.t_glob)
+    found.share("rhythm/anchors_that_are_preplan", sets.t_loc & sets.t_glob, sets.t_glob)
+    found.mean("rhythm/entropy_at_waad_peaks", old.entropy[peaks & known])
+
+
+def memory_metrics(old: TokenStats, device: torch.device) -> dict[str, float]:
+    """GiB: the most held since the last call (on a GPU; else by the process so far), and by the statistics of it."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return {
+        "memory/peak_gib": peak / 2**30,
+        "memory/statistics_gib": old.bytes / 2**30,
+        "rhythm/statistics_memory_share": old.bytes / peak,
+    }
 
 
 def learning_warnings(metrics: dict[str, float]) -> set[str]:

@@ -16,20 +16,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from train import data, policy
+from train import policy
 from train.config import Config
 from train.console import bar, say
-from train.data import Problem, demonstrate
-from train.policy import build_policy, token_log_probs, token_logits
+from train.distributed import World
+from train.policy import build_model
+from train.tasks import Problem, words
+from train.tasks.words import build_tokenizer, demonstrate
 
 BATCHES_PER_SORT = 16  # demonstrations are sorted by length over this many batches, which halves the padding
 
 
 def warm_start_path(config: Config, seed: int) -> Path:
     """Where this configuration's warm start lies, by a hash of its settings and of the code that it goes through."""
-    code = "".join(Path(module.__file__).read_text() for module in (data, policy)) + Path(__file__).read_text()
+    code = "".join(Path(module.__file__).read_text() for module in (words, policy)) + Path(__file__).read_text()
     parts = [
-        asdict(config.task),
+        asdict(config.words),
         asdict(config.model),
         asdict(config.demonstrations),
         context_length(config),
@@ -42,19 +44,25 @@ def warm_start_path(config: Config, seed: int) -> Path:
 
 def context_length(config: Config) -> int:
     """Tokens in the longest prompt and completion of a run."""
-    return config.task.numbers + 3 + config.rollout.max_completion_length
+    return config.words.numbers + 3 + config.rollout.max_completion_length
 
 
-def warm_start(
-    config: Config, seed: int, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> Path:
-    """The folder of this seed's supervised model, trained now unless it is there already."""
+def warm_start(config: Config, seed: int, problems: list[Problem], world: World) -> Path:
+    """The folder of this seed's supervised model, trained now by the first rank unless it is there already."""
     folder = warm_start_path(config, seed)
-    if folder.exists():
-        say(f"[seed {seed}] warm start found in {folder}")
-        return folder
+    if world.is_first:
+        if folder.exists():
+            say(f"[seed {seed}] warm start found in {folder}")
+        else:
+            make_warm_start(folder, config, seed, problems, world.device)
+    world.barrier()
+    return folder
+
+
+def make_warm_start(folder: Path, config: Config, seed: int, problems: list[Problem], device: torch.device) -> None:
     torch.manual_seed(seed)
-    model = build_policy(config.model, tokenizer, context_length(config)).to(device)
+    tokenizer = build_tokenizer()
+    model = build_model(config.model, tokenizer, context_length(config)).to(device)
     loss = supervise(model, config, seed, problems, tokenizer)
     say(f"[seed {seed}] warm start: loss {loss:.3f} after {config.demonstrations.sft_steps} steps, kept in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +73,6 @@ def warm_start(
         unfinished.rename(folder)
     except OSError:  # another run made the same one meanwhile
         shutil.rmtree(unfinished)
-    return folder
 
 
 def supervise(
@@ -90,8 +97,8 @@ def supervise(
     recent = float("nan")
     for step in steps:
         ids, attention_mask, target_mask = (tensor.to(model.device) for tensor in next(batches))
-        log_probs = token_log_probs(token_logits(model, ids, attention_mask), ids)
-        loss = -(log_probs * target_mask).sum() / target_mask.sum()
+        labels = ids.masked_fill(target_mask == 0, -100)
+        loss = model(input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -112,7 +119,7 @@ def demonstration_batches(
         examples = []
         for problem in draw.choices(problems, k=BATCHES_PER_SORT * style.sft_batch_size):
             prompt = tokenizer.encode(problem.prompt)
-            answer = tokenizer.encode(demonstrate(problem, config.task, style, draw))
+            answer = tokenizer.encode(demonstrate(problem, config.words, style, draw))
             examples.append((prompt, [*answer, tokenizer.eos_token_id]))
         examples.sort(key=lambda example: len(example[1]))
         size = style.sft_batch_size

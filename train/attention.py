@@ -1,0 +1,80 @@
+"""Attention over sequences packed into one row, each by itself: no padding, and no mask of [tokens, tokens].
+
+Importing this file registers it with transformers under the name "packed". The decoder is then called with position_ids
+that restart and, as transformers' own kernels for packed input are, with `cu_seq_lens_q` and `max_length_q`.
+On a GPU it is torch's variable-length FlashAttention, elsewhere a call of torch's attention for each sequence.
+"""
+
+import inspect
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """query [1, HQ, T, D], key and value [1, H, T, D], cu_seq_lens_q int32 [S + 1] -> out [1, T, HQ, D].
+
+    Raises:
+        ValueError: for what the kernels cannot do: a mask, dropout, soft-capping, sinks, attention that is not causal.
+    """
+    given = {"a mask": attention_mask, "soft-capping": softcap, "sinks": s_aux, "dropout": dropout or None}
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong or is_causal is False or not getattr(module, "is_causal", True):
+        raise ValueError(
+            f"--attention packed cannot do {', '.join(wrong) or 'bidirectional attention'}, which this model has: "
+            "take one of transformers' own"
+        )
+    if cu_seq_lens_q is None or query.shape[0] != 1:
+        raise ValueError(f"--attention packed needs one row with cu_seq_lens_q, got {query.shape[0]} rows")
+    if query.is_cuda:
+        out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        out = _one_by_one(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window)
+    return out, None
+
+
+def _varlen(query, key, value, cu_seqlens, longest, scale, window) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # later torch versions want to be told that key heads are shared
+    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    reach = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=reach, **shared)
+    return out[None]
+
+
+def _one_by_one(query, key, value, bounds: list[int], scale, window) -> Tensor:
+    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    outs = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        near = None
+        if window is not None and q.shape[2] > window:
+            distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+            near = (distance >= 0) & (distance < window)
+        outs.append(scaled_dot_product_attention(q, k, v, near, is_causal=near is None, scale=scale, enable_gqa=True))
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,127 @@
+"""Rollouts as one row of tokens, and the micro-batches that are cut from it: nothing is padded, nothing is dropped.
+
+Every tensor of tokens is [N], prompts and answers of all sequences one after another, and indexed by the token's own
+position: entry t is about token t, which the row before it, t - 1, predicts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.distributed import World
+from train.rollout import Completion
+
+
+class Rollouts(NamedTuple):
+    """B answers with their prompts, N tokens in all."""
+
+    ids: Tensor
+    """[N] int64."""
+    cu_seqlens: Tensor
+    """[B + 1] int32: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1]."""
+    response_mask: Tensor
+    """[N] bool: the answers' tokens, the end of sequence included."""
+    log_probs: Tensor
+    """[N] fp32: the sampler's own; 0 in prompts."""
+    finished: Tensor
+    """[B] bool: which answers ended by themselves."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, known to the host."""
+
+    @property
+    def sequence_of(self) -> Tensor:
+        """[N] int64: the sequence of each token."""
+        sequences = torch.arange(len(self.lengths), device=self.ids.device)
+        return sequences.repeat_interleave(self.cu_seqlens.diff().long(), output_size=len(self.ids))
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """Sums over each sequence: [N] -> [B]."""
+        sums = torch.zeros(len(self.lengths), dtype=values.dtype, device=values.device)
+        return sums.index_add_(0, self.sequence_of, values)
+
+
+def pack(prompts: Sequence[list[int]], completions: Sequence[Completion], n: int, device: torch.device) -> Rollouts:
+    """`n` completions of each prompt, as an engine gives them."""
+    ids, mask, log_probs, lengths = [], [], [], []
+    for index, completion in enumerate(completions):
+        prompt = prompts[index // n]
+        ids += prompt + completion.ids
+        mask += [False] * len(prompt) + [True] * len(completion.ids)
+        log_probs += [0.0] * len(prompt) + completion.log_probs
+        lengths.append(len(prompt) + len(completion.ids))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    finished = torch.tensor([completion.finish_reason == "stop" for completion in completions])
+    return Rollouts(
+        torch.tensor(ids).to(device),
+        bounds.to(device),
+        torch.tensor(mask).to(device),
+        torch.tensor(log_probs, dtype=torch.float32).to(device),
+        finished.to(device),
+        tuple(lengths),
+    )
+
+
+class MicroBatch(NamedTuple):
+    """Some sequences of a batch as one packed row of n tokens."""
+
+    ids: Tensor
+    """[1, n] int64."""
+    position_ids: Tensor
+    """[1, n] int64: from 0 in each sequence."""
+    cu_seqlens: Tensor
+    """[S + 1] int32."""
+    longest: int
+    place: Tensor
+    """[n] int64: where each token stands in the batch."""
+    answers: Tensor
+    """[m] int64: the places in this row of the answers' tokens; each has a token before it."""
+    sequences: Tensor
+    """[S] int64: which sequences of the batch these are."""
+    is_surplus: bool = False
+    """Run only because other ranks have one more: to be counted nowhere."""
+
+
+def micro_batches(batch: Rollouts, rows: Sequence[int], most_tokens: int, world: World) -> list[MicroBatch]:
+    """`rows` in packed rows of at most `most_tokens`; a longer sequence has one to itself.
+
+    As many on every rank, since sharded weights are gathered by all ranks together.
+    """
+    micros = [take(batch, bin_) for bin_ in bins([batch.lengths[row] for row in rows], rows, most_tokens)]
+    missing = world.most(len(micros)) - len(micros)
+    shortest = min(range(len(batch.lengths)), key=batch.lengths.__getitem__)
+    return micros + [take(batch, [shortest])._replace(is_surplus=True)] * missing
+
+
+def bins(lengths: Sequence[int], rows: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """First fit, the longest first: each of `rows` once, ascending inside a bin."""
+    filled: list[list[int]] = []
+    room: list[int] = []
+    for length, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: -pair[0]):
+        place = next((i for i, left in enumerate(room) if length <= left), None)
+        if place is None:
+            filled.append([row])
+            room.append(most_tokens - length)
+        else:
+            filled[place].append(row)
+            room[place] -= length
+    return [sorted(bin_) for bin_ in filled]
+
+
+def take(batch: Rollouts, rows: Sequence[int]) -> MicroBatch:
+    device = batch.ids.device
+    lengths = torch.tensor([batch.lengths[row] for row in rows])
+    ends = lengths.cumsum(0)
+    position_ids = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
+    starts = torch.tensor(batch.lengths).cumsum(0)[list(rows)] - lengths
+    place = (position_ids + starts.repeat_interleave(lengths)).to(device)
+    return MicroBatch(
+        batch.ids[place][None],
+        position_ids.to(device)[None],
+        torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int().to(device),
+        int(lengths.max()),
+        place,
+        batch.response_mask[place].nonzero().flatten(),
+        torch.tensor(rows).to(device),
+    )

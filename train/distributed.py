@@ -1,0 +1,151 @@
+"""The ranks of a run, and the policy sharded over them with FSDP2. One process alone needs none of it.
+
+    torchrun --nproc-per-node 8 -m train ...
+
+Problems are shared out, and weights, gradients and optimizer state are sharded. Attention statistics, head groups and
+credit are those of each rank's own sequences and need no communication.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from train.config import BadSetting
+
+Item = TypeVar("Item")
+
+
+def choose_device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadSetting("--device must be one that is there, got 'cuda' where torch finds no CUDA device")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def is_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str) -> "World":
+        """As torchrun says; one process without it."""
+        name = choose_device(device)
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if name == "cuda":
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(place)
+        else:
+            place = torch.device("cpu")
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+        return cls(rank, size, place)
+
+    @staticmethod
+    def leave() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def draw(self, seed: int, step: int) -> int:
+        """The seed of this rank's draws at a step, below 2^63."""
+        return (seed * 1_000_003 + step) % 2**48 * self.size + self.rank
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def from_first(self, make: Callable[[], Item]) -> Item:
+        """What the first rank makes, on every rank; what it raises is raised on all."""
+        made: list = [None, None]
+        if self.is_first:
+            try:
+                made[0] = make()
+            except Exception as error:
+                made[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(made, 0)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, values: Tensor) -> Tensor:
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def most(self, value: int) -> int:
+        return int(self.largest(torch.tensor(value)))
+
+    def _reduced(self, values: Tensor, how) -> Tensor:
+        if self.size == 1:
+            return values
+        values = values.to(self.device, copy=True)
+        dist.all_reduce(values, how)
+        return values
+
+    def share(self, items: Sequence[Item], parts: int) -> list[Item]:
+        """This rank's items of each of `parts` equal parts, so that all ranks' parts together are those of one rank."""
+        size = len(items) // (parts * self.size)
+        starts = (size * (part * self.size + self.rank) for part in range(parts))
+        return [item for start in starts for item in items[start : start + size]]
+
+
+def shard(policy: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype) -> None:
+    """Makes the parameters, float32, DTensors that are gathered layer by layer, in `dtype`, where they are used."""
+    if not dist.is_initialized():  # one process that computes in another dtype than it keeps
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
+    options = {"mesh": mesh, **({"mp_policy": mixed} if mixed else {})}
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(policy, **options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this rank has a shard; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def settle(policy: nn.Module) -> None:
+    """Shards again what a forward without a backward pass has left gathered, and in the dtype of the arithmetic."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a settled model, sharded where they are; a tied one under its first name."""
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
+
+
+def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Each of them whole, one at a time; every rank must go through all."""
+    for name, tensor in weights_of(model).items():
+        full = whole(tensor.detach())
+        yield name, full.to(dtype) if full.is_floating_point() else full
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Into an unsharded model's own memory."""
+    own = model.state_dict(keep_vars=True)
+    for name, weight in weights:
+        own[name].copy_(weight)

@@ -1,0 +1,21 @@
+"""Named settings: a file NAME.toml here says what differs from the defaults in train/config.py, and why."""
+
+import sys
+from pathlib import Path
+
+from train.config import BadSetting, Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent
+DEFAULT = "countdown-tiny"
+PRESETS = [DEFAULT, *sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem != DEFAULT)]
+
+
+def load_preset(name: str) -> Config:
+    if name not in PRESETS:
+        raise BadSetting(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return Config(preset=name).change(**tomllib.loads((FOLDER / f"{name}.toml").read_text()))

@@ -1,0 +1,151 @@
+"""What a run works with, made or loaded from its latest checkpoint, and how it is saved."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rhythm_kernels import GroupSchedule
+from train.checkpoint import list_checkpoints, restore, save_checkpoint
+from train.config import Config
+from train.console import say
+from train.data import ProblemStream
+from train.distributed import World, settle, whole_weights
+from train.metrics import MetricsLog
+from train.policy import Policy, load_model, load_policy
+from train.problems import EvalSet, Prompts, load_task, stop_ids
+from train.rewards import Rewards
+from train.rollout import Engine, TransformersEngine
+from train.supervise import warm_start
+
+
+@dataclass
+class TrainingRun:
+    config: Config
+    folder: Path
+    world: World
+    policy: Policy
+    reference: Policy | None
+    """The first policy, where --beta asks for the distance from it."""
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    stream: ProblemStream
+    evaluations: list[EvalSet]
+    schedule: GroupSchedule
+    rewards: Rewards
+    log: MetricsLog
+    step: int
+    """Of the checkpoint that it continues from."""
+    is_new: bool
+
+    @property
+    def label(self) -> str:
+        return f"[seed {self.config.run.seeds[0]}]"
+
+    def say(self, line: str) -> None:
+        if self.world.is_first:
+            say(f"{self.label} {line}")
+
+    def sync(self) -> None:
+        """Gives the engine the policy's weights."""
+        settle(self.policy)
+        self.engine.sync(whole_weights(self.policy.model, getattr(torch, self.config.model.dtype)))
+
+    def save(self, step: int) -> None:
+        settle(self.policy)
+        schedule = self.schedule.state_dict()
+        spans = {} if schedule["spans"] is None else {"spans": schedule["spans"]}
+        save_checkpoint(
+            self.folder,
+            step,
+            self.policy.model,
+            self.optimizer,
+            self.tokenizer,
+            shared={"stream": self.stream.state_dict(), "metrics_bytes": self.log.flush()},
+            own={"age": torch.tensor(schedule["age"]), **spans},
+            config=self.config.settings(),
+            keep=self.config.run.save_total_limit,
+        )
+
+
+@contextmanager
+def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
+    """One seed's run in `folder`, new or continued; on leaving, its files and worker processes are closed."""
+    (seed,) = config.run.seeds
+    torch.set_num_threads(max(1, config.run.threads))
+    torch.manual_seed(seed)
+    world = World.join(config.run.device)
+    task = load_task(config, world)
+    start = config.model.model or str(warm_start(config, seed, task.train, world))
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    prompts = Prompts(tokenizer, config)
+
+    policy = load_policy(start, config, world)
+    reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
+    grpo = config.grpo
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=grpo.learning_rate, weight_decay=grpo.weight_decay)
+    stream = ProblemStream(prompts.fitting(task.train, "--train-data"), seed)
+    schedule = GroupSchedule(config.credit.groups_every)
+    step, metrics_bytes = 0, 0
+    checkpoints = list_checkpoints(folder)
+    if checkpoints:
+        saved = restore(checkpoints[-1], policy.model, optimizer, config=config.settings())
+        stream.load_state_dict(saved.shared["stream"])
+        if saved.own is not None:
+            schedule.load_state_dict({"age": int(saved.own["age"]), "spans": saved.own.get("spans")})
+        step, metrics_bytes = saved.step, saved.shared["metrics_bytes"]
+
+    log = MetricsLog(folder, step, metrics_bytes, world)
+    with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
+        run = TrainingRun(
+            config=config,
+            folder=folder,
+            world=world,
+            policy=policy,
+            reference=reference,
+            engine=load_engine(start, policy, tokenizer, config, world),
+            optimizer=optimizer,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            stream=stream,
+            evaluations=[
+                each._replace(problems=prompts.fitting(each.problems, each.name)) for each in task.evaluations
+            ],
+            schedule=schedule,
+            rewards=rewards,
+            log=log,
+            step=step,
+            is_new=not checkpoints,
+        )
+        run.sync()
+        try:
+            yield run
+        finally:
+            log.close()
+
+
+def load_engine(
+    start: str, policy: Policy | None, tokenizer: PreTrainedTokenizerBase, config: Config, world: World
+) -> Engine:
+    """What --engine names; transformers' samples from the policy itself where that is whole, else from a copy."""
+    stops, rollout = stop_ids(start, tokenizer), config.rollout
+    if rollout.engine == "vllm":
+        from train.vllm_engine import VLLMEngine  # imports vllm
+
+        return VLLMEngine(
+            start,
+            stop_ids=stops,
+            max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
+            dtype=config.model.dtype,
+            gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
+            sleep_mode=rollout.vllm_enable_sleep_mode,
+        )
+    is_copy = policy is None or world.size > 1 or config.model.dtype != "float32"
+    model = load_model(start, dtype=getattr(torch, config.model.dtype)).to(world.device) if is_copy else policy.model
+    pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return TransformersEngine(model, stops=stops, pad=pad, batch_size=rollout.rollout_batch_size, is_copy=is_copy)

@@ -1,0 +1,16 @@
+"""The tasks: problems and the verifiers of their answers. Reward workers import this package, so it loads no torch."""
+
+from collections.abc import Callable
+
+from train.tasks import choice, countdown, maths, words
+from train.tasks.types import Problem
+
+# (completion, answer) -> reward. Pure, and a wrong answer is 0.0, however it is written.
+VERIFIERS: dict[str, Callable[[str, str], float]] = {
+    "words": words.verify,
+    "countdown": countdown.verify,
+    "choice": choice.verify,
+    "maths": maths.verify,
+}
+
+__all__ = ["VERIFIERS", "Problem"]
