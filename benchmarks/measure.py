@@ -83,6 +83,22 @@ def interleave(
     }
 
 
+def interleave_long(
+    variants: dict[str, Callable[[], object]], rounds: int, label: str, device: torch.device = CPU
+) -> dict[str, Measured]:
+    """As `interleave`, for runs of minutes: none is for warming up, and the same runs give time and memory."""
+    extra: dict[str, list[int]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in progress(range(rounds), label):
+        for name, run in variants.items():
+            gc.collect()
+            extra[name].append(extra_bytes(lambda run=run, name=name: seconds[name].append(_time(run, device)), device))
+    return {
+        name: Measured(statistics.median(taken), tuple(taken), int(statistics.median(extra[name])))
+        for name, taken in seconds.items()
+    }
+
+
 def _time(run: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         begin = time.perf_counter()

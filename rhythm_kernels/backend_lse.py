@@ -99,7 +99,9 @@ class LseReader(TorchDispatchMode):
         precise = query.dtype == torch.float32 or not query.is_cpu
         fitting = all(call.dtype == query.dtype and (sinks is None or call.has_sinks) for call in self._calls)
         if self._calls and fitting and precise:
-            lse = _fitted(self._calls[0], shape, layout) if len(self._calls) == 1 else _joined(self._calls, shape, layout)
+            lse = (
+                _fitted(self._calls[0], shape, layout) if len(self._calls) == 1 else _joined(self._calls, shape, layout)
+            )
             if lse is not None:
                 return lse, self._calls[0].source
         return None, ROW_PASS

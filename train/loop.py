@@ -11,99 +11,122 @@ a factor for every token of them; `shape_advantages` puts it on the positive adv
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rhythm_kernels import shape_advantages, token_credit
-from train.batch import micro_batches, pack
+from train.batch import Rollouts, micro_batches, pack
 from train.config import Config
 from train.console import Phases, bar
 from train.evaluate import evaluate
 from train.loss import group_advantages
 from train.metrics import learning_warnings, memory_metrics, rollout_metrics
-from train.policy import credit_options, read_batch, read_log_probs
+from train.policy import TokenStats, credit_options, read_batch, read_log_probs
 from train.rewards import count_errors
 from train.rollout import Sampling
 from train.samples import write_held_out_samples, write_samples
 from train.setup import TrainingRun, open_run
+from train.tasks import Problem
 from train.update import update_policy
+
+
+class Step(NamedTuple):
+    """One step, for whoever looks at it."""
+
+    metrics: dict[str, float]
+    problems: list[Problem]
+    """Of each answer."""
+    batch: Rollouts
+    rewards: Tensor
+    """[B]"""
+    tokens: TokenStats
+    gamma: Tensor
+    """[N]"""
 
 
 def train(config: Config, folder: Path):
     """Trains one seed into `folder`, from its latest checkpoint if it has one."""
-    rollout, grpo, credit = config.rollout, config.grpo, config.credit
-    n = rollout.num_generations
+    grpo, report = config.grpo, config.run
     with open_run(config, folder) as run:
-        world = run.world
         if run.is_new:
             assess(run, 0, "before")
             run.save(0)
         warned: set[str] = set()
-        steps = bar(range(run.step + 1, grpo.max_steps + 1), f"{run.label} GRPO", "step", disable=not world.is_first)
-        for step in steps:
-            phase = Phases(f"{run.label} step {step}", shown=world.is_first)
-            draw = world.draw(config.run.seeds[0], step)
-            set_learning_rate(run.optimizer, step, config)
-
-            problems = world.share(run.stream.take(rollout.prompts_per_step), grpo.gradient_steps)
-            asked = [problem for problem in problems for _ in range(n)]
-            with phase("rollout", len(asked), "answer") as advance:
-                prompts = [run.prompts.encode(problem) for problem in problems]
-                sampling = Sampling(rollout.max_completion_length, rollout.temperature, draw)
-                run.engine.wake()
-                completions = run.engine.generate(prompts, n, sampling, advance)
-                run.engine.sleep()
-                batch = pack(prompts, completions, n, world.device)  # B answers, N tokens in one row
-
-            with phase("reward", len(asked), "answer") as advance:
-                texts = run.prompts.decode(completions)
-                scores = run.rewards.score(texts, asked, advance)
-                rewards = torch.tensor([score.reward for score in scores], device=world.device) * batch.finished
-                advantages = group_advantages(rewards, n, grpo.scale_rewards, world)  # [B]
-
-            with phase("old log-probs", len(batch.ids), "token") as advance:
-                micros = micro_batches(batch, range(len(asked)), grpo.micro_batch_tokens, world)
-                old = read_batch(run.policy, batch, micros, config, run.schedule, progress=advance)
-                reference = read_log_probs(run.reference, batch, micros) if run.reference else None
-
-            with phase("credit"):
-                gamma = token_credit(
-                    credit.credit,
-                    mask=batch.response_mask[None],
-                    rhythm=old.rhythm,
-                    entropy=None if old.entropy is None else old.entropy[None],
-                    seed=draw,
-                    cu_seqlens=batch.cu_seqlens,
-                    **credit_options(credit),
-                )
-                shaped = shape_advantages(advantages[batch.sequence_of][None], gamma)[0]  # [N]
-
-            with phase("update", len(batch.ids) * grpo.num_iterations, "token") as advance:
-                update, tokens = update_policy(
-                    run.policy, run.optimizer, batch, old, shaped, config, world, reference, progress=advance
-                )
-
-            with phase("weight sync"):
-                run.sync()
-
-            metrics = rollout_metrics(batch, rewards, n, tokens, gamma[0], credit, world) | update
-            metrics |= phase.metrics(old.seconds) | memory_metrics(tokens, world.device)
-            metrics |= {"rewards/errors": count_errors(scores), "learning_rate": run.optimizer.param_groups[0]["lr"]}
-            run.log.write(step, metrics)
-            steps.set_postfix(reward=f"{metrics['reward']:.2f}", refresh=False)
-            warned = warn(run, step, metrics, warned)
-            if step % config.run.logging_steps == 0 or step == grpo.max_steps:
-                run.say(describe(step, metrics, config))
-            if is_due(config.run.sample_steps, step, grpo.max_steps) and world.is_first:
-                page = folder / "samples" / f"step-{step:06d}.html"
-                write_samples(page, batch, tokens, gamma[0], rewards, asked, run.prompts, config)
-            if is_due(config.run.eval_steps, step, grpo.max_steps):
-                assess(run, step, f"step {step}")
-            if step % config.run.save_steps == 0 or step == grpo.max_steps:
-                run.save(step)
-
+        numbers = range(run.step + 1, grpo.max_steps + 1)
+        for number in (steps := bar(numbers, f"{run.label} GRPO", "step", disable=not run.world.is_first)):
+            step = train_step(run, number)
+            run.log.write(number, step.metrics)
+            steps.set_postfix(reward=f"{step.metrics['reward']:.2f}", refresh=False)
+            warned = warn(run, number, step.metrics, warned)
+            if number % report.logging_steps == 0 or number == grpo.max_steps:
+                run.say(describe(number, step.metrics, config))
+            if is_due(report.sample_steps, number, grpo.max_steps) and run.world.is_first:
+                page = folder / "samples" / f"step-{number:06d}.html"
+                write_samples(page, step.batch, step.tokens, step.gamma, step.rewards, step.problems, run)
+            if is_due(report.eval_steps, number, grpo.max_steps):
+                assess(run, number, f"step {number}")
+            if number % report.save_steps == 0 or number == grpo.max_steps:
+                run.save(number)
         assess(run, grpo.max_steps, "after")
         write_held_out_samples(run, folder / "samples.html")
+
+
+def train_step(run: TrainingRun, number: int) -> Step:
+    """From problems to an updated policy; `number` counts from 1."""
+    config, world = run.config, run.world
+    rollout, grpo, credit = config.rollout, config.grpo, config.credit
+    phase = Phases(f"{run.label} step {number}", shown=world.is_first)
+    draw, n = world.draw(config.run.seeds[0], number), rollout.num_generations
+    set_learning_rate(run.optimizer, number, config)
+
+    problems = world.share(run.stream.take(rollout.prompts_per_step), grpo.gradient_steps)
+    asked = [problem for problem in problems for _ in range(n)]
+    with phase("rollout", len(asked), "answer") as advance:
+        prompts = [run.prompts.encode(problem) for problem in problems]
+        sampling = Sampling(rollout.max_completion_length, rollout.temperature, draw)
+        run.engine.wake()
+        completions = run.engine.generate(prompts, n, sampling, advance)
+        run.engine.sleep()
+        batch = pack(prompts, completions, n, world.device)  # B answers, N tokens in one row
+
+    with phase("reward", len(asked), "answer") as advance:
+        texts = run.prompts.decode(completions)
+        scores = run.rewards.score(texts, asked, advance)
+        rewards = torch.tensor([score.reward for score in scores], device=world.device) * batch.finished
+        advantages = group_advantages(rewards, n, grpo.scale_rewards, world)  # [B]
+
+    with phase("old log-probs", len(batch.ids), "token") as advance:
+        micros = micro_batches(batch, range(len(asked)), grpo.micro_batch_tokens, world)
+        old = read_batch(run.policy, batch, micros, config, run.schedule, progress=advance)  # with WAAD and FAI
+        reference = read_log_probs(run.reference, batch, micros) if run.reference else None
+
+    with phase("credit"):
+        gamma = token_credit(
+            credit.credit,
+            mask=batch.response_mask[None],
+            rhythm=old.rhythm,
+            entropy=None if old.entropy is None else old.entropy[None],
+            seed=draw,
+            cu_seqlens=batch.cu_seqlens,
+            **credit_options(credit),
+        )
+        shaped = shape_advantages(advantages[batch.sequence_of][None], gamma)[0]  # [N]
+
+    with phase("update", len(batch.ids) * grpo.num_iterations, "token") as advance:
+        update, tokens = update_policy(
+            run.policy, run.optimizer, batch, old, shaped, config, world, reference, progress=advance
+        )
+
+    with phase("weight sync"):
+        run.sync()
+
+    metrics = rollout_metrics(batch, rewards, n, tokens, gamma[0], credit, world) | update
+    metrics |= phase.metrics(old.seconds) | memory_metrics(tokens, world.device)
+    metrics |= {"rewards/errors": count_errors(scores), "learning_rate": run.optimizer.param_groups[0]["lr"]}
+    metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
+    return Step(metrics, asked, batch, rewards, tokens, gamma[0])
 
 
 def is_due(every: int, step: int, last: int) -> bool:

@@ -266,8 +266,7 @@ def load_policy(folder: str | Path, config: Config, world: World, *, trains: boo
         _without_dropout(model).eval()
     model.config.dtype = dtype  # of what checkpoints export
     if config.model.gradient_checkpointing and trains:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its new name
-        enable({"use_reentrant": False})
+        activation_checkpointing(model)
     policy = Policy(model, config.rollout.temperature).eval()
     if world.size == 1:
         policy.to(world.device)
@@ -285,6 +284,11 @@ def load_policy(folder: str | Path, config: Config, world: World, *, trains: boo
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, 0)
     return policy.requires_grad_(trains)
+
+
+def activation_checkpointing(model: PreTrainedModel) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name in later versions
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @torch.no_grad()

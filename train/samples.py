@@ -10,7 +10,6 @@ from rhythm_kernels import GroupSchedule, token_credit
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config
 from train.policy import TokenStats, credit_options, read_batch
-from train.problems import Prompts
 from train.rollout import Sampling
 from train.setup import TrainingRun
 from train.tasks import Problem
@@ -44,7 +43,7 @@ def write_held_out_samples(run: TrainingRun, path: Path) -> None:
     texts = run.prompts.decode(completions)
     rewards = torch.tensor([score.reward for score in run.rewards.score(texts, problems)]) * batch.finished.cpu()
     if world.is_first:
-        write_samples(path, batch, old, gamma, rewards, problems, run.prompts, config)
+        write_samples(path, batch, old, gamma, rewards, problems, run)
 
 
 def write_samples(
@@ -54,15 +53,14 @@ def write_samples(
     gamma: Tensor,
     rewards: Tensor,
     problems: list[Problem],
-    prompts: Prompts,
-    config: Config,
+    run: TrainingRun,
 ) -> None:
-    """The page of the first answers of a batch."""
+    """The page of the first answers of a batch, each with its problem."""
     signals = {"entropy": tokens.entropy} if tokens.entropy is not None else {}
     if tokens.rhythm is not None:
         signals = {"waad": tokens.rhythm.waad[0], "fai": tokens.rhythm.fai[0], **signals}
     bounds, answers = batch.cu_seqlens.tolist(), []
-    for row, problem in enumerate(problems[: config.run.sample_answers]):
+    for row, problem in enumerate(problems[: run.config.run.sample_answers]):
         here = slice(bounds[row], bounds[row + 1])
         mask = batch.response_mask[here]
         columns = {name: values[here][mask].nan_to_num().tolist() for name, values in signals.items()}
@@ -71,13 +69,13 @@ def write_samples(
                 "prompt": problem.prompt,
                 "reward": float(rewards[row]),
                 "finished": bool(batch.finished[row]),
-                "words": prompts.words(batch.ids[here][mask].tolist()),
+                "words": run.prompts.words(batch.ids[here][mask].tolist()),
                 "gamma": gamma[here][mask].tolist(),
                 "signals": columns,
             }
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(answers, config), encoding="utf-8")
+    path.write_text(render(answers, run.config), encoding="utf-8")
 
 
 def render(answers: list[dict], config: Config) -> str:

@@ -1,4 +1,7 @@
-"""Named settings: a file NAME.toml here says what differs from the defaults in train/config.py, and why."""
+"""Named settings: a file NAME.toml here says what differs from the defaults in train/config.py, and why.
+
+`extends = "OTHER"` takes what another one says first; a name with an underscore is only there for that.
+"""
 
 import sys
 from pathlib import Path
@@ -12,10 +15,15 @@ else:
 
 FOLDER = Path(__file__).parent
 DEFAULT = "countdown-tiny"
-PRESETS = [DEFAULT, *sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem != DEFAULT)]
+PRESETS = [DEFAULT, *sorted(path.stem for path in FOLDER.glob("[a-z]*.toml") if path.stem != DEFAULT)]
 
 
 def load_preset(name: str) -> Config:
     if name not in PRESETS:
         raise BadSetting(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return Config(preset=name).change(**tomllib.loads((FOLDER / f"{name}.toml").read_text()))
+    return Config(preset=name).change(**_read(name))
+
+
+def _read(name: str) -> dict:
+    values = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+    return {**(_read(values.pop("extends")) if "extends" in values else {}), **values}

