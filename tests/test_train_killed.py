@@ -38,25 +38,29 @@ def live(last):
             os._exit(99)
     return child
 
+def last_step():
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    complete = [line for line in lines if line.endswith("}")]
+    return json.loads(complete[-1])["step"] if complete else -1
+
 moments = []
 while len(moments) < kills:
-    child, began, end = live(False), time.monotonic(), draw.uniform(0.3, 1.5)
-    saving = len(moments) % 2 == 1  # every other life ends in the middle of a save, a little into it
+    saved = max([int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")], default=0)
+    # every other life ends in the middle of a save, a little into it; the others a moment after some step
+    child, saving, goal = live(False), len(moments) % 2 == 1, saved + draw.randint(0, 3)
     while True:
         gone, status = os.waitpid(child, os.WNOHANG)
         if gone:
             print(json.dumps({"ended early": status, "after": moments}))
             sys.exit(1)
-        if saving and list((run / "checkpoints").glob("unfinished-*")):
-            time.sleep(draw.uniform(0, 0.02))
-            break
-        if not saving and time.monotonic() - began > end:
+        if list((run / "checkpoints").glob("unfinished-*")) if saving else last_step() >= goal:
+            time.sleep(draw.uniform(0, 0.02 if saving else 0.2))
             break
         time.sleep(0.0005)
     unfinished = [path.name for path in (run / "checkpoints").glob("unfinished-*")]
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    moments.append(unfinished[0] if unfinished else "between")
+    moments.append(unfinished[0] if unfinished else f"after step {last_step()}")
 status = os.waitstatus_to_exitcode(os.waitpid(live(True), 0)[1])
 print(json.dumps({"moments": moments, "status": status}))
 """
@@ -79,13 +83,13 @@ def live(kills: int, seed: int, **changes) -> dict:
 @pytest.mark.slow
 def test_a_run_that_is_killed_over_and_over_continues_bit_for_bit(tmp_path, record_property):
     seed = random.SystemRandom().randrange(10**9)
-    changes = {"cache": str(tmp_path / "cache"), "max_steps": 30, "save_steps": 2, "prompts_per_step": 4}
+    changes = {"cache": str(tmp_path / "cache"), "max_steps": 72, "save_steps": 2, "prompts_per_step": 4}
     changes |= {"groups_every": 3, "groups_per": "batch", "sample_answers": 0}
     assert live(0, seed, **changes, output=str(tmp_path / "whole"))["status"] == 0
     killed = live(KILLS, seed, **changes, output=str(tmp_path / "run"))
     print(f"seed {seed}: killed at {killed['moments']}")
     assert killed["status"] == 0 and len(killed["moments"]) == KILLS
-    assert sum(moment != "between" for moment in killed["moments"]) >= KILLS // 3
+    assert sum(moment.startswith("unfinished") for moment in killed["moments"]) >= KILLS // 3
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
     last = [list_checkpoints(tmp_path / name)[-1] / MODEL / "model.safetensors" for name in ("run", "whole")]
     assert last[0].name and last[0].read_bytes() == last[1].read_bytes()

@@ -138,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         tokenizer = AutoTokenizer.from_pretrained(place)
         prompts = Prompts(tokenizer, config)
+        evaluations = prompts.all_fitting(evaluations)
         engine = load_engine(place, None, tokenizer, config, world)
         with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
             found = evaluate(engine, evaluations, prompts, rewards, config, world)

@@ -18,6 +18,7 @@ from statistics import mean
 
 from transformers.utils import logging as transformers_logging
 
+from train.checkpoint import CheckpointError
 from train.config import BadSetting, Config, flag_name
 from train.console import say
 from train.distributed import World, choose_device, is_torchrun
@@ -32,8 +33,15 @@ PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds: the run
 def launch(config: Config, folder: Path | None = None) -> int:
     """Starts the run, or continues the one in `folder`; returns the exit status."""
     transformers_logging.disable_progress_bar()
-    if is_torchrun():
-        return launch_rank(config, folder)
+    try:
+        return launch_rank(config, folder) if is_torchrun() else launch_here(config, folder)
+    except CheckpointError as error:
+        print(f"python -m train: {error}", file=sys.stderr)
+        return 1
+
+
+def launch_here(config: Config, folder: Path | None) -> int:
+    """All seeds of a run, side by side where there are several."""
     choose_device(config.run.device)
     folder = folder or prepare(config)
     began = time.time()

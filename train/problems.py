@@ -71,6 +71,9 @@ class Prompts:
         """Each token's own text, for people to look at."""
         return [self.tokenizer.decode([token]) for token in ids]
 
+    def all_fitting(self, evaluations: list[EvalSet]) -> list[EvalSet]:
+        return [each._replace(problems=self.fitting(each.problems, each.name)) for each in evaluations]
+
     def fitting(self, problems: list[Problem], what: str) -> list[Problem]:
         """Those that are not longer than --max-prompt-length; says how many are."""
         kept = [problem for problem in problems if 0 < len(self.encode(problem)) <= self.most]

@@ -113,9 +113,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             tokenizer=tokenizer,
             prompts=prompts,
             stream=stream,
-            evaluations=[
-                each._replace(problems=prompts.fitting(each.problems, each.name)) for each in task.evaluations
-            ],
+            evaluations=prompts.all_fitting(task.evaluations),
             schedule=schedule,
             rewards=rewards,
             log=log,

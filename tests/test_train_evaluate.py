@@ -1,0 +1,165 @@
+"""Evaluation: averages over problems and answers, the paper's table, and the command line on a run's folder."""
+
+import json
+import math
+
+import pytest
+import torch
+from train_cases import ALONE, TOKENIZER, settings
+
+from train.console import Phases
+from train.distributed import World
+from train.evaluate import Evaluation, SolveRate, evaluate, find_model, main, table
+from train.launch import launch
+from train.loop import is_due
+from train.metrics import read_metrics
+from train.plots import peak, smooth
+from train.presets import load_preset
+from train.problems import EvalSet, Prompts, load_task
+from train.rewards import Rewards
+from train.rollout import Completion
+from train.tasks import Problem
+
+PROBLEMS = [Problem(f"{a} {b} ? {a + b} >", json.dumps({"numbers": [a, b], "target": a + b}), "words") for a, b in
+            ((1, 2), (3, 4), (5, 6), (7, 8))]  # fmt: skip
+
+
+class Scripted:
+    """Solves the i-th problem in the first i of its answers; every fourth answer is cut off, solved or not."""
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompts, n, sampling, progress=None):
+        self.calls.append((len(prompts), n, sampling))
+        made = []
+        for prompt in prompts:
+            a, b = (int(word) for word in TOKENIZER.decode(prompt).split()[:2])
+            for answer in range(n):
+                right = TOKENIZER.encode(f"A {a} + {b}")
+                wrong = TOKENIZER.encode(f"A {a} - {b}")
+                ids = right if answer < a // 2 + 1 else wrong
+                made.append(Completion(ids, [0.0] * len(ids), "length" if answer % 4 == 3 else "stop"))
+        return made
+
+    def sync(self, weights):
+        pass
+
+    def sleep(self):
+        pass
+
+    wake = sleep
+
+
+def test_means_over_answers_and_errors_over_problems():
+    engine, config = Scripted(), settings(eval_batch_size=10)
+    sets = [EvalSet("four", PROBLEMS, 4, 0.6), EvalSet("greedy", PROBLEMS, 1, None)]
+    with Rewards(1, 1.0) as rewards:
+        found = evaluate(engine, sets, Prompts(TOKENIZER, config), rewards, config, ALONE).rates
+    # 1, 2, 3 and 4 of 4 answers are right, and the fourth is cut off, so that it does not count
+    expected = torch.tensor([0.25, 0.5, 0.75, 0.75])
+    assert found["four"].solved == pytest.approx(expected.mean().item())
+    assert found["four"].standard_error == pytest.approx(expected.std(correction=0).item() / 2)
+    assert (found["four"].finished, found["four"].problems, found["four"].answers) == (0.75, 4, 4)
+    assert found["greedy"].solved == 1.0 and found["greedy"].standard_error == 0
+    assert [call[:2] for call in engine.calls] == [(2, 4), (2, 4), (4, 1)]  # at most ten answers at a time
+    assert [call[2].temperature for call in engine.calls] == [0.6, 0.6, None]
+    assert len({call[2].seed for call in engine.calls[:2]}) == 2
+
+
+def test_ranks_share_the_problems():
+    class WithAnother(World):
+        def sum(self, values):
+            return values + torch.tensor([1.25, 0.25**2 + 1, 1.5], dtype=values.dtype)  # solved 0.25 and 1
+
+    engine, config = Scripted(), settings()
+    with Rewards(1, 1.0) as rewards:
+        sets = [EvalSet("four", PROBLEMS, 4, 1.0)]
+        rate = evaluate(engine, sets, Prompts(TOKENIZER, config), rewards, config, WithAnother(1, 2, ALONE.device))
+    assert engine.calls[0][0] == 2  # the second and the fourth: 0.5 and 0.75
+    assert rate.rates["four"].solved == pytest.approx((0.5 + 0.75 + 0.25 + 1) / 4)
+
+
+def test_evaluations_come_back_from_metrics():
+    rates = {"aime24": SolveRate(0.2, 0.9, 0.05, 30, 16), "math-500": SolveRate(0.7, 1.0, 0.02, 500)}
+    found = Evaluation(rates)
+    assert Evaluation.from_metrics({"step": 3, **found.metrics()}) == found
+    heads, _, cells = table(found).splitlines()
+    assert heads == "| aime24 (avg@16) | math-500 | mean |"
+    assert cells == "| 20.0 ± 5.0 | 70.0 ± 2.0 | 45.0 |"
+
+
+def test_command_line_on_a_run(tmp_path, capsys):
+    """A run's folder stands for its last checkpoint, with the run's settings: the rates are those that the run had."""
+    config = load_preset("countdown-smoke").change(
+        cache=str(tmp_path / "cache"), output=str(tmp_path / "run"), max_steps=2, sample_answers=0
+    )
+    assert launch(config) == 0
+    capsys.readouterr()
+    for place in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-000002"):
+        assert main([str(place)]) == 0
+        printed = capsys.readouterr().out
+        rates = Evaluation.from_metrics(read_metrics(tmp_path / "run")[-1]).rates
+        assert f"| {100 * rates['sampled'].solved:.1f} ± " in printed and "| sampled | greedy | mean |" in printed
+    model, settings_of_run = find_model(str(tmp_path / "run"))
+    assert model.endswith("step-000002/model") and settings_of_run == config
+    assert main([str(tmp_path / "run"), "--temperature", "0"]) == 2
+    assert "--temperature must be above 0" in capsys.readouterr().err
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"problem": "2 3 ? 5 >", "answer": "5"}\n{"problem": "1 1 ? 2 >"}\n')
+    assert main([str(tmp_path / "run"), "--eval-data", f"aime24:{rows}"]) == 2
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(load_preset("countdown-smoke").to_json())
+    assert main([str(tmp_path)]) == 2
+    assert "has no checkpoint yet" in capsys.readouterr().err
+
+
+def test_training_data_is_apart_from_what_is_evaluated_on(tmp_path, capsys):
+    train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    train.write_text("".join(json.dumps({"nums": [n, 2, 3], "target": n + 5}) + "\n" for n in range(1, 5)))
+    held.write_text(json.dumps({"nums": [3, 2, 1], "target": 6}) + "\n")  # the first, in another order
+    config = settings(model="-", train_data=f"countdown:{train}", eval_data=(f"countdown-test:{held}",))
+    task = load_task(config, ALONE)
+    assert [len(task.train), [each.name for each in task.evaluations]] == [3, [f"countdown-test:{held}"]]
+    assert "1 problems left out that are evaluated on" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--eval-data must name what to evaluate on"):
+        load_task(settings(model="-", train_data=f"maths:{train}"), ALONE)
+
+
+def test_long_problems_are_left_out_and_counted(capsys):
+    config = settings(max_prompt_length=5)
+    prompts = Prompts(TOKENIZER, config)
+    longer = Problem("1 2 3 4 ? 10 >", "", "words")
+    assert prompts.fitting([*PROBLEMS, longer], "the set") == PROBLEMS
+    assert "the set: 1 of 5 problems left out, over 5 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--max-prompt-length must let problems in, got 5"):
+        prompts.fitting([longer], "the set")
+
+
+def test_peak_of_the_smoothed_curve():
+    """A single high step is not the peak of a curve that later stays up."""
+    values = [0.1, 0.1, 0.9, *[0.1] * 4, *[0.5] * 8, 0.2]
+    at, value = peak(values)
+    assert at == 14 and 0.4 < value < 0.5
+    assert smooth([0.3]) == [pytest.approx(0.3)]
+
+
+def test_what_is_due():
+    assert [step for step in range(1, 11) if is_due(3, step, 9)] == [3, 6]
+    assert not any(is_due(0, step, 9) for step in range(10))
+
+
+def test_phases_keep_time_and_draw_lines(capsys):
+    phase = Phases("step 1")
+    with phase("rollout", 4, "answer") as advance:
+        advance(2, 100)
+        advance(2, 50)
+    with phase("old log-probs"):
+        pass
+    metrics = phase.metrics(statistics=0.0)
+    assert set(metrics) >= {"time/rollout", "time/old_log-probs", "step_time"}
+    assert math.isclose(metrics["step_time"], sum(phase.seconds.values()))
