@@ -48,7 +48,7 @@ class Scripted:
     def sleep(self):
         pass
 
-    wake = sleep
+    wake = close = sleep
 
 
 def test_means_over_answers_and_errors_over_problems():
@@ -124,8 +124,10 @@ def test_training_data_is_apart_from_what_is_evaluated_on(tmp_path, capsys):
     held.write_text(json.dumps({"nums": [3, 2, 1], "target": 6}) + "\n")  # the first, in another order
     config = settings(model="-", train_data=f"countdown:{train}", eval_data=(f"countdown-test:{held}",))
     task = load_task(config, ALONE)
-    assert [len(task.train), [each.name for each in task.evaluations]] == [3, [f"countdown-test:{held}"]]
+    assert [len(task.train), [each.name for each in task.evaluations]] == [3, ["countdown-test:held"]]
     assert "1 problems left out that are evaluated on" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no problem that is not evaluated on"):
+        load_task(settings(model="-", train_data=f"countdown:{held}", eval_data=(f"countdown:{held}",)), ALONE)
     with pytest.raises(ValueError, match="--eval-data must name what to evaluate on"):
         load_task(settings(model="-", train_data=f"maths:{train}"), ALONE)
 

@@ -1,6 +1,7 @@
 """vLLM as the rollout engine, on a real model: SmolLM2-135M-Instruct, held against transformers in float32."""
 
 import importlib.util
+import json
 import math
 import os
 import random
@@ -16,7 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from train.checkpoint import list_checkpoints
+from train.config import Config
+from train.launch import launch
+from train.metrics import read_metrics
 from train.rollout import Sampling
+from train.tasks import VERIFIERS
 from train.vllm_engine import VLLMEngine, answer_seed
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one engine, in one worker
@@ -49,6 +55,7 @@ def smollm2(tmp_path_factory):
     del model.config.quantization_config
     folder = tmp_path_factory.mktemp("smollm2")
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model.eval(), tokenizer, folder
 
 
@@ -372,6 +379,60 @@ def test_two_ranks_each_have_an_engine(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def write_questions(folder: Path) -> tuple[Path, Path]:
+    """Files of two questions to train on and of one that is held out."""
+    files = folder / "train.jsonl", folder / "held.jsonl"
+    for file, things in zip(files, (("snow", "fire"), ("ice",))):
+        rows = [{"question": f"Is {thing} cold? Reply with one word.", "answer": "yes"} for thing in things]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def test_a_run_trains_on_its_answers(smollm2, tmp_path, monkeypatch):
+    """The whole loop, three updates and weight syncs: at every step vLLM has the weights that the trainer has."""
+    monkeypatch.setitem(VERIFIERS, "choice", lambda text, answer: len(text) % 7 / 7)  # any spread will do
+    file, held = write_questions(tmp_path)
+    config = Config().change(
+        engine="vllm",
+        model=str(smollm2[2]),
+        train_data=f"choice:{file}",
+        eval_data=(f"choice:{held}",),
+        prompts_per_step=2,
+        num_generations=4,
+        max_completion_length=80,
+        gradient_steps=2,
+        max_steps=3,
+        learning_rate=3e-5,
+        warmup_steps=0,
+        seeds=(0,),
+        threads=1,
+        save_steps=3,
+        sample_answers=1,
+        output=str(tmp_path / "run"),
+    )
+    assert launch(config) == 0
+    steps = [record for record in read_metrics(tmp_path / "run") if "reward" in record]
+    assert len(steps) == 3 and all(record["grad_norm"] > 0 for record in steps)
+    assert all(record["sampling/sampling_logp_difference/max"] < TOLERANCE for record in steps)
+    assert any(record["completions/clipped_ratio"] < 1 for record in steps)
+    trained = AutoModelForCausalLM.from_pretrained(list_checkpoints(tmp_path / "run")[-1] / "model")
+    moved = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), smollm2[0].parameters())]
+    assert min(moved) > 0  # so that stale weights would have shown in the gap
+
+
+def test_a_sampler_with_other_weights_ends_the_run(smollm2, tmp_path, monkeypatch):
+    """Where the weight sync does nothing, the step after the first update says so."""
+    monkeypatch.setitem(VERIFIERS, "choice", lambda text, answer: len(text) % 7 / 7)
+    monkeypatch.setattr(VLLMEngine, "sync", lambda self, weights: None)
+    file, held = write_questions(tmp_path)
+    data = {"train_data": f"choice:{file}", "eval_data": (f"choice:{held}",), "output": str(tmp_path / "run")}
+    sizes = {"prompts_per_step": 1, "num_generations": 4, "max_completion_length": 80, "gradient_steps": 1}
+    rates = {"learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 3, "seeds": (0,), "threads": 1}
+    config = Config().change(engine="vllm", model=str(smollm2[2]), **data, **sizes, **rates, credit="entropy")
+    with pytest.raises(RuntimeError, match="sampler and trainer disagree.*at step 2"):
+        launch(config)
 
 
 def test_ranks_without_process_groups_are_refused(smollm2, monkeypatch):

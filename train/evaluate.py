@@ -51,7 +51,7 @@ class Evaluation(NamedTuple):
 
     @classmethod
     def from_metrics(cls, metrics: dict[str, float]) -> "Evaluation":
-        names = dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith("eval/"))
+        names = dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith("eval/"))  # see EvalSet.name
         return cls({name: SolveRate(*(metrics[f"eval/{name}/{key}"] for key in SolveRate._fields)) for name in names})
 
 
@@ -142,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         engine = load_engine(place, None, tokenizer, config, world)
         with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
             found = evaluate(engine, evaluations, prompts, rewards, config, world)
+        engine.close()
     except BadSetting as error:
         print(f"python -m train.evaluate: {error}", file=sys.stderr)
         return 2

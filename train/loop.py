@@ -142,7 +142,7 @@ def assess(run: TrainingRun, step: int, when: str):
 
 def warn(run: TrainingRun, step: int, metrics: dict[str, float], before: set[str]) -> set[str]:
     """Says what teaches nothing, once as long as it lasts; ends a run whose sampler is another policy."""
-    gap, most = metrics["sampling/sampling_logp_difference/mean"], run.config.rollout.vllm_logp_tolerance
+    gap, most = metrics.get("sampling/sampling_logp_difference/mean", 0.0), run.config.rollout.vllm_logp_tolerance
     if gap > most and step <= run.step + 2:  # the second of them is the first after a weight sync
         raise RuntimeError(
             f"sampler and trainer disagree: log-probabilities differ by {gap:.4f} nats on average at step {step}, "
@@ -157,10 +157,11 @@ def warn(run: TrainingRun, step: int, metrics: dict[str, float], before: set[str
 
 
 def describe(step: int, metrics: dict[str, float], config: Config) -> str:
+    entropy = f"entropy {metrics['entropy']:.3f}  " if "entropy" in metrics else ""
     return (
         f"step {step}/{config.grpo.max_steps}  reward {metrics['reward']:.3f}  "
         f"length {metrics['completions/mean_length']:.1f}  cut off {metrics['completions/clipped_ratio']:.1%}  "
-        f"entropy {metrics['entropy']:.3f}  {metrics['step_time']:.2f} s, "
+        f"{entropy}{metrics['step_time']:.2f} s, {metrics['tokens_per_second']:,.0f} tok/s, "
         f"statistics {metrics['rhythm/statistics_share']:.1%} of it"
     )
 

@@ -15,6 +15,7 @@ from train.distributed import World
 from train.policy import TokenStats
 
 FILE = "metrics.jsonl"
+TOTAL = -1.0  # in place of a count: a sum, not a mean
 
 
 class MetricsLog:
@@ -59,23 +60,23 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 class Gathered:
-    """Means and extremes over all ranks: what is added here is reduced in one go."""
+    """Means and extremes over all ranks: what is added here is reduced in one go, and a mean of nothing left out."""
 
     def __init__(self):
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.most: dict[str, Tensor] = {}
 
     def mean(self, name: str, values: Tensor) -> None:
-        """Of the values of all ranks; 0 where there are none."""
+        """Of the values of all ranks."""
         values = values.double()
         self.sums[name] = (values.sum(), torch.tensor(float(values.numel()), dtype=torch.float64))
 
     def share(self, name: str, part: Tensor, whole: Tensor) -> None:
-        """The part's True values over the whole's; 0 of none."""
+        """The part's True values over the whole's."""
         self.sums[name] = (part.sum().double(), whole.sum().double())
 
     def total(self, name: str, value: float) -> None:
-        self.sums[name] = (torch.tensor(float(value), dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
+        self.sums[name] = (torch.tensor(float(value), dtype=torch.float64), torch.tensor(TOTAL, dtype=torch.float64))
 
     def largest(self, name: str, values: Tensor) -> None:
         self.most[name] = values.max().double() if values.numel() else torch.tensor(0.0, dtype=torch.float64)
@@ -84,7 +85,8 @@ class Gathered:
         means = torch.stack([torch.stack([x.to(world.device) for x in pair]) for pair in self.sums.values()])
         most = torch.stack([value.to(world.device) for value in self.most.values()])
         means, most = world.sum(means), world.largest(most)
-        found = {name: (s / n if n else s) for name, (s, n) in zip(self.sums, means.tolist(), strict=True)}
+        pairs = zip(self.sums, means.tolist(), strict=True)
+        found = {name: total if count < 0 else total / count for name, (total, count) in pairs if count}
         return found | dict(zip(self.most, most.tolist(), strict=True))
 
 

@@ -1,5 +1,6 @@
 """The learning curve of a run, as one picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -42,7 +43,7 @@ def plot_learning_curve(runs: dict[str, Path], path: Path, title: str):
     figure.savefig(path, dpi=130)
 
 
-def peak(values: list[float]) -> tuple[int, float]:
+def peak(values: Sequence[float]) -> tuple[int, float]:
     """Where the exponential mean of the values is largest, and its value there."""
     smoothed = smooth(values)
     best = max(range(len(smoothed)), key=smoothed.__getitem__)
@@ -56,7 +57,10 @@ def _star(axes, records: list[dict], color, label: str):
 
 
 def _draw(axes, records: list[dict], name: str, color, label: str | None):
-    steps, values = [record["step"] for record in records], [record[name] for record in records]
+    known = [(record["step"], record[name]) for record in records if name in record]
+    if not known:
+        return
+    steps, values = zip(*known, strict=True)
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth(values), color=color, label=label)
 
@@ -69,7 +73,7 @@ def _mark(axes, records: list[dict], color):
             axes.errorbar(record["step"], rate.solved, rate.standard_error, fmt="o", color=color, mfc=face, capsize=2)
 
 
-def smooth(values: list[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """The exponential mean, started without a bias towards 0."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:

@@ -17,6 +17,7 @@ class EvalSet(NamedTuple):
     """Problems, each answered `answers` times; `temperature` None is greedy."""
 
     name: str
+    """Without a slash, since metrics are named after it: of a file the set and its last part, math-500:mine."""
     problems: list[Problem]
     answers: int
     temperature: float | None
@@ -41,13 +42,20 @@ def load_task(config: Config, world: World) -> Task:
     train, repeats = drop_overlap(load_set(name, tell), [problem for each in evaluations for problem in each.problems])
     if repeats:
         tell(f"{name}: {repeats} problems left out that are evaluated on")
+    if not train:
+        raise BadSetting(f"--train-data {name} holds no problem that is not evaluated on")
     return Task(train, evaluations)
 
 
 def load_evaluations(
     names: Sequence[str], temperature: float | None, tell: Callable[[str], object] = say
 ) -> list[EvalSet]:
-    return [EvalSet(name, load_set(name, tell), find_set(name)[0].answers, temperature) for name in names]
+    found = []
+    for name in names:
+        named, file = find_set(name)
+        label = name if file is None else f"{name.partition(':')[0]}:{file.stem}"
+        found.append(EvalSet(label, load_set(name, tell), named.answers, temperature))
+    return found
 
 
 class Prompts:

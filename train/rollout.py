@@ -51,7 +51,11 @@ class Engine(Protocol):
     def sleep(self) -> None:
         """Gives up what memory it can until `wake`."""
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Makes ready to generate."""
+
+    def close(self) -> None:
+        """Frees what it holds; it is of no use afterwards."""
 
 
 class TransformersEngine:
@@ -73,6 +77,9 @@ class TransformersEngine:
         pass
 
     def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     @torch.no_grad()

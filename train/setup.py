@@ -120,11 +120,12 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             step=step,
             is_new=not checkpoints,
         )
-        run.sync()
         try:
+            run.sync()
             yield run
         finally:
             log.close()
+            run.engine.close()
 
 
 def load_engine(
