@@ -21,6 +21,7 @@ import train.setup
 from rhythm_kernels import collect, group_heads
 from train.checkpoint import MODEL, list_checkpoints
 from train.config import STRATEGIES, Config
+from train.distributed import World
 from train.launch import claim, launch
 from train.metrics import MetricsLog, learning_warnings, read_metrics
 from train.presets import load_preset
@@ -304,6 +305,14 @@ def test_models_are_folders_or_come_from_the_hub(tmp_path, monkeypatch):
         ValueError, match="--model must be a folder or a model on the Hugging Face hub, got 'no/such/thing'"
     ):
         train.setup.local_model("no/such/thing", ALONE)
+
+
+def test_problems_are_shared_out_evenly_or_not_at_all(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "join", lambda device: ALONE._replace(size=3))
+    with pytest.raises(
+        ValueError, match="--prompts-per-step must be a multiple .* got 8, with --gradient-steps 2 and 3"
+    ):
+        launch(smoke())
 
 
 def test_one_process_a_folder(tmp_path):

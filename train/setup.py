@@ -80,6 +80,12 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     torch.set_num_threads(max(1, config.run.threads))
     torch.manual_seed(seed)
     world = World.join(config.run.device)
+    prompts_per_step, parts = config.rollout.prompts_per_step, config.grpo.gradient_steps * world.size
+    if prompts_per_step % parts:
+        raise BadSetting(
+            f"--prompts-per-step must be a multiple of --gradient-steps times the ranks, got {prompts_per_step}, with "
+            f"--gradient-steps {config.grpo.gradient_steps} and {world.size} ranks"
+        )
     task = load_task(config, world)
     given = config.model.model
     start = local_model(given, world) if given else str(warm_start(config, seed, task.train, world))
