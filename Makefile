@@ -20,13 +20,14 @@ export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-gpu test-wheel bench kernels extension lint format build wheel help
+.PHONY: train test test-gpu test-wheel bench bench-trainer kernels extension lint format build wheel help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
 	@echo "make test     everything that CI runs"
 	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
 	@echo "make bench    time and memory of the statistics, alone and in a whole forward, and of selection, on this machine"
+	@echo "make bench-trainer  a training step with and without credit at 8,192 tokens, and against TRL's trainer; an hour"
 	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one; make extension: the CUDA ones (nvcc)"
 	@echo "make test-gpu everything that needs a GPU: tests, sanitizers, benchmarks, one report; installs nothing"
 	@echo "make build    the environment and the extension"
@@ -53,6 +54,12 @@ bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.attention --rounds $(ROUNDS) --out benchmarks/results/attention-cpu
 	$(PY) -m benchmarks.forward --rounds $(ROUNDS) --out benchmarks/results/forward-cpu
 	$(PY) -m benchmarks.selection --out benchmarks/results/selection-cpu
+
+# An hour: a step at 8,192 tokens takes minutes on two cores. TRL is installed for the comparison alone.
+bench-trainer: build $(VENV)/.smollm2
+	$(PY) -m benchmarks.trainer --out benchmarks/results/trainer-cpu
+	$(PIP) --no-deps trl==1.16.0
+	$(PY) -m benchmarks.trainer_against_trl --out benchmarks/results/trainer-trl-cpu
 
 kernels: build
 	$(PY) -m benchmarks.kernels $(ARGS)

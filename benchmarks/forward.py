@@ -46,6 +46,18 @@ MODELS = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
+    "qwen3-1.7b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    },
     "qwen3-4b": {
         "model_type": "qwen3",
         "vocab_size": 151936,

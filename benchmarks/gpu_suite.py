@@ -63,6 +63,7 @@ def steps() -> list[Step]:
     attention = [PYTHON, "-m", "benchmarks.attention", "--tokens", *tokens, "--rounds", "20", "--limit", "8"]
     selection = [PYTHON, "-m", "benchmarks.selection", "--rounds", "20", "--limit", "4"]
     forward = [PYTHON, "-m", "benchmarks.forward", "--rounds", "5", "--limit", "40"]
+    trainer = [PYTHON, "-m", "benchmarks.trainer", "--model", "qwen3-4b", "--paper-rounds", "0", "--rounds", "5"]
     sanitizer = [sanitizer_path() or "compute-sanitizer", "--error-exitcode", "9"]
     kernels = [PYTHON, "-m", "benchmarks.gpu_suite", "--run-kernels-once"]
     # each allocation from the driver, so that an access past its end is seen
@@ -74,6 +75,7 @@ def steps() -> list[Step]:
         Step("attention", [*attention, "--out", "{out}"], 200),
         Step("selection", [*selection, "--out", "{out}"], 60),
         Step("forward", [*forward, "--out", "{out}"], 100),
+        Step("trainer", [*trainer, "--out", "{out}"], 120),
         Step("triton-tests", [*pytest, *runnable(triton_tests())], 150, threads | {"FUZZ_CASES": "40"}),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *kernels], 90, no_cache),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], 90),

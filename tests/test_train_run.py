@@ -1,5 +1,6 @@
 """Whole runs of the smallest preset: they repeat a golden record, survive a kill, and run with every credit."""
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_cases import ALONE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train.checkpoint
@@ -19,8 +21,9 @@ import train.setup
 from rhythm_kernels import collect, group_heads
 from train.checkpoint import MODEL, list_checkpoints
 from train.config import STRATEGIES, Config
+from train.distributed import World
 from train.launch import claim, launch
-from train.metrics import learning_warnings, read_metrics
+from train.metrics import MetricsLog, learning_warnings, read_metrics
 from train.presets import load_preset
 from train.samples import SHOWN, render
 from train.tasks import VERIFIERS
@@ -257,6 +260,59 @@ def test_output_of_another_run_is_refused(smoke, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="--output must be a new folder"):
         launch(smoke(output=str(tmp_path / "other")))
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(smoke, tmp_path, monkeypatch, capsys):
+    def full(self, step, metrics):
+        if step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, step, metrics)
+
+    write = MetricsLog.write
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", full)
+        assert launch(smoke()) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "--resume" in said
+    assert launch(Config.load(tmp_path / "run" / "config.json"), tmp_path / "run") == 0
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 4]
+
+
+def test_a_damaged_checkpoint_is_named_with_the_older_one(smoke, tmp_path, capsys):
+    assert launch(smoke()) == 0
+    run = tmp_path / "run"
+    (list_checkpoints(run)[-1] / "rank-0.safetensors").write_bytes(b"")
+    assert launch(Config.load(run / "config.json"), run) == 1
+    said = capsys.readouterr().err
+    assert "step-000004" in said and "rank-0.safetensors" in said and "step-000002" in said
+
+
+def test_changed_settings_are_named_on_resume(smoke, tmp_path, capsys):
+    assert launch(smoke()) == 0
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"epsilon": 0.2', '"epsilon": 0.3'))
+    assert launch(Config.load(path), tmp_path / "run") == 1
+    assert "epsilon" in (said := capsys.readouterr().err) and "0.2" in said and "0.3" in said
+
+
+def test_models_are_folders_or_come_from_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or "/there")
+    assert train.setup.local_model(str(tmp_path), ALONE) == str(tmp_path) and not asked
+    assert train.setup.local_model("Qwen/Qwen3-4B-Base", ALONE) == "/there" and set(asked) == {"Qwen/Qwen3-4B-Base"}
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match="--model must be a folder or a model on the Hugging Face hub, got 'no/such/thing'"
+    ):
+        train.setup.local_model("no/such/thing", ALONE)
+
+
+def test_problems_are_shared_out_evenly_or_not_at_all(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "join", lambda device: ALONE._replace(size=3))
+    with pytest.raises(
+        ValueError, match="--prompts-per-step must be a multiple .* got 8, with --gradient-steps 2 and 3"
+    ):
+        launch(smoke())
 
 
 def test_one_process_a_folder(tmp_path):

@@ -29,6 +29,13 @@ def say(line: str):
     tqdm.write(line) if sys.stderr.isatty() else print(line, flush=True)
 
 
+def _below() -> dict:
+    """A second line under the bar of the steps, on a terminal."""
+    if not sys.stderr.isatty():
+        return {}
+    return {"position": int(os.environ.get("TQDM_POSITION", 0)) + 1, "delay": SHORT}
+
+
 class Phases:
     """The phases of one step: a live line for each, with its rate and the time left, and the seconds that it took.
 
@@ -43,17 +50,8 @@ class Phases:
     def __call__(self, phase: str, total: int = 1, unit: str = "") -> Iterator[Callable[..., None]]:
         """Gives a function that is told what was done since its last call, and of which tokens if those are not it."""
         began = time.perf_counter()
-        below = int(os.environ.get("TQDM_POSITION", 0)) + 1
-        delay = {"delay": SHORT} if sys.stderr.isatty() else {}
         line = bar(
-            None,
-            f"{self.label} {phase}",
-            unit,
-            total=total,
-            unit_scale=True,
-            position=below,
-            disable=not self.shown,
-            **delay,
+            None, f"{self.label} {phase}", unit, total=total, unit_scale=True, disable=not self.shown, **_below()
         )
         made = 0
 

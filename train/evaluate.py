@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from train.__main__ import build_parser
     from train.problems import load_evaluations, load_task
-    from train.setup import load_engine
+    from train.setup import load_engine, local_model
 
     parser = build_parser()
     parser.prog, parser.description = "python -m train.evaluate", __doc__.split("\n\n", 1)[1]
@@ -136,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
             if config.data.eval_data
             else load_task(config, world).evaluations
         )
+        place = local_model(place, world)
         tokenizer = AutoTokenizer.from_pretrained(place)
         prompts = Prompts(tokenizer, config)
         evaluations = prompts.all_fitting(evaluations)

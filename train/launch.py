@@ -4,6 +4,7 @@ A run of several seeds is a folder of one-seed runs, `seed-0`, `seed-1`, ..., ea
 continued by itself.
 """
 
+import errno
 import fcntl
 import math
 import os
@@ -37,6 +38,13 @@ def launch(config: Config, folder: Path | None = None) -> int:
         return launch_rank(config, folder) if is_torchrun() else launch_here(config, folder)
     except CheckpointError as error:
         print(f"python -m train: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"python -m train: {error}; --resume goes on from the last checkpoint once there is room", file=sys.stderr
+        )
         return 1
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rhythm_kernels import GroupSchedule
 from train.checkpoint import list_checkpoints, restore, save_checkpoint
-from train.config import Config
+from train.config import BadSetting, Config
 from train.console import say
 from train.data import ProblemStream
 from train.distributed import World, settle, whole_weights
@@ -80,8 +80,15 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     torch.set_num_threads(max(1, config.run.threads))
     torch.manual_seed(seed)
     world = World.join(config.run.device)
+    prompts_per_step, parts = config.rollout.prompts_per_step, config.grpo.gradient_steps * world.size
+    if prompts_per_step % parts:
+        raise BadSetting(
+            f"--prompts-per-step must be a multiple of --gradient-steps times the ranks, got {prompts_per_step}, with "
+            f"--gradient-steps {config.grpo.gradient_steps} and {world.size} ranks"
+        )
     task = load_task(config, world)
-    start = config.model.model or str(warm_start(config, seed, task.train, world))
+    given = config.model.model
+    start = local_model(given, world) if given else str(warm_start(config, seed, task.train, world))
     tokenizer = AutoTokenizer.from_pretrained(start)
     prompts = Prompts(tokenizer, config)
 
@@ -126,6 +133,25 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         finally:
             log.close()
             run.engine.close()
+
+
+def local_model(name: str, world: World) -> str:
+    """The folder of a model, which is the name itself or the hub's files, loaded now unless they are here already."""
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def download() -> str:
+        try:
+            return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise BadSetting(
+                f"--model must be a folder or a model on the Hugging Face hub, got {name!r}: {error}"
+            ) from error
+
+    world.from_first(download)  # one rank loads, and the others of its machine find the files
+    return download()
 
 
 def load_engine(
