@@ -3,17 +3,18 @@
 The other engine is vLLM, in vllm_engine.py.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from train.distributed import copy_weights
 
-# Tokens. Shorter stages drop finished answers sooner, and read the open ones anew more often.
+# Tokens. Shorter stages drop finished answers sooner, and cut the cache more often.
 STAGE = 24
 
 Progress = Callable[[int, int], object]
@@ -62,7 +63,7 @@ class TransformersEngine:
     """Batched sampling with a key-value cache, from the policy itself or, where that is sharded, from a copy.
 
     generate() computes finished answers on to the end of the longest. So it is called for STAGE tokens at a time, and
-    only the answers that are still open go into the next stage, which reads them anew (a fraction of what it saves).
+    only the answers that are still open go into the next stage, with their part of the cache.
     """
 
     def __init__(self, model: PreTrainedModel, *, stops: list[int], pad: int, batch_size: int, is_copy: bool = False):
@@ -107,9 +108,10 @@ class TransformersEngine:
         tokens: list[list[int]] = [[] for _ in prompts]
         log_probs: list[list[float]] = [[] for _ in prompts]
         finished: set[int] = set()
-        going, made = list(range(len(prompts))), 0
+        going, made, cache = list(range(len(prompts))), 0, None
         while going and made < sampling.max_completion_length:
-            new, scores = self._continue(ids, attention_mask, sampling.max_completion_length - made, sampling)
+            most = sampling.max_completion_length - made
+            new, scores, cache = self._continue(ids, attention_mask, cache, most, sampling)
             made += new.shape[1]
             ended = torch.isin(new, stops)
             real = ended.cumsum(-1) - ended.long() == 0  # up to and with the first end of sequence
@@ -120,14 +122,21 @@ class TransformersEngine:
             finished.update(row for row, end in zip(going, done.tolist()) if end)
             progress(int(done.sum()), int(real.sum()))
             going = [row for row in going if row not in finished]
+            if done.any() and going:
+                cache.batch_select_indices((~done).nonzero().flatten())
             ids = torch.cat([ids, new], 1)[~done]
             attention_mask = torch.cat([attention_mask, torch.ones_like(new)], 1)[~done]
         progress(len(going), 0)
         reasons = ("stop" if row in finished else "length" for row in range(len(prompts)))
         return list(map(Completion, tokens, log_probs, reasons))
 
-    def _continue(self, ids: Tensor, attention_mask: Tensor, most: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
-        """Up to STAGE more tokens for each row, [rows, new], and their log-probabilities."""
+    def _continue(
+        self, ids: Tensor, attention_mask: Tensor, cache: Cache | None, most: int, sampling: Sampling
+    ) -> tuple[Tensor, Tensor, Cache]:
+        """Up to STAGE more tokens of each row, [rows, new], their log-probabilities, and the cache of all but the last.
+
+        `cache` is that of an earlier stage, for the same rows.
+        """
         greedy = sampling.temperature is None
         how = GenerationConfig(
             max_new_tokens=min(STAGE, most),
@@ -135,12 +144,18 @@ class TransformersEngine:
             **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
             eos_token_id=self.stops,
             pad_token_id=self.pad,
+            return_dict_in_generate=True,
         )
         chosen = ChosenLogProbs(1.0 if greedy else sampling.temperature)
-        sequences = self.model.generate(
-            ids, attention_mask=attention_mask, generation_config=how, logits_processor=LogitsProcessorList([chosen])
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        made = self.model.generate(
+            ids,
+            attention_mask=attention_mask,
+            generation_config=how,
+            logits_processor=LogitsProcessorList([chosen]),
+            **({} if cache is None else {name: cache}),
         )
-        return sequences[:, ids.shape[1] :], chosen.finish(sequences)
+        return made.sequences[:, ids.shape[1] :], chosen.finish(made.sequences), made[name]
 
 
 class ChosenLogProbs(LogitsProcessor):
