@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 
+import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from train.checkpoint import CheckpointError
@@ -55,8 +56,10 @@ def launch_here(config: Config, folder: Path | None) -> int:
     began = time.time()
     with claim(folder):
         if len(config.run.seeds) == 1:
+            is_guest = dist.is_initialized()
             train(config.change(threads=threads_per_seed(config)), folder)
-            World.leave()  # a group of its own
+            if not is_guest:
+                World.leave()  # the group that this run made for itself
             runs = {f"seed {config.run.seeds[0]}": folder}
         else:
             runs = {f"seed {seed}": folder / f"seed-{seed}" for seed in config.run.seeds}
