@@ -31,6 +31,27 @@ def test_a_batch_holds_prompts_and_answers_in_order():
     assert batch.per_sequence(batch.response_mask.long()).tolist() == [2, 1] * 3
 
 
+@pytest.mark.parametrize(
+    "prompts, completions, message",
+    [
+        ([], [], "must be 2 to each prompt, got 0 to 0 prompts"),
+        ([[1]], [[2]], "must be 2 to each prompt, got 1 to 1 prompts"),
+        ([[1], []], [[2]] * 4, "each prompt must have a token, got none in prompt 1"),
+        ([[1]], [[2], []], "each completion must have a token, got none in completion 1"),
+    ],
+    ids=["nothing", "too few", "empty prompt", "empty completion"],
+)
+def test_what_cannot_be_packed_is_refused(prompts, completions, message):
+    with pytest.raises(ValueError, match=message):
+        pack(prompts, [Completion(ids, [-1.0] * len(ids), "stop") for ids in completions], 2, ALONE.device)
+
+
+def test_one_token_prompts_and_answers():
+    batch = pack([[5]], [Completion([6], [-1.0], "stop"), Completion([7], [-2.0], "length")], 2, ALONE.device)
+    (micro,) = all_micros(batch)
+    assert micro.ids.tolist() == [[5, 6, 5, 7]] and micro.answers.tolist() == [1, 3]
+
+
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))
 def test_bins_hold_each_sequence_once_within_the_budget(lengths, budget):
     filled = bins(lengths, range(len(lengths)), budget)

@@ -43,7 +43,16 @@ class Rollouts(NamedTuple):
 
 
 def pack(prompts: Sequence[list[int]], completions: Sequence[Completion], n: int, device: torch.device) -> Rollouts:
-    """`n` completions of each prompt, as an engine gives them."""
+    """`n` completions of each prompt, as an engine gives them.
+
+    Raises:
+        ValueError: another number of completions, or a prompt or a completion that is empty.
+    """
+    if not prompts or len(completions) != n * len(prompts):
+        raise ValueError(f"completions must be {n} to each prompt, got {len(completions)} to {len(prompts)} prompts")
+    for name, empty in (("prompt", [not x for x in prompts]), ("completion", [not x.ids for x in completions])):
+        if any(empty):
+            raise ValueError(f"each {name} must have a token, got none in {name} {empty.index(True)}")
     ids, mask, log_probs, lengths = [], [], [], []
     for index, completion in enumerate(completions):
         prompt = prompts[index // n]
