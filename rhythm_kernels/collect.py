@@ -1,16 +1,13 @@
 """Records attention statistics inside a transformers model's own forward.
 
-Every attention layer of transformers calls a function from one table, ALL_ATTENTION_FUNCTIONS, with q and k after RoPE
-and norms. While a `collect` context is open, the entry that its model uses is wrapped: the wrapper calls the entry and
-returns what it returned, and hands q, k and the attention kernel's own log-sum-exp of the sampled layers to the
-statistics. Nothing about the model changes.
+While a `collect` context is open, a tap listens to the attention of its model (`taps.py`): it hands q, k and the
+attention kernel's own log-sum-exp of the sampled layers to the statistics. Nothing about the model changes.
 """
 
 import inspect
-import sys
 import time
-from collections.abc import Callable, Sequence
-from types import ModuleType
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +18,15 @@ from rhythm_kernels.attention.options import MAX_WINDOW, check_options
 from rhythm_kernels.backend_lse import LseReader
 from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_tensor
 from rhythm_kernels.heads import sampled_layers
+from rhythm_kernels.masks import is_mask, window_of
 from rhythm_kernels.signals import GROUPS_PER, check_groups, rhythm_of
+from rhythm_kernels.taps import NOT_WHOLE, decoder_of, softmax_layers, tap_of
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
+
+MASKED = ("eager", "sdpa")
+"""Implementations that know of a sliding window, and of packed sequences, by their mask alone."""
+OTHER_SCORES = ("position_bias", "indices", "block_indices")
+"""What changes an attention function's map and is not known here: biases, sparse choices of keys."""
 
 
 def collect(
@@ -45,12 +49,15 @@ def collect(
         rhythm = c.rhythm()  # waad [B, T], fai [B, T]
 
     Padding is taken from the forward's `attention_mask` [B, T], packing (B = 1) from `position_ids` that restart
-    (with `use_cache=False`, else transformers does not separate the sequences).
+    (with `use_cache=False`, else transformers does not separate the sequences) or, with attention that reads it, from
+    `cu_seq_lens_q`.
 
     Args:
-        model: a transformers decoder-only model, or a wrapper of one, whatever its attention implementation. With
-            "sdpa" the statistics leave out a soft-cap, as transformers does.
-        layers: how many of the middle third, or a list of layer indices; see `sampled_layers`.
+        model: a transformers decoder-only model, or a wrapper of one (PEFT, DDP, FSDP, torch.compile without
+            fullgraph=True), whatever its attention implementation. With "sdpa" the statistics leave out soft-capping
+            and sinks, as transformers does.
+        layers: how many of the middle third, or a list of layer indices; see `sampled_layers`. Of a hybrid only its
+            softmax layers are counted, which a warning says.
         window, horizon: W of WAAD and (lo, hi) of FAI, tokens.
         response_mask: [B, T] bool, R; every valid token if None.
         groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
@@ -63,7 +70,8 @@ def collect(
     Raises:
         TypeError, ValueError: wrong arguments, or a forward that cannot be collected from: with a key-value cache, a
             4-D mask, groups for another number of sequences, attention that is bidirectional or neither full nor in a
-            sliding window, or no attention interface.
+            sliding window (chunks, sparse indexers), biased scores, shards of sequences or of heads, no attention
+            interface.
         RuntimeError: a second forward in one context.
     """
     return Collector(model, layers, window, horizon, response_mask, groups, groups_per, local, global_, backend)
@@ -79,8 +87,8 @@ class Collector:
         """Where each sampled layer's log-sum-exp comes from: the name of the model's attention operator, such as
         "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass" if the statistics computed it."""
         self.layout: Layout | None = None
-        self.decoder = _decoder(model)
-        self.layers = sampled_layers(self.decoder.config.num_hidden_layers, layers)
+        self.decoder = decoder_of(model)
+        self.layers = _chosen_layers(self.decoder, layers)
         self._modules = {id(module) for module in self.decoder.modules()}
         self._response_mask = response_mask
         if response_mask is not None:
@@ -89,7 +97,7 @@ class Collector:
         self._check_grouping(groups, groups_per, local, global_)
         self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
         self._backend = check_choice("backend", backend, BACKENDS)
-        self._plain_masks: set[tuple[int, int | None]] = set()
+        self._windows: dict[int, tuple[object, int | None]] = {}  # by the id of a mask, which is kept, and so its id
         self._clock = _Clock(on_gpu=next(self.decoder.parameters()).is_cuda)
         self._hook = None
 
@@ -104,7 +112,7 @@ class Collector:
     def __enter__(self) -> "Collector":
         if self._hook is not None:
             raise RuntimeError("this collect context is open already")
-        self._tap = _tap_of(self.decoder)
+        self._tap = tap_of(self.decoder)
         self._tap.add(self)
         self._hook = self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         return self
@@ -113,6 +121,7 @@ class Collector:
         self._tap.remove(self)
         self._hook.remove()
         self._hook = None
+        self._windows.clear()
 
     @property
     def seconds(self) -> float:
@@ -128,6 +137,7 @@ class Collector:
         with self._clock, torch.no_grad():
             return rhythm_of(self.stats, self.layout, **self._grouping)
 
+    @torch.compiler.disable(reason=NOT_WHOLE)
     def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.layout is not None:
             raise RuntimeError("collect records one forward: open a new context for the next one")
@@ -139,8 +149,19 @@ class Collector:
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"collect needs attention_mask as [B, T], got {shape}")
+        sharding = self._tap.sharding()
+        if sharding is not None:
+            raise ValueError(
+                f"collect needs whole sequences, but {sharding} computes attention over shards of them here: "
+                "switch sequence parallelism off"
+            )
         cu_seqlens = None
-        if mask is None and position_ids is not None:
+        if position_ids is not None:
+            position_ids = _text_positions(position_ids, mask is None)
+            _check_begin(position_ids)
+        if mask is None and bound.get("cu_seq_lens_q") is not None and self._tap.name not in MASKED:
+            cu_seqlens = bound["cu_seq_lens_q"]
+        elif mask is None and position_ids is not None:
             cu_seqlens = _packed_bounds(position_ids, batch)
             if cu_seqlens is not None and self._makes_cache(bound):
                 raise ValueError(
@@ -177,16 +198,7 @@ class Collector:
     ) -> None:
         """Takes the statistics of a layer from what its attention function was given, has read and returned."""
         layer = module.layer_idx
-        if self.layout is None:
-            raise RuntimeError("the attention layers were called outside of the decoder's forward")
-        if k.shape[2] != q.shape[2]:
-            raise ValueError(
-                f"collect needs a forward over whole sequences, got {q.shape[2]} queries and {k.shape[2]} keys: "
-                "call the model without past_key_values"
-            )
-        causal = kwargs.get("is_causal")
-        if not (getattr(module, "is_causal", True) if causal is None else causal):
-            raise ValueError(f"collect needs causal attention, layer {layer} is bidirectional")
+        self._check_call(module, q, k, mask, kwargs)
         groups = self._grouping["groups"]
         with self._clock, torch.no_grad():
             q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
@@ -194,14 +206,13 @@ class Collector:
                 q,
                 k,
                 scale=kwargs.get("scaling"),
-                sliding_window=kwargs.get("sliding_window"),
-                # transformers' sdpa function ignores the soft-cap that it is passed
+                sliding_window=self._window(mask, kwargs.get("sliding_window"), layer),
+                # transformers' sdpa function ignores the soft-cap and the sinks that it is passed
                 softcap=None if self._tap.name == "sdpa" else kwargs.get("softcap"),
-                sinks=kwargs.get("s_aux"),
+                sinks=None if self._tap.name == "sdpa" else kwargs.get("s_aux"),
                 need_span=groups is None,
                 **self._options,
             )
-            self._check_mask(mask, options.sliding_window, layer)
             lse, self.lse_sources[layer] = reader.lse(q, options.sinks, self.layout, returned)
             if groups is None:
                 self.stats[layer] = run_stats(q, k, lse, self.layout, options, self._backend)
@@ -209,92 +220,93 @@ class Collector:
                 local, global_ = (group[..., self.layers.index(layer), :] for group in groups)
                 self.stats[layer] = run_group_stats(q, k, lse, local, global_, self.layout, options, self._backend)
 
-    def _check_mask(self, mask, window: int | None, layer: int) -> None:
-        """Raises for a mask [B, 1, T, T], bool or added to the scores, that is not the layout's within the window."""
-        key = (id(mask), window)  # of all layers of a kind in a forward
-        if not isinstance(mask, Tensor) or mask.ndim != 4 or key in self._plain_masks:
-            return
-        visible = (mask if mask.dtype == torch.bool else mask == 0).sum(-1, dtype=torch.int32)
-        position = torch.arange(mask.shape[-1], device=mask.device)
-        expected = position + 1 - self.layout.first[:, None]
-        if window is not None:
-            expected = expected.clamp(max=window)
-        wrong = (visible != expected) & self.layout.rows[:, None]
-        if wrong.any():
-            row, head, token = wrong.nonzero()[0].tolist()
-            seen, wanted = visible.expand_as(wrong)[row, head, token], expected[row, 0, token]
+    def _check_call(self, module: nn.Module, q: Tensor, k: Tensor, mask, kwargs: dict) -> None:
+        """Raises for a call whose map is not what the statistics would compute."""
+        layer = module.layer_idx
+        if self.layout is None:
+            raise RuntimeError("the attention layers were called outside of the decoder's forward")
+        if k.shape[2] != q.shape[2]:
             raise ValueError(
-                f"collect needs attention to every earlier token or in a sliding window, got layer {layer}, where "
-                f"token {token} of row {row} sees {seen} tokens, not {wanted}"
+                f"collect needs a forward over whole sequences, got {q.shape[2]} queries and {k.shape[2]} keys in "
+                f"layer {layer}: call the model without past_key_values; added or compressed keys cannot be collected"
             )
-        self._plain_masks.add(key)
+        if q.shape[2] != self.layout.rows.shape[1] or q.device != self.layout.rows.device:
+            raise ValueError(
+                f"collect needs layers that see the decoder's input as it is, {self.layout.rows.shape[1]} tokens on "
+                f"{self.layout.rows.device}, got {q.shape[2]} tokens on {q.device} in layer {layer}"
+            )
+        heads = self.decoder.config.num_attention_heads
+        if isinstance(heads, int) and q.shape[1] != heads:
+            raise ValueError(
+                f"collect needs layers with the model's {heads} query heads, got {q.shape[1]} in layer {layer}: shards "
+                "of tensor parallelism cannot be collected"
+            )
+        causal = kwargs.get("is_causal")
+        if not (getattr(module, "is_causal", True) if causal is None else causal):
+            raise ValueError(f"collect needs causal attention, layer {layer} is bidirectional")
+        if self._tap.name == "eager" and mask is None and q.shape[2] > 1:
+            raise ValueError(f"collect needs causal attention, layer {layer} is eager and got no mask")
+        others = [name for name in OTHER_SCORES if kwargs.get(name) is not None]
+        if others:
+            raise ValueError(
+                f"collect needs attention by q and k alone, got {', '.join(others)} in layer {layer}: biased scores "
+                "and sparse choices of keys cannot be collected"
+            )
+
+    def _window(self, mask, given: int | None, layer: int) -> int | None:
+        """The sliding window that a layer really has: that of its mask, or what a function without one is given."""
+        if not is_mask(mask):
+            return None if self._tap.name in MASKED else given
+        if id(mask) not in self._windows:  # of all layers of a kind in a forward
+            self._windows[id(mask)] = mask, window_of(mask, self.layout, layer)
+        return self._windows[id(mask)][1]
 
 
-class _Tap:
-    """One wrapped entry of an attention table, shared by all collectors that need it and gone with the last."""
-
-    def __init__(self, table, name: str):
-        self.table, self.name = table, name
-        self.collectors: list[Collector] = []
-
-    def add(self, collector: Collector) -> None:
-        if not self.collectors:
-            self.had_own = self.name in self.table._local_mapping
-            self.wrapped = self.table.get(self.name)
-            self.table[self.name] = self
-        self.collectors.append(collector)
-
-    def remove(self, collector: Collector) -> None:
-        self.collectors.remove(collector)
-        if not self.collectors:
-            del self.table[self.name]
-            if self.had_own:
-                self.table[self.name] = self.wrapped
-            del _taps[id(self.table), self.name]
-
-    def __call__(self, module, query, key, value, attention_mask, **kwargs):
-        # "eager" has no entry in the table: it is a function beside the model
-        attend: Callable = self.wrapped or _modeling_file(module, "eager_attention_forward").eager_attention_forward
-        collectors = [collector for collector in self.collectors if collector.wants(module)]
-        if not collectors:
-            return attend(module, query, key, value, attention_mask, **kwargs)
-        with LseReader() as reader:
-            out = attend(module, query, key, value, attention_mask, **kwargs)
-        returned = out[1] if self.name == "flex_attention" else None
-        for collector in collectors:
-            collector.record(module, query, key, attention_mask, kwargs, reader, returned)
-        return out
+def _chosen_layers(decoder: nn.Module, layers: int | Sequence[int]) -> list[int]:
+    """`sampled_layers` among the softmax layers of a decoder."""
+    count = decoder.config.num_hidden_layers
+    softmax = [layer for layer in softmax_layers(decoder) if layer < count]  # others predict further tokens
+    if not isinstance(layers, int):
+        chosen = sampled_layers(count, layers)
+        without = sorted(set(chosen) - set(softmax))
+        if without:
+            raise ValueError(f"layers must be layers with softmax attention, {softmax} of this model, got {without}")
+        return chosen
+    if not softmax:
+        raise ValueError(f"model must have layers with softmax attention, {type(decoder).__name__} has none")
+    chosen = [softmax[index] for index in sampled_layers(len(softmax), layers)]
+    if len(softmax) < count:
+        warnings.warn(
+            f"{type(decoder).__name__} is a hybrid: only {len(softmax)} of its {count} layers have an attention map; "
+            f"statistics come from layers {chosen}",
+            stacklevel=4,
+        )
+    return chosen
 
 
-_taps: dict[tuple[int, str], _Tap] = {}
+def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
+    """[B or 1, T]: of the axes [3 or 4, B, T] that models of images have, that of the text.
+
+    Raises: ValueError: they are of images, and sequences would have to be told apart by them.
+    """
+    if position_ids.ndim == 2:
+        return position_ids
+    if len(position_ids) == 3 and must_separate and (position_ids != position_ids[:1]).any():
+        raise ValueError(
+            "position_ids must be of text where there is no attention_mask to tell sequences apart, "
+            f"got {list(position_ids.shape)} with positions in images"
+        )
+    return position_ids[0]
 
 
-def _tap_of(decoder: nn.Module) -> _Tap:
-    table = _modeling_file(decoder, "ALL_ATTENTION_FUNCTIONS").ALL_ATTENTION_FUNCTIONS
-    name = getattr(decoder.config, "_attn_implementation", None) or "eager"
-    return _taps.setdefault((id(table), name), _Tap(table, name))
-
-
-def _modeling_file(module: nn.Module, attribute: str) -> ModuleType:
-    """The file of the model's class, or of a class it derives from, that has this attribute."""
-    for base in type(module).__mro__:
-        file = sys.modules.get(base.__module__)
-        if hasattr(file, attribute):
-            return file
-    raise ValueError(
-        f"{type(module).__name__} does not use transformers' attention interface: no {attribute} beside it"
-    )
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    """The module whose forward gets attention_mask and position_ids and calls the layers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "config"):
-            _modeling_file(module, "ALL_ATTENTION_FUNCTIONS")
-            return module
-    raise ValueError(f"model must be a transformers decoder with a list of layers, got {type(model).__name__}")
+def _check_begin(position_ids: Tensor) -> None:
+    """Raises for rows that begin inside a sequence. Padding at the left counts as 0 or 1, by custom."""
+    first = position_ids[:, :1]
+    if (first > 1).any():
+        raise ValueError(
+            f"collect needs whole sequences, got position_ids that begin at {int(first.max())}: shards of sequence or "
+            "context parallelism cannot be collected"
+        )
 
 
 def _packed_bounds(position_ids: Tensor, batch: int) -> Tensor | None:
@@ -305,6 +317,11 @@ def _packed_bounds(position_ids: Tensor, batch: int) -> Tensor | None:
     if batch != 1:
         raise ValueError(f"packed sequences need a batch of one row, got B = {batch} with position_ids that restart")
     starts = restarts[0].nonzero().flatten() + 1
+    if position_ids[0, starts].any():
+        raise ValueError(
+            f"collect needs whole sequences, got position_ids that jump to {position_ids[0, starts].max()}: shards of "
+            "sequence or context parallelism cannot be collected"
+        )
     ends = starts.new_tensor([position_ids.shape[1]])
     return torch.cat([starts.new_zeros(1), starts, ends]).int()
 

@@ -219,6 +219,18 @@ def test_same_input_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_autocast_changes_no_bit():
+    """A trainer's forward often runs under it, and matrix products would be rounded to 16 bits."""
+    case = make_case((2, 4, 90, 16), 2)
+    local, global_ = make_groups(case, 3)
+    v = make_values(case, 8)
+    expected = run(case), run_groups(case, local, global_), run_attention(case, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(case), run_groups(case, local, global_), run_attention(case, v)
+    for got, wanted in zip((*found[0], *found[1], found[2][0]), (*expected[0], *expected[1], expected[2][0])):
+        assert torch.equal(got, wanted)
+
+
 def test_the_mean_over_rows_is_the_same_alone_and_in_any_batch():
     generator = torch.Generator().manual_seed(0)
     lengths, width, heads = (1, 37, 0, 64, 12), 64, 3

@@ -1,0 +1,74 @@
+"""What a model's own attention mask lets its rows see: all of their sequence's past, or a window of it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rhythm_kernels.attention.layout import Layout
+
+PROBES = 64
+"""Rows at which a mask that is a function is looked at."""
+MOST_SCORES = 2**24
+"""Places of a mask that are looked at together."""
+
+
+def is_mask(mask) -> bool:
+    """Whether this attention mask says of each row which keys it sees; a [B, T] one only says what is padding."""
+    return (isinstance(mask, Tensor) and mask.ndim == 4) or hasattr(mask, "mask_mod")
+
+
+def window_of(mask, layout: Layout, layer: int) -> int | None:
+    """The sliding window of a mask, tokens; None if the rows of R see all tokens of their sequence up to themselves.
+
+    Args:
+        mask: [B or 1, heads or 1, T, T], bool or added to the scores; or a BlockMask of FlexAttention, of which some
+            rows of R are looked at. Waits for the device.
+        layer: named in the error.
+
+    Raises:
+        ValueError: rows of R see anything else, such as a chunk, a sparse choice, later tokens.
+    """
+    rows = layout.rows.any(0).nonzero().flatten()
+    if not isinstance(mask, Tensor):
+        rows = _spread(rows)
+    past = torch.arange(layout.rows.shape[1], device=rows.device) + 1 - layout.first  # [B, T]
+    most = torch.zeros((), dtype=torch.long, device=rows.device)
+    for part, seen in _parts(mask, rows, layout):
+        most = torch.maximum(most, seen.sum(-1).masked_fill(~layout.rows[:, None, part], 0).amax())
+    window = max(1, int(most))
+    for part, seen in _parts(mask, rows, layout):
+        key, query = torch.arange(seen.shape[-1], device=part.device), part[:, None]
+        begin = torch.maximum(layout.first[:, part], part + 1 - window)[:, None, :, None]
+        wrong = ((seen != ((begin <= key) & (key <= query))).any(-1)) & layout.rows[:, None, part]
+        if wrong.any():
+            row, head, index = wrong.nonzero()[0].tolist()
+            token, sees = int(part[index]), int(seen[row, head, index].sum())
+            more = ": the model does not keep it from later tokens or from those of other sequences"
+            raise ValueError(
+                f"collect needs attention to every earlier token or in a sliding window, got layer {layer}, where "
+                f"token {token} of row {row} sees {sees} tokens of {past[row, token]}{more * (sees > past[row, token])}"
+            )
+    return None if window >= int(past.masked_fill(~layout.rows, 0).amax()) else window
+
+
+def _parts(mask, rows: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some of the rows and what they see, bool [B, heads or 1, rows, T]; rows are positions that ascend."""
+    batch, tokens = layout.rows.shape
+    heads = mask.shape[1] if isinstance(mask, Tensor) else 1
+    for part in rows.split(max(1, MOST_SCORES // max(1, batch * heads * tokens))):
+        if isinstance(mask, Tensor):
+            seen = mask[:, :, part]
+            yield part, (seen if seen.dtype == torch.bool else seen == 0).expand(batch, -1, -1, -1)
+        else:
+            index = torch.arange(batch, device=rows.device)[:, None, None]
+            key = torch.arange(tokens, device=rows.device)
+            seen = mask.mask_mod(index, torch.zeros_like(index), part[:, None], key)
+            yield part, seen.expand(batch, len(part), tokens)[:, None]
+
+
+def _spread(positions: Tensor) -> Tensor:
+    """At most PROBES of these, evenly spaced, the first and the last among them."""
+    if len(positions) <= PROBES:
+        return positions
+    return positions[torch.linspace(0, len(positions) - 1, PROBES, device=positions.device).long()]
