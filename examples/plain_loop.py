@@ -1,0 +1,105 @@
+"""GRPO with rhythm credit as a plain loop: transformers to generate, one forward, and the credit between them.
+
+    python examples/plain_loop.py                                       # a tiny random model, seconds on a CPU
+    python examples/plain_loop.py --model Qwen/Qwen3-0.6B --learning-rate 1e-6 --new-tokens 128
+
+The reward is the share of digits in the answer, so that any model can learn something within a few steps.
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Qwen3Config
+
+from rhythm_kernels import collect, shape_advantages, token_credit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPTS = ["Count to nine: ", "The first ten primes are ", "My telephone number: ", "Today's date is "]
+
+
+def load(name: str | None):
+    """(model, tokenizer): of transformers by name or path, or a tiny random model that reads bytes."""
+    if name is not None:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # 16 bits round small updates away
+        return model.to(DEVICE), AutoTokenizer.from_pretrained(name, padding_side="left")
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = Qwen3Config(vocab_size=259, num_key_value_heads=2, head_dim=24, pad_token_id=0, eos_token_id=1, **sizes)
+    return AutoModelForCausalLM.from_config(config).eval().to(DEVICE), ByT5Tokenizer(extra_ids=0, padding_side="left")
+
+
+def reward(answer: str) -> float:
+    """The share of digits."""
+    return sum(character in "0123456789" for character in answer) / max(len(answer), 1)
+
+
+def train(model, tokenizer, args):
+    """Yields (mean reward, gamma [B, T], response mask [B, T]) of each step."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    ends = torch.tensor(model.generation_config.eos_token_id, device=DEVICE)
+    for _ in range(args.steps):
+        # Answers: several to each prompt. Prompts are padded on the left, so that all answers begin at one position.
+        prompts = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=False).to(DEVICE)
+        ids = model.generate(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            num_return_sequences=args.answers,
+            max_new_tokens=args.new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+        )  # [B, T]
+        prompt = prompts.attention_mask.repeat_interleave(args.answers, 0).bool()
+        answers = ids[:, prompt.shape[1] :]
+        ended = torch.isin(answers, ends).int()
+        live = ended.cumsum(1) - ended == 0  # up to the first end, with it
+        attention_mask = torch.cat([prompt, live], 1)
+        response = torch.cat([torch.zeros_like(prompt), live], 1)  # R, [B, T]
+
+        # Advantages: each reward against the mean of its prompt's answers.
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        rewards = torch.tensor([reward(text) for text in texts], device=DEVICE).view(-1, args.answers)
+        spread = rewards.std(1, keepdim=True) + 1e-4
+        advantages = ((rewards - rewards.mean(1, keepdim=True)) / spread).flatten()  # [B]
+
+        # The loss's own forward, with the statistics read on the way. gamma is needed only after it, so a batch with a
+        # single update takes no other pass. With more updates a batch, this block is the old-log-prob pass: run it once
+        # under torch.no_grad(), keep gamma and the log-probs, and let each update run a forward without collect.
+        with collect(model, response_mask=response) as c:
+            logits = model(ids, attention_mask=attention_mask.long(), use_cache=False).logits
+        gamma = token_credit("coupled", mask=response, rhythm=c.rhythm())  # [B, T]
+        per_token = shape_advantages(advantages, gamma)  # [B, T]
+
+        # Token t is predicted at t - 1. The ratio to the sampling policy is 1 here, and its gradient that of log p.
+        log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        ratio = (log_probs - log_probs.detach()).exp()
+        counted = response[:, 1:]
+        loss = -(ratio * per_token[:, 1:])[counted].sum() / counted.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield rewards.mean().item(), gamma, response
+
+
+def main():
+    parser = argparse.ArgumentParser(description="GRPO with rhythm credit as a plain loop")
+    parser.add_argument("--model", help="name or path of a transformers model; a tiny random one if left out")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--answers", type=int, default=8, help="to each prompt")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    model, tokenizer = load(args.model)
+    for step, (mean, gamma, response) in enumerate(train(model, tokenizer, args), 1):
+        credited = (gamma[response] > 1).float().mean()
+        print(f"step {step}  reward {mean:.3f}  gamma > 1 on {credited:.0%} of the tokens")
+
+
+if __name__ == "__main__":
+    main()

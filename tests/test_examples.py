@@ -1,0 +1,72 @@
+"""The example scripts run as they stand, at a tiny size."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(script: str, *args: str, **environment: str) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *args]
+    settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A folder that from_pretrained reads: a random Qwen3 over bytes."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = Qwen3Config(vocab_size=259, num_hidden_layers=6, head_dim=16, eos_token_id=1, pad_token_id=0, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_plain_loop_credits_tokens_and_learns():
+    out = run("plain_loop.py", "--steps", "8", "--new-tokens", "24")
+    steps = re.findall(r"^step (\d+)  reward ([\d.]+)  gamma > 1 on (\d+)% of the tokens$", out, re.MULTILINE)
+    assert [int(step) for step, *_ in steps] == list(range(1, 9)), out
+    rewards = [float(reward) for _, reward, _ in steps]
+    assert rewards[-1] > rewards[0] + 0.05  # 0.06 to 0.25 or so
+    assert all(30 <= int(share) <= 60 for *_, share in steps)  # q is 0.4, and what introduces comes on top
+
+
+def test_the_plain_loop_takes_a_saved_model(tiny):
+    assert "step 1  reward 0." in run("plain_loop.py", "--model", tiny, "--steps", "1", "--new-tokens", "12")
+
+
+def test_look_at_rhythm_prints_and_draws(tiny, tmp_path):
+    picture = tmp_path / "rhythm.png"
+    out = run(
+        "look_at_rhythm.py", "--model", tiny, "--prompt", "Two pens: ", "--new-tokens", "24", "--out", str(picture)
+    )
+    assert "local heads look" in out and "\033[48;2;" in out
+    for name in ("WAAD", "FAI", "gamma"):
+        assert re.search(rf"^{name}, [\d.e-]+ to [\d.e-]+$", out, re.MULTILINE), out
+    assert_drawn(picture)
+
+
+def test_look_at_rhythm_takes_an_answer_and_prints_without_colours(tiny, tmp_path):
+    picture, answer = tmp_path / "rhythm.png", "7 pens and $2, so 9."
+    out = run("look_at_rhythm.py", "--model", tiny, "--response", answer, "--out", str(picture), NO_COLOR="1")
+    assert "\033[" not in out and out.splitlines().count(answer) == 3
+    assert_drawn(picture)
+
+
+def assert_drawn(picture: Path):
+    """Lines and bars on white."""
+    pixels = np.asarray(Image.open(picture).convert("L"))
+    assert pixels.shape[0] > 300 and 0.005 < (pixels < 200).mean() < 0.5
