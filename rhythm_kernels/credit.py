@@ -137,7 +137,18 @@ def coupled_sets(
 
 
 def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
-    """A_t gamma_t where A_t >= 0, else A_t: [B] or [B, T] floating advantages and gamma [B, T] -> [B, T]."""
+    """The advantages that the loss reads: A_t gamma_t where A_t >= 0, else A_t.
+
+    Args:
+        advantages: [B], of each sequence, or [B, T], of each token; floating.
+        gamma: [B, T] floating, of `token_credit`. No gradient flows into it.
+
+    Returns:
+        [B, T], in the wider dtype of the two.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device.
+    """
     floating = (*DTYPES, torch.float64)
     check_tensor("gamma", gamma, ["B", "T"], floating)
     per_sequence = isinstance(advantages, Tensor) and advantages.ndim == 1

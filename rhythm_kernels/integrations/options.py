@@ -130,8 +130,9 @@ def credit_sums(gamma: Tensor, mask: Tensor, rhythm: Rhythm | None = None) -> di
     """What a run logs about a part of its batch, as sums: they add up over parts and ranks.
 
     Returns:
-        0-dim fp64 on the device of gamma: "tokens" (of R, what the others are divided by), "rhythm/gamma_mean",
-        "rhythm/credited_share" and, with a rhythm, "rhythm/waad_mean" (tokens) and "rhythm/fai_mean".
+        Sums by name, 0-dim fp64 on the device of gamma. "tokens" (of R) is what the others are divided by; they are
+        "rhythm/gamma_mean", "rhythm/credited_share" and, with a rhythm, "rhythm/waad_mean" (tokens) and
+        "rhythm/fai_mean".
     """
     values = {"tokens": torch.ones_like(gamma), "rhythm/gamma_mean": gamma, "rhythm/credited_share": gamma != 1}
     if rhythm is not None:
