@@ -55,10 +55,10 @@ def check(model, inputs: dict, rows: torch.Tensor, segments: torch.Tensor, seque
         model(**inputs)
     assert sorted(c.stats) == c.layers
     for layer in c.layers:
-        expected = dense_stats(maps[layer], rows, segments, sequences)
+        expected = dense_stats(maps[layer].cpu(), rows.cpu(), segments, sequences)
         for name, found, exact in zip(("waad", "fai", "span"), c.stats[layer], expected):
             where = f"{name} of layer {layer}: "
-            torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=2e-5, msg=where.__add__)
+            torch.testing.assert_close(found.double().cpu(), exact, rtol=2e-5, atol=2e-5, msg=where.__add__)
     return c
 
 
@@ -84,6 +84,19 @@ def test_left_padded_batch(name, attention):
     softmax = architecture.softmax
     assert c.layers == [softmax[index] for index in sampled_layers(len(softmax))]
     assert not tap_of(c.decoder).listeners
+
+
+@pytest.mark.gpu
+@hybrid
+@architectures
+def test_on_a_gpu(name):
+    """The Triton kernels, with the log-sum-exp of the GPU's own attention where there is one."""
+    model = ARCHITECTURES[name].build("eager").cuda()
+    if model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
+    inputs, real = padded("left")
+    inputs, real = {key: value.cuda() for key, value in inputs.items()}, real.cuda()
+    check(model, inputs, real, reference.segment_ids(3, TOKENS, real), 3)
 
 
 def packed():
