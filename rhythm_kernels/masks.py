@@ -30,6 +30,8 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
         ValueError: rows of R see anything else, such as a chunk, a sparse choice, later tokens.
     """
     rows = layout.rows.any(0).nonzero().flatten()
+    if not len(rows):
+        return None
     if not isinstance(mask, Tensor):
         rows = _spread(rows)
     past = torch.arange(layout.rows.shape[1], device=rows.device) + 1 - layout.first  # [B, T]

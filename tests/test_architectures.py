@@ -214,6 +214,16 @@ def test_flash_attention_packs(flash, name, bounds):
         assert torch.equal(c.stats[layer].fai, expected.stats[layer].fai)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_token_of_r(attention):
+    """As where every answer of a micro-batch was cut off and does not count."""
+    model = ARCHITECTURES["Mistral"].build(attention)
+    inputs, real = padded("left")
+    with torch.no_grad(), collect(model, response_mask=torch.zeros_like(real)) as c:
+        model(**inputs)
+    assert not c.rhythm().waad.any() and not c.rhythm().fai.any()
+
+
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 

