@@ -113,9 +113,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
     )
 
 
+def attention_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The modules that call an attention function: one a layer, none in a hybrid's other layers."""
+    return [module for module in decoder.modules() if _attends(type(module))]
+
+
 def softmax_layers(decoder: nn.Module) -> list[int]:
-    """Indices of the layers with softmax attention, ascending: those of a hybrid's other layers are missing."""
-    found = {getattr(module, "layer_idx", None) for module in decoder.modules() if _attends(type(module))}
+    """Indices of the layers with softmax attention, ascending."""
+    found = {getattr(module, "layer_idx", None) for module in attention_modules(decoder)}
     return sorted(index for index in found if isinstance(index, int))
 
 

@@ -1,0 +1,186 @@
+"""How things are measured: interleaved variants, medians, peak extra memory."""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+CPU = torch.device("cpu")
+FEWEST_ROUNDS = 3  # timed even when the time for them is over
+HEAD_START = 2_000_000  # GPU clock cycles, about 1 ms: launches queue up behind it before the clock starts
+TRACED_RUNS = 3
+
+
+class Measured(NamedTuple):
+    seconds: float
+    """Median over the rounds: wall time on a CPU; on a GPU between two events, gaps between kernels included."""
+    samples: tuple[float, ...]
+    """Of each round, seconds."""
+    extra_bytes: int
+    """Peak memory above what was held before the call, its results included."""
+    kernel_seconds: float | None = None
+    """On a GPU, time inside kernels and copies alone, median of a few runs; None where no trace can be had."""
+
+
+def ratios(above: Measured, below: Measured) -> list[float]:
+    """One variant's time over another's, in each round."""
+    return [a / b for a, b in zip(above.samples, below.samples, strict=True)]
+
+
+def ratio(above: Measured, below: Measured) -> float:
+    """The median of `ratios`."""
+    return statistics.median(ratios(above, below))
+
+
+def interleave(
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    label: str,
+    device: torch.device = CPU,
+    limit: float = float("inf"),
+) -> dict[str, Measured]:
+    """Runs the variants in turn, so that a drifting machine hits all alike.
+
+    Two rounds come first that are not timed: they warm up, and the lesser of their memory counts. On a GPU each timed
+    run finds an L2 cache full of other data; on a CPU the caches hold what the variant before it left.
+
+    Args:
+        rounds: at most so many are timed; fewer, but at least `FEWEST_ROUNDS`, once `limit` seconds are over.
+    """
+    extra: dict[str, list[int]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    begin = time.perf_counter()
+    gc.collect()
+    gc.freeze()  # collections between the runs then look at what the runs left only
+    for i in progress(range(-2, rounds), label):
+        if i >= FEWEST_ROUNDS and time.perf_counter() - begin > limit:
+            break
+        for name, run in variants.items():
+            gc.collect()
+            if i < 0:
+                extra[name].append(extra_bytes(run, device))
+            else:
+                seconds[name].append(_time(run, device))
+    gc.unfreeze()
+    return {
+        name: Measured(
+            seconds=statistics.median(taken),
+            samples=tuple(taken),
+            extra_bytes=min(extra[name]),
+            kernel_seconds=_kernel_seconds(variants[name], device) if device.type == "cuda" else None,
+        )
+        for name, taken in seconds.items()
+    }
+
+
+def interleave_long(
+    variants: dict[str, Callable[[], object]], rounds: int, label: str, device: torch.device = CPU
+) -> dict[str, Measured]:
+    """As `interleave`, for runs of minutes: none is for warming up, and the same runs give time and memory."""
+    extra: dict[str, list[int]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in progress(range(rounds), label):
+        for name, run in variants.items():
+            gc.collect()
+            extra[name].append(extra_bytes(lambda run=run, name=name: seconds[name].append(_time(run, device)), device))
+    return {
+        name: Measured(statistics.median(taken), tuple(taken), int(statistics.median(extra[name])))
+        for name, taken in seconds.items()
+    }
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _l2_sized_buffer(device).zero_()
+    torch.cuda._sleep(HEAD_START)
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def _kernel_seconds(run: Callable[[], object], device: torch.device) -> float | None:
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    totals = []
+    for _ in range(TRACED_RUNS):
+        _l2_sized_buffer(device).zero_()
+        torch.cuda.synchronize(device)
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            run()
+            torch.cuda.synchronize(device)
+        on_device = (e for e in trace.key_averages() if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
+        totals.append(sum(event.self_device_time_total for event in on_device) / 1e6)
+    return statistics.median(totals) or None
+
+
+@cache
+def _l2_sized_buffer(device: torch.device) -> torch.Tensor:
+    """Twice the L2 cache: writing it evicts what a run left there."""
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.int8, device=device)
+
+
+def progress(items: Iterable, label: str) -> Iterable:
+    """A progress bar, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=label, leave=False)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def available_bytes(device: torch.device) -> int:
+    """What can still be allocated: on a GPU, or on a CPU within the limit of a container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = _field(Path("/proc/meminfo"), "MemAvailable")
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def extra_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Peak memory of one call above what was held before it; on a CPU of the resident set, with malloc's slack."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    _libc().malloc_trim(0)  # what was freed must not hide what is allocated next
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set (Linux)
+    status = Path("/proc/self/status")
+    before = _field(status, "VmRSS")
+    run()
+    return _field(status, "VmHWM") - before
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL("libc.so.6")
+
+
+def _field(path: Path, name: str) -> int:
+    """Bytes of a line "name: 123 kB"."""
+    for line in path.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"{path} has no {name}")

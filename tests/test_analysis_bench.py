@@ -1,0 +1,67 @@
+"""`rhythm bench`: what it times is checked first, and the table has what was asked for."""
+
+import json
+
+import pytest
+import torch
+from models import dense_stats, eager_maps, llama
+
+from rhythm_kernels import reference
+from rhythm_kernels.analysis import bench, cli
+
+TOKENS = 96
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return llama("sdpa")
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 61, (1, TOKENS), generator=torch.Generator().manual_seed(2))
+
+
+def test_the_papers_way_is_the_definition(model, ids):
+    stats = bench.eager_forward(model, model.model, [2, 3], ids)
+    rows, segments = torch.ones(1, TOKENS, dtype=torch.bool), reference.segment_ids(1, TOKENS)
+    for layer, maps in enumerate(eager_maps(model, input_ids=ids)):
+        if layer in stats:
+            for got, want in zip(stats[layer], dense_stats(maps, rows, segments, 1)):
+                torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    assert sorted(stats) == [2, 3]
+    assert model.config._attn_implementation == "sdpa" and not model.model.layers[2].self_attn._forward_hooks
+
+
+def test_what_is_timed_agrees(model, ids):
+    variants, worst = bench.make_variants(model, ids, eager=True)
+    assert list(variants) == ["forward", "groups known", "with spans", "paper's way"] and worst < bench.EXACT
+    logits, c = variants["groups known"]()
+    assert torch.equal(logits, variants["forward"]()) and c.rhythm().spans is None
+    assert "paper's way" not in bench.make_variants(model, ids, eager=False)[0]
+
+
+def test_wrong_statistics_are_not_timed(model, ids, monkeypatch):
+    monkeypatch.setattr(bench, "HORIZON", (10, 40))
+    right = bench.EagerSums.__call__
+    monkeypatch.setattr(bench.EagerSums, "__call__", lambda self, maps: right(self, maps * 1.01))
+    with pytest.raises(ValueError, match="statistics are off by 1.*e-02 of the largest, .*nothing timed"):
+        bench.make_variants(model, ids, eager=True)
+
+
+def test_the_command(tmp_path, capsys):
+    torch.manual_seed(1)
+    llama("sdpa").save_pretrained(tmp_path / "model")
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    given = ["bench", str(tmp_path / "model"), "--tokens", "128", "--rounds", "3", "--out", str(tmp_path / "out")]
+    assert cli.main(given) == 0
+    said = capsys.readouterr().out
+    assert "| paper's way |" in said and "medians of 3 interleaved rounds" in said
+    assert (tmp_path / "out" / "bench.md").read_text() == said[:-1]
+    data = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert data["tokens"] == 128 and len(data["with spans"]["samples"]) == 3
+    assert cli.main([*given[:2], "--tokens", "8"]) == 2
+    assert "rhythm bench: --tokens must be at least 64, got 8" in capsys.readouterr().err
