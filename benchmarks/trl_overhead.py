@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.forward import load
 from benchmarks.measure import Measured, environment, extra_bytes, progress, ratios, write
 from rhythm_kernels import reference
 
@@ -46,16 +45,10 @@ class Bench:
     """One model and its optimizer; each run makes a trainer for them, as a script does."""
 
     def __init__(self, folder: str):
-        from transformers import AutoTokenizer
+        from rhythm_kernels.analysis import sources
 
-        self.model, self.weights = load("smollm2-135m", torch.float32, torch.device("cpu"))
-        self.model.hf_quantizer, self.model.is_quantized = None, False  # GGUF weights are dequantized
-        if hasattr(self.model.config, "quantization_config"):
-            del self.model.config.quantization_config
-        file = Path(self.model.config._name_or_path)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            file, gguf_file=next(file.glob("*.gguf")).name, padding_side="left"
-        )
+        self.model, self.tokenizer = sources.load(device="cpu")
+        self.weights = sources.smollm2_file().stem
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
         self.folder = folder
         self.spans: Tensor | None = None  # of the first batch with credit

