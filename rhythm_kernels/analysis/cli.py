@@ -11,8 +11,6 @@ import sys
 
 COMMANDS = {
     "show": "the rhythm of an answer, as a page and as figures",
-    "couple": "do anchors follow preplan tokens? (the paper's Table 2)",
-    "perturb": "do anchors decide what follows? (the paper's Table 1)",
     "bench": "what would the statistics cost on this machine?",
 }
 
