@@ -1,6 +1,8 @@
 """The console script `rhythm`: one command for each question.
 
 rhythm show smollm2 --prompt "..."      the rhythm of an answer, as a page and as figures
+rhythm couple smollm2                   do anchors follow preplan tokens? (the paper's Table 2)
+rhythm perturb smollm2                  do anchors decide what follows? (the paper's Table 1)
 rhythm bench smollm2                    what would the statistics cost here?
 """
 
@@ -9,6 +11,8 @@ import sys
 
 COMMANDS = {
     "show": "the rhythm of an answer, as a page and as figures",
+    "couple": "do anchors follow preplan tokens? (the paper's Table 2)",
+    "perturb": "do anchors decide what follows? (the paper's Table 1)",
     "bench": "what would the statistics cost on this machine?",
 }
 

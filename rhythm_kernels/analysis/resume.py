@@ -1,0 +1,122 @@
+"""What a study has found so far, in a file that a killed run goes on from."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BEGIN = b'{"study": '
+
+
+class Log:
+    """A JSONL file: the settings in its first line, then one finished piece of work in each.
+
+    Each line has a digest over the settings, the key and the value, so that what another run or hand wrote is noticed.
+    A last line that is torn, by a kill or a full disk, is dropped, and its work is done again.
+
+    Raises:
+        ValueError: a file of other settings, and which differ; a damaged line that is not the last; no log at all.
+        OSError: another process has it open.
+    """
+
+    def __init__(self, path: Path, study: str, settings: dict[str, Any]):
+        self.path = path
+        self._found: dict[str, str] = {}  # values as JSON
+        head = json.dumps({"study": study, "settings": settings}, allow_nan=False)
+        self._fingerprint = hashlib.sha256(head.encode()).hexdigest()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            self._lock()
+            self._read(study, json.loads(head)["settings"])
+            if self._file.seek(0, os.SEEK_END) == 0:
+                self._write(head)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._found
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """The value of a key: what the file has, else what `make` returns, once it is safely in the file.
+
+        Either way it comes back as JSON gives it, so that a resumed run sees the very same.
+        """
+        if key not in self._found:
+            value = json.dumps(make(), allow_nan=False)
+            self._write(f'{{"key": {json.dumps(key)}, "digest": "{self._digest(key, value)}", "value": {value}}}')
+            self._found[key] = value
+        return json.loads(self._found[key])
+
+    def _digest(self, key: str, value: str) -> str:
+        return hashlib.sha256("\n".join((self._fingerprint, key, value)).encode()).hexdigest()[:16]
+
+    def _write(self, line: str) -> None:
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"{self.path} is being written by another process") from error
+
+    def _read(self, study: str, settings: dict[str, Any]) -> None:
+        self._file.seek(0)
+        *lines, rest = self._file.read().split(b"\n")
+        if not lines:
+            if rest and not (rest + BEGIN[len(rest) :]).startswith(BEGIN):
+                raise ValueError(f"{self.path} is not the log of a study")
+            self._file.truncate(0)
+            return
+        self._check_settings(lines[0], study, settings)
+        good = len(lines[0]) + 1
+        for number, line in enumerate(lines[1:], 2):
+            entry = self._entry(line)
+            if entry is None and number == len(lines):
+                break
+            if entry is None:
+                raise ValueError(f"{self.path}, line {number}: damaged, or not of this run")
+            self._found[entry[0]] = entry[1]
+            good += len(line) + 1
+        self._file.truncate(good)
+
+    def _entry(self, line: bytes) -> tuple[str, str] | None:
+        """(key, value as JSON), or None for a line that this log did not write."""
+        try:
+            entry = json.loads(line)
+            key, digest, value = entry["key"], entry["digest"], json.dumps(entry["value"])
+            return (key, value) if digest == self._digest(key, value) else None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def _check_settings(self, line: bytes, study: str, settings: dict[str, Any]) -> None:
+        try:
+            head = json.loads(line)
+            had_study, had = head["study"], dict(head["settings"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{self.path} is not the log of a study") from None
+        if had_study != study:
+            raise ValueError(f"{self.path} is the log of {had_study}, not of {study}")
+        absent = object()
+        differing = [
+            f"{name} was {had.get(name, 'absent')!r} and is {settings.get(name, 'absent')!r}"
+            for name in {**had, **settings}
+            if had.get(name, absent) != settings.get(name, absent)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.path} has results of other settings: {'; '.join(differing)}. Give another --out, or the same "
+                "settings"
+            )

@@ -1,0 +1,33 @@
+"""Content words of a text, and how many two texts share."""
+
+import re
+
+WORD = re.compile(r"[0-9]+(?:[.,][0-9]+)*|[^\W_0-9]+")
+"""Letters, or a number: numbers are content where a problem is solved. An apostrophe parts a word."""
+
+_LISTED = """
+a about above after again against all also am an and any are as at be because been before being below between both but
+by can could d did do does doing don down during each few for from further get gets got had has have having he her
+here hers him his how i if in into is it its itself just let like ll m may me might more most must my no nor not now
+of off on once one only or other our ours out over own re s same shall she should so some such t than that the their
+theirs them then there these they this those through thus to too under until up upon us ve very was we were what when
+where which while who whom whose why will with would you your yours
+"""
+STOP_WORDS = frozenset(_LISTED.split())
+"""English function words, and what an apostrophe leaves of them; "one" is among them, "1" is not."""
+
+
+def content_words(text: str, *, begun: bool = False) -> frozenset[str]:
+    """The lowercased words of a text that are no stop words.
+
+    Args:
+        begun: the text goes on where another one stopped, so letters that it begins with may be the end of a word.
+    """
+    words = WORD.finditer(text.lower())
+    return frozenset(word[0] for word in words if not (begun and word.start() == 0)) - STOP_WORDS
+
+
+def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
+    """Words in both over words in either, 0 to 1; 1 for two empty sets, which do not differ."""
+    either = first | second
+    return len(first & second) / len(either) if either else 1.0

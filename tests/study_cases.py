@@ -1,0 +1,61 @@
+"""A tiny random model in a folder, and problems for it: what the studies of rhythm_kernels/analysis are tested on."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # so that it has preferences
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def tiny_model(**sizes) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES | sizes)).eval()
+
+
+def run(main, arguments: list[str]) -> str | None:
+    """Runs a study; the message of an error that is the caller's, None without one."""
+    try:
+        main(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        return str(error)
+    return None
+
+
+def tiny_folder(folder: Path) -> Path:
+    """With the model and a tokenizer that reads bytes."""
+    tiny_model().save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return folder
+
+
+def problem_file(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"question": f"What is {n} times {n + 3}?"}) + "\n" for n in range(count)))
+    return path
+
+
+def cut_places(content: bytes) -> list[int]:
+    """Where a kill may have left a log of two batches of two: at the start, inside of answers and of a problem, and
+    between two problems.
+    """
+    lines = content.splitlines(keepends=True)  # settings, answers, problems 0 and 1, answers, problems 2 and 3
+    starts = [sum(map(len, lines[:number])) for number in range(len(lines))]
+    return [0, starts[4] + 9, starts[6], len(content) - 1]
+
+
+def kept_problems(content: bytes) -> int:
+    """How many problems a log that ends anywhere has for good."""
+    return sum(b'"key": "problem' in line and line.endswith(b"\n") for line in content.splitlines(keepends=True))
