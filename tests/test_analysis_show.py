@@ -188,9 +188,8 @@ def test_prompts_and_answers_from_files(tiny, tmp_path):
     files = ["--prompt-file", str(tmp_path / "prompt.txt"), "--response-file", str(tmp_path / "answer.txt")]
     shown = show.show(show.parse([tiny, *files, "--out", str(tmp_path / "out")]))
     assert "".join(shown.texts) == PROMPT + "4 dollars."
-    assert shown.settings["receiver heads"].startswith(
-        "16 of 24, the first ones: only an answer of more than 32 tokens"
-    )
+    assert shown.settings["receiver heads"] == "0 of 24: only an answer of more than 32 tokens tells which"
+    assert not shown.reading.receiver_fai.any() and not shown.reading.receiver_peaks.any()
 
 
 def test_a_long_answer_has_maps_in_bins(tiny, tmp_path):

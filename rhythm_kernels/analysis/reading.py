@@ -34,7 +34,7 @@ class Reading(NamedTuple):
     credit_fai: Tensor
     """[T] fp32, the same from 10 to 50 tokens later: what credit is made of."""
     receiver_fai: Tensor
-    """[T] fp32, FAI to the end of the receiver heads' mean map."""
+    """[T] fp32, FAI to the end of the receiver heads' mean map; 0 where there are none."""
     entropy: Tensor
     """[T] fp32, nats: of the distribution that the token was drawn from; 0 outside R."""
     waad_peaks: Tensor
@@ -52,7 +52,7 @@ class Reading(NamedTuple):
     kurtosis: Tensor
     """[L, HQ] fp64, of each head's columns."""
     receivers: Tensor
-    """[L, HQ] bool."""
+    """[L, HQ] bool; none of an answer in which no token has rows enough behind it (`FEWEST_ROWS`)."""
     sampled: list[int]
     """The layers that WAAD and FAI come from."""
     groups: HeadGroups
@@ -110,9 +110,11 @@ def read(
     stats = [whole.stats[layer] for layer in every]
     columns = counted_columns(mask, TO_THE_END[0])
     kurtosis = torch.cat([column_moments(each.fai, columns).kurtosis for each in stats])  # [L, HQ]
-    chosen = receiver_heads(kurtosis, receivers)
-    members = [each.fai[0][row.to(ids.device)] for each, row in zip(stats, chosen, strict=True)]
-    receiver_fai = torch.cat(members).mean(0)
+    chosen, receiver_fai = torch.zeros(kurtosis.shape, dtype=torch.bool), torch.zeros(len(ids), device=ids.device)
+    if columns.any():  # else nothing tells one head from another
+        chosen = receiver_heads(kurtosis, receivers)
+        members = [each.fai[0][row.to(ids.device)] for each, row in zip(stats, chosen, strict=True)]
+        receiver_fai = torch.cat(members).mean(0)
 
     def peaks(signal: Tensor) -> Tensor:
         return find_peaks(signal[None], mask, min_quantile=min_quantile)[0]

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from rhythm_kernels.analysis import figures, page
 from rhythm_kernels.analysis.maps import mean_maps
 from rhythm_kernels.analysis.page import ShownAnswer
-from rhythm_kernels.analysis.reading import TO_THE_END, Reading, read
-from rhythm_kernels.analysis.receivers import FEWEST_ROWS, counted_columns
+from rhythm_kernels.analysis.reading import Reading, read
+from rhythm_kernels.analysis.receivers import FEWEST_ROWS
 from rhythm_kernels.analysis.sources import SMOLLM2, encode_prompt, generate, load, sequence_of
 from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.collect import collect
@@ -325,8 +325,8 @@ def _settings(model: nn.Module, request: Request, reading: Reading) -> dict[str,
 
 def _few(reading: Reading) -> str:
     """A warning where no column has rows enough to tell heads apart."""
-    short = not counted_columns(reading.response[None], TO_THE_END[0]).any()
-    return f", the first ones: only an answer of more than {FEWEST_ROWS} tokens tells which" * short
+    short = not reading.receivers.any()
+    return f": only an answer of more than {FEWEST_ROWS} tokens tells which" * short
 
 
 def _versions() -> dict[str, str]:
