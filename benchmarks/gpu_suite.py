@@ -31,6 +31,7 @@ from torch import Tensor
 from benchmarks.measure import environment, output_of, write
 
 ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ROOT / "tests" / "test_architectures.py"
 TAIL = 40  # lines of a failing step's output
 PYTHON = sys.executable
 
@@ -79,11 +80,14 @@ def steps() -> list[Step]:
         Step("triton-tests", [*pytest, *runnable(triton_tests())], 150, threads | {"FUZZ_CASES": "40"}),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *kernels], 90, no_cache),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], 90),
+        # many shapes, each compiled: last, so that they take no time from the others
+        Step("architectures", [*pytest, "-m", "gpu", *runnable([ARCHITECTURES])], 150, threads),
     ]
 
 
 def gpu_tests() -> list[Path]:
-    return [file for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text()]
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [file for file in files if "mark.gpu" in file.read_text() and file != ARCHITECTURES]
 
 
 def triton_tests() -> list[Path]:
