@@ -192,6 +192,22 @@ def test_moments_are_those_of_the_counted_columns():
         close(found.m3[row], torch.from_numpy(((values - values.mean(-1, keepdims=True)) ** 3).mean(-1)), rtol=1e-9)
 
 
+def test_wrong_input_of_heads_and_maps_is_refused():
+    model, ids = llama("sdpa"), torch.randint(0, 61, (40,))
+    found = read(model, ids, torch.arange(40) >= 10)
+    for wrong in (ids, ids[None].expand(2, -1)):
+        with pytest.raises(ValueError, match=r"ids must have shape \[1, T\], got"):
+            mean_maps(model, wrong, found.sampled, found.groups)
+    with pytest.raises(ValueError, match=r"response must have shape \[B, T\], got \[40\]"):
+        counted_columns(ids > 3, 1)
+    with pytest.raises(TypeError, match="response must be torch.bool, got torch.int64"):
+        counted_columns(ids[None], 1)
+    kurtosis = column_moments(torch.tensor([[[0.1, 0.2, math.nan]]]), torch.ones(1, 3, dtype=torch.bool)).kurtosis
+    assert kurtosis.isnan().all()
+    with pytest.raises(ValueError, match="kurtosis must not hold NaN, got 1 of 1"):
+        receiver_heads(kurtosis, 1)
+
+
 def test_equal_columns_and_none_have_a_kurtosis_of_0():
     columns = torch.ones(1, 8, dtype=torch.bool)
     assert column_moments(torch.full((1, 2, 8), 0.25), columns).kurtosis.eq(0).all()

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from rhythm_kernels.attention.api import run_stats
 from rhythm_kernels.attention.options import Options
-from rhythm_kernels.checks import check_int
+from rhythm_kernels.checks import check_int, check_tensor
 from rhythm_kernels.collect import Collector
 from rhythm_kernels.types import AttentionStats, HeadGroups
 
@@ -53,6 +53,7 @@ def mean_maps(
     Raises:
         TypeError, ValueError: a window outside of the sequence, and as `collect`.
     """
+    check_tensor("ids", ids, [1, "T"], [torch.int64])
     tokens = ids.shape[1]
     end = tokens if end is None else end
     check_int("begin", begin, 0, tokens - 1)

@@ -30,8 +30,10 @@ class ColumnMoments(NamedTuple):
 
     @property
     def kurtosis(self) -> Tensor:
-        """[..., HQ]: m4 / m2^2 - 3, 0 for a normal distribution; 0 where all columns are equal or there are none."""
-        return torch.where(self.m2 > 0, self.m4 / self.m2.square().clamp(min=torch.finfo(torch.float64).tiny) - 3, 0.0)
+        """[..., HQ]: m4 / m2^2 - 3, 0 for a normal distribution; 0 where all columns are equal or there are none, NaN
+        where one of them is."""
+        square = self.m2.square().clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.where(self.m2 == 0, 0.0, self.m4 / square - 3)
 
 
 def column_moments(fai: Tensor, columns: Tensor) -> ColumnMoments:
@@ -59,6 +61,7 @@ def column_moments(fai: Tensor, columns: Tensor) -> ColumnMoments:
 
 def counted_columns(response: Tensor, lo: int) -> Tensor:
     """Columns of R at which at least FEWEST_ROWS rows of R look back from `lo` tokens or more; bool [B, T]."""
+    check_tensor("response", response, ["B", "T"], [torch.bool])
     check_int("lo", lo, 0)
     behind = response.flip(-1).long().cumsum(-1).flip(-1)  # rows of R from each position on
     later = torch.nn.functional.pad(behind, (0, lo))[:, lo:]
@@ -69,6 +72,8 @@ def receiver_heads(kurtosis: Tensor, count: int) -> Tensor:
     """The heads with the largest kurtosis, [L, HQ] -> bool [L, HQ]; ties go to the lower (layer, head)."""
     check_tensor("kurtosis", kurtosis, ["L", "HQ"], [torch.float64])
     check_int("count", count, 1, kurtosis.numel())
+    if kurtosis.isnan().any():
+        raise ValueError(f"kurtosis must not hold NaN, got {int(kurtosis.isnan().sum())} of {kurtosis.numel()}")
     order = kurtosis.flatten().argsort(descending=True, stable=True)
     return (
         torch.zeros(kurtosis.numel(), dtype=torch.bool).index_fill_(0, order[:count].cpu(), True).view(kurtosis.shape)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rhythm_kernels.attention.options import MAX_WINDOW
-from rhythm_kernels.checks import check_bool, check_choice, check_float, check_horizon, check_int
+from rhythm_kernels.checks import check_bool, check_choice, check_float, check_horizon, check_int, check_tensor
 from rhythm_kernels.collect import Collector, collect
 from rhythm_kernels.credit import MOST_AMP, STRATEGIES, token_credit
 from rhythm_kernels.group_schedule import GroupSchedule
@@ -134,6 +134,8 @@ def credit_sums(gamma: Tensor, mask: Tensor, rhythm: Rhythm | None = None) -> di
         "rhythm/gamma_mean", "rhythm/credited_share" and, with a rhythm, "rhythm/waad_mean" (tokens) and
         "rhythm/fai_mean".
     """
+    check_tensor("gamma", gamma, ["B", "T"])
+    check_tensor("mask", mask, list(gamma.shape), [torch.bool], gamma.device)
     values = {"tokens": torch.ones_like(gamma), "rhythm/gamma_mean": gamma, "rhythm/credited_share": gamma != 1}
     if rhythm is not None:
         values |= {"rhythm/waad_mean": rhythm.waad, "rhythm/fai_mean": rhythm.fai}
