@@ -52,6 +52,11 @@ class LseReader(TorchDispatchMode):
         super().__init__()
         self._calls: list[_Call] = []
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """What the fused operators of the call, if any ran, took their queries in."""
+        return [call.dtype for call in self._calls]
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True  # what is compiled, as transformers' FlexAttention is, stays so

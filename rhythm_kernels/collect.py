@@ -5,6 +5,8 @@ attention kernel's own log-sum-exp of the sampled layers to the statistics. Noth
 """
 
 import inspect
+import math
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,18 +17,20 @@ from torch import Tensor, nn
 from rhythm_kernels.attention.api import BACKENDS, run_group_stats, run_stats
 from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import MAX_WINDOW, Options, check_options
-from rhythm_kernels.backend_lse import LseReader
-from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_tensor
+from rhythm_kernels.attention.verify import Deviation, Rounding, probe_output, rounding_of
+from rhythm_kernels.checks import can_look, check_choice, check_float, check_horizon, check_int, check_tensor
 from rhythm_kernels.heads import sampled_layers
+from rhythm_kernels.isolation import isolated, lowest_precision
 from rhythm_kernels.masks import is_mask, window_of
 from rhythm_kernels.signals import GROUPS_PER, check_groups, rhythm_of
-from rhythm_kernels.taps import NOT_WHOLE, decoder_of, softmax_layers, tap_of
+from rhythm_kernels.taps import NOT_WHOLE, Call, Layers, ancestors_of, decoder_of, is_tensor_parallel, layers_of, tap_of
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
 
 MASKED = ("eager", "sdpa")
-"""Implementations that know of a sliding window, and of packed sequences, by their mask alone."""
-OTHER_SCORES = ("position_bias", "indices", "block_indices")
-"""What changes an attention function's map and is not known here: biases, sparse choices of keys."""
+"""Implementations that know of a sliding window by their mask alone."""
+UNKNOWN = ("position_bias", "indices", "block_indices")
+"""Arguments of attention functions that change a map in a way that the statistics do not follow."""
+_NOT_GIVEN = object()
 
 
 def collect(
@@ -88,8 +92,14 @@ class Collector:
         "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass" if the statistics computed it."""
         self.layout: Layout | None = None
         self.decoder = decoder_of(model)
-        self.layers = _chosen_layers(self.decoder, layers)
-        self._modules = {id(module) for module in self.decoder.modules()}
+        every = layers_of(self.decoder)
+        self.layers = _chosen_layers(self.decoder, every, layers)
+        self._places: dict[int, list[int]] = {}  # by the id of a module: its layers, in the order of its calls
+        for layer, module in every.attention.items():
+            self._places.setdefault(id(module), []).append(layer)
+        # what stands around a decoder of another configuration may make its masks, from the [B, T] one
+        outer = ancestors_of(self.decoder, model)
+        self._outer = [module for module in outer if getattr(module, "config", None) is not self.decoder.config]
         self._response_mask = response_mask
         if response_mask is not None:
             check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
@@ -98,8 +108,9 @@ class Collector:
         self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
         self._backend = check_choice("backend", backend, BACKENDS)
         self._windows: dict[int, tuple[object, int | None]] = {}  # by the id of a mask, which is kept, and so its id
-        self._clock = _Clock()
-        self._hook = None
+        self._deviations: list[tuple[int, str, Deviation, str]] = []  # where the device is not waited for
+        self._clock, self._check_clock = _Clock(), _Clock()
+        self._hooks: list = []
 
     def _check_grouping(self, groups, groups_per, local, global_) -> None:
         check_choice("groups_per", groups_per, GROUPS_PER)
@@ -107,114 +118,185 @@ class Collector:
         check_float("global_", global_, 0.0, 1.0)
         if groups is not None:
             sequences = groups[0].shape[0] if isinstance(groups, HeadGroups) else 0
-            check_groups(groups, len(self.layers), self.decoder.config.num_attention_heads, sequences)
+            check_groups(groups, len(self.layers), query_heads(self.decoder), sequences)
 
     def __enter__(self) -> "Collector":
-        if self._hook is not None:
+        if self._hooks:
             raise RuntimeError("this collect context is open already")
+        self._thread, self._calls, self._mask_outside = threading.get_ident(), None, _NOT_GIVEN
         self._tap = tap_of(self.decoder)
         self._tap.add(self)
-        self._hook = self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = [
+            *(module.register_forward_pre_hook(self._before_outer, with_kwargs=True) for module in self._outer),
+            self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_forward, always_call=True),
+        ]
         return self
 
     def __exit__(self, *_) -> None:
         self._tap.remove(self)
-        self._hook.remove()
-        self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self._windows.clear()
 
     @property
     def seconds(self) -> float:
-        """Time spent in the statistics of this forward; on a GPU this waits for them."""
+        """Time spent in the statistics of this forward, their check included; on a GPU this waits for them."""
         return self._clock.seconds()
 
+    @property
+    def check_seconds(self) -> float:
+        """The part of `seconds` in which the layers' outputs were checked; on a GPU this waits for it."""
+        return self._check_clock.seconds()
+
     def rhythm(self) -> Rhythm:
-        """The group means: Rhythm(waad [B, T], fai [B, T], spans, groups). Needs a finished forward."""
+        """The group means: Rhythm(waad [B, T], fai [B, T], spans, groups). Needs a finished forward.
+
+        On a GPU, statistics of a layer that does not attend as they assume are NaN: `check()` says which and why. With
+        spans this waits for the device and raises by itself.
+        """
         missing = [layer for layer in self.layers if layer not in self.stats]
         if missing:
-            why = "no forward ran inside the context" if not self.stats else "they do not use softmax attention"
+            why = "no forward ran inside the context" if not self.stats else "the forward did not call their attention"
             raise RuntimeError(f"no statistics of layers {missing}: {why}")
-        with self._clock, torch.no_grad():
+        if self._grouping["groups"] is None:  # ranking the spans waits for the device anyway
+            self.check()
+        with self._clock, isolated(self.layout.rows.device):
             return rhythm_of(self.stats, self.layout, **self._grouping)
+
+    def check(self) -> None:
+        """Raises where a layer's output, or its log-sum-exp, is not that of the map that its statistics are of.
+
+        On a CPU the forward itself has raised. On a GPU, which the forward does not wait for, this does.
+
+        Raises:
+            ValueError: with the layer, the token, the head and both values.
+        """
+        for layer, name, deviation, hints in self._deviations:
+            _refuse(layer, name, deviation, hints)
+
+    # ---- around the forward ------------------------------------------------------------------------------------------
+
+    def _is_mine(self) -> bool:
+        """Whether this is the thread that opened the context: forwards of others are theirs."""
+        return threading.get_ident() == self._thread
+
+    @torch.compiler.disable(reason=NOT_WHOLE)
+    def _before_outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        bound = _bound(module, args, kwargs)
+        if self._is_mine() and "attention_mask" in {*bound, *inspect.signature(module.forward).parameters}:
+            self._mask_outside = bound.get("attention_mask")
 
     @torch.compiler.disable(reason=NOT_WHOLE)
     def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self._is_mine():
+            return
         if self.layout is not None:
             raise RuntimeError("collect records one forward: open a new context for the next one")
-        bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        bound = {**bound.pop("kwargs", {}), **bound}
+        bound = _bound(decoder, args, kwargs)
         inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
-        self._clock.on_gpu = inputs.is_cuda
+        self._clock.on_gpu = self._check_clock.on_gpu = inputs.is_cuda
         batch, tokens = inputs.shape[:2]
-        mask, position_ids = bound.get("attention_mask"), bound.get("position_ids")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"collect needs attention_mask as [B, T], got {shape}")
         sharding = self._tap.sharding()
         if sharding is not None:
             raise ValueError(
                 f"collect needs whole sequences, but {sharding} computes attention over shards of them here: "
                 "switch sequence parallelism off"
             )
-        cu_seqlens = None
+        mask = self._padding_mask(bound.get("attention_mask"), batch, tokens)
+        cu_seqlens, position_ids = bound.get("cu_seq_lens_q"), bound.get("position_ids")
         if position_ids is not None:
             position_ids = _text_positions(position_ids, mask is None)
             _check_begin(position_ids)
-        if mask is None and bound.get("cu_seq_lens_q") is not None and self._tap.name not in MASKED:
-            cu_seqlens = bound["cu_seq_lens_q"]
-        elif mask is None and position_ids is not None:
-            cu_seqlens = _packed_bounds(position_ids, batch)
-            if cu_seqlens is not None and self._makes_cache(bound):
+            if cu_seqlens is None:
+                cu_seqlens = _packed_bounds(position_ids, mask, batch)
+        if cu_seqlens is not None and mask is not None:
+            if not (mask == 1).all():
                 raise ValueError(
-                    "position_ids restart, but with a key-value cache transformers lets packed sequences see "
-                    "each other: pass use_cache=False to the model"
+                    "packed sequences have no padding, got sequence bounds (position_ids that restart, or "
+                    f"cu_seq_lens_q) beside an attention_mask with {int((mask != 1).sum())} masked tokens"
                 )
+            mask = None
         response_mask = self._response_mask
         if response_mask is not None:
             check_tensor("response_mask", response_mask, [batch, tokens], [torch.bool], inputs.device)
         layout = make_layout(batch, tokens, inputs.device, response_mask, mask, cu_seqlens)
         groups = self._grouping["groups"]
         if groups is not None:
-            check_groups(groups, len(self.layers), self.decoder.config.num_attention_heads, layout.sequences)
+            check_groups(groups, len(self.layers), query_heads(decoder), layout.sequences)
             self._grouping["groups"] = HeadGroups(*(group.to(inputs.device) for group in groups))
-        self.layout = layout
+        self.layout, self._calls = layout, {}
 
-    def _makes_cache(self, bound: dict) -> bool:
-        if "flash" in self._tap.name:  # flash attention separates sequences by position_ids alone
-            return False
-        use_cache = bound.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(self.decoder.config, "use_cache", False)
-        checkpointing = getattr(self.decoder, "gradient_checkpointing", False) and self.decoder.training
-        given = any(bound.get(name) is not None for name in ("past_key_values", "cache"))  # its name changed
-        return given or (use_cache and not checkpointing)
+    def _after_forward(self, *_) -> None:
+        if self._is_mine():
+            self._calls = None  # a layer may be called again: by a backward pass, by another model
 
-    def wants(self, module: nn.Module) -> bool:
-        """Whether a call from this attention module is to be recorded (once: checkpointing calls it again)."""
-        layer = getattr(module, "layer_idx", None)
-        return id(module) in self._modules and layer in self.layers and layer not in self.stats
+    def _padding_mask(self, mask, batch: int, tokens: int) -> Tensor | None:
+        """The attention_mask [B, T] of this forward: the decoder's own or, where that is made from it, its model's."""
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            shown = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            mask = self._mask_outside
+            if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+                raise ValueError(f"collect needs attention_mask as [B, T], got {shown}")
+        if mask is not None and mask.is_floating_point():  # PEFT's virtual tokens turn it into one
+            if not ((mask == 0) | (mask == 1)).all():
+                raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {mask.max().item()}")
+            mask = mask.bool()
+        return mask
 
-    def record(
-        self, module: nn.Module, q: Tensor, k: Tensor, mask, kwargs: dict, reader: LseReader, returned: Tensor | None
-    ) -> None:
+    def layer_of(self, module: nn.Module) -> int | None:
+        """The sampled layer that this call of an attention module is; None for others, and outside of the forward."""
+        places = self._places.get(id(module))
+        if places is None or not self._is_mine() or self._calls is None:
+            return None
+        call = self._calls[id(module)] = self._calls.get(id(module), -1) + 1
+        return places[call] if call < len(places) and places[call] in self.layers else None
+
+    # ---- one layer ---------------------------------------------------------------------------------------------------
+
+    def record(self, layer: int, call: Call) -> None:
         """Takes the statistics of a layer from what its attention function was given, has read and returned."""
-        layer = module.layer_idx
-        self._check_call(module, q, k, mask, kwargs)
-        with self._clock, torch.no_grad():
-            q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-            options = check_options(
-                q,
-                k,
-                scale=kwargs.get("scaling"),
-                sliding_window=self._window(mask, kwargs.get("sliding_window"), layer),
-                # transformers' sdpa function ignores the soft-cap and the sinks that it is passed
-                softcap=None if self._tap.name == "sdpa" else kwargs.get("softcap"),
-                sinks=None if self._tap.name == "sdpa" else kwargs.get("s_aux"),
-                need_span=self._grouping["groups"] is None,
-                **self._options,
-            )
-            lse, self.lse_sources[layer] = reader.lse(q, options.sinks, self.layout, returned)
-            self.stats[layer] = self.measure(layer, q, k, lse, options)
+        self._check_call(layer, call)
+        with self._clock:
+            rounding = _rounding(call)
+            out = call.out
+            if call.kwargs.get("dropout"):  # which makes the output random; the map is the one before it
+                with torch.no_grad():
+                    out = call.attend(**call.kwargs | {"dropout": 0.0})[0]
+            with isolated(call.query.device):
+                q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key))
+                options = check_options(
+                    q,
+                    k,
+                    scale=call.kwargs.get("scaling"),
+                    sliding_window=self._window(call.mask, call.kwargs.get("sliding_window"), layer),
+                    # transformers' sdpa function ignores the soft-cap and the sinks that it is passed
+                    softcap=None if self._tap.name == "sdpa" else call.kwargs.get("softcap"),
+                    sinks=None if self._tap.name == "sdpa" else call.kwargs.get("s_aux"),
+                    need_span=self._grouping["groups"] is None,
+                    **self._options,
+                )
+                lse, self.lse_sources[layer] = call.reader.lse(q, options.sinks, self.layout, call.beside)
+                with self._check_clock:
+                    found = probe_output(q, k, call.value, out, lse, self.layout, options, rounding)
+                    wrong = self._look_at(layer, found, call)
+                stats = self.measure(layer, q, k, lse, options)
+                if wrong is not None:
+                    stats = type(stats)(*(None if x is None else x.masked_fill(wrong, math.nan) for x in stats))
+                self.stats[layer] = stats
+
+    def _look_at(self, layer: int, found: list[tuple[str, Deviation]], call: Call) -> Tensor | None:
+        """Raises for a deviation; where the device would have to be waited for, returns whether there is one, 0-dim."""
+        hints = _hints(self.layout, call)
+        if not found:
+            return None
+        if can_look(found[0][1].excess):
+            for name, deviation in found:
+                _refuse(layer, name, deviation, hints)
+            return None
+        self._deviations += [(layer, name, deviation, hints) for name, deviation in found]
+        return torch.stack([deviation.excess for _, deviation in found]).amax() > 1
 
     def measure(
         self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, options: Options
@@ -226,11 +308,9 @@ class Collector:
         local, global_ = (group[..., self.layers.index(layer), :] for group in groups)
         return run_group_stats(q, k, lse, local, global_, self.layout, options, self._backend)
 
-    def _check_call(self, module: nn.Module, q: Tensor, k: Tensor, mask, kwargs: dict) -> None:
-        """Raises for a call whose map is not what the statistics would compute."""
-        layer = module.layer_idx
-        if self.layout is None:
-            raise RuntimeError("the attention layers were called outside of the decoder's forward")
+    def _check_call(self, layer: int, call: Call) -> None:
+        """Raises for a call of other shapes than the statistics know."""
+        q, k, v = call.query, call.key, call.value
         if k.shape[2] != q.shape[2]:
             raise ValueError(
                 f"collect needs a forward over whole sequences, got {q.shape[2]} queries and {k.shape[2]} keys in "
@@ -241,22 +321,19 @@ class Collector:
                 f"collect needs layers that see the decoder's input as it is, {self.layout.rows.shape[1]} tokens on "
                 f"{self.layout.rows.device}, got {q.shape[2]} tokens on {q.device} in layer {layer}"
             )
-        heads = self.decoder.config.num_attention_heads
+        heads = query_heads(self.decoder)
         if isinstance(heads, int) and q.shape[1] != heads:
+            sharded = is_tensor_parallel(call.module)
+            why = "shards of tensor parallelism" if sharded else "removed heads, and heads that another rank holds,"
             raise ValueError(
-                f"collect needs layers with the model's {heads} query heads, got {q.shape[1]} in layer {layer}: shards "
-                "of tensor parallelism cannot be collected"
+                f"collect needs layers with the model's {heads} query heads, got {q.shape[1]} in layer {layer}: "
+                f"{why} cannot be collected"
             )
-        causal = kwargs.get("is_causal")
-        if not (getattr(module, "is_causal", True) if causal is None else causal):
-            raise ValueError(f"collect needs causal attention, layer {layer} is bidirectional")
-        if self._tap.name == "eager" and mask is None and q.shape[2] > 1:
-            raise ValueError(f"collect needs causal attention, layer {layer} is eager and got no mask")
-        others = [name for name in OTHER_SCORES if kwargs.get(name) is not None]
-        if others:
+        expected = [q.shape[0], q.shape[2], q.shape[1], v.shape[3]]
+        if v.shape[:3] != k.shape[:3] or list(call.out.shape) != expected:
             raise ValueError(
-                f"collect needs attention by q and k alone, got {', '.join(others)} in layer {layer}: biased scores "
-                "and sparse choices of keys cannot be collected"
+                f"collect checks what attention returns, [B, T, HQ, Dv] = {expected} in layer {layer} for q "
+                f"{list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}, got {list(call.out.shape)}"
             )
 
     def _window(self, mask, given: int | None, layer: int) -> int | None:
@@ -268,26 +345,93 @@ class Collector:
         return self._windows[id(mask)][1]
 
 
-def _chosen_layers(decoder: nn.Module, layers: int | Sequence[int]) -> list[int]:
+def query_heads(decoder: nn.Module) -> int:
+    """Returns the number of query heads of a decoder's layers."""
+    config = decoder.config
+    if getattr(config, "is_encoder_decoder", False) and hasattr(config, "decoder_attention_heads"):
+        return config.decoder_attention_heads  # its num_attention_heads is the encoder's
+    return config.num_attention_heads
+
+
+def _bound(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a module's forward by name."""
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {**bound.pop("kwargs", {}), **bound}
+
+
+def _chosen_layers(decoder: nn.Module, every: Layers, layers: int | Sequence[int]) -> list[int]:
     """`sampled_layers` among the softmax layers of a decoder."""
-    count = decoder.config.num_hidden_layers
-    softmax = [layer for layer in softmax_layers(decoder) if layer < count]  # others predict further tokens
+    softmax = list(every.attention)
     if not isinstance(layers, int):
-        chosen = sampled_layers(count, layers)
+        chosen = sampled_layers(every.count, layers)
         without = sorted(set(chosen) - set(softmax))
         if without:
-            raise ValueError(f"layers must be layers with softmax attention, {softmax} of this model, got {without}")
+            raise ValueError(
+                f"layers must be layers with causal softmax attention, {softmax} of this model, got {without}"
+            )
         return chosen
     if not softmax:
-        raise ValueError(f"model must have layers with softmax attention, {type(decoder).__name__} has none")
+        raise ValueError(f"model must have layers with causal softmax attention, {type(decoder).__name__} has none")
     chosen = [softmax[index] for index in sampled_layers(len(softmax), layers)]
-    if len(softmax) < count:
+    if len(softmax) < every.count:
         warnings.warn(
-            f"{type(decoder).__name__} is a hybrid: only {len(softmax)} of its {count} layers have an attention map; "
-            f"statistics come from layers {chosen}",
+            f"{type(decoder).__name__} is a hybrid: only {len(softmax)} of its {every.count} layers have a causal "
+            f"attention map; statistics come from layers {chosen}",
             stacklevel=4,
         )
     return chosen
+
+
+# ---- what a call's output proves -------------------------------------------------------------------------------------
+
+
+def _rounding(call: Call) -> Rounding:
+    """How coarsely a call computed, in the settings that it ran under."""
+    device, dtype = call.query.device.type, call.query.dtype
+    used = [dtype, call.out.dtype, *call.reader.dtypes]
+    if torch.is_autocast_enabled(device):
+        used.append(torch.get_autocast_dtype(device))
+    if dtype == torch.float32:
+        used += {"bf16": [torch.bfloat16], "tf32": [torch.float16]}.get(lowest_precision(), [])  # 11 bits, as TF32
+    coarsest = max(used, key=lambda each: torch.finfo(each).eps)
+    fused = bool(call.reader.dtypes) or call.beside is not None
+    return rounding_of(dtype, lowered=coarsest, fused=fused)
+
+
+def _hints(layout: Layout, call: Call) -> str:
+    """What is unusual about a call, as sentences."""
+    hints = []
+    if layout.sequences > len(layout.rows):
+        hints.append(
+            "The row is packed. transformers' sdpa and eager attention keep its sequences apart only where "
+            "position_ids say so, without an attention_mask: pass use_cache=False to the model. FlashAttention also "
+            "does with all four of cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k."
+        )
+    if call.mask is None and any(begin or end < layout.rows.shape[1] for _, begin, end in layout.bounds):
+        if layout.sequences == len(layout.rows):
+            hints.append("There is padding, but the attention function was given no mask.")
+    causal = call.kwargs.get("is_causal")
+    if not (getattr(call.module, "is_causal", True) if causal is None else causal):
+        hints.append("The layer is not causal.")
+    named = [name for name in UNKNOWN if call.kwargs.get(name) is not None]
+    if named:
+        hints.append(f"Its attention function was given {', '.join(named)}, which the statistics do not know of.")
+    return "".join(f" {hint}" for hint in hints)
+
+
+def _refuse(layer: int, name: str, deviation: Deviation, hints: str) -> None:
+    """Raises where a layer deviates; waits for the device."""
+    if not deviation.excess.item() > 1:
+        return
+    row, token, head = deviation.place.tolist()
+    got, expected, allowed = deviation.values.tolist()
+    raise ValueError(
+        f"layer {layer} does not attend as collect assumes: the {name} of token {token} of row {row}, head {head}, is "
+        f"{got:.6g} where the assumed attention map gives {expected:.6g}, and rounding explains {allowed:.2g}.{hints}"
+    )
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
 
 
 def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
@@ -315,9 +459,15 @@ def _check_begin(position_ids: Tensor) -> None:
         )
 
 
-def _packed_bounds(position_ids: Tensor, batch: int) -> Tensor | None:
-    """cu_seqlens int32 [S + 1] where positions restart inside a row; None if they do not."""
+def _packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
+    """cu_seqlens int32 [S + 1] where positions restart inside a row; None if they do not.
+
+    Beside an attention_mask only a return to 0 between two tokens counts: padding has positions of any kind.
+    """
     restarts = torch.diff(position_ids, dim=-1) != 1
+    if mask is not None:
+        is_token = mask.bool()
+        restarts = restarts & is_token[:, 1:] & is_token[:, :-1] & (position_ids[:, 1:] == 0)
     if not restarts.any():
         return None
     if batch != 1:

@@ -7,10 +7,11 @@ log-sum-exp to those who listen. Name, masks and dispatch stay as they are.
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,35 @@ SHARDING = ("deepspeed", "ring_flash_attn", "torch.distributed")
 """Packages that put an attention function of their own in place to compute a sequence on several ranks."""
 
 
+class Call(NamedTuple):
+    """One call of a model's attention function, after it has returned."""
+
+    module: nn.Module
+    query: Tensor
+    """[B, HQ, T, D]"""
+    key: Tensor
+    """[B, H, T, D]"""
+    value: Tensor
+    """[B, H, T, Dv]"""
+    mask: object
+    kwargs: dict
+    reader: LseReader
+    out: Tensor
+    """[B, T, HQ, Dv]"""
+    beside: Tensor | None
+    """What FlexAttention returned beside its output: [B, HQ, T], its log-sum-exp, or None."""
+    attend: Callable
+    """The function itself: attend(**kwargs) calls it again on the same inputs."""
+
+
 class Listener(Protocol):
     """Who wants to know of a model's attention calls."""
 
-    def wants(self, module: nn.Module) -> bool:
-        """Whether this call is to be recorded."""
+    def layer_of(self, module: nn.Module) -> int | None:
+        """Is told of each call once, before it runs: the layer that it is to be recorded as, None if it is not."""
 
-    def record(
-        self, module: nn.Module, q: Tensor, k: Tensor, mask, kwargs: dict, reader: LseReader, returned: Tensor | None
-    ) -> None:
-        """What the attention function was given, has read and has returned."""
+    def record(self, layer: int, call: Call) -> None:
+        """Is told what the function was given, has read and has returned."""
 
 
 class Tap:
@@ -46,18 +66,20 @@ class Tap:
         self.listeners: list[Listener] = []
 
     def add(self, listener: Listener) -> None:
-        if not self.listeners:
-            self._had_own = self.name in self.table._local_mapping
-            self._wrapped = self.table.get(self.name)
-            self.table[self.name] = self
-        self.listeners.append(listener)
+        with _lock:  # contexts of other threads come and go
+            if not self.listeners:
+                self._had_own = self.name in self.table._local_mapping
+                self._wrapped = self.table.get(self.name)
+                self.table[self.name] = self
+            self.listeners = [*self.listeners, listener]
 
     def remove(self, listener: Listener) -> None:
-        self.listeners.remove(listener)
-        if not self.listeners:
-            del self.table[self.name]
-            if self._had_own:
-                self.table[self.name] = self._wrapped
+        with _lock:
+            self.listeners = [other for other in self.listeners if other is not listener]
+            if not self.listeners:
+                del self.table[self.name]
+                if self._had_own:
+                    self.table[self.name] = self._wrapped
 
     def sharding(self) -> str | None:
         """The module of an attention function that computes only shards of sequences here; None if there is none."""
@@ -71,18 +93,22 @@ class Tap:
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
         # "eager" has no entry in the table: it is a function beside the model
         attend: Callable = self._wrapped or _modeling_file(module, "eager_attention_forward").eager_attention_forward
-        listeners = [listener for listener in self.listeners if listener.wants(module)]
+        attend = partial(attend, module, query, key, value, attention_mask)
+        listeners = [(listener, listener.layer_of(module)) for listener in self.listeners]
+        listeners = [(listener, layer) for listener, layer in listeners if layer is not None]
         if not listeners:
-            return attend(module, query, key, value, attention_mask, **kwargs)
+            return attend(**kwargs)
         with LseReader() as reader:
-            out = attend(module, query, key, value, attention_mask, **kwargs)
-        returned = out[1] if self.name == "flex_attention" else None
-        for listener in listeners:
-            listener.record(module, query, key, attention_mask, kwargs, reader, returned)
-        return out
+            returned = attend(**kwargs)
+        beside = returned[1] if self.name == "flex_attention" else None
+        call = Call(module, query, key, value, attention_mask, kwargs, reader, returned[0], beside, attend)
+        for listener, layer in listeners:
+            listener.record(layer, call)
+        return returned
 
 
 _taps: dict[tuple[int, str], Tap] = {}
+_lock = threading.Lock()
 
 
 def tap_of(decoder: nn.Module) -> Tap:
@@ -113,15 +139,62 @@ def decoder_of(model: nn.Module) -> nn.Module:
     )
 
 
+def ancestors_of(decoder: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """Returns the modules of `model` that hold its decoder, the outermost first."""
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+
+
+class Layers(NamedTuple):
+    """The layers of a decoder, counted in the order in which they run."""
+
+    count: int
+    attention: dict[int, nn.Module]
+    """The causal self-attention of each layer that has one, by the layer's place, ascending."""
+
+
+def layers_of(decoder: nn.Module) -> Layers:
+    """Returns a decoder's layers by their place, whatever `layer_idx` says.
+
+    Layers may have been removed, and one may stand at several places.
+    """
+    found: dict[int, nn.Module] = {}
+    count, begins = 0, {}  # the place of the first layer of each list of layers
+    for name, module in decoder.named_modules(remove_duplicate=False):
+        parts = name.split(".")
+        index = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+        if index is None or not _attends(type(module)) or not _is_causal(module):
+            continue
+        stack = ".".join(parts[:index])
+        if stack not in begins:
+            begins[stack] = count
+            count += len(decoder.get_submodule(stack))
+        found.setdefault(begins[stack] + int(parts[index]), module)
+    configured = getattr(decoder.config, "num_hidden_layers", None)
+    # of an encoder-decoder it is the encoder's number; elsewhere layers beyond it do not run
+    if isinstance(configured, int) and not getattr(decoder.config, "is_encoder_decoder", False):
+        count = min(count, configured)
+    return Layers(count, {place: module for place, module in sorted(found.items()) if place < count})
+
+
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
-    """The modules that call an attention function: one a layer, none in a hybrid's other layers."""
-    return [module for module in decoder.modules() if _attends(type(module))]
+    """Returns the modules that call an attention function: one a layer, none in a hybrid's other layers."""
+    return list(layers_of(decoder).attention.values())
 
 
 def softmax_layers(decoder: nn.Module) -> list[int]:
-    """Indices of the layers with softmax attention, ascending."""
-    found = {getattr(module, "layer_idx", None) for module in attention_modules(decoder)}
-    return sorted(index for index in found if isinstance(index, int))
+    """Returns the places of the layers with causal softmax attention, ascending."""
+    return list(layers_of(decoder).attention)
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Returns whether weights of a module are distributed by torch while it runs: FSDP has gathered its own by then."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(weight, DTensor) for weight in module.parameters())
 
 
 def _is_decoder(module: nn.Module) -> bool:
@@ -133,11 +206,24 @@ def _takes_tokens(cls: type) -> bool:
     return bool({"input_ids", "inputs_embeds"} & set(inspect.signature(cls.forward).parameters))
 
 
+def _is_causal(module: nn.Module) -> bool:
+    """Whether this attention looks at its own sequence: neither at an encoder's states nor in both directions."""
+    looks_elsewhere = "cross_attention_states" in inspect.signature(type(module).forward).parameters
+    return bool(getattr(module, "is_causal", True)) and not looks_elsewhere
+
+
 @cache
 def _attends(cls: type) -> bool:
-    """Whether this class's forward looks its attention function up in the table."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
-    return code is not None and TABLE in code.co_names
+    """Whether this class's forward looks its attention function up in the table, or calls one of a base that does."""
+    for base in cls.__mro__:
+        code = getattr(inspect.unwrap(vars(base).get("forward", None) or (lambda: None)), "__code__", None)
+        if code is None or "forward" not in vars(base):
+            continue
+        if TABLE in code.co_names:
+            return True
+        if not {"super", "forward"} & set(code.co_names):
+            return False
+    return False
 
 
 def _modeling_file(module: nn.Module, attribute: str) -> ModuleType:

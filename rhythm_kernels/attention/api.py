@@ -1,6 +1,5 @@
 """The three calls on q and k: checks what arrives, brings it to one form and hands it to a backend."""
 
-from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -10,6 +9,7 @@ from rhythm_kernels.attention import blockwise
 from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import Options, check_options, check_values
 from rhythm_kernels.checks import check_choice, check_tensor
+from rhythm_kernels.isolation import isolated
 from rhythm_kernels.types import AttentionStats, GroupStats
 
 BACKENDS = ("auto", "triton", "torch")
@@ -173,7 +173,7 @@ def attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("attention has no backward, got an input that requires a gradient: call it in torch.no_grad()")
     layout = _checked_layout(q, None, row_mask, attention_mask, cu_seqlens)
-    with _exactly(q.device):
+    with isolated(q.device):
         return _implementation(backend, q=q, k=k, v=v).attention(q.detach(), k.detach(), v.detach(), layout, options)
 
 
@@ -181,7 +181,7 @@ def run_stats(
     q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, backend: str = "auto"
 ) -> AttentionStats:
     """`attention_stats` behind its checks, for callers that prepare the layout once for many layers."""
-    with _exactly(q.device):
+    with isolated(q.device):
         return _implementation(backend, q=q, k=k).attention_stats(q.detach(), k.detach(), lse, layout, options)
 
 
@@ -197,16 +197,9 @@ def run_group_stats(
 ) -> GroupStats:
     """`group_stats` behind its checks; groups bool [HQ] or [sequences, HQ]."""
     local, global_ = (group.expand(layout.sequences, -1) for group in (local, global_))
-    with _exactly(q.device):
+    with isolated(q.device):
         run = _implementation(backend, q=q, k=k).group_stats
         return run(q.detach(), k.detach(), lse, local, global_, layout, options)
-
-
-@contextmanager
-def _exactly(device: torch.device):
-    """No gradient, and no autocast, which would round the scores of the blockwise backend to 16 bits."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _checked_layout(q: Tensor, lse, row_mask, attention_mask, cu_seqlens) -> Layout:

@@ -1,6 +1,7 @@
 """Where sequences begin and end inside a [B, T] batch, padded or packed: the one form that every backend reads."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -50,11 +51,11 @@ class Layout:
 
     def rows_looking_back(self, horizon: tuple[int, int | None]) -> Tensor:
         """|T(s)|: how many rows of R look at column s from the horizon (Eq. 10), and 1 for none. [B, T] int32."""
-        return self._keep(("looking back", *horizon), lambda: _rows_looking_back(self, horizon))
+        return self.keep(("looking back", *horizon), lambda: _rows_looking_back(self, horizon))
 
     def next_row(self) -> Tensor:
         """[B, T + 1] int32: the first row of R at or behind each position; T if there is none."""
-        return self._keep("next row", lambda: _next_row(self.rows))
+        return self.keep("next row", lambda: _next_row(self.rows))
 
     def tiles(self, block: int, order: str = "position") -> Tensor:
         """Every sequence cut into tiles of `block` tokens from its own first token, on the layout's device.
@@ -67,9 +68,10 @@ class Layout:
         Returns:
             int32 [tiles, 5]: (batch row, first token, the sequence's first token and end, the sequence's index).
         """
-        return self._keep(("tiles", block, order), lambda: _tiles(self, block, order))
+        return self.keep(("tiles", block, order), lambda: _tiles(self, block, order))
 
-    def _keep(self, key, make) -> Tensor:
+    def keep(self, key, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, made once for this layout."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]

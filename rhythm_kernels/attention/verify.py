@@ -1,0 +1,306 @@
+"""Holds the map that the statistics assume against what an attention call returned, on a few rows of each sequence.
+
+The output of a row is sum_s A[t, s] v[s], and its log-sum-exp is that of its scores: both are computed here again, from
+q, k and v under the assumed scale, window, soft cap, sinks and sequences, and compared. A mask, window or sequence
+border that was taken for another one shows in them.
+
+Shapes: S sequences, P probed rows of each, L the most keys of a sequence, HQ query heads, H key heads.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rhythm_kernels.attention.layout import Layout
+from rhythm_kernels.attention.options import Options
+
+PROBES = 16
+"""Probed rows of a batch row; more where it is packed from many sequences, of which each gets at least FEWEST."""
+FEWEST = 4
+CHUNK_BYTES = 64 << 20  # of fp32 keys and values held at once
+SLACK = 4.0
+"""How many times the expected size of its rounding error a row may be off. Rounding errors are close to normal, and
+this is some seven of their standard deviations; tests/test_verify.py measures what is found and what is not."""
+FP32 = 2.0**-24  # the unit roundoff
+ACCUMULATED = 4 * FP32  # error of a sum of fp32 products, relative to the length of the vectors in it
+
+
+class Rounding(NamedTuple):
+    """How coarsely an attention call computes: unit roundoffs, relative to what is rounded."""
+
+    factors: float
+    """Of q and k on their way into the product, beyond the dtype that they arrive in."""
+    scores: float
+    """Of scores, beyond that of their sum in fp32."""
+    weights: float
+    """Of the weights and of v."""
+    out: float
+    """Of the output."""
+    smallest: float
+    """Absolute error of a weight close to 0: half the smallest number above 0."""
+
+
+class Deviation(NamedTuple):
+    """Where an attention call is furthest from the assumed map, relative to what its rounding explains."""
+
+    excess: Tensor
+    """0-dim fp32: the difference there over what is allowed; above 1 it is a mismatch."""
+    place: Tensor
+    """int64 [3]: batch row, token, query head."""
+    values: Tensor
+    """fp32 [3]: what the call gave there, what the assumed map gives, and the allowed difference."""
+
+
+def rounding_of(dtype: torch.dtype, *, lowered: torch.dtype | None = None, fused: bool = False) -> Rounding:
+    """Returns the rounding of a call on inputs of `dtype`.
+
+    Args:
+        lowered: the dtype that its products round fp32 factors to (autocast, TF32), if they do.
+        fused: whether the scores stay in fp32 inside one kernel. The eager formula rounds them to the dtype up to
+            three times: the product, the scale, the soft cap.
+    """
+    unit, coarse = (_unit_roundoff(x) for x in (dtype, lowered or dtype))
+    least = torch.finfo(lowered or dtype)
+    return Rounding(
+        factors=coarse if coarse > unit else 0.0,
+        scores=0.0 if fused else 3 * coarse,
+        weights=coarse,
+        out=coarse,
+        smallest=least.tiny * least.eps / 2,
+    )
+
+
+def probed_rows(layout: Layout, most: int = PROBES) -> Tensor:
+    """Returns the rows of R that are probed: int64 [S, P], -1 where a sequence has none.
+
+    They are the first and the last of each sequence and, by a fixed rule, some between: dense at the beginning, where
+    tokens of another sequence or of the padding would weigh most.
+    """
+    return layout.keep(("probes", most), lambda: _probed_rows(layout, most))
+
+
+def probe_output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    layout: Layout,
+    options: Options,
+    rounding: Rounding,
+) -> list[tuple[str, Deviation]]:
+    """Returns the worst deviation of an attention call's output and, where given, of its log-sum-exp.
+
+    Args:
+        q: [B, HQ, T, D]; k: [B, H, T, D]; v: [B, H, T, Dv], floating, any strides.
+        out: [B, T, HQ, Dv], as transformers' attention functions return it.
+        lse: [B, HQ, T] fp32, natural log, sinks included.
+        layout, options: the map that is assumed.
+
+    Returns:
+        ("output", Deviation) and ("log-sum-exp", Deviation), on the device of q, which is not waited for; the list is
+        empty without a row of R. Rows whose own values are not finite are left out: so are their statistics.
+    """
+    found = []
+    for part in _parts(q, k, layout, v):
+        row = _Row.of(part, q, k, options, with_sizes=rounding.scores > ACCUMULATED)
+        found.append(("output", _worst(part, *_output_errors(part, row, v, out, rounding))))
+        if lse is not None:
+            found.append(("log-sum-exp", _worst(part, *_lse_errors(part, row, lse))))
+    return _by_name(found)
+
+
+def probe_lse(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options) -> list[tuple[str, Deviation]]:
+    """As `probe_output`, for a log-sum-exp without an output: the first and the last row of R of each sequence."""
+    parts = _parts(q, k, layout, most=2)
+    return _by_name(
+        [("log-sum-exp", _worst(part, *_lse_errors(part, _Row.of(part, q, k, options), lse))) for part in parts]
+    )
+
+
+# ---- which rows ------------------------------------------------------------------------------------------------------
+
+
+def _probed_rows(layout: Layout, most: int) -> Tensor:
+    batch, tokens = layout.rows.shape
+    device = layout.rows.device
+    probes = most if layout.sequences <= batch else max(min(FEWEST, most), most * batch // layout.sequences)
+    # positions along all batch rows, one after another; before[i]: how many rows of R lie below position i
+    before = torch.nn.functional.pad(layout.rows.flatten().long().cumsum(0), (1, 0))
+    batch_row, begin, end = _bounds(layout)
+    first, count = before[batch_row * tokens + begin], before[batch_row * tokens + end]
+    count = count - first
+    index = torch.arange(probes, device=device)
+    rank = (count[:, None] - 1) * index**2 // max(1, (probes - 1) ** 2)  # 0 to count - 1
+    place = torch.searchsorted(before[1:], first[:, None] + rank + 1)
+    return torch.where(count[:, None] > 0, place - batch_row[:, None] * tokens, -1)
+
+
+def _bounds(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch row, first position, one past the last) of each sequence, int64 [S] each."""
+    return torch.tensor(layout.bounds, dtype=torch.int64, device="cpu").view(-1, 3).to(layout.rows.device).unbind(-1)
+
+
+class _Part(NamedTuple):
+    """Some sequences of similar length, with the rows that are probed in them and the keys that these may see."""
+
+    batch_row: Tensor
+    """int64 [S]."""
+    rows: Tensor
+    """int64 [S, P], 0 where there is none."""
+    exists: Tensor
+    """bool [S, P]."""
+    keys: Tensor
+    """int64 [S, L]: positions, the sequence's last one again behind its end."""
+    alone: tuple[int, int, int] | None
+    """(batch row, first position, one past the last) where it is one sequence, whose keys need no copy."""
+    visible: Tensor
+    """bool [S, P, L], without the sliding window."""
+    heads: slice
+    """Of k: those of this part."""
+
+
+def _parts(q: Tensor, k: Tensor, layout: Layout, v: Tensor | None = None, most: int = PROBES) -> Iterator[_Part]:
+    """Sequences whose lengths are within a factor of two together, as many as CHUNK_BYTES hold."""
+    rows, (batch_row, begin, end) = probed_rows(layout, most), _bounds(layout)
+    by_size: dict[int, list[int]] = {}
+    for index, (_, first, last) in enumerate(layout.bounds):
+        if last > first:
+            by_size.setdefault((last - first - 1).bit_length(), []).append(index)
+    size = k.shape[-1] + (0 if v is None else v.shape[-1])
+    for members in by_size.values():
+        length = max(layout.bounds[index][2] - layout.bounds[index][1] for index in members)
+        head_bytes = 4 * length * size
+        heads = max(1, min(k.shape[1], CHUNK_BYTES // head_bytes))
+        run = max(1, CHUNK_BYTES // (head_bytes * heads))
+        for at in range(0, len(members), run):
+            some = torch.tensor(members[at : at + run], device="cpu").to(q.device)
+            alone = layout.bounds[members[at]] if len(some) == 1 else None
+            row, first, last = batch_row[some], begin[some, None], end[some, None]
+            probed = rows[some]
+            position = first + torch.arange(length, device=q.device)
+            keys = torch.minimum(position, last - 1)
+            visible = (position < last)[:, None] & (position[:, None] <= probed[:, :, None])
+            for head in range(0, k.shape[1], heads):
+                some_heads = slice(head, min(head + heads, k.shape[1]))
+                yield _Part(row, probed.clamp(min=0), probed >= 0, keys, alone, visible, some_heads)
+
+
+def _keys_of(x: Tensor, part: _Part) -> Tensor:
+    """x [B, H, T, D] at the keys of a part: fp32 [S, heads, L, D]."""
+    if part.alone is not None:
+        batch_row, begin, end = part.alone
+        return x[batch_row : batch_row + 1, part.heads, begin:end].float()
+    return x[part.batch_row[:, None], part.heads, part.keys].transpose(1, 2).float()
+
+
+# ---- the assumed map on these rows -----------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    """The probed rows of the assumed map."""
+
+    heads: slice
+    """Of q."""
+    weights: Tensor
+    """A, [S, HQ, P, L] fp32."""
+    sizes: Tensor | None
+    """The absolute scores after the soft cap, [S, HQ, P, L] fp32, also of what is hidden; None if not asked for."""
+    lse: Tensor
+    """[S, HQ, P] fp32, sinks included."""
+    reach: Tensor
+    """[S, HQ, P] fp32: scale |q| max |k|, to which the rounding error of a sum of D products is proportional."""
+
+    @classmethod
+    def of(cls, part: _Part, q: Tensor, k: Tensor, options: Options, with_sizes: bool = False) -> "_Row":
+        group = q.shape[1] // k.shape[1]
+        heads = slice(part.heads.start * group, part.heads.stop * group)
+        queries = q[part.batch_row[:, None], heads, part.rows].transpose(1, 2).float()  # [S, HQ, P, D]
+        keys = _keys_of(k, part)  # [S, H, L, D]
+        longest = keys.square().sum(-1).amax(-1).sqrt().repeat_interleave(group, 1)  # [S, HQ]
+        reach = abs(options.scale) * queries.norm(dim=-1) * longest[..., None]
+
+        scores = queries.mul(options.scale).unflatten(1, (-1, group)).flatten(2, 3) @ keys.mT
+        scores = scores.view(*reach.shape, -1)
+        if options.softcap is not None:
+            scores.div_(options.softcap).tanh_().mul_(options.softcap)
+        sizes = scores.abs() if with_sizes else None
+        visible = part.visible
+        if options.sliding_window is not None:
+            visible = visible & (part.rows[:, :, None] - part.keys[:, None] < options.sliding_window)
+        # a sum is several times as fast as a fill by a mask
+        scores += torch.where(visible, 0.0, -math.inf).to(scores.dtype)[:, None]
+        largest = scores.amax(-1, keepdim=True)
+        if options.sinks is not None:
+            sinks = options.sinks[heads, None, None]
+            largest = torch.maximum(largest, sinks)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        if options.sinks is not None:
+            total += (sinks - largest).exp()
+        return cls(heads, weights.div_(total), sizes, (largest + total.log()).squeeze(-1), reach)
+
+
+def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rounding) -> tuple:
+    """(what the call gave, what the map gives, the allowed norm of their difference over Dv, the heads of q)."""
+    values = _keys_of(v, part)  # [S, H, L, Dv]
+    expected = _grouped(row.weights, values)
+    got = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, row.heads].float()
+    # the relative error of each weight, and from it the size of the sum of independent errors
+    slip = rounding.weights + (rounding.factors + ACCUMULATED) * row.reach[..., None]
+    if row.sizes is not None:
+        slip = row.sizes.mul(rounding.scores).add_(slip)
+    errors = (row.weights * slip).add_(rounding.smallest)
+    squares = values.square().sum(-1, keepdim=True)  # [S, H, L, 1]
+    noise = _grouped(errors.square_(), squares).squeeze(-1)
+    noise += (rounding.out * expected.norm(dim=-1)).square()
+    longest = squares.amax((-2, -1)).repeat_interleave(noise.shape[1] // squares.shape[1], 1)
+    noise += ACCUMULATED**2 * longest[..., None]
+    allowed = SLACK * noise.sqrt()
+    return got, expected, allowed, row.heads
+
+
+def _grouped(weights: Tensor, values: Tensor) -> Tensor:
+    """[S, HQ, P, L] and [S, H, L, Dv] -> [S, HQ, P, Dv], each query head with the values of its key head."""
+    grouped = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
+    return (grouped @ values).view(*weights.shape[:3], -1)
+
+
+def _lse_errors(part: _Part, row: _Row, lse: Tensor) -> tuple:
+    """As `_output_errors`. A log-sum-exp that is off by x moves each weight by the share x."""
+    got = lse[part.batch_row[:, None], row.heads, part.rows].transpose(1, 2)
+    allowed = SLACK * ACCUMULATED * (8 + row.lse.abs() + row.reach)
+    return got[..., None].float(), row.lse[..., None], allowed, row.heads
+
+
+def _worst(part: _Part, got: Tensor, expected: Tensor, allowed: Tensor, heads: slice) -> Deviation:
+    """The largest difference relative to what is allowed; got and expected [S, HQ, P, n], allowed [S, HQ, P]."""
+    error = got - expected
+    excess = error.norm(dim=-1) / allowed
+    # what is not finite where the map is finite is a mismatch; where the map itself is not, nothing can be said
+    known = part.exists[:, None] & expected.isfinite().all(-1) & allowed.isfinite()
+    excess = excess.nan_to_num(nan=math.inf, posinf=math.inf).where(known, 0.0)
+    best = excess.flatten().argmax()
+    sequence, rest = best // excess[0].numel(), best % excess[0].numel()
+    head, probe = rest // excess.shape[2], rest % excess.shape[2]
+    largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[best].argmax()
+    values = torch.stack([x.flatten(0, 2)[best][largest] for x in (got, expected)] + [allowed.flatten()[best]])
+    place = torch.stack([part.batch_row[sequence], part.rows[sequence, probe], head + heads.start])
+    return Deviation(excess.flatten()[best], place, values)
+
+
+def _by_name(found: list[tuple[str, Deviation]]) -> list[tuple[str, Deviation]]:
+    """The worst of each name."""
+    worst = []
+    for name in dict.fromkeys(name for name, _ in found):
+        parts = [deviation for other, deviation in found if other == name]
+        best = torch.stack([part.excess for part in parts]).argmax()
+        worst.append((name, Deviation(*(torch.stack(field)[best] for field in zip(*parts)))))
+    return worst
+
+
+def _unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2

@@ -1,0 +1,75 @@
+"""Keeps the arithmetic of the statistics apart from the settings of the program around them."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
+"""The settings by which products of fp32 matrices may round their factors, one a library."""
+ROUNDED = ("bf16", "tf32")
+"""Values of those settings, the coarsest first."""
+
+_lock = threading.Lock()
+_inside = 0  # contexts of exact products that are open, over all threads
+_changed: dict[tuple[str, str], str] = {}  # what the settings were before the first of them
+
+
+@contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """A context for the arithmetic of the statistics, which nothing outside it changes.
+
+    Gradients are off; autocast is off, since it would round scores to 16 bits; products of fp32 matrices are exact,
+    whatever `torch.set_float32_matmul_precision` and TF32 say; and no dispatch mode listens, such as the queue in which
+    selective activation checkpointing keeps results: operators that its recomputation does not repeat would shift it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(exact_products())
+        yield
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """A context in which products of fp32 matrices keep all their bits.
+
+    The setting belongs to the process: it changes for the first thread that enters and returns with the last that
+    leaves.
+    """
+    global _inside
+    with _lock:
+        if _inside == 0:
+            for place in PRODUCTS:
+                if _precision(place) in ROUNDED:
+                    _changed[place] = _own_precision(place)
+                    torch._C._set_fp32_precision_setter(*place, "ieee")
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            while _inside == 0 and _changed:
+                place, precision = _changed.popitem()
+                torch._C._set_fp32_precision_setter(*place, precision)
+
+
+def lowest_precision() -> str | None:
+    """Returns the coarsest rounding of factors that a setting of fp32 products asks for: "bf16", "tf32", or None."""
+    settings = [_precision(place) for place in PRODUCTS]
+    return next((precision for precision in ROUNDED if precision in settings), None)
+
+
+def _precision(place: tuple[str, str]) -> str:
+    return torch._C._get_fp32_precision_getter(*place)
+
+
+def _own_precision(place: tuple[str, str]) -> str:
+    """Returns "none" where a setting is inherited from that of its library or of all of them, so that it stays so."""
+    precision = _precision(place)
+    torch._C._set_fp32_precision_setter(*place, "none")
+    return "none" if _precision(place) == precision else precision
