@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+WITHOUT_FLOAT64 = ("mps",)
+
 
 def check_tensor(
     name: str,
@@ -17,6 +19,7 @@ def check_tensor(
     """`shape` has a number where the size is known and a letter where any size will do."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: {value!r}"[:300])
+    check_device(name, value.device)
     if dtypes and value.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
     fits = len(shape) == value.ndim and all(isinstance(n, str) or n == m for n, m in zip(shape, value.shape))
@@ -26,6 +29,14 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
     return value
+
+
+def check_device(name: str, device: torch.device) -> None:
+    if device.type in WITHOUT_FLOAT64:
+        raise ValueError(
+            f"{name} must be on a device that has float64, which spans and thresholds are computed in, got {device}: "
+            "use the CPU or a CUDA device"
+        )
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

@@ -18,7 +18,15 @@ from rhythm_kernels.attention.api import BACKENDS, run_group_stats, run_stats
 from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import MAX_WINDOW, Options, check_options
 from rhythm_kernels.attention.verify import Deviation, Rounding, probe_output, rounding_of
-from rhythm_kernels.checks import can_look, check_choice, check_float, check_horizon, check_int, check_tensor
+from rhythm_kernels.checks import (
+    can_look,
+    check_choice,
+    check_device,
+    check_float,
+    check_horizon,
+    check_int,
+    check_tensor,
+)
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.isolation import isolated, lowest_precision
 from rhythm_kernels.masks import is_mask, window_of
@@ -196,6 +204,12 @@ class Collector:
             raise RuntimeError("collect records one forward: open a new context for the next one")
         bound = _bound(decoder, args, kwargs)
         inputs = bound.get("input_ids") if bound.get("input_ids") is not None else bound.get("inputs_embeds")
+        check_device("the model's inputs", inputs.device)
+        with isolated(inputs.device):
+            self._prepare(bound, inputs)
+
+    def _prepare(self, bound: dict, inputs: Tensor) -> None:
+        """Finds out where the sequences of a forward begin and end."""
         self._clock.on_gpu = self._check_clock.on_gpu = inputs.is_cuda
         batch, tokens = inputs.shape[:2]
         sharding = self._tap.sharding()
@@ -224,7 +238,7 @@ class Collector:
         layout = make_layout(batch, tokens, inputs.device, response_mask, mask, cu_seqlens)
         groups = self._grouping["groups"]
         if groups is not None:
-            check_groups(groups, len(self.layers), query_heads(decoder), layout.sequences)
+            check_groups(groups, len(self.layers), query_heads(self.decoder), layout.sequences)
             self._grouping["groups"] = HeadGroups(*(group.to(inputs.device) for group in groups))
         self.layout, self._calls = layout, {}
 
@@ -395,7 +409,7 @@ def _rounding(call: Call) -> Rounding:
         used += {"bf16": [torch.bfloat16], "tf32": [torch.float16]}.get(lowest_precision(), [])  # 11 bits, as TF32
     coarsest = max(used, key=lambda each: torch.finfo(each).eps)
     fused = bool(call.reader.dtypes) or call.beside is not None
-    return rounding_of(dtype, lowered=coarsest, fused=fused)
+    return rounding_of(dtype, lowered=coarsest, fused=fused, softcap=call.kwargs.get("softcap") is not None)
 
 
 def _hints(layout: Layout, call: Call) -> str:

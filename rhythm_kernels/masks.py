@@ -73,4 +73,4 @@ def _spread(positions: Tensor) -> Tensor:
     """At most PROBES of these, evenly spaced, the first and the last among them."""
     if len(positions) <= PROBES:
         return positions
-    return positions[torch.linspace(0, len(positions) - 1, PROBES, device=positions.device).long()]
+    return positions[torch.arange(PROBES, device=positions.device) * (len(positions) - 1) // (PROBES - 1)]

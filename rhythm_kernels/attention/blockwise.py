@@ -99,7 +99,7 @@ def _row_pass(
     """`options.sinks` may be [HQ] or [B, HQ]."""
     batch, query_heads, tokens, _ = q.shape
     found = _Rows(
-        *(torch.zeros(batch, query_heads, tokens, device=q.device) for _ in range(4)),
+        *(q.new_zeros(batch, query_heads, tokens, dtype=torch.float32) for _ in range(4)),
         out=None if v is None else q.new_zeros(batch, query_heads, tokens, v.shape[3]),
     )
     if batch * query_heads * tokens == 0:
@@ -279,7 +279,7 @@ def _band_sums(
     (lo, hi), groups = band, heads.shape[1]
     hi = min(hi, tokens - 1 if options.sliding_window is None else min(tokens, options.sliding_window) - 1)
     if hi < lo or q.numel() == 0:
-        return torch.zeros(batch, query_heads, tokens, device=q.device)
+        return q.new_zeros(batch, query_heads, tokens, dtype=torch.float32)
     own = torch.arange(BAND_TILE, device=q.device)
     others = torch.arange(BAND_TILE + hi - lo, device=q.device) + (-hi if of_rows else lo)
     t, s = (own, others) if of_rows else (others, own)  # both from the tile's first token
@@ -313,7 +313,7 @@ def _band_sums(
         weights.view(torch.int32).bitwise_and_((distance - seen).le_(0).neg_()[:, None])
         done.append((weights.mul_(near) if of_rows else weights).sum(-2))
 
-    sums = torch.zeros(*q.shape[:3], tokens + 1, device=q.device)  # the last one is for what lies behind a sequence
+    sums = q.new_zeros(*q.shape[:3], tokens + 1, dtype=torch.float32)  # the last one is for what lies behind a sequence
     token = start[:, None] + own
     sums[row[:, None], head[:, None], :, token.where(token < end[:, None], tokens)] = torch.cat(done).mT
     return sums[..., :tokens].flatten(1, 2)

@@ -106,7 +106,7 @@ def make_layout(
     else:  # an empty sequence begins where the next one does: `right` passes over it
         position = torch.arange(tokens, device=device)
         segments = torch.searchsorted(cu_seqlens.long()[1:], position, right=True)[None]
-    ends = torch.tensor(bounds, dtype=torch.int32).view(-1, 3).to(device)[segments]  # [B, T, 3]
+    ends = torch.tensor(bounds, dtype=torch.int32, device="cpu").view(-1, 3).to(device)[segments]  # [B, T, 3]
     first, end = ends[..., 1], ends[..., 2]
     position = torch.arange(tokens, device=device, dtype=torch.int32).expand(batch, tokens)
     valid = (first <= position) & (position < end)
@@ -159,10 +159,10 @@ def _next_row(rows: Tensor) -> Tensor:
 
 
 def _tiles(layout: Layout, block: int, order: str) -> Tensor:
-    batch_row, begin, end = torch.tensor(layout.bounds, dtype=torch.int64).view(-1, 3).unbind(-1)
+    batch_row, begin, end = torch.tensor(layout.bounds, dtype=torch.int64, device="cpu").view(-1, 3).unbind(-1)
     count = (end - begin + block - 1) // block
-    sequence = torch.repeat_interleave(torch.arange(len(count)), count)
-    index = torch.arange(len(sequence)) - (count.cumsum(0) - count)[sequence]
+    sequence = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
+    index = torch.arange(len(sequence), device="cpu") - (count.cumsum(0) - count)[sequence]
     start = begin[sequence] + index * block
     table = torch.stack([batch_row[sequence], start, begin[sequence], end[sequence], sequence], -1)
     if order == "past":
