@@ -5,6 +5,7 @@ Fuzz tests draw new cases in each run; the seed is printed, and --hypothesis-see
 
 import os
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -59,3 +60,11 @@ def poison_uninitialized_memory(monkeypatch):
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def open_to_modes(monkeypatch):
+    """Lets a dispatch mode of the test watch the statistics, which keep all modes out."""
+    from rhythm_kernels import isolation
+
+    monkeypatch.setattr(isolation, "_disable_current_modes", nullcontext)

@@ -318,6 +318,7 @@ def largest_of(tokens: int, what: str) -> int:
     return found.most
 
 
+@pytest.mark.usefixtures("open_to_modes")
 @pytest.mark.parametrize("what", ["read", "maps", "window"])
 def test_no_map_is_held(what):
     tokens = 2048

@@ -94,7 +94,7 @@ def read(
             f"{', the first among them' if response[:1].any() else ''}"
         )
     decoder = decoder_of(model)
-    every = [layer for layer in softmax_layers(decoder) if layer < decoder.config.num_hidden_layers]
+    every = softmax_layers(decoder)
     heads = decoder.config.num_attention_heads
     check_int("receivers", receivers, 1, len(every) * heads)
     mask = response[None]

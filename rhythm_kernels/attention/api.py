@@ -8,7 +8,8 @@ from torch import Tensor
 from rhythm_kernels.attention import blockwise
 from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import Options, check_options, check_values
-from rhythm_kernels.checks import check_choice, check_tensor
+from rhythm_kernels.attention.verify import probe_lse
+from rhythm_kernels.checks import can_look, check_choice, check_tensor
 from rhythm_kernels.isolation import isolated
 from rhythm_kernels.types import AttentionStats, GroupStats
 
@@ -40,8 +41,9 @@ def attention_stats(
         q: [B, HQ, T, D] bf16, fp16 or fp32, positions and norms applied; last dimension contiguous, others free.
         k: [B, H, T, D], same dtype; query head h reads key head h // (HQ / H).
         scale: factor of the scores; D ** -0.5 if None. Models that scale otherwise must pass theirs.
-        lse: [B, HQ, T] fp32, natural log, of each row's scores, a sink included, if the caller has it. Then only a band
-            of each map is computed, unless the span or an open horizon asks for more.
+        lse: [B, HQ, T] fp32, natural log, of the scores of each row of R, a sink included, if the caller has it. Then
+            only a band of each map is computed, unless the span or an open horizon asks for more. Two rows of each
+            sequence are computed again to check it: on a GPU, which is not waited for, a wrong one gives NaN.
         window: W of WAAD, in tokens, 1 to 256.
         horizon: (lo, hi) of FAI, in tokens, lo >= 0; hi None: to the end of the sequence.
         row_mask: [B, T] bool, R, holes allowed; every valid token if None.
@@ -73,7 +75,8 @@ def attention_stats(
         need_span=need_span,
     )
     layout = _checked_layout(q, lse, row_mask, attention_mask, cu_seqlens)
-    return run_stats(q, k, lse, layout, options, backend)
+    wrong = None if lse is None else _check_lse(q, k, lse, layout, options)
+    return _unless(wrong, run_stats(q, k, lse, layout, options, backend))
 
 
 def group_stats(
@@ -125,7 +128,9 @@ def group_stats(
         each = isinstance(group, Tensor) and group.ndim == 2
         shape = [layout.sequences, q.shape[1]] if each else [q.shape[1]]
         check_tensor(name, group, shape, [torch.bool], q.device)
-    return run_group_stats(q, k, lse, local, global_, layout, options, backend)
+    heads = (local | global_).expand(layout.sequences, -1)
+    wrong = None if lse is None else _check_lse(q, k, lse, layout, options, heads)
+    return _unless(wrong, run_group_stats(q, k, lse, local, global_, layout, options, backend))
 
 
 def attention(
@@ -207,6 +212,34 @@ def _checked_layout(q: Tensor, lse, row_mask, attention_mask, cu_seqlens) -> Lay
     if lse is not None:
         check_tensor("lse", lse, [batch, query_heads, tokens], [torch.float32], q.device)
     return make_layout(batch, tokens, q.device, row_mask, attention_mask, cu_seqlens)
+
+
+def _check_lse(
+    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, heads: Tensor | None = None
+) -> Tensor | None:
+    """Raises for a log-sum-exp that is not that of the rows' scores, in base 2, say, or of scaled ones.
+
+    Where a GPU would have to be waited for, returns whether it is one, 0-dim bool.
+    """
+    with isolated(q.device):
+        deviation = probe_lse(q.detach(), k.detach(), lse.detach(), layout, options, heads)
+    if deviation is None or not can_look(deviation.excess):
+        return None if deviation is None else deviation.excess > 1
+    if deviation.excess.item() > 1:
+        row, token, head = deviation.place.tolist()
+        got, exact, _ = deviation.values.tolist()
+        raise ValueError(
+            "lse must be the natural log-sum-exp of each row's scores, a sink included, got "
+            f"{got:.6g} for token {token} of row {row}, head {head}, whose scores have {exact:.6g}"
+        )
+    return None
+
+
+def _unless(wrong: Tensor | None, stats: AttentionStats | GroupStats) -> AttentionStats | GroupStats:
+    """The statistics, or NaN where their log-sum-exp is wrong."""
+    if wrong is None:
+        return stats
+    return type(stats)(*(None if x is None else x.masked_fill(wrong, torch.nan) for x in stats))
 
 
 def _implementation(backend: str, **inputs: Tensor) -> ModuleType:

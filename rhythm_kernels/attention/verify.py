@@ -116,12 +116,19 @@ def probe_output(
     return _by_name(found)
 
 
-def probe_lse(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options) -> list[tuple[str, Deviation]]:
-    """As `probe_output`, for a log-sum-exp without an output: the first and the last row of R of each sequence."""
-    parts = _parts(q, k, layout, most=2)
-    return _by_name(
-        [("log-sum-exp", _worst(part, *_lse_errors(part, _Row.of(part, q, k, options), lse))) for part in parts]
-    )
+def probe_lse(
+    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, heads: Tensor | None = None
+) -> Deviation | None:
+    """Returns the worst deviation of a log-sum-exp at the first and the last row of R of each sequence.
+
+    heads: bool [S, HQ], those that are looked at; all if None.
+    """
+    found = []
+    for part in _parts(q, k, layout, most=2):
+        row = _Row.of(part, q, k, options)
+        known = None if heads is None else heads[part.sequences, row.heads]
+        found.append(("log-sum-exp", _worst(part, *_lse_errors(part, row, lse), known)))
+    return next((deviation for _, deviation in _by_name(found)), None)
 
 
 # ---- which rows ------------------------------------------------------------------------------------------------------
@@ -150,6 +157,8 @@ def _bounds(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
 class _Part(NamedTuple):
     """Some sequences of similar length, with the rows that are probed in them and the keys that these may see."""
 
+    sequences: Tensor
+    """int64 [S]: their indices in the layout."""
     batch_row: Tensor
     """int64 [S]."""
     rows: Tensor
@@ -174,14 +183,15 @@ def _parts(q: Tensor, k: Tensor, layout: Layout, v: Tensor | None = None, most: 
         if last > first:
             by_size.setdefault((last - first - 1).bit_length(), []).append(index)
     size = k.shape[-1] + (0 if v is None else v.shape[-1])
-    for members in by_size.values():
-        length = max(layout.bounds[index][2] - layout.bounds[index][1] for index in members)
-        head_bytes = 4 * length * size
+    for bits, members in by_size.items():
+        head_bytes = 4 * size << bits  # at most
         heads = max(1, min(k.shape[1], CHUNK_BYTES // head_bytes))
         run = max(1, CHUNK_BYTES // (head_bytes * heads))
         for at in range(0, len(members), run):
+            bounds = [layout.bounds[index] for index in members[at : at + run]]
+            length = max(last - first for _, first, last in bounds)
+            alone = bounds[0] if len(bounds) == 1 else None
             some = torch.tensor(members[at : at + run], device="cpu").to(q.device)
-            alone = layout.bounds[members[at]] if len(some) == 1 else None
             row, first, last = batch_row[some], begin[some, None], end[some, None]
             probed = rows[some]
             position = first + torch.arange(length, device=q.device)
@@ -189,7 +199,7 @@ def _parts(q: Tensor, k: Tensor, layout: Layout, v: Tensor | None = None, most: 
             visible = (position < last)[:, None] & (position[:, None] <= probed[:, :, None])
             for head in range(0, k.shape[1], heads):
                 some_heads = slice(head, min(head + heads, k.shape[1]))
-                yield _Part(row, probed.clamp(min=0), probed >= 0, keys, alone, visible, some_heads)
+                yield _Part(some, row, probed.clamp(min=0), probed >= 0, keys, alone, visible, some_heads)
 
 
 def _keys_of(x: Tensor, part: _Part) -> Tensor:
@@ -279,12 +289,19 @@ def _lse_errors(part: _Part, row: _Row, lse: Tensor) -> tuple:
     return got[..., None].float(), row.lse[..., None], allowed, row.heads
 
 
-def _worst(part: _Part, got: Tensor, expected: Tensor, allowed: Tensor, heads: slice) -> Deviation:
-    """The largest difference relative to what is allowed; got and expected [S, HQ, P, n], allowed [S, HQ, P]."""
+def _worst(
+    part: _Part, got: Tensor, expected: Tensor, allowed: Tensor, heads: slice, wanted: Tensor | None = None
+) -> Deviation:
+    """The largest difference relative to what is allowed, of the wanted heads [S, HQ].
+
+    got and expected [S, HQ, P, n], allowed [S, HQ, P].
+    """
     error = got - expected
     excess = error.norm(dim=-1) / allowed
     # what is not finite where the map is finite is a mismatch; where the map itself is not, nothing can be said
     known = part.exists[:, None] & expected.isfinite().all(-1) & allowed.isfinite()
+    if wanted is not None:
+        known &= wanted[..., None]
     excess = excess.nan_to_num(nan=math.inf, posinf=math.inf).where(known, 0.0)
     best = excess.flatten().argmax()
     sequence, rest = best // excess[0].numel(), best % excess[0].numel()

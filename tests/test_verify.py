@@ -1,0 +1,396 @@
+"""What the check of an attention call's output and log-sum-exp finds, and that it lets every sound call pass."""
+
+import math
+import sys
+
+import pytest
+import torch
+from models import SIZES, llama, qwen3
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rhythm_kernels import attention_stats, collect, group_stats, reference
+from rhythm_kernels.attention.layout import make_layout
+from rhythm_kernels.attention.options import check_options
+from rhythm_kernels.attention.verify import FEWEST, PROBES, probe_lse, probe_output, probed_rows, rounding_of
+from rhythm_kernels.backend_lse import FUSED_OPS
+
+TOKENS, QUERY_HEADS, KEY_HEADS, SIZE = 384, 8, 2, 64
+SCALE = SIZE**-0.5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+modules = [sys.modules[f"rhythm_kernels.{name}"] for name in ("collect", "attention.api")]
+
+
+def options_of(q, k, **options):
+    plain = {"scale": None, "window": 10, "horizon": (10, 50), "sliding_window": None, "softcap": None, "sinks": None}
+    return check_options(q, k, need_span=True, **plain | options)
+
+
+def draw(dtype, sharpness=1.0, seed=0, tokens=TOKENS):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, QUERY_HEADS, tokens, SIZE, generator=generator) * sharpness
+    k, v = torch.randn(2, 1, KEY_HEADS, tokens, SIZE, generator=generator)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def visible(tokens, window=None, cut=0):
+    position = torch.arange(tokens)
+    distance = position[:, None] - position
+    seen = (distance >= 0) & (distance < (window or tokens))
+    return seen & ((position[:, None] < cut) == (position < cut))
+
+
+def eager(q, k, v, seen, scale=SCALE, softcap=None):
+    """transformers' formula, which rounds scores and weights to the dtype of its inputs."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = (scores + torch.where(seen, 0.0, -math.inf).to(scores.dtype)).softmax(-1, dtype=torch.float32)
+    return (weights.to(q.dtype) @ v).transpose(1, 2)
+
+
+def fused(q, k, v, seen, scale=SCALE):
+    causal = torch.equal(seen, visible(len(seen)))
+    mask = None if causal else seen
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+CALLS = {"eager": eager, "fused": fused}
+
+
+def excess(inputs, out, layout, call, **options):
+    q, k, v = inputs
+    rounding = rounding_of(q.dtype, fused=call == "fused", softcap="softcap" in options)
+    [(_, deviation)] = probe_output(q, k, v, out, None, layout, options_of(q, k, **options), rounding)
+    return deviation.excess.item()
+
+
+def answer(tokens=TOKENS):
+    return make_layout(1, tokens, torch.device("cpu"), torch.arange(tokens)[None] >= tokens // 4)
+
+
+# ---- sound calls -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0, 20.0])
+def test_a_sound_call_stays_far_below_the_limit(dtype, call, sharpness):
+    for seed in range(3):
+        inputs = draw(dtype, sharpness, seed)
+        for window in (None, 50):
+            out = CALLS[call](*inputs, visible(TOKENS, window))
+            assert excess(inputs, out, answer(), call, sliding_window=window) < 0.5
+    if call == "eager":
+        out = eager(*inputs, visible(TOKENS), softcap=9.0)
+        assert excess(inputs, out, answer(), call, softcap=9.0) < 0.5
+
+
+def test_a_call_whose_factors_were_rounded_passes_as_such_alone():
+    """TF32 and autocast: the output is that of q, k and v in fewer bits."""
+    inputs = draw(torch.float32)
+    out = fused(*(x.bfloat16().float() for x in inputs), visible(TOKENS))
+    q, k, v = inputs
+    for lowered, passes in ((torch.bfloat16, True), (None, False)):
+        rounding = rounding_of(torch.float32, lowered=lowered, fused=True)
+        [(_, found)] = probe_output(q, k, v, out, None, answer(), options_of(q, k), rounding)
+        assert (found.excess < 1) == passes
+
+
+# ---- the weakest mismatch that is found ------------------------------------------------------------------------------
+
+FOUND = {  # dtype and call: which mismatches are found, with scores of a standard deviation of 1
+    (torch.float32, "fused"): {"window", "leak 1 %", "leak 0.1 %", "scale 2 %", "scale 0.1 %"},
+    (torch.float32, "eager"): {"window", "leak 1 %", "leak 0.1 %", "scale 2 %", "scale 0.1 %"},
+    (torch.float16, "fused"): {"window", "leak 1 %", "leak 0.1 %", "scale 2 %"},
+    (torch.float16, "eager"): {"window", "leak 1 %", "leak 0.1 %", "scale 2 %"},
+    (torch.bfloat16, "fused"): {"window", "leak 1 %", "scale 2 %"},
+    (torch.bfloat16, "eager"): {"window", "leak 1 %"},
+}
+
+
+@pytest.mark.parametrize(("dtype", "call"), FOUND)
+def test_the_weakest_mismatch_that_is_found(dtype, call):
+    attend, cut = CALLS[call], TOKENS // 8
+    inputs = draw(dtype)
+    packed = make_layout(1, TOKENS, torch.device("cpu"), cu_seqlens=torch.tensor([0, cut, TOKENS]))
+    apart = attend(*inputs, visible(TOKENS, cut=cut)).float()
+    alien = inputs[2][:, :, 0].float().repeat_interleave(QUERY_HEADS // KEY_HEADS, 1)  # a value of the first sequence
+
+    def leaking(share):
+        out = apart.clone()
+        out[:, cut:] = (1 - share) * out[:, cut:] + share * alien[:, None]
+        return out.to(dtype)
+
+    ratios = {"window": excess(inputs, attend(*inputs, visible(TOKENS, 101)), answer(), call, sliding_window=100)}
+    for percent in (1, 0.1):
+        ratios[f"leak {percent} %"] = excess(inputs, leaking(percent / 100), packed, call)
+    for percent in (2, 0.1):
+        out = attend(*inputs, visible(TOKENS), scale=SCALE * (1 + percent / 100))
+        ratios[f"scale {percent} %"] = excess(inputs, out, answer(), call)
+    assert {name for name, ratio in ratios.items() if ratio > 1} >= FOUND[dtype, call], ratios
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kind_of_mismatch_is_found(dtype):
+    inputs = draw(dtype, 2.0)
+    q, k, v = inputs
+    seen, position = visible(TOKENS), torch.arange(TOKENS)
+    chunks = seen & (position[:, None] // 128 == position // 128)
+    sparse = seen & ((position[:, None] - position < 64) | (position % 2 == 0))
+    kinds = {
+        "later tokens": torch.ones_like(seen),
+        "the next token": visible(TOKENS + 1)[1:, :-1],
+        "chunks": chunks,
+        "a sparse choice": sparse,
+        "a window": visible(TOKENS, 300),
+        "another sequence": visible(TOKENS, cut=100),
+        "without the first token": seen & (position != 0),
+    }
+    for kind, other in kinds.items():
+        assert excess(inputs, fused(*inputs, other), answer(), "fused") > 1, kind
+    for kind, out in {
+        "another order of the heads": fused(q, k, v, seen).flip(2),
+        "another order of the key heads": fused(q, k.flip(1), v.flip(1), seen),
+        "shifted rows": fused(q, k, v, seen).roll(1, 1),
+        "a cap": eager(q, k, v, seen, softcap=4.0),
+        "not a number": fused(q, k, v, seen) * math.nan,
+    }.items():
+        assert excess(inputs, out, answer(), "fused") > 1, kind
+
+
+def test_one_head_in_one_row_is_enough():
+    inputs = draw(torch.bfloat16)
+    out = fused(*inputs, visible(TOKENS))
+    row = int(probed_rows(answer())[0, 5])
+    out[0, row, 3] *= 1.05
+    q, k, v = inputs
+    [(name, found)] = probe_output(q, k, v, out, None, answer(), options_of(q, k), rounding_of(q.dtype, fused=True))
+    assert name == "output" and found.excess > 1 and found.place.tolist() == [0, row, 3]
+
+
+def test_what_is_not_finite_by_itself_is_left_out():
+    """A NaN in q or k is a NaN in the statistics; the check has nothing to say of it."""
+    q, k, v = draw(torch.float32)
+    q[0, 2, TOKENS // 2] = k[0, 1, TOKENS - 3] = math.nan
+    out = fused(q, k, v, visible(TOKENS))
+    assert excess((q, k, v), out, answer(), "fused") < 1
+
+
+# ---- which rows ------------------------------------------------------------------------------------------------------
+
+
+def test_each_sequence_has_its_first_and_last_row_of_r_probed():
+    torch.manual_seed(0)
+    for lengths in ([90], [30, 1, 0, 59], [3] * 30):
+        tokens = sum(lengths)
+        rows = torch.rand(1, tokens) < 0.6
+        cuts = torch.tensor([0, *lengths]).cumsum(0)
+        layout = make_layout(1, tokens, torch.device("cpu"), rows, cu_seqlens=cuts)
+        probed = probed_rows(layout)
+        assert probed.shape == (len(lengths), max(FEWEST, PROBES // len(lengths)))
+        for begin, end, found in zip(cuts, cuts[1:], probed):
+            wanted = rows[0, begin:end].nonzero().flatten() + begin
+            if len(wanted) == 0:
+                assert (found == -1).all()
+                continue
+            assert set(found.tolist()) <= set(wanted.tolist())
+            assert found[0] == wanted[0] and found[-1] == wanted[-1]
+            assert len(found.unique()) >= min(len(wanted), len(found) // 2)
+
+
+def test_a_long_batch_is_probed_in_parts(monkeypatch):
+    """Sequences of all lengths, a head at a time: the same worst row."""
+    verify = sys.modules["rhythm_kernels.attention.verify"]
+    q, k, v = draw(torch.float32)
+    layout = make_layout(1, TOKENS, q.device, cu_seqlens=torch.tensor([0, 9, 9, 40, 200, TOKENS]))
+    seen = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+    for _, begin, end in layout.bounds:
+        seen[begin:end, begin:end] = visible(end - begin)
+    out = eager(q, k, v, seen)
+    assert excess((q, k, v), out, layout, "eager") < 0.5
+    out[0, 39, 6] += 0.01
+    found = []
+    for size in (verify.CHUNK_BYTES, 1):
+        monkeypatch.setattr(verify, "CHUNK_BYTES", size)
+        [(_, deviation)] = probe_output(q, k, v, out, None, layout, options_of(q, k), rounding_of(q.dtype))
+        assert deviation.place.tolist() == [0, 39, 6]
+        found.append(deviation.excess)
+    torch.testing.assert_close(*found)
+
+
+# ---- the log-sum-exp -------------------------------------------------------------------------------------------------
+
+WRONG_LSE = {
+    "base 2": lambda lse: lse / math.log(2),
+    "of scores without their scale": lambda lse: lse * SCALE**-1,
+    "without the maximum": lambda lse: lse - lse.amax(-1, keepdim=True),
+    "16 bits": lambda lse: lse.bfloat16().float(),
+    "a row late": lambda lse: lse.roll(1, -1),
+    "another head": lambda lse: lse.flip(1),
+    "0.001 too large": lambda lse: lse + 1e-3,
+    "not a number": lambda lse: lse * math.nan,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LSE)
+def test_a_wrong_log_sum_exp_is_refused(kind):
+    q, k, _ = draw(torch.float32, 3.0)
+    rows = torch.arange(TOKENS)[None] >= 50
+    lse = attention_stats(q, k).lse
+    right = attention_stats(q, k, lse=lse, need_span=False, row_mask=rows)
+    assert right.waad.isfinite().all()
+    refused = (
+        r"lse must be the natural log-sum-exp of each row's scores, a sink included, got \S+ for token \d+ of row 0"
+    )
+    wrong = WRONG_LSE[kind](lse)
+    with pytest.raises(ValueError, match=refused):
+        attention_stats(q, k, lse=wrong, need_span=False, row_mask=rows)
+    heads = torch.arange(QUERY_HEADS) < 3
+    with pytest.raises(ValueError, match=refused):
+        group_stats(q, k, heads, ~heads, lse=wrong, row_mask=rows)
+    group_stats(q, k, heads, heads, lse=torch.where(heads[:, None], lse, wrong), row_mask=rows)  # others are not read
+
+
+def test_a_log_sum_exp_without_its_sink_is_refused():
+    q, k, _ = draw(torch.float32)
+    sinks = torch.linspace(-1, 3, QUERY_HEADS)
+    lse = attention_stats(q, k, sinks=sinks).lse
+    attention_stats(q, k, lse=lse, sinks=sinks, need_span=False)
+    with pytest.raises(ValueError, match="a sink included"):
+        attention_stats(q, k, lse=attention_stats(q, k).lse, sinks=sinks, need_span=False)
+
+
+def test_a_log_sum_exp_of_fp64_passes():
+    for sharpness in (0.1, 1.0, 20.0):
+        q, k, _ = draw(torch.float32, sharpness)
+        segments = reference.segment_ids(1, TOKENS)
+        lse = reference.attention_map(q, k, segments)[1].float()
+        found = probe_lse(q, k, lse, answer(), options_of(q, k))
+        assert found.excess < 0.5
+
+
+# ---- where the device is not waited for ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """As on a GPU: what a tensor holds is not looked at."""
+    for module in modules:
+        monkeypatch.setattr(module, "can_look", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_on_a_gpu_a_wrong_log_sum_exp_gives_nan():
+    q, k, _ = draw(torch.float32, tokens=60)
+    lse = attention_stats(q, k).lse
+    heads = torch.arange(QUERY_HEADS) < 3
+    for factor, is_nan in ((1.0, False), (1.4427, True)):
+        stats = attention_stats(q, k, lse=factor * lse, need_span=False)
+        sums = group_stats(q, k, heads, ~heads, lse=factor * lse)
+        for x in (stats.waad, stats.fai, stats.lse, *sums):
+            assert x.isnan().all() if is_nan else x.isfinite().all()
+
+
+@pytest.mark.usefixtures("unseen")
+def test_on_a_gpu_a_mismatch_gives_nan_and_check_says_which():
+    torch.manual_seed(1)
+    model, ids = llama("sdpa"), torch.randint(0, 61, (1, 60))
+    with torch.no_grad(), collect(model, groups_per="batch") as sound:
+        model(ids)
+    groups = sound.rhythm().groups
+    sound.check()
+    restarting = {"position_ids": (torch.arange(60) % 30)[None], "use_cache": True}
+    with torch.no_grad(), collect(model, groups=groups) as c:
+        logits = model(ids, **restarting).logits
+    assert logits.isfinite().all()
+    assert c.rhythm().waad.isnan().all() and c.rhythm().fai.isnan().all()
+    with pytest.raises(ValueError, match="layer 2 does not attend as collect assumes: the output of token"):
+        c.check()
+    with torch.no_grad(), collect(model) as c:
+        model(ids, **restarting)
+    with pytest.raises(ValueError, match="layer 2 does not attend as collect assumes: .* pass use_cache=False"):
+        c.rhythm()  # which waits for the device to rank the spans
+
+
+# ---- inside a model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [llama, qwen3])
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+def test_models_of_every_dtype_pass(make, attention, dtype, spread):
+    torch.manual_seed(1)
+    model = make(attention, initializer_range=spread).to(dtype)
+    ids, mask = torch.randint(0, 61, (3, 70)), torch.arange(70) >= torch.tensor([[0], [13], [40]])
+    with torch.no_grad(), collect(model) as c:
+        model(ids, attention_mask=mask.long())
+    assert c.rhythm().waad.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_autocast_passes(attention):
+    torch.manual_seed(1)
+    model, ids = llama(attention), torch.randint(0, 61, (2, 70))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), collect(model) as c:
+        model(ids)
+    assert c.rhythm().waad.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dropout_in_attention_is_checked_without_it_and_changes_no_draw(attention):
+    config = GPT2Config(vocab_size=61, n_embd=48, n_layer=6, n_head=6, n_positions=128, attn_pdrop=0.3)
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+    ids = torch.randint(0, 61, (2, 50))
+    torch.manual_seed(2)
+    plain = model.train()(ids).logits
+    torch.manual_seed(2)
+    with collect(model, layers=[0]) as c:
+        assert torch.equal(model(ids).logits, plain)
+    for dropout in model.modules():  # in layer 0 the embeddings are dropped before attention
+        if isinstance(dropout, torch.nn.Dropout):
+            dropout.p = 0.0
+    with torch.no_grad(), collect(model, layers=[0]) as later:
+        model(ids)
+    model.transformer.drop.p = 0.1
+    with torch.no_grad(), collect(model.eval(), layers=[0]) as still:
+        model(ids)
+    assert torch.equal(later.rhythm().waad, still.rhythm().waad) and c.rhythm().waad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["base 2", "of scores without their scale", "16 bits", "another head"])
+def test_a_wrong_log_sum_exp_of_the_models_own_kernel_is_refused(kind, monkeypatch):
+    torch.manual_seed(1)
+    model, ids = llama("sdpa", initializer_range=0.3), torch.randint(0, 61, (1, 60))
+    reader = sys.modules["rhythm_kernels.backend_lse"].LseReader
+    read = reader.lse
+
+    def wrong(self, *args):
+        lse, source = read(self, *args)
+        assert source in FUSED_OPS
+        return WRONG_LSE[kind](lse), source
+
+    monkeypatch.setattr(reader, "lse", wrong)
+    refused = pytest.raises(ValueError, match="layer 2 does not attend as collect assumes: the log-sum-exp of token")
+    with torch.no_grad(), refused, collect(model):
+        model(ids)
+
+
+@pytest.mark.parametrize("output", [lambda out: out.flatten(2), lambda out: out.transpose(1, 2)])
+def test_an_output_of_another_shape_is_refused(output, monkeypatch):
+    torch.manual_seed(1)
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(*args, **kwargs):
+        return output(plain(*args, **kwargs)[0]), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "mine", attend)
+    model = llama("sdpa")
+    model.config._attn_implementation = "mine"
+    refused = r"collect checks what attention returns, \[B, T, HQ, Dv\] = \[1, 60, 6, 8\] in layer 2"
+    with torch.no_grad(), pytest.raises(ValueError, match=refused), collect(model):
+        model(torch.randint(0, SIZES["vocab_size"], (1, 60)))
