@@ -15,6 +15,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--forwards", type=int, default=420, help="forwards of random decoders in test_collect_fuzz.py")
+
+
 @pytest.hookimpl(tryfirst=True)  # before hypothesis reads its option
 def pytest_configure(config):
     if getattr(config.option, "hypothesis_seed", "absent") is None:  # there is no such option without hypothesis
@@ -31,12 +35,16 @@ def pytest_report_header(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What a test recorded for the reader of a log, as record_property("resources", text)."""
+    """Prints what tests recorded for the reader of a log, as record_property("resources", text)."""
     reports = terminalreporter.stats.get("passed", [])
-    lines = [text for report in reports for name, text in report.user_properties if name == "resources"]
-    if lines:
-        terminalreporter.section("resources of compiled kernels")
-        terminalreporter.write_line("\n".join(lines))
+    for name, title in {
+        "resources": "resources of compiled kernels",
+        "outcomes": "forwards of random decoders",
+    }.items():
+        lines = [text for report in reports for key, text in report.user_properties if key == name]
+        if lines:
+            terminalreporter.section(title)
+            terminalreporter.write_line("\n".join(lines))
 
 
 def poisoned(make):
