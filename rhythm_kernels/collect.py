@@ -29,7 +29,7 @@ from rhythm_kernels.checks import (
 )
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.isolation import isolated, lowest_precision
-from rhythm_kernels.masks import is_mask, window_of
+from rhythm_kernels.masks import is_mask, packing_hint, window_of
 from rhythm_kernels.signals import GROUPS_PER, check_groups, rhythm_of
 from rhythm_kernels.taps import NOT_WHOLE, Call, Layers, ancestors_of, decoder_of, is_tensor_parallel, layers_of, tap_of
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
@@ -415,12 +415,6 @@ def _rounding(call: Call) -> Rounding:
 def _hints(layout: Layout, call: Call) -> str:
     """What is unusual about a call, as sentences."""
     hints = []
-    if layout.sequences > len(layout.rows):
-        hints.append(
-            "The row is packed. transformers' sdpa and eager attention keep its sequences apart only where "
-            "position_ids say so, without an attention_mask: pass use_cache=False to the model. FlashAttention also "
-            "does with all four of cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k."
-        )
     if call.mask is None and any(begin or end < layout.rows.shape[1] for _, begin, end in layout.bounds):
         if layout.sequences == len(layout.rows):
             hints.append("There is padding, but the attention function was given no mask.")
@@ -430,7 +424,7 @@ def _hints(layout: Layout, call: Call) -> str:
     named = [name for name in UNKNOWN if call.kwargs.get(name) is not None]
     if named:
         hints.append(f"Its attention function was given {', '.join(named)}, which the statistics do not know of.")
-    return "".join(f" {hint}" for hint in hints)
+    return "".join(f" {hint}" for hint in hints) + packing_hint(layout)
 
 
 def _refuse(layer: int, name: str, deviation: Deviation, hints: str) -> None:

@@ -18,6 +18,17 @@ def is_mask(mask) -> bool:
     return (isinstance(mask, Tensor) and mask.ndim == 4) or hasattr(mask, "mask_mod")
 
 
+def packing_hint(layout: Layout) -> str:
+    """Returns what keeps packed sequences apart, as sentences; "" where none are packed."""
+    if layout.sequences <= len(layout.rows):
+        return ""
+    return (
+        " The row is packed. transformers' sdpa and eager attention keep its sequences apart only where position_ids "
+        "say so, without an attention_mask: pass use_cache=False to the model. FlashAttention also does with all four "
+        "of cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k."
+    )
+
+
 def window_of(mask, layout: Layout, layer: int) -> int | None:
     """The sliding window of a mask, tokens; None if the rows of R see all tokens of their sequence up to themselves.
 
@@ -46,10 +57,11 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
         if wrong.any():
             row, head, index = wrong.nonzero()[0].tolist()
             token, sees = int(part[index]), int(seen[row, head, index].sum())
-            more = ": the model does not keep it from later tokens or from those of other sequences"
+            known = int(past[row, token])
+            more = ": the model does not keep it from later tokens or from those of other sequences" * (sees > known)
             raise ValueError(
                 f"collect needs attention to every earlier token or in a sliding window, got layer {layer}, where "
-                f"token {token} of row {row} sees {sees} tokens of {past[row, token]}{more * (sees > past[row, token])}"
+                f"token {token} of row {row} sees {sees} tokens of {known}{more}.{packing_hint(layout)}"
             )
     return None if window >= int(past.masked_fill(~layout.rows, 0).amax()) else window
 
