@@ -10,6 +10,9 @@ One sequence, every token in R, five layers sampled, logits included as in a log
     dense     the paper's way at its cheapest: only the five layers run the eager formula, whose maps are summed on the
               spot. The paper runs a third model, eager in every layer, beside the plain forward
 
+The time of the check that `collect` makes of each sampled layer's output, on a few rows, is in `groups` and `spans`; it
+is reported by itself too, as the collector's own clock has it.
+
 Before anything is timed: the logits of `groups` and `spans` must have the bits of `plain`, and the rhythm must be the
 dense one, to `EXACT` (fp32) or `ROUNDED` (16-bit inputs: eager rounds scores) of the largest value.
 
@@ -19,9 +22,11 @@ all others are; the time is the same.
 
 import argparse
 import importlib.util
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +127,14 @@ def dense_layers(
 Result = tuple[Tensor, Rhythm | None, dict[int, AttentionStats]]
 
 
-def make_variants(model: nn.Module, ids: Tensor) -> dict[str, Callable[[], Result]]:
-    """Each returns (logits, rhythm, statistics of the sampled layers)."""
+def make_variants(
+    model: nn.Module, ids: Tensor, check_seconds: dict[str, list[float]] | None = None
+) -> dict[str, Callable[[], Result]]:
+    """Each returns (logits, rhythm, statistics of the sampled layers).
+
+    What the check of the layers' outputs takes in each call of `groups` and `spans` is added to `check_seconds`.
+    """
+    check_seconds = defaultdict(list) if check_seconds is None else check_seconds
     tokens = ids.shape[1]
     layers = sampled_layers(model.config.num_hidden_layers)
 
@@ -134,7 +145,9 @@ def make_variants(model: nn.Module, ids: Tensor) -> dict[str, Callable[[], Resul
     def collected(groups: HeadGroups | None) -> Result:
         with collect(model, groups=groups, **OPTIONS) as c:
             logits = forward()
-        return logits, c.rhythm(), c.stats
+        rhythm = c.rhythm()
+        check_seconds["spans" if groups is None else "groups"].append(c.check_seconds)
+        return logits, rhythm, c.stats
 
     def dense() -> Result:
         with dense_layers(layers, tokens, model.dtype, ids.device) as stats:
@@ -209,8 +222,10 @@ def main(arguments: list[str] | None = None) -> None:
     model, weights = load(args.model, dtype, device)
     ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)
-    variants = make_variants(model, ids)
+    check_seconds: dict[str, list[float]] = defaultdict(list)
+    variants = make_variants(model, ids, check_seconds)
     error = check(variants, ids, dtype)
+    check_seconds.clear()
     measured = interleave(variants, args.rounds, f"{args.model}, {args.tokens:,} tokens", device, args.limit)
 
     where = environment(device)
@@ -219,10 +234,17 @@ def main(arguments: list[str] | None = None) -> None:
     head = ", ".join(f"{name} {value}" for name, value in where.items())
     text = f"{head}\n\n{what}; {rounds}; logits equal bit for bit, largest error of the rhythm {error:.1e}\n\n"
     text += table(measured) + "\n"
+    checks = {name: median(seconds) for name, seconds in check_seconds.items()}
+    shares = [f"{s * 1e3:.1f} ms of {name}, {s / measured['plain'].seconds:.2%} of plain" for name, s in checks.items()]
+    text += f"\nthe check of five layers' outputs: {'; '.join(shares)} (medians)\n"
     if args.out is not None:
         variants = {name: m._asdict() for name, m in measured.items()}
         said = {"model": args.model, "weights": weights, "dtype": args.dtype, "tokens": args.tokens}
-        write(args.out, text, {**where, **said, "window": WINDOW, "horizon": HORIZON, "error": error, **variants})
+        write(
+            args.out,
+            text,
+            {**where, **said, "window": WINDOW, "horizon": HORIZON, "error": error, "check": checks, **variants},
+        )
     print(text)
 
 

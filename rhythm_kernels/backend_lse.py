@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rhythm_kernels.attention.layout import Layout
+from rhythm_kernels.isolation import lowest_precision
 
 ROW_PASS = "row pass"
 """The source of a log-sum-exp that the statistics compute themselves."""
@@ -51,6 +52,7 @@ class LseReader(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._calls: list[_Call] = []
+        self._rounds = lowest_precision() is not None  # products of fp32 factors, and so the scores
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -93,10 +95,12 @@ class LseReader(TorchDispatchMode):
         Returns:
             (lse [B, HQ, T] fp32, natural log, sinks included, anything in padding; the operator's name), or
             (None, "row pass"): no fused operator ran, or several that are not one for each packed sequence, the query
-            was cast to another dtype for it, it left out the sinks, its output has another shape, or it is of 16-bit
-            inputs on a CPU, where torch rounds it.
+            was cast to another dtype for it, it left out the sinks, its output has another shape, it is of 16-bit
+            inputs on a CPU, where torch rounds it, or of fp32 inputs that TF32 or bf16 products round.
         """
         shape = query.shape[:3]
+        if query.dtype == torch.float32 and self._rounds:
+            return None, ROW_PASS
         if returned is not None and returned.dtype == torch.float32 and returned.shape == shape:
             lse = returned.detach()
             return lse if sinks is None else torch.logaddexp(lse, sinks[:, None]), "flex_attention"

@@ -242,6 +242,7 @@ class Collector:
             self._grouping["groups"] = HeadGroups(*(group.to(inputs.device) for group in groups))
         self.layout, self._calls = layout, {}
 
+    @torch.compiler.disable(reason=NOT_WHOLE)
     def _after_forward(self, *_) -> None:
         if self._is_mine():
             self._calls = None  # a layer may be called again: by a backward pass, by another model

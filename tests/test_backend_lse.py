@@ -200,6 +200,11 @@ def test_what_another_score_may_have_made_is_not_used():
     assert read(lambda: sdpa(q[:, :3], k[:, :3])) == row_pass, "some heads"
     assert read(lambda: sdpa(q[:, :, :50], k[:, :, :50])) == row_pass, "some rows"
     assert read(sdpa, sinks=torch.zeros(6)) == row_pass, "no sinks"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert read(sdpa) == row_pass, "TF32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def attend_flat(q, k, v, cu_seqlens, scale, window_left, sinks):

@@ -189,6 +189,7 @@ def read_batch(
             found[answers], entropy[answers] = chosen.float(), entropies.float()
         if collected:
             rhythm = collected.rhythm()
+            collected.check()  # on a GPU NaN would not say why
             waad[micro.place], fai[micro.place] = rhythm.waad[0], rhythm.fai[0]
             schedule.add(rhythm.spans, rows[micro.sequences])
             seconds += collected.seconds

@@ -25,6 +25,7 @@ SLACK = 2.0
 """How many times the size of its rounding errors, added as independent ones, a row may be off. Each counts at its
 largest, so that the sum stays below 1 even where two of them decide; measured, it stays below 0.4."""
 FP32 = 2.0**-24  # the unit roundoff
+TINY = torch.finfo(torch.float32).tiny
 ACCUMULATED = 4 * FP32  # error of a sum of fp32 products, relative to the length of the vectors in it
 
 
@@ -219,7 +220,9 @@ class _Row(NamedTuple):
     heads: slice
     """Of q."""
     weights: Tensor
-    """A, [S, HQ, P, L] fp32."""
+    """A times `total`, [S, HQ, P, L] fp32."""
+    total: Tensor
+    """[S, HQ, P, 1] fp32."""
     sizes: Tensor | None
     """The absolute scores after the soft cap, [S, HQ, P, L] fp32, also of what is hidden; None if not asked for."""
     lse: Tensor
@@ -233,7 +236,7 @@ class _Row(NamedTuple):
         heads = slice(part.heads.start * group, part.heads.stop * group)
         queries = q[part.batch_row[:, None], heads, part.rows].transpose(1, 2).float()  # [S, HQ, P, D]
         keys = _keys_of(k, part)  # [S, H, L, D]
-        longest = keys.square().sum(-1).amax(-1).sqrt().repeat_interleave(group, 1)  # [S, HQ]
+        longest = keys.norm(dim=-1).amax(-1).repeat_interleave(group, 1)  # [S, HQ]
         reach = abs(options.scale) * queries.norm(dim=-1) * longest[..., None]
 
         scores = queries.mul(options.scale).unflatten(1, (-1, group)).flatten(2, 3) @ keys.mT
@@ -254,26 +257,27 @@ class _Row(NamedTuple):
         total = weights.sum(-1, keepdim=True)
         if options.sinks is not None:
             total += (sinks - largest).exp()
-        return cls(heads, weights.div_(total), sizes, (largest + total.log()).squeeze(-1), reach)
+        return cls(heads, weights, total, sizes, (largest + total.log()).squeeze(-1), reach)
 
 
 def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rounding) -> tuple:
     """(what the call gave, what the map gives, the allowed norm of their difference over Dv, the heads of q)."""
     values = _keys_of(v, part)  # [S, H, L, Dv]
-    expected = _grouped(row.weights, values)
+    lengths = values.norm(dim=-1, keepdim=True)
+    expected = _grouped(row.weights, values).div_(row.total)
     got = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, row.heads].float()
-    # the relative error of each weight, and from it the size of the sum of independent errors
+    # the relative error of each weight, and from it the size of a sum of independent errors
     slip = rounding.weights + (rounding.factors + ACCUMULATED) * row.reach[..., None]
+    errors = row.weights
     if row.sizes is not None:
-        slip = row.sizes.mul(rounding.scores).add_(slip)
-    errors = (row.weights * slip).add_(rounding.smallest)
-    squares = values.square().sum(-1, keepdim=True)  # [S, H, L, 1]
-    noise = _grouped(errors.square_(), squares).squeeze(-1)
+        errors, slip = errors * row.sizes.mul_(rounding.scores).add_(slip), 1.0
+    if rounding.smallest > TINY:
+        errors = errors + rounding.smallest * row.total
+    noise = _grouped(errors.square(), lengths.square()).mul_((slip / row.total) ** 2).squeeze(-1)
     noise += (rounding.out * expected.norm(dim=-1)).square()
-    longest = squares.amax((-2, -1)).repeat_interleave(noise.shape[1] // squares.shape[1], 1)
-    noise += ACCUMULATED**2 * longest[..., None]
-    allowed = SLACK * noise.sqrt()
-    return got, expected, allowed, row.heads
+    longest = lengths.amax((-2, -1)).repeat_interleave(noise.shape[1] // values.shape[1], 1)
+    noise += (ACCUMULATED * longest[..., None]).square()
+    return got, expected, SLACK * noise.sqrt(), row.heads
 
 
 def _grouped(weights: Tensor, values: Tensor) -> Tensor:
