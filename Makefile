@@ -61,6 +61,7 @@ bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.attention --rounds $(ROUNDS) --out benchmarks/results/attention-cpu
 	$(PY) -m benchmarks.forward --rounds $(ROUNDS) --out benchmarks/results/forward-cpu
 	$(PY) -m benchmarks.selection --out benchmarks/results/selection-cpu
+	$(PY) -m benchmarks.weakest_mismatch --out benchmarks/results/weakest-mismatch
 
 # Ninety minutes: a step at 8,192 tokens takes minutes on two cores
 bench-trainer: build $(VENV)/.smollm2

@@ -60,16 +60,19 @@ def collect(
             logits = model(input_ids, attention_mask=attention_mask).logits
         rhythm = c.rhythm()  # waad [B, T], fai [B, T]
 
-    Padding is taken from the forward's `attention_mask` [B, T], packing (B = 1) from `position_ids` that restart
-    (with `use_cache=False`, else transformers does not separate the sequences) or, with attention that reads it, from
-    `cu_seq_lens_q`.
+    Padding is taken from the forward's `attention_mask` [B, T], packing (B = 1) from `cu_seq_lens_q` or from
+    `position_ids` that restart. The map that this describes is checked: for a few rows of each sequence it must give
+    the output that the layer's attention returned (`attention/verify.py`). So packed rows that a model does not keep
+    apart are refused, as transformers' sdpa and eager attention do not beside an attention_mask or a key-value cache.
+
+    Statistics are those of the map before dropout. A context belongs to the thread that opened it.
 
     Args:
-        model: a transformers decoder-only model, or a wrapper of one (PEFT, DDP, FSDP, torch.compile without
-            fullgraph=True), whatever its attention implementation. With "sdpa" the statistics leave out soft-capping
-            and sinks, as transformers does.
-        layers: how many of the middle third, or a list of layer indices; see `sampled_layers`. Of a hybrid only its
-            softmax layers are counted, which a warning says.
+        model: a transformers decoder, alone, in an encoder-decoder or in a model of images, or a wrapper of one (PEFT,
+            DDP, FSDP, torch.compile without fullgraph=True), whatever its attention implementation. With "sdpa" the
+            statistics leave out soft-capping and sinks, as transformers does.
+        layers: how many of the middle third, or a list of layer indices in the order in which layers run; see
+            `sampled_layers`. Of a hybrid only its softmax layers are counted, which a warning says.
         window, horizon: W of WAAD and (lo, hi) of FAI, tokens.
         response_mask: [B, T] bool, R; every valid token if None.
         groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
@@ -81,9 +84,9 @@ def collect(
 
     Raises:
         TypeError, ValueError: wrong arguments, or a forward that cannot be collected from: with a key-value cache, a
-            4-D mask, groups for another number of sequences, attention that is bidirectional or neither full nor in a
-            sliding window (chunks, sparse indexers), biased scores, shards of sequences or of heads, no attention
-            interface.
+            4-D mask, groups for another number of sequences, a layer whose output is not that of the map that its
+            arguments describe (on a GPU, which is not waited for, its statistics are NaN, and `Collector.check()`
+            raises), shards of sequences or of heads, no attention interface, a device without float64.
         RuntimeError: a second forward in one context.
     """
     return Collector(model, layers, window, horizon, response_mask, groups, groups_per, local, global_, backend)

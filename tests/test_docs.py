@@ -142,7 +142,7 @@ def test_credit_by_hand_is_as_the_page_says():
 
 
 def test_the_messages_of_the_errors_page_are_those_of_the_code():
-    code = "\n".join(text for path in (ROOT / "rhythm_kernels").glob("*.py") for text in messages(path))
+    code = "\n".join(text for path in (ROOT / "rhythm_kernels").rglob("*.py") for text in texts(path))
     page = (DOCS / "how-to" / "errors.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
     said = [row for row in rows if row != "message"]
@@ -152,13 +152,13 @@ def test_the_messages_of_the_errors_page_are_those_of_the_code():
             assert part.strip() in code, f"no error says {part.strip()!r}"
 
 
-def messages(path: Path):
-    """The texts of the errors that a file raises, with … for what is filled in."""
+def texts(path: Path):
+    """The texts in a file's code, with … for what is filled in."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            argument = node.exc.args[0]
-            parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
-            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts)
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
 
 
 def run_blocks(path: Path) -> dict[str, object]:
