@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn.functional import pad
 
 from rhythm_kernels.checks import check_cu_seqlens, check_cuts, check_tensor
 
+Kept = TypeVar("Kept")
 SPAN_UNIT = 2.0**-20  # tokens: the spans' sums are integers of this unit, so that their order does not matter
 
 
@@ -70,8 +72,8 @@ class Layout:
         """
         return self.keep(("tiles", block, order), lambda: _tiles(self, block, order))
 
-    def keep(self, key, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns, made once for this layout."""
+    def keep(self, key: tuple | str, make: Callable[[], Kept]) -> Kept:
+        """Returns what `make` returns, made once for this layout."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]

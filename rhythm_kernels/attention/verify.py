@@ -109,7 +109,7 @@ def probe_output(
         empty without a row of R. Rows whose own values are not finite are left out: so are their statistics.
     """
     found = []
-    for part in _parts(q, k, layout, v):
+    for part in _parts(k, v, layout, options):
         row = _Row.of(part, q, k, options, with_sizes=rounding.scores > ACCUMULATED)
         found.append(("output", _worst(part, *_output_errors(part, row, v, out, rounding))))
         if lse is not None:
@@ -125,7 +125,7 @@ def probe_lse(
     heads: bool [S, HQ], those that are looked at; all if None.
     """
     found = []
-    for part in _parts(q, k, layout, most=2):
+    for part in _parts(k, None, layout, options, most=2):
         row = _Row.of(part, q, k, options)
         known = None if heads is None else heads[part.sequences, row.heads]
         found.append(("log-sum-exp", _worst(part, *_lse_errors(part, row, lse), known)))
@@ -170,37 +170,50 @@ class _Part(NamedTuple):
     """int64 [S, L]: positions, the sequence's last one again behind its end."""
     alone: tuple[int, int, int] | None
     """(batch row, first position, one past the last) where it is one sequence, whose keys need no copy."""
-    visible: Tensor
-    """bool [S, P, L], without the sliding window."""
+    bias: Tensor
+    """fp32 [S, P, L]: 0 where the row sees the key, else -inf; a sum is several times as fast as a fill by a mask."""
     heads: slice
     """Of k: those of this part."""
 
 
-def _parts(q: Tensor, k: Tensor, layout: Layout, v: Tensor | None = None, most: int = PROBES) -> Iterator[_Part]:
+def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: int = PROBES) -> list[_Part]:
     """Sequences whose lengths are within a factor of two together, as many as CHUNK_BYTES hold."""
+    size, window = k.shape[-1] + (0 if v is None else v.shape[-1]), options.sliding_window
+    # the layers of a forward share them
+    return layout.keep(
+        ("parts", most, k.shape[1], size, window, CHUNK_BYTES),
+        lambda: list(_make_parts(layout, k.shape[1], size, window, most)),
+    )
+
+
+def _make_parts(layout: Layout, key_heads: int, size: int, window: int | None, most: int) -> Iterator[_Part]:
+    device = layout.rows.device
     rows, (batch_row, begin, end) = probed_rows(layout, most), _bounds(layout)
     by_size: dict[int, list[int]] = {}
     for index, (_, first, last) in enumerate(layout.bounds):
         if last > first:
             by_size.setdefault((last - first - 1).bit_length(), []).append(index)
-    size = k.shape[-1] + (0 if v is None else v.shape[-1])
     for bits, members in by_size.items():
         head_bytes = 4 * size << bits  # at most
-        heads = max(1, min(k.shape[1], CHUNK_BYTES // head_bytes))
+        heads = max(1, min(key_heads, CHUNK_BYTES // head_bytes))
         run = max(1, CHUNK_BYTES // (head_bytes * heads))
         for at in range(0, len(members), run):
             bounds = [layout.bounds[index] for index in members[at : at + run]]
             length = max(last - first for _, first, last in bounds)
             alone = bounds[0] if len(bounds) == 1 else None
-            some = torch.tensor(members[at : at + run], device="cpu").to(q.device)
+            some = torch.tensor(members[at : at + run], device="cpu").to(device)
             row, first, last = batch_row[some], begin[some, None], end[some, None]
             probed = rows[some]
-            position = first + torch.arange(length, device=q.device)
+            position = first + torch.arange(length, device=device)
+            distance = probed[:, :, None] - position[:, None]
+            visible = (position < last)[:, None] & (distance >= 0)
+            if window is not None:
+                visible &= distance < window
+            bias = torch.zeros(visible.shape, dtype=torch.float32, device=device).masked_fill_(~visible, -math.inf)
             keys = torch.minimum(position, last - 1)
-            visible = (position < last)[:, None] & (position[:, None] <= probed[:, :, None])
-            for head in range(0, k.shape[1], heads):
-                some_heads = slice(head, min(head + heads, k.shape[1]))
-                yield _Part(some, row, probed.clamp(min=0), probed >= 0, keys, alone, visible, some_heads)
+            for head in range(0, key_heads, heads):
+                some_heads = slice(head, min(head + heads, key_heads))
+                yield _Part(some, row, probed.clamp(min=0), probed >= 0, keys, alone, bias, some_heads)
 
 
 def _keys_of(x: Tensor, part: _Part) -> Tensor:
@@ -244,11 +257,7 @@ class _Row(NamedTuple):
         if options.softcap is not None:
             scores.div_(options.softcap).tanh_().mul_(options.softcap)
         sizes = scores.abs() if with_sizes else None
-        visible = part.visible
-        if options.sliding_window is not None:
-            visible = visible & (part.rows[:, :, None] - part.keys[:, None] < options.sliding_window)
-        # a sum is several times as fast as a fill by a mask
-        scores += torch.where(visible, 0.0, -math.inf).to(scores.dtype)[:, None]
+        scores += part.bias[:, None]
         largest = scores.amax(-1, keepdim=True)
         if options.sinks is not None:
             sinks = options.sinks[heads, None, None]
