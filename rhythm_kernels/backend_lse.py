@@ -49,10 +49,10 @@ class LseReader(TorchDispatchMode):
 
     supports_higher_order_operators = True  # FlexAttention is one where it runs uncompiled
 
-    def __init__(self):
+    def __init__(self, device: str | None = None):
         super().__init__()
         self._calls: list[_Call] = []
-        self._rounds = lowest_precision() is not None  # products of fp32 factors, and so the scores
+        self._rounds = lowest_precision(device) is not None  # products of fp32 factors, and so the scores
 
     @property
     def dtypes(self) -> list[torch.dtype]:

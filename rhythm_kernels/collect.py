@@ -7,7 +7,6 @@ attention kernel's own log-sum-exp of the sampled layers to the statistics. Noth
 import inspect
 import math
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 
@@ -27,9 +26,11 @@ from rhythm_kernels.checks import (
     check_int,
     check_tensor,
 )
+from rhythm_kernels.clock import Clock
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.isolation import isolated, lowest_precision
 from rhythm_kernels.masks import is_mask, packing_hint, window_of
+from rhythm_kernels.sequences import find_sequences
 from rhythm_kernels.signals import GROUPS_PER, check_groups, rhythm_of
 from rhythm_kernels.taps import NOT_WHOLE, Call, Layers, ancestors_of, decoder_of, is_tensor_parallel, layers_of, tap_of
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
@@ -38,7 +39,6 @@ MASKED = ("eager", "sdpa")
 """Implementations that know of a sliding window by their mask alone."""
 UNKNOWN = ("position_bias", "indices", "block_indices")
 """Arguments of attention functions that change a map in a way that the statistics do not follow."""
-_NOT_GIVEN = object()
 
 
 def collect(
@@ -120,7 +120,7 @@ class Collector:
         self._backend = check_choice("backend", backend, BACKENDS)
         self._windows: dict[int, tuple[object, int | None]] = {}  # by the id of a mask, which is kept, and so its id
         self._deviations: list[tuple[int, str, Deviation, str]] = []  # where the device is not waited for
-        self._clock, self._check_clock = _Clock(), _Clock()
+        self._clock, self._check_clock = Clock(), Clock()
         self._hooks: list = []
 
     def _check_grouping(self, groups, groups_per, local, global_) -> None:
@@ -134,7 +134,7 @@ class Collector:
     def __enter__(self) -> "Collector":
         if self._hooks:
             raise RuntimeError("this collect context is open already")
-        self._thread, self._calls, self._mask_outside = threading.get_ident(), None, _NOT_GIVEN
+        self._thread, self._calls, self._mask_outside = threading.get_ident(), None, ...
         self._tap = tap_of(self.decoder)
         self._tap.add(self)
         self._hooks = [
@@ -221,20 +221,7 @@ class Collector:
                 f"collect needs whole sequences, but {sharding} computes attention over shards of them here: "
                 "switch sequence parallelism off"
             )
-        mask = self._padding_mask(bound.get("attention_mask"), batch, tokens)
-        cu_seqlens, position_ids = bound.get("cu_seq_lens_q"), bound.get("position_ids")
-        if position_ids is not None:
-            position_ids = _text_positions(position_ids, mask is None)
-            _check_begin(position_ids)
-            if cu_seqlens is None:
-                cu_seqlens = _packed_bounds(position_ids, mask, batch)
-        if cu_seqlens is not None and mask is not None:
-            if not (mask == 1).all():
-                raise ValueError(
-                    "packed sequences have no padding, got sequence bounds (position_ids that restart, or "
-                    f"cu_seq_lens_q) beside an attention_mask with {int((mask != 1).sum())} masked tokens"
-                )
-            mask = None
+        mask, cu_seqlens = find_sequences(bound, batch, self._mask_outside)
         response_mask = self._response_mask
         if response_mask is not None:
             check_tensor("response_mask", response_mask, [batch, tokens], [torch.bool], inputs.device)
@@ -249,19 +236,6 @@ class Collector:
     def _after_forward(self, *_) -> None:
         if self._is_mine():
             self._calls = None  # a layer may be called again: by a backward pass, by another model
-
-    def _padding_mask(self, mask, batch: int, tokens: int) -> Tensor | None:
-        """The attention_mask [B, T] of this forward: the decoder's own or, where that is made from it, its model's."""
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            shown = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            mask = self._mask_outside
-            if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-                raise ValueError(f"collect needs attention_mask as [B, T], got {shown}")
-        if mask is not None and mask.is_floating_point():  # PEFT's virtual tokens turn it into one
-            if not ((mask == 0) | (mask == 1)).all():
-                raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {mask.max().item()}")
-            mask = mask.bool()
-        return mask
 
     def layer_of(self, module: nn.Module) -> int | None:
         """The sampled layer that this call of an attention module is; None for others, and outside of the forward."""
@@ -410,7 +384,9 @@ def _rounding(call: Call) -> Rounding:
     if torch.is_autocast_enabled(device):
         used.append(torch.get_autocast_dtype(device))
     if dtype == torch.float32:
-        used += {"bf16": [torch.bfloat16], "tf32": [torch.float16]}.get(lowest_precision(), [])  # 11 bits, as TF32
+        used += {"bf16": [torch.bfloat16], "tf32": [torch.float16]}.get(
+            lowest_precision(device), []
+        )  # 11 bits, as TF32
     coarsest = max(used, key=lambda each: torch.finfo(each).eps)
     fused = bool(call.reader.dtypes) or call.beside is not None
     return rounding_of(dtype, lowered=coarsest, fused=fused, softcap=call.kwargs.get("softcap") is not None)
@@ -441,86 +417,3 @@ def _refuse(layer: int, name: str, deviation: Deviation, hints: str) -> None:
         f"layer {layer} does not attend as collect assumes: the {name} of token {token} of row {row}, head {head}, is "
         f"{got:.6g} where the assumed attention map gives {expected:.6g}, and rounding explains {allowed:.2g}.{hints}"
     )
-
-
-# ---- positions -------------------------------------------------------------------------------------------------------
-
-
-def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
-    """[B or 1, T]: of the axes [3 or 4, B, T] that models of images have, that of the text.
-
-    Raises: ValueError: they are of images, and sequences would have to be told apart by them.
-    """
-    if position_ids.ndim == 2:
-        return position_ids
-    if len(position_ids) == 3 and must_separate and (position_ids != position_ids[:1]).any():
-        raise ValueError(
-            "position_ids must be of text where there is no attention_mask to tell sequences apart, "
-            f"got {list(position_ids.shape)} with positions in images"
-        )
-    return position_ids[0]
-
-
-def _check_begin(position_ids: Tensor) -> None:
-    """Raises for rows that begin inside a sequence. Padding at the left counts as 0 or 1, by custom."""
-    first = position_ids[:, :1]
-    if (first > 1).any():
-        raise ValueError(
-            f"collect needs whole sequences, got position_ids that begin at {int(first.max())}: shards of sequence or "
-            "context parallelism cannot be collected"
-        )
-
-
-def _packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
-    """cu_seqlens int32 [S + 1] where positions restart inside a row; None if they do not.
-
-    Beside an attention_mask only a return to 0 between two tokens counts: padding has positions of any kind.
-    """
-    restarts = torch.diff(position_ids, dim=-1) != 1
-    if mask is not None:
-        is_token = mask.bool()
-        restarts = restarts & is_token[:, 1:] & is_token[:, :-1] & (position_ids[:, 1:] == 0)
-    if not restarts.any():
-        return None
-    if batch != 1:
-        raise ValueError(f"packed sequences need a batch of one row, got B = {batch} with position_ids that restart")
-    starts = restarts[0].nonzero().flatten() + 1
-    if position_ids[0, starts].any():
-        raise ValueError(
-            f"collect needs whole sequences, got position_ids that jump to {position_ids[0, starts].max()}: shards of "
-            "sequence or context parallelism cannot be collected"
-        )
-    ends = starts.new_tensor([position_ids.shape[1]])
-    return torch.cat([starts.new_zeros(1), starts, ends]).int()
-
-
-class _Clock:
-    """Adds up the time inside its `with` blocks: wall time, or the stream's own time on a GPU."""
-
-    def __init__(self):
-        self.on_gpu = False
-        self.wall = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def _now(self):
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self.begin = self._now()
-
-    def __exit__(self, *_) -> None:
-        if self.on_gpu:
-            self.events.append((self.begin, self._now()))
-        else:
-            self.wall += self._now() - self.begin
-
-    def seconds(self) -> float:
-        for begin, end in self.events:
-            end.synchronize()
-            self.wall += begin.elapsed_time(end) / 1e3
-        self.events.clear()
-        return self.wall

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
 """The settings by which products of fp32 matrices may round their factors, one a library."""
+LIBRARY = dict(zip(("cuda", "cpu"), PRODUCTS, strict=True))
+"""Which of them is whose device's."""
 ROUNDED = ("bf16", "tf32")
 """Values of those settings, the coarsest first."""
 
@@ -58,9 +60,12 @@ def exact_products() -> Iterator[None]:
                 torch._C._set_fp32_precision_setter(*place, precision)
 
 
-def lowest_precision() -> str | None:
-    """Returns the coarsest rounding of factors that a setting of fp32 products asks for: "bf16", "tf32", or None."""
-    settings = [_precision(place) for place in PRODUCTS]
+def lowest_precision(device: str | None = None) -> str | None:
+    """Returns the coarsest rounding of factors that a setting asks for in fp32 products: "bf16", "tf32", or None.
+
+    device: a device type, whose own setting counts alone; those of all libraries if None or unknown.
+    """
+    settings = [_precision(place) for place in ([LIBRARY[device]] if device in LIBRARY else PRODUCTS)]
     return next((precision for precision in ROUNDED if precision in settings), None)
 
 

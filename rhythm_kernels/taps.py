@@ -98,7 +98,7 @@ class Tap:
         listeners = [(listener, layer) for listener, layer in listeners if layer is not None]
         if not listeners:
             return attend(**kwargs)
-        with LseReader() as reader:
+        with LseReader(query.device.type) as reader:
             returned = attend(**kwargs)
         beside = returned[1] if self.name == "flex_attention" else None
         call = Call(module, query, key, value, attention_mask, kwargs, reader, returned[0], beside, attend)

@@ -158,7 +158,8 @@ def test_products_are_exact_inside_and_as_before_after(place):
 
     with matmul_precision("medium"):
         before = setting()
-        assert before in ("bf16", "tf32") and lowest_precision() == "bf16"
+        assert before in ("bf16", "tf32") and lowest_precision() == lowest_precision("cpu") == "bf16"
+        assert lowest_precision("cuda") == "tf32"
         with isolated(torch.device("cpu")):
             assert setting() == "ieee" and lowest_precision() is None
         assert setting() == before

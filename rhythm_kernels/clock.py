@@ -1,0 +1,38 @@
+"""Times parts of a forward without waiting for the device."""
+
+import time
+
+import torch
+
+
+class Clock:
+    """Adds up the time inside its `with` blocks: wall time, or the stream's own time where `on_gpu` is set."""
+
+    def __init__(self):
+        self.on_gpu = False
+        self.wall = 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self.begin = self._now()
+
+    def __exit__(self, *_) -> None:
+        if self.on_gpu:
+            self.events.append((self.begin, self._now()))
+        else:
+            self.wall += self._now() - self.begin
+
+    def seconds(self) -> float:
+        """Returns the sum; on a GPU this waits for it."""
+        for begin, end in self.events:
+            end.synchronize()
+            self.wall += begin.elapsed_time(end) / 1e3
+        self.events.clear()
+        return self.wall

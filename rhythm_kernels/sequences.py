@@ -1,0 +1,100 @@
+"""Where the sequences of a forward begin and end, from the arguments that a decoder is given."""
+
+from types import EllipsisType
+
+import torch
+from torch import Tensor
+
+
+def find_sequences(arguments: dict, batch: int, outer_mask: object = ...) -> tuple[Tensor | None, Tensor | None]:
+    """Returns (attention_mask [B, T], cu_seqlens [S + 1]) of a forward, of which one is None at least.
+
+    Args:
+        arguments: of the decoder's forward, by name.
+        outer_mask: the attention_mask of a model around the decoder, if there is one that was given or left out a mask.
+
+    Raises:
+        ValueError: a mask of another kind, padding in a packed row, packed rows in a batch of several, positions of
+            a shard.
+    """
+    mask = _padding_mask(arguments.get("attention_mask"), outer_mask)
+    cu_seqlens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
+    if position_ids is not None:
+        position_ids = _text_positions(position_ids, mask is None)
+        _check_begin(position_ids)
+        if cu_seqlens is None:
+            cu_seqlens = _packed_bounds(position_ids, mask, batch)
+    if cu_seqlens is None or mask is None:
+        return mask, cu_seqlens
+    if not (mask == 1).all():
+        raise ValueError(
+            "packed sequences have no padding, got sequence bounds (position_ids that restart, or cu_seq_lens_q) "
+            f"beside an attention_mask with {int((mask != 1).sum())} masked tokens"
+        )
+    return None, cu_seqlens
+
+
+def _padding_mask(mask: object, outer: object | EllipsisType) -> Tensor | None:
+    """The attention_mask [B, T]: the decoder's own or, where a model around it made that one, the model's."""
+    if mask is not None and not _is_2d(mask):
+        shown = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        mask = outer
+        if mask is not None and not _is_2d(mask):
+            raise ValueError(f"collect needs attention_mask as [B, T], got {shown}")
+    if mask is not None and mask.is_floating_point():  # PEFT's virtual tokens turn it into one
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {mask.max().item()}")
+        mask = mask.bool()
+    return mask
+
+
+def _is_2d(mask: object) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
+
+
+def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
+    """[B or 1, T]: of the axes [3 or 4, B, T] that models of images have, that of the text.
+
+    Raises: ValueError: they are of images, and sequences would have to be told apart by them.
+    """
+    if position_ids.ndim == 2:
+        return position_ids
+    if len(position_ids) == 3 and must_separate and (position_ids != position_ids[:1]).any():
+        raise ValueError(
+            "position_ids must be of text where there is no attention_mask to tell sequences apart, "
+            f"got {list(position_ids.shape)} with positions in images"
+        )
+    return position_ids[0]
+
+
+def _check_begin(position_ids: Tensor) -> None:
+    """Raises for rows that begin inside a sequence. Padding at the left counts as 0 or 1, by custom."""
+    first = position_ids[:, :1]
+    if (first > 1).any():
+        raise ValueError(
+            f"collect needs whole sequences, got position_ids that begin at {int(first.max())}: shards of sequence or "
+            "context parallelism cannot be collected"
+        )
+
+
+def _packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
+    """cu_seqlens int32 [S + 1] where positions restart inside a row; None if they do not.
+
+    Beside an attention_mask only a return to 0 between two tokens counts: padding has positions of any kind.
+    """
+    restarts = torch.diff(position_ids, dim=-1) != 1
+    if mask is not None:
+        is_token = mask.bool()
+        restarts = restarts & is_token[:, 1:] & is_token[:, :-1] & (position_ids[:, 1:] == 0)
+    if not restarts.any():
+        return None
+    if batch != 1:
+        raise ValueError(f"packed sequences need a batch of one row, got B = {batch} with position_ids that restart")
+    starts = restarts[0].nonzero().flatten() + 1
+    if position_ids[0, starts].any():
+        raise ValueError(
+            f"collect needs whole sequences, got position_ids that jump to {position_ids[0, starts].max()}: shards of "
+            "sequence or context parallelism cannot be collected"
+        )
+    ends = starts.new_tensor([position_ids.shape[1]])
+    return torch.cat([starts.new_zeros(1), starts, ends]).int()
