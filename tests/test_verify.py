@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from models import SIZES, llama, qwen3
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -239,6 +240,27 @@ def unseen(monkeypatch):
     """As on a GPU: what a tensor holds is not looked at."""
     for module in modules:
         monkeypatch.setattr(module, "can_look", lambda tensor: False)
+
+
+class Waiting(TorchDispatchMode):
+    """Raises where a GPU would be waited for: at a number that Python asks for, at a size that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name().split("::")[1] not in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cuts", [None, [0, 9, 9, 40, 200, TOKENS]])
+def test_the_device_is_not_waited_for(cuts):
+    q, k, v = draw(torch.float32)
+    layout = make_layout(1, TOKENS, q.device, cu_seqlens=None if cuts is None else torch.tensor(cuts))
+    out, options = eager(q, k, v, visible(TOKENS)), options_of(q, k, sinks=torch.zeros(QUERY_HEADS))
+    lse = attention_stats(q, k).lse
+    with Waiting():
+        assert len(probe_output(q, k, v, out, lse, layout, options, rounding_of(q.dtype))) == 2
+        probe_lse(q, k, lse, layout, options, torch.ones(layout.sequences, QUERY_HEADS, dtype=torch.bool))
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Waiting():
+        q[0, 0, 0, 0].item()
 
 
 @pytest.mark.usefixtures("unseen")

@@ -316,13 +316,15 @@ def _worst(
     if wanted is not None:
         known &= wanted[..., None]
     excess = excess.nan_to_num(nan=math.inf, posinf=math.inf).where(known, 0.0)
-    best = excess.flatten().argmax()
+    best = excess.flatten().argmax(keepdim=True)  # [1]: an index of no dimensions would be waited for
     sequence, rest = best // excess[0].numel(), best % excess[0].numel()
     head, probe = rest // excess.shape[2], rest % excess.shape[2]
-    largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[best].argmax()
-    values = torch.stack([x.flatten(0, 2)[best][largest] for x in (got, expected)] + [allowed.flatten()[best]])
-    place = torch.stack([part.batch_row[sequence], part.rows[sequence, probe], head + heads.start])
-    return Deviation(excess.flatten()[best], place, values)
+    largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[best].argmax(-1)
+    values = [x.flatten(0, 2)[best, largest] for x in (got, expected)]
+    place = [part.batch_row[sequence], part.rows[sequence, probe], head + heads.start]
+    return Deviation(
+        excess.flatten()[best].squeeze(0), torch.cat(place), torch.cat([*values, allowed.flatten()[best].float()])
+    )
 
 
 def _by_name(found: list[tuple[str, Deviation]]) -> list[tuple[str, Deviation]]:
@@ -330,6 +332,6 @@ def _by_name(found: list[tuple[str, Deviation]]) -> list[tuple[str, Deviation]]:
     worst = []
     for name in dict.fromkeys(name for name, _ in found):
         parts = [deviation for other, deviation in found if other == name]
-        best = torch.stack([part.excess for part in parts]).argmax()
-        worst.append((name, Deviation(*(torch.stack(field)[best] for field in zip(*parts)))))
+        best = torch.stack([part.excess for part in parts]).argmax(keepdim=True)
+        worst.append((name, Deviation(*(torch.stack(field)[best].squeeze(0) for field in zip(*parts)))))
     return worst
