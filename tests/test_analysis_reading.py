@@ -139,6 +139,28 @@ def test_a_model_in_16_bits_is_read():
     torch.testing.assert_close(found.waad, exact.waad, rtol=0.1, atol=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_bit(dtype):
+    torch.manual_seed(0)
+    model, ids, answer = llama(), torch.randint(61, (90,)), torch.arange(90) >= 20
+    groups = HeadGroups(*(torch.rand(2, 6) < 0.5 for _ in range(2)))
+
+    def tensors():
+        signals = read(model, ids, answer, receivers=4), mean_maps(model, ids[None], [2, 3], groups)
+        found = [vars(x) if hasattr(x, "__dict__") else x for x in signals]
+        return [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+
+    expected = tensors()
+    torch.set_default_dtype(dtype)
+    try:
+        got = tensors()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(got) == len(expected) > 10
+    for x, y in zip(got, expected):
+        assert x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
 def test_logits_that_are_made_otherwise_are_refused():
     model, ids, response = sequence("llama")
     model.lm_head.register_forward_hook(lambda _, args, output: 2 * output)

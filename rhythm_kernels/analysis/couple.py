@@ -96,7 +96,7 @@ def peaks_of(signal: dict[str, list[float]], quantile: float) -> Peaks | None:
         return None
 
     def peaks(name: str) -> np.ndarray:
-        values = torch.tensor(signal[name][:counted])[None]
+        values = torch.tensor(signal[name][:counted], dtype=torch.float32)[None]
         return find_peaks(values, torch.ones_like(values, dtype=torch.bool), min_quantile=quantile)[0].numpy()
 
     entropy = np.array(signal["entropy"])

@@ -161,7 +161,7 @@ def _entropies(model: nn.Module, ids: Tensor, response: Tensor) -> Tensor:
             f"model must have logits that are its output layer's, scaled or soft-capped as its config says, got "
             f"{type(model).__name__}"
         )
-    entropy = torch.zeros(len(ids), device=ids.device)
+    entropy = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
     for part in places.split(max(1, MOST_LOGITS // output.weight.shape[0])):
         log_probs = _logits(model, output, hidden[0][0, part - 1]).log_softmax(-1)
         entropy[part] = -(log_probs.exp() * log_probs).sum(-1)
