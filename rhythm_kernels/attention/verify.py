@@ -26,7 +26,7 @@ SLACK = 2.0
 largest, so that the sum stays below 1 even where two of them decide; measured, it stays below 0.4."""
 FP32 = 2.0**-24  # the unit roundoff
 TINY = torch.finfo(torch.float32).tiny
-ACCUMULATED = 4 * FP32  # error of a sum of fp32 products, relative to the length of the vectors in it
+ACCUMULATED = 8 * FP32  # error of a sum of fp32 products, relative to the length of the vectors in it
 
 
 class Rounding(NamedTuple):
