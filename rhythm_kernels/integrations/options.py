@@ -89,17 +89,19 @@ class CreditOptions:
 
     def collect(self, model: nn.Module, response_mask: Tensor, groups: HeadGroups | None = None) -> Collector:
         """`collect` with these options; groups as of `GroupSchedule.groups`, None at a calibration."""
-        return collect(
-            model,
-            layers=list(self.layers) if isinstance(self.layers, tuple) else self.layers,
-            window=self.window,
-            horizon=self.horizon,
-            response_mask=response_mask,
-            groups=groups,
-            groups_per=self.groups_per,
-            local=self.local,
-            global_=self.global_,
-        )
+        return collect(model, response_mask=response_mask, groups=groups, **self.collect_options)
+
+    @property
+    def collect_options(self) -> dict:
+        """The arguments of `collect` that these options set."""
+        return {
+            "layers": list(self.layers) if isinstance(self.layers, tuple) else self.layers,
+            "window": self.window,
+            "horizon": self.horizon,
+            "groups_per": self.groups_per,
+            "local": self.local,
+            "global_": self.global_,
+        }
 
     def gamma(
         self,

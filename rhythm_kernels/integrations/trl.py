@@ -12,7 +12,7 @@ is the one of the loss's own forward, and they are read in that, before the loss
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -21,14 +21,27 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
+from rhythm_kernels.checks import check_int
 from rhythm_kernels.collect import Collector
 from rhythm_kernels.credit import shape_advantages
 from rhythm_kernels.group_schedule import GroupDrift
 from rhythm_kernels.integrations.options import CreditOptions, credit_means, credit_sums
+from rhythm_kernels.integrations.trl_loss import (
+    LateInputs,
+    Pass,
+    StandIn,
+    proof_inputs,
+    prove_token_advantages,
+    with_sequence_ratio,
+    without_traces,
+)
+from rhythm_kernels.integrations.virtual_tokens import VirtualTokensCollector, virtual_tokens
 from rhythm_kernels.types import HeadGroups, Rhythm
 
 logger = logging.get_logger(__name__)
@@ -52,7 +65,10 @@ USED = {  # what the mixin overrides, with the parameters that it counts on
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
 STATE_FILE = "rhythm_state.json"  # in a checkpoint's folder
-CREDITED = "rhythm_credited"  # marks a micro-batch whose advantages are shaped
+GAMMA = "rhythm_gamma"
+"""Field of a generation batch or a micro-batch whose credit has been read: [B, C] fp32."""
+SEQUENCE_TOKEN = "sequence_token"
+"""importance_sampling_level of GSPO-token: a sequence's ratio, and the gradient of each token."""
 # Losses whose gradient reaches a token only through the ratio; the others multiply the token's own log-prob
 THROUGH_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo")
 # options that are checked together, and the option of each field
@@ -153,7 +169,13 @@ class RhythmGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"importance_sampling_level must be token where credit={self.credit} and loss_type={self.loss_type}, "
                 "got sequence: the loss reaches all tokens through one ratio, so that each of them would get the "
-                "mean credit of its sequence"
+                f"mean credit of its sequence; {SEQUENCE_TOKEN} (GSPO-token) keeps the sequence's ratio and gives each "
+                "token its own credit"
+            )
+        if self.importance_sampling_level == SEQUENCE_TOKEN and self.loss_type == "vespo":
+            raise ValueError(
+                f"importance_sampling_level must be token where loss_type=vespo, got {SEQUENCE_TOKEN}: VESPO computes "
+                "sequence weights of its own"
             )
 
     def _value(self, name: str):
@@ -177,29 +199,67 @@ class RhythmGRPOConfig(GRPOConfig):
         return CreditOptions(layers=self._layers(), **options)
 
 
+def _check_order(cls: type) -> None:
+    """Raises TypeError where the mixin would not come before a GRPOTrainer."""
+    if not issubclass(cls, GRPOTrainer):
+        raise TypeError(f"{RhythmMixin.__name__} needs a GRPOTrainer after it, {cls.__name__} is none")
+    if cls.__mro__.index(RhythmMixin) > cls.__mro__.index(GRPOTrainer):
+        raise TypeError(f"{cls.__name__} must name {RhythmMixin.__name__} before its trainer, which else ignores it")
+
+
 class RhythmMixin:
     """Adds rhythm credit to a GRPOTrainer that stands after it: class Mine(RhythmMixin, MyGRPOTrainer).
 
     Training alone is credited: an evaluation sees the advantages as they are. With credit="none" nothing is done.
 
     Raises:
-        TypeError: args is not a RhythmGRPOConfig.
+        TypeError: args is not a RhythmGRPOConfig, or no GRPOTrainer stands after the mixin.
         ValueError: the attention of this model, or of layers that the config names, cannot be read.
-        RuntimeError: in training, where a batch would have gone on without its credit.
+        RuntimeError: in training, where a batch would have gone on without its credit, or a loss of another trainer
+            does not take the advantages of tokens.
     """
 
+    # a trainer may be made without __init__
+    _credit = CreditOptions(strategy="none")
+    _sequence_ratios = False
+    _pass: Pass | None = None
+    _layers: list[int] | None = None
+    """The layers whose attention is read."""
+    _draws = 0
+    _is_proven = False
+    """Whether the loss takes the advantages of tokens."""
+    _is_reached = False
+    """Whether the loss of this micro-batch has come through the mixin."""
+    _statistics_seconds = 0.0  # of this optimizer step
+
+    def __init_subclass__(cls, **named):
+        super().__init_subclass__(**named)
+        if issubclass(cls, Trainer):
+            _check_order(cls)
+
     def __init__(self, model, reward_funcs=None, args=None, *others, **named):
+        _check_order(type(self))
+        args = self._default_config(model) if args is None else args
         if not isinstance(args, RhythmGRPOConfig):
             raise TypeError(f"args must be a RhythmGRPOConfig, which has the credit options, got {type(args).__name__}")
         self._credit = args.credit_options
         self._schedule = self._credit.schedule()
-        self._pass: _Pass | None = None
-        self._draws = 0
-        self._statistics_seconds = 0.0  # of this optimizer step
         self._start_pool()
         super().__init__(model, reward_funcs, args, *others, **named)
+        if args.importance_sampling_level == SEQUENCE_TOKEN:
+            self._sequence_ratios = True
+            self.importance_sampling_level = "token"  # what TRL's loss does with the old log-probs that it is given
         if self._credit.reads_attention:  # a model or layers that cannot be read are refused before anything runs
-            self._credit.collect(self.model, torch.ones(1, 1, dtype=torch.bool))
+            virtual_tokens(self.model)
+            self._layers = self._credit.collect(self.model, torch.ones(1, 1, dtype=torch.bool)).layers
+
+    def _default_config(self, model) -> RhythmGRPOConfig:
+        """TRL's own default, with the credit's."""
+        owner = _owner("__init__", type(self))
+        if owner is not GRPOTrainer:
+            raise TypeError(f"args must be a RhythmGRPOConfig, got None: {owner.__name__} may have defaults of its own")
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return RhythmGRPOConfig(f"{name.split('/')[-1]}-GRPO")
 
     # ---- where the credit is read ------------------------------------------------------------------------------------
 
@@ -217,18 +277,18 @@ class RhythmMixin:
         return corrected or self.args.gradient_accumulation_steps % self._generate_every != 0
 
     @contextmanager
-    def _reading(self, new: "_Pass") -> Iterator["_Pass"]:
-        """Inside, the first log-prob pass of new.model is `new`."""
+    def _reading(self, new: Pass) -> Iterator[None]:
+        """Inside, `new` is waited for."""
         self._pass = new
         try:
-            yield new
+            yield
         finally:
             self._pass = None
 
     def _generate(self, prompts):
         made = super()._generate(prompts)
-        if self._pass is not None:
-            self._pass.tool_mask = made[2]  # lists of 0 and 1, or None
+        if self._pass is not None:  # from here on; what a rollout runs is not the pass
+            self._pass = Pass(self.model, tool_mask=made[2])  # lists of 0 and 1, or None
         return made
 
     def _generate_and_score_completions(self, inputs):
@@ -237,58 +297,126 @@ class RhythmMixin:
             if self._is_credited() and "old_per_token_logps" in output:
                 raise RuntimeError("TRL ran an old-log-prob pass that was not expected, so it was not read")
             return output
-        with self._reading(_Pass(self.model)) as read:
+        with self._reading(Pass(self.model, is_open=False)):
             output = super()._generate_and_score_completions(inputs)
+            read = self._pass
         if read.gamma is None or "old_per_token_logps" not in output:
             raise RuntimeError("TRL was expected to run an old-log-prob pass of the policy, and ran none")
-        mask = output["completion_mask"]
-        mask = mask * output["tool_mask"] if "tool_mask" in output else mask
-        if not torch.equal(mask.bool(), read.mask):
+        if not torch.equal(_ids_of(output), read.ids) or not torch.equal(_mask_of(output).bool(), read.mask):
             raise RuntimeError("the tokens that TRL will train on are not those that were read")
         self._finish(read)
         self._end_generation_batch()
-        # a row for each sequence: shuffled and split with the rest
-        return output | {"advantages": shape_advantages(output["advantages"], read.gamma)}
+        return output | {GAMMA: read.gamma}  # a row for each sequence: shuffled and split with the rest
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **options):
-        run = super()._get_per_token_logps_and_entropies
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **others
+    ):
+        def run(compute_entropy):
+            return super(RhythmMixin, self)._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                **others,
+            )
+
         read = self._pass
-        if read is None or read.gamma is not None or model is not read.model:
-            return run(model, input_ids, attention_mask, logits_to_keep, **options)
+        if isinstance(read, StandIn):
+            return read.answer(model, input_ids, logits_to_keep)
+        if read is None or not read.is_of(model, input_ids):
+            return run(compute_entropy)
+        if not read.reads or read.gamma is not None:
+            found = run(compute_entropy)
+            read.log_probs = found[0].detach()
+            return found
+        read.ids = input_ids
         read.mask = _completion_mask(attention_mask[:, -logits_to_keep:], read.tool_mask)
-        if self._credit.reads_entropy:
-            options["compute_entropy"] = True
         if self._credit.reads_attention:
             whole = torch.cat([torch.zeros_like(attention_mask[:, :-logits_to_keep]).bool(), read.mask], 1)
             with _Readings(self._credit, model, whole, self._schedule.groups) as read.readings:
-                found = run(model, input_ids, attention_mask, logits_to_keep, **options)
+                found = run(compute_entropy)
             read.rhythm = read.readings.rhythm(logits_to_keep)
         else:
-            found = run(model, input_ids, attention_mask, logits_to_keep, **options)
+            found = run(compute_entropy or self._credit.reads_entropy)
         draw = self._draws * self.accelerator.num_processes + self.accelerator.process_index
         entropy = found[1] if self._credit.reads_entropy else None
         read.gamma = self._credit.gamma(read.mask, rhythm=read.rhythm, entropy=entropy, draw=draw)
+        read.log_probs = found[0].detach()
         self._draws += 1
         return found
 
+    # ---- the loss ----------------------------------------------------------------------------------------------------
+
     def _compute_loss(self, model, inputs):
-        # where there was an old-log-prob pass, it was read; CREDITED is set if an earlier iteration read this one's
-        if not self._is_credited() or "old_per_token_logps" in inputs or CREDITED in inputs:
-            return super()._compute_loss(model, inputs)
-        with self._reading(_Pass(model, inputs.get("tool_mask"))) as read:
-            late = _LateAdvantages(inputs, read)
-            loss = super()._compute_loss(model, late)
-        if not late.taken:
-            raise RuntimeError("the loss did not take its advantages from its inputs: it was computed without credit")
-        inputs |= {"advantages": late["advantages"], CREDITED: True}
-        self._finish(read)
-        if (self._step + 1) % self._generate_every == 0:
-            self._end_generation_batch()
+        self._is_reached = True
+        if not self._is_credited():
+            uncredited = Pass(model, _ids_of(inputs), reads=False) if self._sequence_ratios else None
+            return self._loss_with(model, inputs, uncredited)
+        if GAMMA not in inputs and "old_per_token_logps" in inputs:
+            raise RuntimeError(f"the batch has lost {GAMMA}, the credit that was read in TRL's old-log-prob pass")
+        if not self._is_proven:
+            self._prove_loss(model, inputs)
+        # from the old-log-prob pass, or an earlier iteration over this micro-batch; else it is read in the loss's own
+        read = Pass(model, _ids_of(inputs), inputs.get("tool_mask"), gamma=inputs.get(GAMMA))
+        loss = self._loss_with(model, inputs, read, lambda: shape_advantages(inputs["advantages"], read.gamma))
+        if GAMMA not in inputs:
+            inputs[GAMMA] = read.gamma
+            self._finish(read)
+            if (self._step + 1) % self._generate_every == 0:
+                self._end_generation_batch()
         return loss
 
-    def get_gamma_weights(self, advantages, *others, **named):
+    def _loss_with(self, model, inputs, read: Pass | None, advantages: Callable[[], Tensor] | None = None) -> Tensor:
+        """The loss of the trainer after the mixin, with these advantages in place of its own."""
+        late = {}
+        if advantages is not None and read.gamma is not None:
+            inputs = inputs | {"advantages": advantages()}
+        elif advantages is not None:
+            late["advantages"] = advantages
+        if self._sequence_ratios and "old_per_token_logps" in inputs:
+            old, mask = inputs["old_per_token_logps"], _mask_of(inputs)
+            late["old_per_token_logps"] = lambda: with_sequence_ratio(read.log_probs, old, mask)
+        if not late:
+            return super()._compute_loss(model, inputs)
+        late_inputs = LateInputs(inputs, late, read)
+        with self._reading(read):
+            loss = super()._compute_loss(model, late_inputs)
+        if late_inputs.untaken:
+            names = ", ".join(sorted(late_inputs.untaken))
+            raise RuntimeError(f"the loss did not take its {names} from its inputs: it was computed with others")
+        return loss
+
+    def _prove_loss(self, model, inputs) -> None:
+        """Raises where the loss is not known to take the advantages of tokens, and does not.
+
+        TRL's own with token ratios is known. Others are computed five times, with log-probs of no model, on a copy of
+        the trainer: no forward is run, and neither metrics nor random states change.
+        """
+        owner = _owner("_compute_loss", type(self))
+        if owner is not GRPOTrainer or self.importance_sampling_level != "token":
+            trainer, device = without_traces(self), self.accelerator.device
+            inputs, log_probs = proof_inputs(inputs)
+
+            def gradient(advantages: Tensor) -> Tensor:
+                leaf = log_probs.clone().requires_grad_()
+                gamma = leaf.detach() if GAMMA in inputs else None  # whether advantages are there before the pass
+                stand_in = StandIn(model, _ids_of(inputs), gamma=gamma, leaf=leaf)
+                devices = [device] if device.type == "cuda" else []
+                with torch.random.fork_rng(devices), torch.enable_grad(), trainer._reading(stand_in):
+                    loss = trainer._loss_with(model, inputs, stand_in, lambda: advantages)
+                    (found,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+                return torch.zeros_like(leaf) if found is None else found
+
+            prove_token_advantages(f"{owner.__name__}._compute_loss", gradient, log_probs)
+        self._is_proven = True
+
+    @classmethod
+    def get_gamma_weights(cls, advantages, *others, **named):
         """VESPO's weight of each sequence, [B, 1], by the sign of its advantage, which credit leaves to all tokens."""
-        of_sequence = advantages[:, :1] if self._is_credited() else advantages
+        signs = advantages >= 0
+        of_sequence = advantages[:, :1] if (signs == signs[:, :1]).all() else advantages
         return super().get_gamma_weights(of_sequence, *others, **named)
 
     # ---- head groups -------------------------------------------------------------------------------------------------
@@ -319,7 +447,8 @@ class RhythmMixin:
             state = self._schedule.state_dict()
             spans = None if state["spans"] is None else state["spans"].tolist()  # fp32 to decimals and back is exact
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            folder.joinpath(STATE_FILE).write_text(json.dumps(state | {"spans": spans, "draws": self._draws}))
+            state |= {"spans": spans, "draws": self._draws, "layers": self._layers}
+            folder.joinpath(STATE_FILE).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -329,14 +458,20 @@ class RhythmMixin:
         if not file.exists():
             logger.warning(f"{file} is missing: the heads are ranked anew at the first step")
             return
-        state = json.loads(file.read_text())
-        self._draws = state.pop("draws")
-        spans = None if state["spans"] is None else torch.tensor(state["spans"])
-        self._schedule.load_state_dict(state | {"spans": spans})
+        try:
+            state = json.loads(file.read_text())
+            layers, self._draws = state.pop("layers", self._layers), check_int("draws", state.pop("draws"), 0)
+            state["spans"] = None if state["spans"] is None else torch.tensor(state["spans"])
+            if layers == self._layers:
+                self._schedule.load_state_dict(state)
+                return
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} must be what a checkpoint of rhythm credit holds: {error!r}") from error
+        logger.warning(f"{file} has the spans of layers {layers}, not {self._layers}: the heads are ranked anew")
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
-    def _finish(self, read: "_Pass") -> None:
+    def _finish(self, read: Pass) -> None:
         """What a pass leaves behind: metrics over all ranks, spans for the head groups, the time it took."""
         sums = credit_sums(read.gamma, read.mask, read.rhythm)
         totals = self.accelerator.reduce(torch.stack([*sums.values()]), reduction="sum").tolist()
@@ -349,7 +484,13 @@ class RhythmMixin:
                 self._spans, self._tokens = self._spans + spans, self._tokens + tokens
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self._is_reached = False
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._is_credited() and not self._is_reached:
+            raise RuntimeError(
+                f"{type(self).__name__} computed its loss without {RhythmMixin.__name__}._compute_loss, and so without "
+                "credit: a loss of your own belongs to a trainer class that stands after the mixin"
+            )
         if self._credit.reads_attention and self._step % self.current_gradient_accumulation_steps == 0:
             self._metrics["train"]["rhythm/statistics_seconds"].append(self._statistics_seconds)
             self._statistics_seconds = 0.0
@@ -360,47 +501,13 @@ class RhythmGRPOTrainer(RhythmMixin, GRPOTrainer):
     """TRL's GRPOTrainer with rhythm credit: same arguments, with a RhythmGRPOConfig as `args`."""
 
 
-@dataclass
-class _Pass:
-    """A log-prob pass of the policy that is to be read: of this model, the next one."""
-
-    model: nn.Module
-    tool_mask: Tensor | list[list[int]] | None = None
-    mask: Tensor | None = None
-    """[B, C] bool, R: completion tokens that are trained on."""
-    gamma: Tensor | None = None
-    """[B, C] fp32, once the pass is done."""
-    rhythm: Rhythm | None = None
-    """waad and fai [B, C]."""
-    readings: "_Readings | None" = None
-
-
-class _LateAdvantages(dict):
-    """A micro-batch whose advantages are there once its pass has been read, shaped."""
-
-    def __init__(self, inputs: dict, read: _Pass):
-        super().__init__(inputs)
-        self.read, self.taken = read, False
-
-    def __getitem__(self, key):
-        value = super().__getitem__(key)
-        if key != "advantages":
-            return value
-        if self.read.gamma is None:
-            raise RuntimeError("the loss asked for the advantages before the log-prob pass that their credit is of")
-        self.taken = True
-        return shape_advantages(value, self.read.gamma)
-
-    def get(self, key, default=None):
-        return self[key] if key in self else default  # noqa: SIM401
-
-
 class _Readings:
     """The statistics of each forward of a model inside the context: one pass, in chunks of its rows."""
 
     def __init__(self, credit: CreditOptions, model: nn.Module, mask: Tensor, groups: HeadGroups | None):
         self.credit, self.model, self.groups = credit, model, groups
         self.mask = mask  # [B, P + C] bool, R
+        self.virtual = virtual_tokens(model)
         self.rows = 0  # that the forwards so far have had
         self._collectors: list[Collector] = []
         self._rhythms: list[Rhythm] = []
@@ -427,7 +534,12 @@ class _Readings:
         rows = len(kwargs["input_ids"])
         part = self.mask[self.rows : self.rows + rows]
         self.rows += rows
-        self._open = self.credit.collect(model, part, self.groups).__enter__()
+        if self.virtual:
+            options = self.credit.collect_options | {"groups": self.groups, "backend": "auto"}
+            collector = VirtualTokensCollector(model, self.virtual, part, **options)
+        else:
+            collector = self.credit.collect(model, part, self.groups)
+        self._open = collector.__enter__()
 
     def _after(self, *_) -> None:
         collector = self._open
@@ -460,13 +572,30 @@ class _Readings:
         return total, self.mask.sum()
 
 
+def _owner(name: str, cls: type) -> type:
+    """The class after the mixin whose method this is."""
+    after = cls.__mro__[cls.__mro__.index(RhythmMixin) + 1 :]
+    return next(base for base in after if name in vars(base))
+
+
+def _ids_of(batch) -> Tensor:
+    """[B, P + C]."""
+    return torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+
+
+def _mask_of(batch) -> Tensor:
+    """[B, C] of 0 and 1: what TRL trains on."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+
 def _completion_mask(valid: Tensor, tool_mask: Tensor | list[list[int]] | None) -> Tensor:
     """R [B, C] bool: completion tokens that are valid and, with tools, not a tool's. `valid` [B, C] of 0 and 1."""
     mask = valid.bool()
     if tool_mask is None:
         return mask
     if not isinstance(tool_mask, Tensor):
-        padded = torch.zeros(mask.shape, dtype=torch.bool)
+        padded = torch.ones(mask.shape, dtype=torch.bool)  # TRL counts what a mask is too short for as the model's
         for row, made in zip(padded, tool_mask, strict=True):
             row[: len(made)] = torch.tensor(made, dtype=torch.bool)
         tool_mask = padded.to(mask.device)

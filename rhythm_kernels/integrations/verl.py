@@ -34,6 +34,20 @@ SEQUENCE_PARALLEL = (
     "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
     "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
 )
+TOKEN_LOSSES = (
+    "vanilla",
+    "dppo_tv",
+    "dppo_kl",
+    "gspo",
+    "sapo",
+    "gpg",
+    "clip_cov",
+    "kl_cov",
+    "dro",
+    "cispo",
+    "bypass_mode",
+)
+"""Policy losses in which a token's gradient is multiplied by that token's own advantage."""
 WAAD, FAI, SPANS = "rhythm_waad", "rhythm_fai", "rhythm_spans"
 """Fields of the batch, nested: [B, prompt + response] fp32, tokens; the same, a probability; [B, L HQ] fp32, tokens."""
 SIGNALS = (WAAD, FAI)
@@ -96,6 +110,8 @@ def _check_settings(config: Mapping, options: CreditOptions) -> None:
             f"the block {BLOCK} needs the FSDP engine: set actor_rollout_ref.actor.strategy to fsdp or fsdp2, "
             f"got {strategy}"
         )
+    if options.strategy != "none":
+        _check_loss(select)
     if not (options.reads_attention or options.reads_entropy):
         return
     if select("algorithm.rollout_correction.bypass_mode"):
@@ -109,6 +125,26 @@ def _check_settings(config: Mapping, options: CreditOptions) -> None:
                 f"{BLOCK}.strategy={options.strategy} needs whole sequences on each rank: set {name}=1, "
                 f"got {select(name)}"
             )
+
+
+def _check_loss(select: Callable) -> None:
+    """Raises for a run whose loss would not give each token the advantage of its own trajectory and place."""
+    if select("algorithm.use_pf_ppo"):
+        raise ValueError(
+            f"the block {BLOCK} needs advantages in the order of their trajectories: set algorithm.use_pf_ppo=False; "
+            "preference feedback draws trajectories anew, and verl's V1 trainer then writes their advantages to others"
+        )
+    loss = select("actor_rollout_ref.actor.policy_loss.loss_mode") or "vanilla"
+    if loss not in TOKEN_LOSSES:
+        raise ValueError(
+            f"the block {BLOCK} needs a loss in which each token has its own advantage: set "
+            f"actor_rollout_ref.actor.policy_loss.loss_mode to one of {', '.join(TOKEN_LOSSES)}, got {loss}"
+        )
+    if select("distillation.enabled") and not select("distillation.distillation_loss.use_task_rewards"):
+        raise ValueError(
+            f"the block {BLOCK} needs a loss that reads the advantages: set "
+            "distillation.distillation_loss.use_task_rewards=True, without which verl's loss is that of distillation"
+        )
 
 
 def _say_once(text: str) -> None:

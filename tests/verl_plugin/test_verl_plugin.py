@@ -12,12 +12,13 @@ import verl_cases as cases
 from hydra import compose, initialize_config_dir
 from transfer_queue import KVBatchMeta
 from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
+from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
-from verl.utils.config import validate_config
+from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl_cases import CONFIG
 
 import rhythm_kernels.integrations.verl as plugin
@@ -112,6 +113,35 @@ REFUSED = {
         ValueError,
         "needs the FSDP engine: set actor_rollout_ref.actor.strategy to fsdp or fsdp2, got megatron",
     ),
+    "trajectories that are drawn anew": (
+        ["+rhythm.strategy=random", "algorithm.use_pf_ppo=True", "algorithm.adv_estimator=gae"],
+        ValueError,
+        "set algorithm.use_pf_ppo=False; preference feedback draws trajectories anew",
+    ),
+    "the same where verl does not read it": (
+        ["+rhythm.strategy=coupled", "algorithm.use_pf_ppo=True"],
+        ValueError,
+        "set algorithm.use_pf_ppo=False",
+    ),
+    "a loss of whole sequences": (
+        ["+rhythm.strategy=coupled", "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"],
+        ValueError,
+        "set actor_rollout_ref.actor.policy_loss.loss_mode to one of vanilla, .*, got geo_mean",
+    ),
+    "a loss that is not known": (
+        ["+rhythm.strategy=random", "actor_rollout_ref.actor.policy_loss.loss_mode=mine"],
+        ValueError,
+        "needs a loss in which each token has its own advantage.*got mine",
+    ),
+    "distillation alone": (
+        [
+            "+rhythm.strategy=global",
+            "distillation.enabled=True",
+            "distillation.distillation_loss.use_task_rewards=False",
+        ],
+        ValueError,
+        "set distillation.distillation_loss.use_task_rewards=True",
+    ),
     "the old trainer": (["+rhythm.strategy=random", "trainer.use_v1=False"], ValueError, "set trainer.use_v1=True"),
 }
 
@@ -126,6 +156,47 @@ def test_refused_configs(case):
 def test_settings_that_keep_only_the_statistics_away_leave_random_credit():
     assert read("+rhythm.strategy=random", "algorithm.rollout_correction.bypass_mode=True").strategy == "random"
     assert read("+rhythm.strategy=entropy", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2") is not None
+
+
+def test_a_block_without_credit_leaves_every_loss_alone():
+    assert read("+rhythm.strategy=none", "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean") is not None
+
+
+def test_a_distillation_with_rewards_is_credited():
+    assert read("+rhythm.strategy=global", "distillation.enabled=True") is not None
+
+
+def loss_gradient(loss_mode: str, advantages: torch.Tensor) -> torch.Tensor:
+    """The gradient of one of verl's policy losses by the log-probs of two answers of seven tokens."""
+    draw = torch.Generator().manual_seed(0)
+    old = -torch.rand(2, 7, generator=draw, dtype=torch.float64)
+    new = (old + 0.1 * torch.rand(2, 7, generator=draw, dtype=torch.float64)).requires_grad_()
+    config = omega_conf_to_dataclass(composed().actor_rollout_ref.actor)
+    config.policy_loss.loss_mode = loss_mode
+    config.policy_loss.kl_cov_ratio = 0.0
+    config.policy_loss.dro_beta = 0.1
+    config.policy_loss.rollout_correction = {"loss_type": "ppo_clip"}
+    loss, _ = core_algos.get_policy_loss_fn(loss_mode)(
+        old_log_prob=old,
+        log_prob=new,
+        advantages=advantages,
+        response_mask=torch.ones(2, 7, dtype=torch.bool),
+        loss_agg_mode="token-mean",
+        config=config,
+    )
+    return torch.autograd.grad(loss, new)[0]
+
+
+@pytest.mark.parametrize("loss_mode", sorted(core_algos.POLICY_LOSS_REGISTRY))
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_list_of_losses_is_right(loss_mode, sign):
+    weights = 1 + torch.arange(14, dtype=torch.float64).view(2, 7).cos() ** 2
+    ones = torch.full((2, 7), sign, dtype=torch.float64)
+    rest = loss_gradient(loss_mode, 0 * ones)
+    each = loss_gradient(loss_mode, ones) - rest
+    found = loss_gradient(loss_mode, weights * ones) - rest
+    assert torch.allclose(found, weights * each, atol=1e-12) == (loss_mode in plugin.TOKEN_LOSSES)
+    assert each.any() or loss_mode == "gspo"  # its ratio is clipped on one side
 
 
 def test_another_verl_is_refused_but_not_without_a_block(monkeypatch):

@@ -1,0 +1,182 @@
+"""What the loss of a TRL trainer is given, and the proof that it takes the advantages of tokens.
+
+B rows of a micro-batch, C tokens of the longest completion.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rhythm_kernels.types import Rhythm
+
+OF_TOKENS = (
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+)
+"""Fields [B, C] of TRL's micro-batches."""
+FACTORS = ("completion_mask", "tool_mask", "importance_sampling_ratio")
+"""Those by which TRL multiplies a token's loss."""
+TOLERANCE = 1e-3
+"""Largest error of a gradient in the proof, as a share of the largest gradient."""
+
+
+@dataclass
+class Pass:
+    """A log-prob pass of the policy that is waited for: the next one of this model over these tokens."""
+
+    model: nn.Module
+    ids: Tensor | None = None
+    """[B, P + C]: prompt and completion; None: whatever comes next."""
+    tool_mask: Tensor | list[list[int]] | None = None
+    is_open: bool = True
+    """Whether the next pass can be the one. It cannot while a rollout runs."""
+    reads: bool = True
+    """Whether its credit is read."""
+    gamma: Tensor | None = None
+    """[B, C] fp32, once the pass is done, or from an earlier one."""
+    log_probs: Tensor | None = None
+    """[B, C], once the pass is done, without a gradient."""
+    mask: Tensor | None = None
+    """[B, C] bool, R: completion tokens that are trained on."""
+    rhythm: Rhythm | None = None
+    """waad and fai [B, C]."""
+    readings: object | None = None
+
+    def is_of(self, model: nn.Module, ids: Tensor) -> bool:
+        waits = self.is_open and self.log_probs is None and model is self.model
+        return waits and (self.ids is None or torch.equal(ids, self.ids))
+
+
+@dataclass
+class StandIn(Pass):
+    """A pass that runs no model: its log-probs are `leaf`, its entropies 1."""
+
+    leaf: Tensor = field(kw_only=True)
+
+    def answer(self, model: nn.Module, ids: Tensor, completion: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What TRL's pass returns; of other models and tokens log-probs without a gradient."""
+        entropies, no_loss = self.leaf.new_ones(len(ids), completion), self.leaf.new_zeros(())
+        if not self.is_of(model, ids):
+            return self.leaf.new_full((len(ids), completion), -1.0), entropies, no_loss
+        self.log_probs = self.leaf.detach()
+        return self.leaf, entropies, no_loss
+
+
+class LateInputs(dict):
+    """A micro-batch with fields that depend on the log-prob pass of the loss, and are there once it is done."""
+
+    def __init__(self, inputs: Mapping, late: dict[str, Callable[[], Tensor]], read: Pass):
+        super().__init__(inputs)
+        self._late, self._read = late, read
+        self.untaken = set(late)
+
+    def __getitem__(self, key):
+        if key not in self._late:
+            return super().__getitem__(key)
+        if self._read.log_probs is None:
+            raise RuntimeError(f"the loss asked for its {key} before the log-prob pass that they depend on")
+        self.untaken.discard(key)
+        return self._late[key]()
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default  # noqa: SIM401
+
+
+def with_sequence_ratio(log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """Old log-probs with which a loss of token ratios is that of GSPO-token (arXiv 2507.18071).
+
+    The ratio of a token to them has the value of its sequence's ratio, the geometric mean over R, and the gradient of
+    the token's own log-prob.
+
+    Args:
+        log_probs: [B, C], of the policy, without a gradient.
+        old: [B, C], of the policy that sampled.
+        mask: [B, C] of 0 and 1, R.
+    """
+    mean = ((log_probs - old) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
+    return log_probs - mean
+
+
+def proof_inputs(inputs: Mapping) -> tuple[dict, Tensor]:
+    """A micro-batch for the proof, all of whose completions are trained on and have two tokens or more; and log-probs.
+
+    The log-probs [B, C] are near the old ones, so that ratios differ from one token to the next.
+    """
+    inputs = dict(inputs)
+    rows, width = inputs["completion_ids"].shape
+    if width == 1:  # one token cannot show whose advantage it gets
+        wide = {name: inputs[name].repeat(1, 8) for name in OF_TOKENS if name in inputs}
+        inputs, width = inputs | wide, 8
+    trained = {name: torch.ones_like(inputs[name]) for name in FACTORS if name in inputs}
+    old = inputs.get("old_per_token_logps")
+    old = torch.full((rows, width), -1.0, device=inputs["completion_ids"].device) if old is None else old.float()
+    place = torch.arange(width, device=old.device) + torch.arange(rows, device=old.device)[:, None]
+    return inputs | trained, old + 0.1 * torch.sin(place.float())
+
+
+def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like: Tensor) -> None:
+    """Raises where a loss does not multiply each token's gradient by that token's own advantage.
+
+    Equal losses at equal advantages would not show it: a loss that averages the advantages of a sequence has them too.
+
+    Args:
+        name: of the loss, for the error.
+        gradient: advantages [B] or [B, C] -> the gradient of the loss by the log-probs, [B, C].
+        like: a tensor [B, C].
+
+    Raises:
+        RuntimeError: the loss does not take advantages [B, C], or the gradients are others.
+    """
+    rows, width = like.shape
+    place = 7 * torch.arange(width, device=like.device) + 3 * torch.arange(rows, device=like.device)[:, None]
+    weights = 1 + (place % 5) / 5  # differ in each row
+    rest = gradient(like.new_zeros(rows))  # what does not depend on the advantages, such as a KL term
+    refusal = (
+        f"{name} must take advantages [B, C], and multiply each token's gradient by that token's own: rhythm credit "
+        "has no meaning in another loss; leave the mixin out, or set credit=none"
+    )
+    is_reached = False
+    for sign in (1.0, -1.0):
+        wanted = weights * (gradient(like.new_full((rows,), sign)) - rest)
+        try:
+            error = (gradient(sign * weights) - rest - wanted).abs().max()
+        except Exception as wrong:
+            raise RuntimeError(f"{refusal}. Given [B, C], it raised {type(wrong).__name__}: {wrong}") from wrong
+        largest = wanted.abs().max()
+        if not error <= TOLERANCE * largest:  # NaN too
+            raise RuntimeError(f"{refusal}. Given [B, C], the gradients of its tokens were others")
+        is_reached |= bool(largest > 0)
+    if not is_reached:
+        raise RuntimeError(f"{refusal}. Its gradient does not depend on the advantages")
+
+
+def without_traces(trainer):
+    """A copy of a trainer whose own fields and containers may be changed: models and the like are shared."""
+    twin = copy.copy(trainer)
+    for name, value in vars(trainer).items():
+        if name != "_buffered_inputs":  # a generation batch, which may be large
+            twin.__dict__[name] = _copied(value)
+    return twin
+
+
+def _copied(value):
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) else value.clone()
+    if not isinstance(value, (dict, list, set, deque)):
+        return value
+    twin = copy.copy(value)
+    if isinstance(twin, dict):
+        twin.update({key: _copied(each) for key, each in value.items()})
+    elif isinstance(twin, (list, deque)):
+        for index, each in enumerate(value):
+            twin[index] = _copied(each)
+    return twin
