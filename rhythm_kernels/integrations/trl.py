@@ -323,9 +323,10 @@ class RhythmMixin:
             )
 
         read = self._pass
+        is_read = read is not None and read.is_of(model, input_ids)
         if isinstance(read, StandIn):
-            return read.answer(model, input_ids, logits_to_keep)
-        if read is None or not read.is_of(model, input_ids):
+            model = read.model_for(is_read, logits_to_keep)
+        if not is_read:
             return run(compute_entropy)
         if not read.reads or read.gamma is not None:
             found = run(compute_entropy)
@@ -402,7 +403,7 @@ class RhythmMixin:
             def gradient(advantages: Tensor) -> Tensor:
                 leaf = log_probs.clone().requires_grad_()
                 gamma = leaf.detach() if GAMMA in inputs else None  # whether advantages are there before the pass
-                stand_in = StandIn(model, _ids_of(inputs), gamma=gamma, leaf=leaf)
+                stand_in = StandIn(model, _ids_of(inputs), reads=False, gamma=gamma, leaf=leaf)
                 devices = [device] if device.type == "cuda" else []
                 with torch.random.fork_rng(devices), torch.enable_grad(), trainer._reading(stand_in):
                     loss = trainer._loss_with(model, inputs, stand_in, lambda: advantages)

@@ -7,6 +7,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +59,22 @@ class Pass:
 
 @dataclass
 class StandIn(Pass):
-    """A pass that runs no model: its log-probs are `leaf`, its entropies 1."""
+    """A pass that runs no model: its log-probs are `leaf`."""
 
     leaf: Tensor = field(kw_only=True)
 
-    def answer(self, model: nn.Module, ids: Tensor, completion: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What TRL's pass returns; of other models and tokens log-probs without a gradient."""
-        entropies, no_loss = self.leaf.new_ones(len(ids), completion), self.leaf.new_zeros(())
-        if not self.is_of(model, ids):
-            return self.leaf.new_full((len(ids), completion), -1.0), entropies, no_loss
-        self.log_probs = self.leaf.detach()
-        return self.leaf, entropies, no_loss
+    def model_for(self, is_read: bool, completion: int) -> Callable:
+        """What TRL's pass calls in place of a model: `leaf`, or log-probs of -1 where another pass is wanted."""
+        log_probs = self.leaf if is_read else self.leaf.new_full((len(self.leaf), completion), -1.0)
+        rows = 0
+
+        def model(input_ids: Tensor, **_) -> SimpleNamespace:
+            nonlocal rows
+            part = log_probs[rows : rows + len(input_ids)]
+            rows += len(input_ids)
+            return SimpleNamespace(log_probs=part, entropy=torch.ones_like(part), aux_loss=torch.zeros_like(part[0, 0]))
+
+        return model
 
 
 class LateInputs(dict):
@@ -139,18 +145,23 @@ def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like
     rows, width = like.shape
     place = 7 * torch.arange(width, device=like.device) + 3 * torch.arange(rows, device=like.device)[:, None]
     weights = 1 + (place % 5) / 5  # differ in each row
-    rest = gradient(like.new_zeros(rows))  # what does not depend on the advantages, such as a KL term
     refusal = (
         f"{name} must take advantages [B, C], and multiply each token's gradient by that token's own: rhythm credit "
         "has no meaning in another loss; leave the mixin out, or set credit=none"
     )
+
+    def measured(advantages: Tensor) -> Tensor:
+        try:
+            return gradient(advantages)
+        except Exception as wrong:
+            given = f"Given {list(advantages.shape)} in a trial without a model"
+            raise RuntimeError(f"{refusal}. {given}, it raised {type(wrong).__name__}: {wrong}") from wrong
+
+    rest = measured(like.new_zeros(rows))  # what does not depend on the advantages, such as a KL term
     is_reached = False
     for sign in (1.0, -1.0):
-        wanted = weights * (gradient(like.new_full((rows,), sign)) - rest)
-        try:
-            error = (gradient(sign * weights) - rest - wanted).abs().max()
-        except Exception as wrong:
-            raise RuntimeError(f"{refusal}. Given [B, C], it raised {type(wrong).__name__}: {wrong}") from wrong
+        wanted = weights * (measured(like.new_full((rows,), sign)) - rest)
+        error = (measured(sign * weights) - rest - wanted).abs().max()
         largest = wanted.abs().max()
         if not error <= TOLERANCE * largest:  # NaN too
             raise RuntimeError(f"{refusal}. Given [B, C], the gradients of its tokens were others")
