@@ -473,7 +473,12 @@ class RhythmMixin:
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
     def _finish(self, read: Pass) -> None:
-        """What a pass leaves behind: metrics over all ranks, spans for the head groups, the time it took."""
+        """What a pass leaves behind: metrics over all ranks, spans for the head groups, the time it took.
+
+        Raises: ValueError: a layer did not attend as its statistics assume.
+        """
+        if read.readings is not None:
+            read.readings.check()
         sums = credit_sums(read.gamma, read.mask, read.rhythm)
         totals = self.accelerator.reduce(torch.stack([*sums.values()]), reduction="sum").tolist()
         for name, value in credit_means(dict(zip(sums, totals, strict=True))).items():
@@ -555,6 +560,11 @@ class _Readings:
             raise RuntimeError(f"the log-prob pass ran over {self.rows} of {len(self.mask)} rows")
         waad, fai = (torch.cat(parts)[:, -completion:] for parts in list(zip(*self._rhythms, strict=True))[:2])
         return Rhythm(waad, fai)
+
+    def check(self) -> None:
+        """Raises ValueError where a layer did not attend as its statistics assume; a GPU is waited for."""
+        for collector in self._collectors:
+            collector.check()
 
     @property
     def seconds(self) -> float:

@@ -175,6 +175,7 @@ def wrap_forward_step(forward_step: Callable) -> Callable:
         mask = _packed_row(response, engine) if packed else _padded_rows(response, offsets)
         with options.collect(engine.module, mask, _groups_of(request["groups"], engine)) as collector:
             loss, output = forward_step(engine, micro_batch, loss_function, forward_only)
+        collector.check()
         output["model_output"] |= _as_model_output(collector.rhythm(), offsets, packed)
         return loss, output
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
-from rhythm_kernels.attention.options import Options
+from rhythm_kernels.backend_lse import ROW_PASS
 from rhythm_kernels.collect import Collector
+from rhythm_kernels.isolation import isolated
 from rhythm_kernels.masks import is_mask
-from rhythm_kernels.taps import NOT_WHOLE
-from rhythm_kernels.types import AttentionStats, GroupStats
+from rhythm_kernels.taps import Call
 
 
 def virtual_tokens(model: nn.Module) -> int:
@@ -54,36 +54,44 @@ class VirtualTokensCollector(Collector):
         """[B, V + T] int64: the place in the decoder's rows of each place in the moved ones."""
         self._moved: dict[int, tuple[object, object]] = {}  # by the id of a mask, which is kept, and so its id
 
-    @torch.compiler.disable(reason=NOT_WHOLE)
-    def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            padding = (mask[:, self.virtual :].cumsum(-1) == 0).sum(-1, keepdim=True)
-            place = torch.arange(mask.shape[1], device=mask.device)
-            of_row = torch.where(place < padding + self.virtual, place - padding, place)
-            self._order = torch.where(place < padding, place + self.virtual, of_row)
-            kwargs = kwargs | {"attention_mask": mask.gather(1, self._order)}
-        super()._before_forward(decoder, args, kwargs)
+    def _padding_mask(self, mask, batch: int, tokens: int) -> Tensor | None:
+        mask = super()._padding_mask(mask, batch, tokens)
+        if mask is None:
+            return None
+        padding = (mask[:, self.virtual :].cumsum(-1) == 0).sum(-1, keepdim=True)
+        place = torch.arange(tokens, device=mask.device)
+        of_row = torch.where(place < padding + self.virtual, place - padding, place)
+        self._order = torch.where(place < padding, place + self.virtual, of_row)
+        return mask.gather(1, self._order)
 
-    def measure(
-        self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, options: Options
-    ) -> AttentionStats | GroupStats:
-        if self._order is None:
-            return super().measure(layer, q, k, lse, options)
-        q, k = (x.gather(2, self._order[:, None, :, None].expand_as(x)) for x in (q, k))
-        return super().measure(layer, q, k, None, options)  # some kernels return the log-sum-exp without padding
+    def record(self, layer: int, call: Call) -> None:
+        if self._order is not None:
+            with isolated(call.query.device):
+                call = call._replace(
+                    **{name: self._move(getattr(call, name), 2) for name in ("query", "key", "value")},
+                    mask=self._moved_mask(call.mask),
+                    out=self._move(call.out, 1),
+                    # some kernels return the log-sum-exp of rows without their padding
+                    reader=SimpleNamespace(dtypes=call.reader.dtypes, lse=lambda *_: (None, ROW_PASS)),
+                    attend=lambda **options: (self._move(call.attend(**options)[0], 1),),
+                )
+        super().record(layer, call)
 
-    def _window(self, mask, given: int | None, layer: int) -> int | None:
-        if self._order is not None and is_mask(mask):
-            if id(mask) not in self._moved:
-                self._moved[id(mask)] = mask, self._move(mask)
-            mask = self._moved[id(mask)][1]
-        return super()._window(mask, given, layer)
+    def _move(self, x: Tensor, dim: int) -> Tensor:
+        """x with its tokens, in this dimension, in their new places."""
+        shape = [1] * x.ndim
+        shape[0], shape[dim] = self._order.shape
+        return x.gather(dim, self._order.view(shape).expand_as(x))
 
-    def _move(self, mask):
-        order = self._order
-        if isinstance(mask, Tensor):
-            wide = mask.expand(len(order), -1, -1, -1)
-            rows = wide.gather(2, order[:, None, :, None].expand(-1, wide.shape[1], -1, wide.shape[3]))
-            return rows.gather(3, order[:, None, None].expand_as(rows))
-        return SimpleNamespace(mask_mod=lambda b, h, q, k: mask.mask_mod(b, h, order[b, q], order[b, k]))
+    def _moved_mask(self, mask):
+        if not is_mask(mask):
+            return mask
+        if id(mask) not in self._moved:  # of all layers of a kind in a forward
+            order = self._order
+            if isinstance(mask, Tensor):
+                wide = mask.expand(len(order), -1, -1, -1)
+                moved = self._move(self._move(wide, 2), 3)
+            else:
+                moved = SimpleNamespace(mask_mod=lambda b, h, q, k: mask.mask_mod(b, h, order[b, q], order[b, k]))
+            self._moved[id(mask)] = mask, moved
+        return self._moved[id(mask)][1]
