@@ -348,6 +348,26 @@ def test_a_checkpoint_without_the_state_is_told_of(tmp_path, monkeypatch):
     assert len(told) == 1 and "is missing: the heads are ranked anew" in told[0]
 
 
+def test_a_state_of_other_layers_is_not_used(tmp_path, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 2, "credit_groups_every": 8, **ONE_STEP}
+    make_trainer(tmp_path, credit_layer_indices=[1, 2], **options).train()
+    told = []
+    monkeypatch.setattr(logging.get_logger(integration.__name__), "warning", told.append)
+    for layers, age in (([1, 2], 3), ([2, 3], 1)):
+        resumed = make_trainer(tmp_path / "resumed", credit_layer_indices=layers, **options | {"max_steps": 3})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert resumed._schedule.state_dict()["age"] == age
+    assert len(told) == 1 and "has the spans of layers [1, 2], not [2, 3]" in told[0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"age": 1}', '{"age": 1, "spans": [["x"]], "draws": 1, "layers": [1, 2]}'])
+def test_a_damaged_state_is_named(tmp_path, text):
+    trainer = make_trainer(tmp_path, credit_layer_indices=[1, 2])
+    (tmp_path / integration.STATE_FILE).write_text(text)
+    with pytest.raises(ValueError, match=f"{integration.STATE_FILE} must be what a checkpoint of rhythm credit holds"):
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
