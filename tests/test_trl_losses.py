@@ -288,6 +288,26 @@ def test_advantages_of_ones_own_are_credited(tmp_path, way):
     assert_expected(run(tmp_path, kind, **TWO_LAYERS, **way))
 
 
+def test_a_mask_that_the_loss_changes_is_refused(tmp_path):
+    class Fewer(Recorder):
+        def _compute_loss(self, model, inputs):
+            inputs["completion_mask"] = inputs["completion_mask"].clone()
+            loss = super()._compute_loss(model, inputs)
+            inputs["completion_mask"][0, 1] = 0
+            return loss
+
+    class FewerTools(Recorder):
+        def _compute_loss(self, model, inputs):
+            inputs["tool_mask"] = inputs["tool_mask"].clone()
+            inputs["tool_mask"][:, 0] = 0
+            return super()._compute_loss(model, inputs)
+
+    for base in (Fewer, FewerTools):
+        trainer = make_trainer(tmp_path, type("Mixed", (RhythmMixin, base), {}), **TWO_LAYERS, **ONE_STEP)
+        with pytest.raises(RuntimeError, match="are not those that were read"):
+            trainer.train()
+
+
 def test_a_batch_that_loses_its_credit_is_refused(tmp_path):
     def without(self, inputs):
         output = super(type(self), self)._generate_and_score_completions(inputs)

@@ -64,6 +64,7 @@ USED = {  # what the mixin overrides, with the parameters that it counts on
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
+OTHER_TOKENS = "the tokens that TRL will train on are not those that were read"
 STATE_FILE = "rhythm_state.json"  # in a checkpoint's folder
 GAMMA = "rhythm_gamma"
 """Field of a generation batch or a micro-batch whose credit has been read: [B, C] fp32."""
@@ -303,7 +304,7 @@ class RhythmMixin:
         if read.gamma is None or "old_per_token_logps" not in output:
             raise RuntimeError("TRL was expected to run an old-log-prob pass of the policy, and ran none")
         if not torch.equal(_ids_of(output), read.ids) or not torch.equal(_mask_of(output).bool(), read.mask):
-            raise RuntimeError("the tokens that TRL will train on are not those that were read")
+            raise RuntimeError(OTHER_TOKENS)
         self._finish(read)
         self._end_generation_batch()
         return output | {GAMMA: read.gamma}  # a row for each sequence: shuffled and split with the rest
@@ -387,6 +388,8 @@ class RhythmMixin:
         if late_inputs.untaken:
             names = ", ".join(sorted(late_inputs.untaken))
             raise RuntimeError(f"the loss did not take its {names} from its inputs: it was computed with others")
+        if read.mask is not None and not torch.equal(_mask_of(late_inputs).bool(), read.mask):
+            raise RuntimeError(OTHER_TOKENS)
         return loss
 
     def _prove_loss(self, model, inputs) -> None:
