@@ -64,14 +64,13 @@ class StandIn(Pass):
     leaf: Tensor = field(kw_only=True)
 
     def model_for(self, is_read: bool, completion: int) -> Callable:
-        """What TRL's pass calls in place of a model: `leaf`, or log-probs of -1 where another pass is wanted."""
-        log_probs = self.leaf if is_read else self.leaf.new_full((len(self.leaf), completion), -1.0)
-        rows = 0
+        """Returns what TRL's pass calls in place of a model: it gives `leaf`, or -1 where the pass is another one."""
+        begin = 0
 
         def model(input_ids: Tensor, **_) -> SimpleNamespace:
-            nonlocal rows
-            part = log_probs[rows : rows + len(input_ids)]
-            rows += len(input_ids)
+            nonlocal begin
+            rows, begin = len(input_ids), begin + len(input_ids)
+            part = self.leaf[begin - rows : begin] if is_read else self.leaf.new_full((rows, completion), -1.0)
             return SimpleNamespace(log_probs=part, entropy=torch.ones_like(part), aux_loss=torch.zeros_like(part[0, 0]))
 
         return model
@@ -140,7 +139,7 @@ def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like
         like: a tensor [B, C].
 
     Raises:
-        RuntimeError: the loss does not take advantages [B, C], or the gradients are others.
+        RuntimeError: the loss does not take advantages [B, C], or the gradients are others, or it could not be tried.
     """
     rows, width = like.shape
     place = 7 * torch.arange(width, device=like.device) + 3 * torch.arange(rows, device=like.device)[:, None]
@@ -154,8 +153,10 @@ def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like
         try:
             return gradient(advantages)
         except Exception as wrong:
-            given = f"Given {list(advantages.shape)} in a trial without a model"
-            raise RuntimeError(f"{refusal}. {given}, it raised {type(wrong).__name__}: {wrong}") from wrong
+            raised = f"it raised {type(wrong).__name__}: {wrong}"
+            if advantages.ndim == 1:
+                raise RuntimeError(f"{name} could not be tried: with log-probs of no model {raised}") from wrong
+            raise RuntimeError(f"{refusal}. Given [B, C], {raised}") from wrong
 
     rest = measured(like.new_zeros(rows))  # what does not depend on the advantages, such as a KL term
     is_reached = False
