@@ -54,15 +54,15 @@ class VirtualTokensCollector(Collector):
         """[B, V + T] int64: the place in the decoder's rows of each place in the moved ones."""
         self._moved: dict[int, tuple[object, object]] = {}  # by the id of a mask, which is kept, and so its id
 
-    def _padding_mask(self, mask, batch: int, tokens: int) -> Tensor | None:
-        mask = super()._padding_mask(mask, batch, tokens)
-        if mask is None:
-            return None
-        padding = (mask[:, self.virtual :].cumsum(-1) == 0).sum(-1, keepdim=True)
-        place = torch.arange(tokens, device=mask.device)
-        of_row = torch.where(place < padding + self.virtual, place - padding, place)
-        self._order = torch.where(place < padding, place + self.virtual, of_row)
-        return mask.gather(1, self._order)
+    def _prepare(self, bound: dict, inputs: Tensor) -> None:
+        mask = bound.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            padding = (mask[:, self.virtual :].cumsum(-1) == 0).sum(-1, keepdim=True)
+            place = torch.arange(mask.shape[1], device=mask.device)
+            of_row = torch.where(place < padding + self.virtual, place - padding, place)
+            self._order = torch.where(place < padding, place + self.virtual, of_row)
+            bound = bound | {"attention_mask": mask.gather(1, self._order)}
+        super()._prepare(bound, inputs)
 
     def record(self, layer: int, call: Call) -> None:
         if self._order is not None:
