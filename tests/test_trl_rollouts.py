@@ -218,6 +218,19 @@ def test_a_generation_that_is_done_again_is_read_again(tmp_path):
     assert_expected(run(tmp_path, type("Mixed", (RhythmMixin, Twice), {}), max_steps=2, **TWO_LAYERS, **OLD_PASS))
 
 
+@WAYS
+@pytest.mark.parametrize("bf16, dropout", [(True, 0.0), (False, 0.3)], ids=["bf16", "dropout"])
+def test_autocast_and_dropout_train(tmp_path, way, bf16, dropout):
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    trainer = make_trainer(tmp_path, Recording, model=model, bf16=bf16, **TWO_LAYERS, **way)
+    before = weights_of(trainer)
+    trainer.train()
+    assert_trained(trainer, before)
+    assert 1 < trainer.state.log_history[0]["rhythm/gamma_mean"] < 1.5
+
+
 # ---- virtual tokens --------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,9 @@ from rhythm_kernels.isolation import isolated
 from rhythm_kernels.masks import is_mask
 from rhythm_kernels.taps import Call
 
+CACHED = ("PREFIX_TUNING", "CARTRIDGE")
+"""PEFT's types that put keys and values into the cache of each layer."""
+
 
 def virtual_tokens(model: nn.Module) -> int:
     """Returns V, how many virtual tokens PEFT puts before each row of this model; 0 without prompt learning.
@@ -26,13 +29,13 @@ def virtual_tokens(model: nn.Module) -> int:
     """
     if not is_peft_available():
         return 0
-    from peft import PeftModel, PeftType
+    from peft import PeftModel
 
     adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
     if adapted is None or not adapted.active_peft_config.is_prompt_learning:
         return 0
     config = adapted.active_peft_config
-    if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+    if config.peft_type in CACHED:
         raise ValueError(
             f"peft_config must not be {config.peft_type.value} where attention is read: it puts "
             f"{config.num_virtual_tokens} keys into the cache of each layer that belong to no token, so that a part of "
