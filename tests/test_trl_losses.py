@@ -176,7 +176,7 @@ class Normalized(Reinforce):
 
 class Shifted(Reinforce):
     def weigh(self, advantages, log_probs, mask):
-        return advantages.expand_as(log_probs).roll(1, 1) * log_probs
+        return advantages.expand_as(log_probs).roll(5, 1) * log_probs
 
 
 class Signs(Reinforce):

@@ -142,8 +142,8 @@ def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like
         RuntimeError: the loss does not take advantages [B, C], or the gradients are others, or it could not be tried.
     """
     rows, width = like.shape
-    place = 7 * torch.arange(width, device=like.device) + 3 * torch.arange(rows, device=like.device)[:, None]
-    weights = 1 + (place % 5) / 5  # differ in each row
+    token, row = torch.arange(width, device=like.device), torch.arange(rows, device=like.device)[:, None]
+    weights = 1 + (0.6180340 * token + 0.4142136 * row) % 1  # of no two tokens are they equal
     refusal = (
         f"{name} must take advantages [B, C], and multiply each token's gradient by that token's own: rhythm credit "
         "has no meaning in another loss; leave the mixin out, or set credit=none"
