@@ -1,17 +1,30 @@
-r"""Maths with a final answer in \boxed{}, compared by math-verify.
+r"""Maths with a final answer in \boxed{}, compared by kind (train.tasks.answers).
 
-Sympy, which math-verify compares with, can take for ever and can eat all memory over an answer such as
-9^{9^{9^9}}: `verify` belongs into a process that can be killed, as train.rewards runs it.
+Sums, integrals, products and limits alone, which are not read there, are left to math-verify. Sympy, which it compares
+with, can take for ever and can eat all memory: `verify` belongs into a process that can be killed, as train.rewards
+runs it.
 """
 
 import json
 import logging
+import math
+import re
+from decimal import Decimal
 from functools import cache
 from types import ModuleType
 
-from train.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_text, shorten
+from train.tasks import answers
+from train.tasks.forms import normalise
+from train.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_earnable, require_text, shorten
 
 INSTRUCTION = "Reason step by step, and put the final answer inside \\boxed{}."
+LONGEST_TEXT = 8  # words of an answer that is no formula; more are an explanation
+FINAL = "####"  # before the answer at the end of GSM8K's solutions
+OPERATORS = re.compile(r"\\(?:sum|prod|i*int|oint|lim|limsup|liminf)(?![A-Za-z])")
+FOR_SYMPY = re.compile(
+    r"(?:\\(?:sum|prod|int|lim|frac|sqrt|binom|infty|pi|cdot|times|to|sin|cos|tan|ln|log|exp|theta|alpha|beta)(?![A-Za-z])"
+    r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|d[a-z]|[-+*/^_=!(){}|,.0-9\s])+"
+)
 
 
 def from_row(question, answer, context=None) -> Problem:
@@ -32,33 +45,66 @@ def _problem(question, golds: list[str], context) -> Problem:
     text = require_text(question, "question")
     if context is not None and context != "":
         text = f"{require_text(context, 'context')}\n\n{text}"
-    return Problem(f"{text}\n\n{INSTRUCTION}", json.dumps(golds), "maths")
+    problem = Problem(f"{text}\n\n{INSTRUCTION}", json.dumps(golds), "maths")
+    for gold in golds:
+        require_earnable(gold, json.dumps([gold]), verify)
+    return problem
 
 
 def _gold(item) -> str:
+    """The answer that a row gives, as text; UnusableRow for one that no answer of a model can be equal to."""
     if isinstance(item, bool) or not isinstance(item, str | int | float | None):
         raise BadRow(f"an answer must be text or a number, got {shorten(item)}")
+    if isinstance(item, float):
+        if not math.isfinite(item):
+            raise UnusableRow(f"the answer {item} is no number")
+        item = format(Decimal(repr(item)), "f")  # 1e-5 and 1e16 as people write them
     text = require_text(item if item is None else str(item), "answer")
+    if FINAL in text:
+        text = require_text(text.rpartition(FINAL)[2], f"answer after {FINAL}")
     inner = text[1:-1]
-    return inner.strip() if text[0] == text[-1] == "$" and inner.strip() and "$" not in inner else text
+    text = inner.strip() if text[0] == text[-1] == "$" and inner.strip() and "$" not in inner else text
+    boxed = last_boxed(text)
+    if boxed:  # a whole solution, or an answer in a box of its own
+        text = boxed
+    normal = normalise(text)
+    if not re.search(r"\w", normal) and not answers.is_understood(text) or normal.casefold() in ("nan", "n/a"):
+        raise UnusableRow(f"the answer {shorten(text)} says nothing")
+    if not answers.is_understood(text) and not OPERATORS.search(normal):
+        words = len(re.findall(r"[^\W\d_]{2,}", answers.plain(normal)))
+        if words > LONGEST_TEXT:
+            raise UnusableRow(f"the answer is prose of {words} words, got {shorten(text)}")
+    return text
 
 
 def verify(completion: str, answer: str) -> float:
-    r"""1.0 if what the last \boxed{} holds equals one of the golds, else 0.0. ValueError for a gold without meaning."""
+    r"""1.0 if what the last \boxed{} holds equals one of the golds, else 0.0."""
     boxed = last_boxed(completion)
     if not boxed:
         return 0.0
-    golds = json.loads(answer)
-    if boxed in golds:
-        return 1.0
-    given = _parse(boxed)
-    for gold in golds:
-        expected = _parse(gold)
-        if not expected:
-            raise ValueError(f"the gold answer {gold!r} cannot be parsed")
-        if load_library().verify(expected, given, timeout_seconds=None):
-            return 1.0
-    return 0.0
+    return float(any(answers.same(gold, boxed) or _same_by_sympy(gold, boxed) for gold in json.loads(answer)))
+
+
+def _same_by_sympy(gold: str, given: str) -> bool:
+    """Whether math-verify finds a sum, integral, product or limit equal to another; words and other letters refuse it."""
+    texts = [normalise(text) for text in (gold, given)]
+    if not OPERATORS.search(texts[0]) or not all(FOR_SYMPY.fullmatch(text) for text in texts):
+        return False
+    # Its reader takes X for x, and its comparison takes all small numbers for zero.
+    if any(text != text.lower() for text in texts) or any("." in text for text in texts):
+        return False
+    expected, found = (_parse(text) for text in texts)
+    if not (expected and found):
+        return False
+    one, other = expected[0], found[0]
+    if isinstance(one, str) or isinstance(other, str) or not (hasattr(one, "free_symbols") and hasattr(other, "free_symbols")):
+        return False
+    if one.free_symbols != other.free_symbols:
+        return False
+    if not one.free_symbols:
+        values = [complex(each.evalf(30)) for each in (one, other)]
+        return abs(values[0] - values[1]) <= 1e-12 * max(map(abs, values))
+    return bool(load_library().verify(one, other, timeout_seconds=None))
 
 
 def _parse(latex: str) -> list:

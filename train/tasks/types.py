@@ -1,9 +1,12 @@
 """What every task shares: the problem, the score of an answer, and the row of data that a problem is built from."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 LONGEST_BOX = 2000  # characters; a longer final answer is none
+BOXES = (r"\boxed", r"\fbox", r"\framebox")
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?<=[\sd])([-+]?[\w.,/]+%?))")  # \boxed 5 has no braces
 
 
 class Problem(NamedTuple):
@@ -47,12 +50,28 @@ def shorten(value, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def require_earnable(gold: str, answer: str, verify: Callable[[str, str], float]):
+    r"""UnusableRow where a completion that boxes the gold itself would not be paid for."""
+    if len(gold) > LONGEST_BOX:
+        raise UnusableRow(f"the answer has {len(gold)} characters, more than {LONGEST_BOX}")
+    if verify(f"\\boxed{{{gold}}}", answer) != 1.0:
+        raise UnusableRow(f"the answer {shorten(gold)} cannot be earned: it is not equal to itself in a box")
+
+
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`; None if there is none, it never closes, or is longer than LONGEST_BOX."""
-    start = text.rfind(r"\boxed{")
+    r"""What stands in the last `\boxed{...}` or `\fbox{...}`, or behind a last `\boxed 5`.
+
+    None if there is no box, if the last one never closes, or is longer than LONGEST_BOX.
+    """
+    start = max(text.rfind(name) for name in BOXES)
     if start < 0:
         return None
-    start += len(r"\boxed{")
+    match = BOX.match(text, start)
+    if match is None:
+        return None
+    if match[1] is not None:
+        return match[1].rstrip(".,;:")
+    start = match.end()
     depth, position, end = 1, start, min(len(text), start + LONGEST_BOX + 1)
     while position < end:
         if text[position] == "\\":

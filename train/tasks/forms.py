@@ -1,0 +1,157 @@
+r"""One spelling for the many in which people and models write the same answer: `**12**`, `\dfrac{1}{2}`, `x²`, `1\,000`.
+
+Only spelling is touched here. Two answers that mean different things stay different: \text{} stays, and so do digits,
+signs, letters and their case.
+"""
+
+import re
+import unicodedata
+
+SYMBOLS = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ",
+    "∗": "*", "÷": "/", "⁄": "/", "∕": "/", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∞": r"\infty ",
+    "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "≡": r"\equiv ",
+    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "°": r"^\circ ",
+    "º": r"^\circ ", "′": "'", "″": "''", "’": "'", "…": r"\ldots ", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "∣": "|", "‖": r"\| ", "∶": ":", "％": "%",
+}  # fmt: skip
+GREEK = {
+    unicodedata.lookup(f"GREEK SMALL LETTER {name.upper()}"): f"\\{name} "
+    for name in "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi pi rho sigma tau phi chi psi omega".split()
+} | {
+    unicodedata.lookup(f"GREEK CAPITAL LETTER {name.upper()}"): f"\\{name} "
+    for name in "Gamma Delta Theta Xi Pi Sigma Phi Psi Omega".split()
+}
+GREEK |= {"λ": r"\lambda ", "Λ": r"\Lambda ", "µ": r"\mu "}
+RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"))
+LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-"))
+RENAMED = {
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "le": "leq", "ge": "geq",
+    "leqslant": "leq", "geqslant": "geq", "ne": "neq", "varnothing": "emptyset", "empty": "emptyset", "degree": "deg ",
+    "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|", "mid": "|",
+    "lVert": r"\|", "rVert": r"\|", "Vert": r"\|", "infin": "infty", "lparen": "(", "rparen": ")", "bmod": "pmod",
+    "mod": "pmod", "ast": "*", "div": "/", "colon": ":", "lt": "<", "gt": ">", "dots": "ldots", "cdots": "ldots",
+    "textdegree": "deg ", "thickapprox": "approx", "simeq": "approx", "approxeq": "approx", "iff": "Leftrightarrow",
+    "varphi": "phi", "varepsilon": "epsilon", "vartheta": "theta", "R": r"mathbb{R}", "prime": "'", "arctg": "arctan",
+    "tg": "tan", "ctg": "cot", "textdollar": "$", "euro": "€", "pounds": "£", "lim": "lim", "imath": "i",
+}  # fmt: skip
+BARE = {"{", "}", r"\|", "$"}  # of RENAMED's values: those that keep their backslash
+DROPPED = re.compile(
+    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|"
+    r"nonumber|notag|mathop|mathord|mathrel|normalsize|large|Large|boldmath|therefore|phantom\{[^{}]*\}|"
+    r"tag\*?\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])"
+)
+SPACE = re.compile(r"\\(?:[,;:>]|[ \t\n]|(?:q?quad|enspace|enskip|thinspace|medspace|thickspace|space)(?![A-Za-z])|hspace\*?\{[^{}]*\})|~")
+TEXT_FONT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|md|up|normal)?|mbox|hbox|textsc)\s*(?=\{)")
+MATHS_FONT = re.compile(
+    r"\\(?:math(?:rm|bf|it|sf|tt|normal)|operatorname\*?|boldsymbol|bm|pmb|emph)\s*(?:\{([^{}]*)\}|([A-Za-z0-9]))"
+)
+NAMES = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp max min gcd lcm det".split()
+)
+FUNCTION_NAME = re.compile(rf"\\text\s*\{{({'|'.join(NAMES)})\}}")
+MARKDOWN = re.compile(r"(\*\*|__|\*|`+)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
+OPENING = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then)\b,?\s*)?"
+    r"(?:(?:the\s+|our\s+)?(?:final\s+|correct\s+|required\s+|desired\s+)?(?:answer|result|solution|value)s?"
+    r"(?:\s+(?:is|are|equals)\b\s*:?|\s*[:=])|answer\s*:)\s*(?=\S)",
+    re.IGNORECASE,
+)
+NESTED_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+
+
+def normalise(text: str) -> str:
+    """`text` in one spelling, without what surrounds an answer; `\\$` is a dollar, `\\deg` a degree."""
+    text = _letters(text)
+    text = _unwrap(text)
+    text = re.sub(r"(\d)\s*\\[,:;!]\s*(?=\d{3}(?!\d))", r"\1,", text)  # thousands apart by a thin space
+    text = re.sub(r"(\d)\{,\}(?=\d{3}(?!\d))", r"\1,", text)
+    text = re.sub(r"(\d)\{[,.]\}(?=\d)", r"\1.", text)  # a decimal comma
+    text = DROPPED.sub("", text.replace(r"\!", ""))
+    text = SPACE.sub(" ", text)
+    text = TEXT_FONT.sub(r"\\text", text)
+    text = MATHS_FONT.sub(_font, text)
+    text = FUNCTION_NAME.sub(r"\\\1 ", text)
+    text = re.sub(r"\\([A-Za-z]+)", _rename, text)
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"\\deg ", text)
+    text = re.sub(r"\^\s*\{\s*\\deg\s*\}", r"\\deg ", text)
+    text = re.sub(r"\^\s*\{\s*('+)\s*\}|\^\s*('+)", r"\1\2", text)
+    text = text.replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", lambda match: rf"\text{{{' '.join(match[1].split())}}}" if match[1].strip() else " ", text)
+    text = re.sub(r"(?<![\d,.])(\d{1,3}(?: \d{3})+)(?![\d,])", lambda match: match[1].replace(" ", ","), text)
+    text = " ".join(text.split())
+    return _trim(text)
+
+
+def _letters(text: str) -> str:
+    """ASCII for the signs of unicode; digits of other scripts are what NFKC makes of them."""
+    text = re.sub(f"[{''.join(RAISED)}]+", lambda match: f"^{{{''.join(map(RAISED.get, match[0]))}}}", text)
+    text = re.sub(f"[{''.join(LOWERED)}]+", lambda match: f"_{{{''.join(map(LOWERED.get, match[0]))}}}", text)
+    text = re.sub("[¼-¾⅐-⅞]", _vulgar, text)
+    text = "".join(SYMBOLS.get(letter) or GREEK.get(letter) or letter for letter in text)
+    return unicodedata.normalize("NFKC", text)
+
+
+def _vulgar(match: re.Match) -> str:
+    upper, _, lower = unicodedata.normalize("NFKC", match[0]).partition("⁄")
+    return rf"\frac{{{upper}}}{{{lower}}}"
+
+
+def _unwrap(text: str) -> str:
+    """`text` without markdown, math delimiters and boxes around it or its parts, and without words that announce it."""
+    before = None
+    while before != text:
+        before, text = text, text.strip()
+        if match := MARKDOWN.fullmatch(text):
+            text = match[2]
+        text = re.sub(r"\\[()\[\]]", lambda match: " ", text) if re.match(r"\\[(\[]", text) else text
+        dollars = len(re.findall(r"(?<!\\)\$", text))
+        if dollars % 2 == 0:
+            text = re.sub(r"(?<!\\)\$", " ", text)
+        elif dollars == 1:
+            text = re.sub(r"(?<!\\)\$(?=\s*-?[\d.])", r"\\$", text)
+        text = OPENING.sub("", text, count=1) if OPENING.match(text) else text
+        if (match := NESTED_BOX.match(text)) and text.endswith("}") and _closes(text, match.end()) == len(text) - 1:
+            text = text[match.end() : -1]
+    return text
+
+
+def _closes(text: str, start: int) -> int:
+    """Where the brace closes that opened just before `start`; -1 if it does not."""
+    depth, position = 1, start
+    while position < len(text):
+        if text[position] == "\\":
+            position += 1
+        elif text[position] in "{}":
+            depth += 1 if text[position] == "{" else -1
+            if depth == 0:
+                return position
+        position += 1
+    return -1
+
+
+def _font(match: re.Match) -> str:
+    inside = (match[1] if match[1] is not None else match[2]).strip()
+    if inside in NAMES:
+        return rf"\{inside} "
+    if re.fullmatch(r"[A-Za-z]{2,}[A-Za-z ./]*", inside):
+        return rf"\text{{{inside}}}"
+    return f" {inside} " if inside else " "
+
+
+def _rename(match: re.Match) -> str:
+    name = RENAMED.get(match[1], match[1])
+    if name in BARE:
+        return rf"\{name}" if name != r"\|" else name
+    return name if name != match[1] and not name.strip()[:1].isalpha() else rf"\{name}"
+
+
+def _trim(text: str) -> str:
+    """`text` without what hangs on at its ends: full stops, commas, line breaks, = or ≈ before it."""
+    before = None
+    while before != text:
+        before = text
+        text = re.sub(r"^(?:=|:|\\approx(?![A-Za-z])|\\implies(?![A-Za-z])|\\Rightarrow(?![A-Za-z]))\s*", "", text)
+        text = re.sub(r"(?:(?<!\.)\.|[,;:]|\\\\|\\)$", "", text).strip()
+    return text

@@ -1,0 +1,706 @@
+r"""One formula of an answer: read from normalised LaTeX within bounds, valued exactly or to 50 digits, never evaluated as code.
+
+A formula that is not understood to its last sign is `Unread`; nothing is skipped. Two formulas without variables are
+equal if their exact values are, or else their first 50 digits. With variables they are equal if they are at points that are drawn the
+same way every time, wherever the first is real: sympy's simplification, which can take for ever, is not needed.
+"""
+
+import math
+import random
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from functools import reduce
+from typing import NamedTuple
+
+import mpmath
+
+LONGEST = 400  # tokens
+DEEPEST = 40  # nested groups
+MOST_BITS = 1 << 16  # of an exact number: 2006! has 19,093
+MOST_DIGITS = 1000  # of a number that is written out
+LARGEST_ARGUMENT = 10**12  # of functions whose cost grows with their argument
+DIGITS = 50
+POINTS = 12
+CONSTANTS = {r"\pi", "e", "i", r"\infty"}
+FUNCTIONS = {
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "exp",
+    "max", "min", "gcd", "lcm",
+}  # fmt: skip
+SEVERAL = {"max", "min", "gcd", "lcm"}  # functions of several arguments
+GREEK = set(
+    r"\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \iota \kappa \lambda \mu \nu \xi \rho \sigma \tau \phi \chi"
+    r" \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi \Omega \ell".split()
+)
+APPLIED = set("fghFGHPQL")  # letters that are functions where a parenthesis follows; other letters are factors
+TOKEN = re.compile(
+    r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:\\overline\s*\{\d+\}|[eE][+-]?\d+(?![\d.A-Za-z]))?)"
+    r"|(?P<command>\\(?:[A-Za-z]+|[{}|]))|(?P<letters>[A-Za-z]+)|(?P<sign>[-+*/^_!%'(){}\[\]|,])",
+    re.ASCII,
+)
+
+
+class Unread(ValueError):
+    """A text that is no formula of this kind."""
+
+
+class TooLarge(ValueError):
+    """A value that is too large to be computed in little time."""
+
+
+class Undefined(ValueError):
+    """A formula without a value at a point."""
+
+
+class Token(NamedTuple):
+    kind: str
+    text: str
+    spaced: bool = False  # whether space is before it
+
+
+class Node(NamedTuple):
+    """`op` with its `parts`: nodes, or the value of a number, the name of a symbol or a function."""
+
+    op: str
+    parts: tuple
+
+
+ZERO, ONE, TWO = (Node("number", (Fraction(value),)) for value in (0, 1, 2))
+
+
+def read(text: str, plus_minus: int = 1) -> Node:
+    r"""The formula of a normalised text; `plus_minus` says which sign \pm stands for, \mp for the other. Unread."""
+    reader = Reader(split(text), plus_minus)
+    node = reader.sum()
+    if reader.token is not None:
+        raise Unread(f"{reader.token.text!r} is not understood")
+    return node
+
+
+def split(text: str) -> list[Token]:
+    tokens, position, spaced = [], 0, False
+    while position < len(text):
+        match = TOKEN.match(text, position)
+        if match is None or len(tokens) > LONGEST:
+            raise Unread("it is too long" if match else f"{text[position]!r} is not understood")
+        position, kind = match.end(), match.lastgroup
+        if kind == "space":
+            spaced = True
+            continue
+        if kind == "letters":
+            tokens += _words(match[0], spaced)
+        elif kind == "number" and _is_euler(match[0]):  # 2e-1 is two times e, less one
+            position = match.start() + re.match(r"[\d.]+", match[0]).end()
+            tokens.append(Token("number", text[match.start() : position], spaced))
+        else:
+            tokens.append(Token(kind, match[0], spaced))
+        spaced = False
+    return tokens
+
+
+def _is_euler(number: str) -> bool:
+    mantissa, letter, power = number.partition("e")
+    plain_power = len(power.lstrip("+-")) == 1 and power[:1] in "+-"
+    return bool(letter) and mantissa != "1" and "." not in mantissa and plain_power
+
+
+def _words(letters: str, spaced: bool) -> list[Token]:
+    """Functions and constants by name; single letters; AB, No and abcd as one symbol, since a word is no product."""
+    if letters in FUNCTIONS or letters in ("pi", "sqrt", "infinity", "inf"):
+        name = {"infinity": "infty", "inf": "infty"}.get(letters, letters)
+        return [Token("command", f"\\{name}", spaced)]
+    if len(letters) > 1 and (len(letters) > 3 or not letters.islower()):
+        return [Token("word", letters, spaced)]
+    return [Token("letters", letter, spaced and index == 0) for index, letter in enumerate(letters)]
+
+
+class Reader:
+    """Recursive descent over tokens: sums of products of factors, each with its powers."""
+
+    def __init__(self, tokens: list[Token], plus_minus: int):
+        self.tokens, self.position, self.depth, self.bars = tokens, 0, 0, 0
+        self.signs = {"+": 1, "-": -1, r"\pm": plus_minus, r"\mp": -plus_minus}
+
+    @property
+    def token(self) -> Token | None:
+        return self.tokens[self.position] if self.position < len(self.tokens) else None
+
+    def peek(self) -> str:
+        return self.token.text if self.token is not None else ""
+
+    def take(self) -> Token:
+        token = self.token
+        if token is None:
+            raise Unread("it ends too early")
+        self.position += 1
+        return token
+
+    def expect(self, text: str):
+        if self.take().text != text:
+            raise Unread(f"{text!r} is missing")
+
+    def sum(self) -> Node:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise Unread("it is nested too deeply")
+        terms = []
+        while not terms or self.peek() in self.signs:
+            sign = 1
+            while self.peek() in self.signs:
+                sign *= self.signs[self.take().text]
+            term = self.product()
+            terms.append(term if sign > 0 else Node("-", (term,)))
+        self.depth -= 1
+        return terms[0] if len(terms) == 1 else Node("+", tuple(terms))
+
+    def product(self, *, of_function: bool = False) -> Node:
+        node = self.factor(first=True)
+        while (text := self.peek()) and text not in self.signs:
+            if text in ("*", "/", r"\times", r"\cdot"):
+                if of_function:
+                    break
+                self.take()
+                sign = 1
+                while self.peek() in ("+", "-"):
+                    sign *= self.signs[self.take().text]
+                factor = self.factor(first=True)
+                factor = factor if sign > 0 else Node("-", (factor,))
+                node = Node("/" if text == "/" else "*", (node, factor))
+            elif self.starts_factor(of_function):
+                node = Node("*", (node, self.factor(first=False)))
+            else:
+                break
+        return node
+
+    def starts_factor(self, of_function: bool) -> bool:
+        token = self.token
+        if token.kind in ("letters", "word"):
+            return True
+        if token.kind == "number":
+            raise Unread(f"the number {token.text} follows without a sign")
+        if token.kind == "command":
+            name = token.text[1:]
+            is_function = name in FUNCTIONS
+            known = name in ("frac", "sqrt", "binom", "lfloor", "lceil") or token.text in CONSTANTS | GREEK
+            return (is_function and not of_function) or known
+        return token.text in ("(", "{", "[") or (token.text == "|" and self.bars == 0)
+
+    def factor(self, *, first: bool) -> Node:
+        start = self.token
+        node = self.base(first)
+        while True:
+            text = self.peek()
+            if text == "^":
+                self.take()
+                node = Node("^", (node, self.exponent()))
+                if self.peek() == "^":
+                    raise Unread("two powers follow each other")
+            elif text == "!":
+                self.take()
+                if self.peek() == "!":
+                    raise Unread("!! is not read")
+                node = Node("!", (node,))
+            elif text == "%":
+                self.take()
+                node = Node("/", (node, Node("number", (Fraction(100),))))
+            elif text == r"\deg":
+                self.take()
+                node = Node("*", (node, Node("/", (Node("constant", (r"\pi",)), Node("number", (Fraction(180),))))))
+            else:
+                break
+        if self.peek() == "_" or (start.kind == "number" and self.peek() == "'"):
+            raise Unread("a subscript or prime of something else than a letter")
+        return node
+
+    def exponent(self) -> Node:
+        sign = 1
+        while self.peek() in ("+", "-"):
+            sign *= self.signs[self.take().text]
+        token = self.token
+        node = self.base(True)  # TeX raises the first digit of 2^10 alone; whoever writes it means ten
+        return node if sign > 0 else Node("-", (node,))
+
+    def base(self, first: bool) -> Node:
+        token = self.take()
+        if token.kind == "number":
+            return self.number(token)
+        if token.kind in ("letters", "word"):
+            return self.symbol(token.text)
+        if token.text in ("(", "{", "["):
+            node = self.group({"(": ")", "{": "}", "[": "]"}[token.text])
+            return node
+        if token.text == "|":
+            self.bars, bars = 1, self.bars
+            node = self.sum()
+            self.expect("|")
+            self.bars = bars
+            return Node("abs", (node,))
+        if token.kind == "command":
+            return self.command(token.text)
+        raise Unread(f"{token.text!r} is not understood")
+
+    def group(self, closing: str) -> Node:
+        self.bars, bars = 0, self.bars
+        node = self.sum()
+        self.expect(closing)
+        self.bars = bars
+        return node
+
+    def argument(self) -> Node:
+        """What follows a command: a group, a single digit, letter or command."""
+        token = self.token
+        if token is None:
+            raise Unread("an argument is missing")
+        if token.text == "{":
+            self.take()
+            return self.group("}")
+        if token.kind == "number" and len(token.text) > 1:
+            if not token.text.isdigit():
+                raise Unread("an argument without braces")
+            self.tokens[self.position] = token._replace(text=token.text[1:], spaced=False)
+            return Node("number", (Fraction(int(token.text[0])),))
+        return self.base(True)
+
+    def number(self, token: Token) -> Node:
+        value = read_number(token.text)
+        whole = token.text.isdigit()
+        rest = self.tokens[self.position : self.position + 3]
+        if whole and rest and rest[0].text == r"\frac":  # 1\frac12
+            start = self.position
+            self.take()
+            upper, lower = self.argument(), self.argument()
+            if upper.op == lower.op == "number":
+                if not 0 < upper.parts[0] < lower.parts[0]:
+                    raise Unread("a mixed number whose fraction is not below one")
+                return Node("number", (value + upper.parts[0] / lower.parts[0],))
+            self.position = start
+        elif whole and [each.kind for each in rest[::2]] == ["number", "number"] and rest[1].text == "/":  # 1 1/2
+            upper, lower = (read_number(each.text) for each in rest[::2])
+            if not (rest[0].spaced and rest[0].text.isdigit() and rest[2].text.isdigit() and 0 < upper < lower):
+                raise Unread("two numbers without a sign between them")
+            self.position += 3
+            return Node("number", (value + upper / lower,))
+        return Node("number", (value,))
+
+    def symbol(self, name: str) -> Node:
+        if name in CONSTANTS and self.peek() not in ("_", "'"):
+            return Node("constant", (name,))
+        while self.peek() in ("_", "'"):
+            sign = self.take().text
+            name += sign if sign == "'" else f"_{self.subscript()}"
+        if name[0] in APPLIED and self.peek() == "(" and len(re.sub(r"_.*|'", "", name)) == 1:
+            self.take()
+            return Node("function", (name, *self.arguments(")")))
+        return Node("symbol", (name,))
+
+    def subscript(self) -> str:
+        token = self.take()
+        if token.text != "{":
+            return token.text
+        inside, depth = [], 1
+        while True:
+            text = self.take().text
+            depth += (text == "{") - (text == "}")
+            if depth == 0:
+                return "".join(inside)
+            inside.append(text)
+
+    def arguments(self, closing: str) -> list[Node]:
+        self.bars, bars = 0, self.bars
+        nodes = [self.sum()]
+        while self.peek() == ",":
+            self.take()
+            nodes.append(self.sum())
+        self.expect(closing)
+        self.bars = bars
+        return nodes
+
+    def command(self, command: str) -> Node:
+        name = command[1:]
+        if command in CONSTANTS or command in GREEK:
+            return self.symbol(command)
+        if name == "frac":
+            return Node("/", (self.argument(), self.argument()))
+        if name == "binom":
+            return Node("binom", (self.argument(), self.argument()))
+        if name == "sqrt":
+            index = TWO
+            if self.peek() == "[":
+                self.take()
+                index = self.group("]")
+            if self.peek() == "(":
+                self.take()
+                return Node("root", (self.group(")"), index))
+            token = self.token
+            if token is not None and token.kind == "number" and token.spaced:  # as in √12
+                return Node("root", (self.base(True), index))
+            return Node("root", (self.argument(), index))
+        if name in ("lfloor", "lceil"):
+            return Node(name, (self.group(f"\\r{name[1:]}"),))
+        if name in FUNCTIONS:
+            return self.function(name)
+        raise Unread(f"{command} is not understood")
+
+    def function(self, name: str) -> Node:
+        power = base = None
+        while self.peek() in ("^", "_"):
+            if self.take().text == "^":
+                power = self.exponent()
+            else:
+                base = self.argument()
+        if base is not None and name != "log":
+            raise Unread(f"a base of {name}")
+        if self.peek() in ("(", "["):
+            arguments = self.arguments({"(": ")", "[": "]"}[self.take().text])
+        elif name in SEVERAL:
+            raise Unread(f"{name} without its arguments")
+        elif self.peek() == "{":
+            self.take()
+            arguments = [self.group("}")]
+        else:
+            sign = -1 if self.peek() == "-" else 1
+            if sign < 0:
+                self.take()
+            argument = self.product(of_function=True)
+            arguments = [argument if sign > 0 else Node("-", (argument,))]
+        if len(arguments) > 1 and name not in SEVERAL:
+            raise Unread(f"{name} of several arguments")
+        if name == "log" and base is not None:
+            node = Node("/", (Node("function", ("ln", *arguments)), Node("function", ("ln", base))))
+        elif name in ("sin", "cos", "tan") and power == Node("-", (ONE,)):
+            return Node("function", (f"arc{name}", *arguments))
+        else:
+            node = Node("function", (name, *arguments))
+        return node if power is None else Node("^", (node, power))
+
+
+def read_number(text: str) -> Fraction:
+    r"""The exact value of `12`, `0.5`, `1e-5` or `0.1\overline{6}`; Unread for more than MOST_DIGITS digits."""
+    if len(text) > MOST_DIGITS:
+        raise Unread("a number is too long")
+    written, _, period = text.partition(r"\overline")
+    if period:
+        digits = period.strip("{} ")
+        if "." not in written:
+            raise Unread("a period without a decimal point")
+        places = len(written.partition(".")[2])
+        start = Fraction(written if not written.endswith(".") else written[:-1])
+        return start + Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
+    mantissa, letter, power = text.lower().partition("e")
+    if letter and len(power) > 5:
+        raise Unread("a power of ten is too large")
+    return Fraction(mantissa if not mantissa.endswith(".") else mantissa[:-1]) * Fraction(10) ** int(power or 0)
+
+
+def symbols(node: Node) -> set[str]:
+    """The variables of a formula, and the names of its unknown functions with a parenthesis."""
+    found, left = set(), [node]
+    while left:
+        op, parts = left.pop()
+        if op == "symbol":
+            found.add(parts[0])
+        elif op == "function" and parts[0] not in FUNCTIONS:
+            found.add(f"{parts[0]}(")
+        left += [part for part in parts if isinstance(part, Node)]
+    return found
+
+
+def is_infinite(node: Node) -> int:
+    """1 and -1 for the formulas that are plus and minus infinity, else 0."""
+    if node.op == "-":
+        return -is_infinite(node.parts[0])
+    return int(node == Node("constant", (r"\infty",)))
+
+
+def exact(node: Node) -> Fraction | None:
+    """The rational value of a formula, None where it has none or this does not find it; ArithmeticError, TooLarge."""
+    op, parts = node
+    if op == "number":
+        return parts[0]
+    if op in ("symbol", "constant", "function") and not (op == "function" and parts[0] in SEVERAL):
+        return None
+    values = [exact(part) for part in parts if isinstance(part, Node)]
+    if any(value is None for value in values):
+        return None
+    rule = EXACT.get(op if op != "function" else parts[0])
+    value = rule(*values) if rule else None
+    if value is not None and value.numerator.bit_length() + value.denominator.bit_length() > MOST_BITS:
+        raise TooLarge
+    return value
+
+
+def _power(base: Fraction, power: Fraction) -> Fraction | None:
+    if power.denominator != 1:
+        return _root(base**power.numerator, Fraction(power.denominator)) if abs(power.numerator) < 64 and base > 0 else None
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if abs(power) * bits > MOST_BITS and abs(base) != 1 and base != 0:
+        raise TooLarge
+    if abs(base) == 1:
+        return base if power.numerator % 2 else Fraction(1)
+    if base == 0 and power == 0:
+        return None
+    return base**power.numerator
+
+
+def _root(value: Fraction, index: Fraction) -> Fraction | None:
+    if index.denominator != 1 or not 2 <= index <= 64:
+        return None
+    if value < 0:
+        root = _root(-value, index) if index % 2 else None
+        return None if root is None else -root
+    degree, found = int(index), []
+    for number in (value.numerator, value.denominator):
+        root = math.isqrt(number) if degree == 2 else _integer_root(number, degree)
+        if root**degree != number:
+            return None
+        found.append(root)
+    return Fraction(*found)
+
+
+def _integer_root(number: int, degree: int) -> int:
+    low, high = 0, 1 << (number.bit_length() // degree + 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if middle**degree <= number else (low, middle - 1)
+    return low
+
+
+def _factorial(value: Fraction) -> Fraction | None:
+    if value.denominator != 1 or value < 0:
+        return None
+    if value > 5000:
+        raise TooLarge
+    return Fraction(math.factorial(int(value)))
+
+
+def _binomial(upper: Fraction, lower: Fraction) -> Fraction | None:
+    if upper.denominator != 1 or lower.denominator != 1 or upper < 0 or lower < 0:
+        return None
+    if upper > 50_000:
+        raise TooLarge
+    return Fraction(math.comb(int(upper), int(lower)))
+
+
+def _whole(combine: Callable[..., int]) -> Callable[..., Fraction | None]:
+    def rule(*values: Fraction) -> Fraction | None:
+        return Fraction(combine(*map(int, values))) if all(value.denominator == 1 for value in values) else None
+
+    return rule
+
+
+EXACT: dict[str, Callable[..., Fraction | None]] = {
+    "-": lambda a: -a,
+    "+": lambda *terms: sum(terms, Fraction(0)),
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b,
+    "^": _power,
+    "root": _root,
+    "!": _factorial,
+    "binom": _binomial,
+    "abs": abs,
+    "lfloor": lambda a: Fraction(math.floor(a)),
+    "lceil": lambda a: Fraction(math.ceil(a)),
+    "max": max,
+    "min": min,
+    "gcd": _whole(math.gcd),
+    "lcm": _whole(math.lcm),
+}
+
+
+def value(node: Node, point: dict[str, Fraction]):
+    """The value of a formula as mpmath has it, with the working precision; Undefined, TooLarge."""
+    op, parts = node
+    if op == "number":
+        return mpmath.mpf(parts[0].numerator) / parts[0].denominator
+    if op == "symbol":
+        return mpmath.mpf(point[parts[0]].numerator) / point[parts[0]].denominator
+    if op == "constant":
+        return {r"\pi": +mpmath.pi, "e": +mpmath.e, "i": mpmath.mpc(0, 1)}.get(parts[0]) or _no_value()
+    values = [value(part, point) for part in parts if isinstance(part, Node)]
+    if op == "function":
+        return _function(parts[0], values)
+    if op in ("abs", "lfloor", "lceil", "!"):
+        _within(values[0])
+    found = NUMERIC[op](*values)
+    return found if mpmath.isfinite(found) else _no_value()
+
+
+def _no_value():
+    raise Undefined
+
+
+def _within(number):
+    if abs(number) > LARGEST_ARGUMENT:
+        raise TooLarge
+    return number
+
+
+def _numeric_power(base, power):
+    if base == 0:
+        return mpmath.mpf(0) if mpmath.re(power) > 0 else _no_value()
+    _within(power * mpmath.log(abs(base)) / 1000)
+    return mpmath.power(base, power)
+
+
+def _numeric_root(base, index):
+    if index == 0:
+        return _no_value()
+    if mpmath.im(base) == 0 and mpmath.re(base) < 0 and mpmath.im(index) == 0 and index % 2 == 1:
+        return -_numeric_root(-base, index)
+    return _numeric_power(base, 1 / index)
+
+
+def _numeric_binomial(upper, lower):
+    return mpmath.binomial(_within(upper), _within(lower))
+
+
+NUMERIC: dict[str, Callable] = {
+    "-": lambda a: -a,
+    "+": lambda *terms: reduce(lambda a, b: a + b, terms),
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b if b != 0 else _no_value(),
+    "^": _numeric_power,
+    "root": _numeric_root,
+    "!": lambda a: mpmath.factorial(a),
+    "binom": _numeric_binomial,
+    "abs": abs,
+    "lfloor": lambda a: mpmath.floor(a),
+    "lceil": lambda a: mpmath.ceil(a),
+}
+
+
+def _function(name: str, values: list):
+    for number in values:
+        _within(number) if name not in ("log", "ln") else None
+    if name in ("max", "min"):
+        if any(mpmath.im(number) != 0 for number in values):
+            raise Undefined
+        return (max if name == "max" else min)(values)
+    if name in ("log", "ln"):
+        # A bare log may be the natural or the common one, so it is neither: a multiple of it that nothing else is.
+        return mpmath.log(values[0]) * (1 if name == "ln" else _draw("log", [])) if values[0] != 0 else _no_value()
+    if name in FUNCTIONS - SEVERAL:
+        rule = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name)
+        found = getattr(mpmath, rule)(values[0])
+        return found if mpmath.isfinite(found) else _no_value()
+    return _draw(name, values)  # f(x), gcd(m, n): the same number for the same arguments
+
+
+def _draw(name: str, values: list):
+    digits = [mpmath.nstr(number, 20) for number in values]
+    return mpmath.mpf(random.Random(f"{name}{digits}").uniform(1, 3))
+
+
+def same(gold: Node, given: Node) -> bool:
+    """Whether both formulas have the same value, at every point where the gold is real."""
+    infinite = is_infinite(gold), is_infinite(given)
+    if any(infinite):
+        return infinite[0] == infinite[1]
+    if gold == given:
+        return True
+    names = symbols(gold) | symbols(given)
+    values = [_exact_or_none(node) for node in (gold, given)]
+    if None not in values:
+        return values[0] == values[1]
+    if not names:
+        return _agree(gold, given, {}) is True
+    return _agree_at_points(gold, given, names)
+
+
+def proportion(gold: Node, given: Node) -> int:
+    """The sign of a constant c that is not 0 with given = c gold; 0 if there is none."""
+    names = symbols(gold)
+    if not names or names != symbols(given):
+        return 0
+    ratios = []
+    for point in points(names):
+        with mpmath.workdps(DIGITS):
+            try:
+                a, b = value(gold, point), value(given, point)
+            except (ArithmeticError, Undefined, ValueError):
+                continue
+            if abs(a) > 1e-20:
+                ratios.append(b / a)
+    if len(ratios) < POINTS // 2 or abs(ratios[0]) < 1e-20 or mpmath.im(ratios[0]) != 0:
+        return 0
+    if any(abs(ratio - ratios[0]) > abs(ratios[0]) * mpmath.mpf(10) ** -20 for ratio in ratios):
+        return 0
+    return 1 if mpmath.re(ratios[0]) > 0 else -1
+
+
+def number_of(node: Node):
+    """The real value of a formula without variables to 50 digits; None where there is none."""
+    if symbols(node):
+        return None
+    with mpmath.workdps(DIGITS):
+        try:
+            found = value(node, {})
+        except (ArithmeticError, Undefined, ValueError):
+            return None
+        return found if mpmath.im(found) == 0 else None
+
+
+def _exact_or_none(node: Node) -> Fraction | None:
+    try:
+        return exact(node)
+    except (ArithmeticError, TooLarge):
+        return None
+
+
+def points(names: set[str]) -> list[dict[str, Fraction]]:
+    """Positive points, points of both signs and positive integers, a third each."""
+    draw, found = random.Random(0), []
+    for index in range(POINTS):
+        found.append({})
+        for name in sorted(names):
+            number = Fraction(draw.randint(301, 3999), 1000)
+            if index % 3 == 1:
+                number *= draw.choice((-1, 1))
+            found[-1][name] = number if index % 3 < 2 else Fraction(draw.randint(2, 9))
+    return found
+
+
+def _agree_at_points(gold: Node, given: Node, names: set[str]) -> bool:
+    drawn = points(names)
+    real = [point for point in drawn if _is_real(gold, point)]
+    agreed = 0
+    for point in real if len(real) >= 3 else drawn:
+        verdict = _agree(gold, given, point)
+        if verdict is False:
+            return False
+        agreed += verdict is True
+    return agreed >= 3
+
+
+def _is_real(node: Node, point: dict) -> bool:
+    with mpmath.workdps(DIGITS):
+        try:
+            return mpmath.im(value(node, point)) == 0
+        except (ArithmeticError, Undefined, ValueError):
+            return False
+
+
+def _agree(gold: Node, given: Node, point: dict) -> bool | None:
+    """Whether both are equal at a point, None where the gold has no value there.
+
+    What differs by rounding alone differs less with more digits, however small the numbers are.
+    """
+    differences = []
+    for digits in (DIGITS, 2 * DIGITS):
+        with mpmath.workdps(digits):
+            try:
+                a = value(gold, point)
+            except (ArithmeticError, Undefined, ValueError):
+                return None
+            try:
+                b = value(given, point)
+            except (ArithmeticError, Undefined, ValueError):
+                return False
+            difference = abs(a - b)
+            if difference == 0:
+                return True
+            differences.append(difference)
+            # Relative: 2^-99 and -2^-99 differ. A value that is 0 but for rounding is compared by the second test.
+            if digits == 2 * DIGITS and difference <= max(abs(a), abs(b)) * mpmath.mpf(10) ** -(digits - 20):
+                return True
+    return bool(differences[1] < differences[0] * mpmath.mpf(10) ** -(DIGITS // 2))
