@@ -124,8 +124,8 @@ def plain(text: str) -> str:
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"\\(?:frac|binom)(?=\d\d)", lambda match: match[0] + " ", text)
-    text = re.sub(r"(?<![A-Za-z0-9\\])\s+|\s+(?![A-Za-z0-9])", "", text)
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".,;")
+    text = " ".join(text.split())
+    text = re.sub(r"(?<![A-Za-z0-9\\])\s+|\s+(?![A-Za-z0-9])", "", text).rstrip(".,;")
     if match := re.fullmatch(r"\(?([A-Za-z])[).]?", text):
         return match[1]
     words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{2,}", text)
@@ -197,6 +197,8 @@ def _read(text: str, depth: int):
     if text in REALS:
         infinity = Node("constant", (r"\infty",))
         return Bracketed("(", ")", (Quantity(Node("-", (infinity,))), Quantity(infinity)))
+    if match := ROWS.fullmatch(text):
+        return _read_rows(match[1], match[2], depth)
     if any(piece in REFUSED for piece, _ in _pieces(text)):
         raise Unread("a relation that is not read")
     if _is_prose(text):
@@ -309,8 +311,8 @@ def _is_name(text: str) -> bool:
 
 def _read_equation(sides: list[str], depth: int):
     first, last = sides[0], sides[-1]
-    if len(sides) == 2 and _is_name(last) and not _is_name(first):
-        first, last = last, first
+    if len(sides) == 2 and not _is_name(first) and (_is_name(last) or _is_constant(first)):
+        first, last = last, first  # 5 = x
     is_name = _is_name(first)
     between = sides[1:-1] if len(sides) > 2 else []
     value = _read(last, depth + 1)
@@ -324,8 +326,15 @@ def _read_equation(sides: list[str], depth: int):
             raise Unread("sides that are not equal")
     if first in between:
         return value
+    if left is None and not is_name:
+        raise Unread("a side that is neither a name nor a formula")
     relation = None if left is None or right is None else _relation("=", left, right)
     return Labelled(plain(first), value, is_name, relation)
+
+
+def _is_constant(text: str) -> bool:
+    node = _formula_or_none(text)
+    return node is not None and not formula.symbols(node)
 
 
 def _formula_or_none(text: str) -> Node | None:
@@ -339,8 +348,6 @@ def _read_one(text: str, depth: int):
     """What has no list, union or relation outside of its brackets."""
     if text in (r"\emptyset", "empty set", "the empty set"):
         return Several((), is_set=True)
-    if match := ROWS.fullmatch(text):
-        return _read_rows(match[1], match[2], depth)
     for opening, closing in ((r"\{", r"\}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), (r"\langle", r"\rangle")):
         if text.startswith(opening) and text.endswith(closing) and _encloses(text):
             inside = text[len(opening) : -len(closing)].strip()
@@ -368,8 +375,9 @@ def _read_one(text: str, depth: int):
     parts, separators = _split(text, lambda piece: piece == ":")
     if separators:
         return Ratio(tuple(formula.read(part) for part in parts))
-    if CHEMICAL.fullmatch(text) and (re.search(r"\d", text) or not text.isupper()):
-        return Text(plain(text).replace("_", ""))
+    bare = re.sub(r"\{(\d+)\}", r"\1", bare).replace(" _", "_")
+    if CHEMICAL.fullmatch(bare) and (re.search(r"\d", bare) or not bare.isupper()):
+        return Text(bare.replace("_", ""))
     return _read_quantity(text, depth)
 
 
@@ -423,8 +431,10 @@ def _read_cell(text: str, depth: int):
 # --- numbers and units -----------------------------------------------------------------------------------------------
 
 WORD = r"(?:\\text\{[^{}]*\}|(?<![A-Za-z\\])[A-Za-z]{2,}\.?)"
-UNIT = re.compile(rf"(?P<head>.*?[\d)}}!|])\s*(?P<unit>{WORD}(?:\s*(?:{WORD}|/\s*[A-Za-z]+|\^\s*\{{?-?\d\}}?|\\cdot))*)", re.DOTALL)
+UNIT = re.compile(rf"(?P<head>.*?(?:[\d)}}!|]|\\pi))\s*(?P<unit>{WORD}(?:\s*(?:{WORD}|/\s*[A-Za-z]+|\^\s*\{{?-?\d\}}?|\\cdot))*)", re.DOTALL)
 MODULUS = re.compile(r"(?P<head>.*?)[\s(]*(?:\\pmod|(?:\\text\{)? ?\(?mod\b)\s*\}?\s*\{?\s*(?P<number>\w+)\s*\}?[\s)}]*")
+DEGREES = re.compile(r"(.*?)\s*\\deg\s*(?:\\text\{)?\s*([CFK]?)\s*\}?")
+TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 SYNONYMS = {
     "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m", "metre": "m",
@@ -436,7 +446,7 @@ SYNONYMS = {
     "people": "person", "mph": "mi/h", "kph": "km/h", "kmh": "km/h", "men": "man", "women": "woman",
 }  # fmt: skip
 SHORT_UNITS = frozenset(
-    "cm mm km ft in yd mi kg mg lb lbs oz ml mL min hr hrs sec deg rad sq mph kph Hz kHz Pa kPa mol eV kW MW USD men".split()
+    "cm mm km ft in yd mi kg mg lb lbs oz ml mL min hr hrs sec deg rad sq mph kph Hz kHz Pa kPa mol eV kW MW USD men of per".split()
 )
 SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
@@ -453,7 +463,8 @@ NO_UNITS = frozenset(
 def _is_prose(text: str) -> bool:
     """Whether it is words that a formula would take for products of letters: `n is odd`, `No`, `Evelyn`."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    bare = re.sub(r"\\[A-Za-z]+", " ; ", bare)
+    bare = ROWS.sub(" ; ", bare)
+    bare = re.sub(r"\\[A-Za-z]+", " ; ", bare.replace(r"\pi", "1"))
     if re.fullmatch(r"[A-Za-z]{2,}", bare.strip()):
         return bare.strip() not in formula.FUNCTIONS | {"pi", "infinity", "inf"}
     bare = re.sub(r"\b(?:and|or)\b", " , ", bare, flags=re.IGNORECASE)
@@ -474,7 +485,7 @@ def _read_quantity(text: str, depth: int):
         text, unit = match["head"].strip(), f"mod {match['number']}"
     elif match := re.fullmatch(r"(.*\d)\s*(?:\^\s*\{?\s*)?(?:\\text\{ ?)?(?:st|nd|rd|th) ?\}?\s*\}?", text):
         text, unit = match[1], "th"
-    elif match := re.fullmatch(r"(.*?)\s*\\deg\s*(?:\\text\{)?\s*([CFK]?)\s*\}?", text):
+    elif (match := DEGREES.fullmatch(text)) and not TRIGONOMETRIC.search(match[1]):
         text, unit = match[1], f"deg{match[2]}"
     elif match := re.fullmatch(r"(.*?)\s*%", text, re.DOTALL):
         text, unit = match[1], "%"

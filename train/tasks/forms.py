@@ -34,7 +34,7 @@ RENAMED = {
     "mod": "pmod", "ast": "*", "div": "/", "colon": ":", "lt": "<", "gt": ">", "dots": "ldots", "cdots": "ldots",
     "textdegree": "deg ", "thickapprox": "approx", "simeq": "approx", "approxeq": "approx", "iff": "Leftrightarrow",
     "varphi": "phi", "varepsilon": "epsilon", "vartheta": "theta", "R": r"mathbb{R}", "prime": "'", "arctg": "arctan",
-    "tg": "tan", "ctg": "cot", "textdollar": "$", "euro": "€", "pounds": "£", "lim": "lim", "imath": "i",
+    "tg": "tan", "ctg": "cot", "textdollar": "$", "euro": "€", "pounds": "£", "imath": "i",
 }  # fmt: skip
 BARE = {"{", "}", r"\|", "$"}  # of RENAMED's values: those that keep their backslash
 DROPPED = re.compile(
@@ -42,10 +42,10 @@ DROPPED = re.compile(
     r"nonumber|notag|mathop|mathord|mathrel|normalsize|large|Large|boldmath|therefore|phantom\{[^{}]*\}|"
     r"tag\*?\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])"
 )
-SPACE = re.compile(r"\\(?:[,;:>]|[ \t\n]|(?:q?quad|enspace|enskip|thinspace|medspace|thickspace|space)(?![A-Za-z])|hspace\*?\{[^{}]*\})|~")
+SPACE = re.compile(r"(?<!\\)\\(?:[,;:>]|[ \t\n]|(?:q?quad|enspace|enskip|thinspace|medspace|thickspace|space)(?![A-Za-z])|hspace\*?\{[^{}]*\})|~")
 TEXT_FONT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|md|up|normal)?|mbox|hbox|textsc)\s*(?=\{)")
 MATHS_FONT = re.compile(
-    r"\\(?:math(?:rm|bf|it|sf|tt|normal)|operatorname\*?|boldsymbol|bm|pmb|emph)\s*(?:\{([^{}]*)\}|([A-Za-z0-9]))"
+    r"\\(?:math(?:rm|bf|it|sf|tt|normal)|operatorname\*?|boldsymbol|bm|pmb|emph)(?![A-Za-z])\s*(?:\{([^{}]*)\}|([A-Za-z0-9]))"
 )
 NAMES = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp max min gcd lcm det".split()
@@ -68,6 +68,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"(\d)\s*\\[,:;!]\s*(?=\d{3}(?!\d))", r"\1,", text)  # thousands apart by a thin space
     text = re.sub(r"(\d)\{,\}(?=\d{3}(?!\d))", r"\1,", text)
     text = re.sub(r"(\d)\{[,.]\}(?=\d)", r"\1.", text)  # a decimal comma
+    text = text.replace(r"\left<", r"\langle ").replace(r"\right>", r"\rangle ")
     text = DROPPED.sub("", text.replace(r"\!", ""))
     text = SPACE.sub(" ", text)
     text = TEXT_FONT.sub(r"\\text", text)
@@ -80,6 +81,8 @@ def normalise(text: str) -> str:
     text = text.replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
     text = re.sub(r"\\text\s*\{([^{}]*)\}", lambda match: rf"\text{{{' '.join(match[1].split())}}}" if match[1].strip() else " ", text)
     text = re.sub(r"(?<![\d,.])(\d{1,3}(?: \d{3})+)(?![\d,])", lambda match: match[1].replace(" ", ","), text)
+    if (match := re.match(r"\\text\{([^{}]*)\}\s*(?=\S)", text)) and OPENING.sub("", f"{match[1]} .") == ".":
+        text = text[match.end() :]
     text = " ".join(text.split())
     return _trim(text)
 

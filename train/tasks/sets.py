@@ -5,11 +5,15 @@ A set is named as in SETS, `math-500`, or with a local JSONL file of the same co
 (`maths:my.jsonl` with the columns problem and answer), and `countdown` makes its problems here where no file is given.
 """
 
+import gzip
 import json
 import random
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from train.config import BadSetting
 from train.tasks import choice, countdown, maths
@@ -18,6 +22,8 @@ from train.tasks.types import BadRow, Problem, UnusableRow, read_column
 HELD_OUT = 512  # problems of a set's test part, where the set has only one split
 TRAIN = 20_000  # and at most so many of its train part
 SPLIT_SEED = 0
+GZIP = b"\x1f\x8b"
+LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # or both halves of a pair: json tells them apart
 PAPER_MATHS = ("aime24", "aime25", "amc23", "math-500", "olympiadbench")
 
 
@@ -64,6 +70,7 @@ SETS = {
         ("context",),
         ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
     ),
+    "gsm8k": ProblemSet(maths.from_row, ("question", "answer"), (), ("openai/gsm8k", "main", "test")),
     "maths": ProblemSet(*MATHS, ("context",)),
     "choice": ProblemSet(choice.from_row, ("question", "answer"), ("options",)),
 }
@@ -83,8 +90,9 @@ def find_set(name: str) -> tuple[ProblemSet, Path | None]:
 def load_set(name: str, say: Callable[[str], object] = print) -> list[Problem]:
     """The problems of a named set or a local file, in their order.
 
-    `say` is told how many rows give no problem and how many repeat another, where there are any. BadSetting
-    for an unknown name, a place that does not load, and a row without a column: with file, line and what arrived.
+    `say` is told how many rows give no problem, among them those whose answer cannot be earned, and how many repeat
+    another, where there are any. BadSetting for an unknown name, a place that does not load, a row without a column
+    and one with text that is no unicode: with file, line and what arrived.
     """
     found, file = find_set(name)
     if file is not None:
@@ -96,6 +104,8 @@ def load_set(name: str, say: Callable[[str], object] = print) -> list[Problem]:
     problems = _build(name, found, rows, say)
     if file is None and found.part:
         problems = _take_part(name, found.part, problems, say)
+    else:
+        _tell_repeats(name, problems, say)
     if not problems:
         raise BadSetting(f"{name!r} holds no problems")
     return problems
@@ -115,7 +125,7 @@ def identify(problem: Problem) -> str:
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, Mapping]]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
                 where = f"{path}, line {number}"
                 if not line.strip():
@@ -124,11 +134,30 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Mapping]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise BadSetting(f"{where}: no JSON: {error}") from None
+                if LONE_SURROGATE.search(line) and not _is_unicode(row):
+                    raise BadSetting(f"{where}: half of a surrogate pair is no text, got {line.strip()[:160]}")
                 if not isinstance(row, dict):
                     raise BadSetting(f"{where}: a row must be an object with columns, got {line.strip()[:160]}")
                 yield where, row
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadSetting(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise BadSetting(f"{path} must be JSONL in UTF-8, gzipped or not: {error}") from error
+
+
+def _open(path: Path) -> TextIO:
+    """A file of lines, unpacked where it is gzipped, whatever its name; a byte order mark at its start is no text."""
+    with path.open("rb") as file:
+        packed = file.read(2) == GZIP
+    return gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig")
+
+
+def _is_unicode(row) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rows_of_hub(name: str, path: str, config: str | None, split: str) -> Iterator[tuple[str, Mapping]]:
@@ -165,6 +194,17 @@ def _build(name: str, found: ProblemSet, rows: Iterator[tuple[str, Mapping]], sa
     if unusable:
         say(f"{name}: {len(unusable)} of {len(unusable) + len(problems)} rows left out, the first {unusable[0]}")
     return problems
+
+
+def _tell_repeats(name: str, problems: list[Problem], say: Callable):
+    """They stay, since their number may be meant; two answers to one question rarely are."""
+    answers: dict[str, set[str]] = {}
+    for problem in problems:
+        answers.setdefault(identify(problem), set()).add(problem.answer)
+    repeats, torn = len(problems) - len(answers), sum(len(each) > 1 for each in answers.values())
+    if repeats:
+        what = f", {torn} of the questions with other answers" if torn else ""
+        say(f"{name}: {repeats} of {len(problems)} problems repeat another{what}")
 
 
 def _take_part(name: str, part: str, problems: list[Problem], say: Callable) -> list[Problem]:
