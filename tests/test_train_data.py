@@ -1,12 +1,13 @@
 """Named sets, local files and the order in which problems are trained on."""
 
+import gzip
 import json
 
 import pytest
 
 from train.config import BadSetting
 from train.data import ProblemStream
-from train.tasks import Problem, sets
+from train.tasks import Problem, maths, sets
 from train.tasks.sets import HELD_OUT, SETS, TRAIN, drop_overlap, find_set, identify, load_set
 
 
@@ -85,6 +86,16 @@ def test_rows_of_every_kind_make_problems(tmp_path, name, row, prompt, answer):
         ("maths", ["[" * 10**5 + "\n"], "line 1: no JSON"),
         ("maths", ["[1]\n"], "line 1: a row must be an object with columns, got [1]"),
         ("maths", [], "holds no problems"),
+        (
+            "maths",
+            [{"problem": "ok", "answer": 1}, {"problem": "a\ud800b", "answer": 1}],
+            "line 2: half of a surrogate",
+        ),
+        ("maths", [{"problem": "?", "answer": "\udfff"}], "line 1: half of a surrogate"),
+        ("choice", [{"question": "?", "options": ["a", "b\udc00"], "answer": "a"}], "line 1: half of a surrogate"),
+        ("maths", ['{"problem": "?", "answer": ' + "1" * 5000 + "}\n"], "line 1: no JSON"),
+        ("countdown", ['{"nums": [1, NaN], "target": 3}\n'], "nums must be two or more integers"),
+        ("gsm8k", [{"problem": "?", "answer": "#### 1"}], "no column 'question'"),
     ],
 )
 def test_bad_file_is_named_with_its_line(tmp_path, name, rows, message):
@@ -108,6 +119,88 @@ def test_unknown_set_is_refused(name, message):
     with pytest.raises(BadSetting) as error:
         load_set(name)
     assert message in str(error.value)
+
+
+ROWS = b'{"problem": "1 + 1 is?", "answer": 2}\n{"problem": "\xc3\xa4\\ud83d\\ude00?", "answer": 1e-5}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("rows.jsonl", ROWS),
+        ("rows.jsonl", b"\xef\xbb\xbf" + ROWS),
+        ("rows.jsonl", ROWS.replace(b"\n", b"\r\n")),
+        ("rows.jsonl.gz", gzip.compress(ROWS)),
+        ("rows.jsonl", gzip.compress(b"\xef\xbb\xbf" + ROWS)),
+    ],
+    ids=["plain", "byte order mark", "lines of Windows", "gzip", "gzip by another name"],
+)
+def test_file_loads_however_it_is_stored(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    problems = load_set(f"maths:{tmp_path / name}")
+    assert [json.loads(problem.answer) for problem in problems] == [["2"], ["0.00001"]]
+    assert problems[1].prompt.startswith("ä\N{GRINNING FACE}?")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        gzip.compress(ROWS)[:-12],
+        gzip.compress(ROWS)[:20] + b"\0" * 40,
+        ROWS.replace(b"is", b"\xff"),
+        ROWS.decode().encode("utf-16"),
+    ],
+    ids=["cut gzip", "broken gzip", "Latin-1", "UTF-16"],
+)
+def test_broken_file_is_named(tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(BadSetting) as error:
+        load_set(f"maths:{path}")
+    assert str(path) in str(error.value)
+
+
+def test_answers_out_of_reach_are_counted_with_the_first_of_them(tmp_path):
+    golds = [
+        "5",
+        "?",
+        float("nan"),
+        float("inf"),
+        "3 + 2. #### 5",
+        "The answer is 5.",
+        r"\frac{1}{2",
+        "x^2",
+        1e16,
+        "No",
+    ]
+    said = []
+    path = write(
+        tmp_path / "rows.jsonl", [{"problem": f"{index}?", "answer": gold} for index, gold in enumerate(golds)]
+    )
+    problems = load_set(f"maths:{path}", said.append)
+    assert [json.loads(problem.answer)[0] for problem in problems] == [
+        "5", "5", "The answer is 5.", "x^2", "10000000000000000", "No",
+    ]  # fmt: skip
+    assert len(said) == 1 and "4 of 10 rows left out, the first" in said[0]
+    assert f"{path}, line 2: the answer '?' says nothing" in said[0]
+
+
+def test_gsm8k_takes_what_is_behind_the_marks(tmp_path):
+    row = {"question": "How many clips?", "answer": "She sold 48/2 = <<48/2=24>>24 in May.\n#### 1,072"}
+    [problem] = load_set(f"gsm8k:{write(tmp_path / 'rows.jsonl', [row])}")
+    assert json.loads(problem.answer) == ["1,072"] and maths.verify(r"\boxed{1072}", problem.answer) == 1.0
+
+
+def test_repeats_are_told(tmp_path):
+    rows = [
+        {"problem": "Find n.", "answer": 1},
+        {"problem": "Find  N.", "answer": 2},
+        {"problem": "Find m.", "answer": 1},
+    ]
+    said = []
+    assert len(load_set(f"maths:{write(tmp_path / 'rows.jsonl', rows)}", said.append)) == 3
+    assert len(said) == 1 and "1 of 3 problems repeat another, 1 of the questions with other answers" in said[0]
+    assert len(load_set(f"maths:{write(tmp_path / 'rows.jsonl', rows[1:])}", said.append)) == 2 and len(said) == 1
 
 
 def test_unusable_rows_are_counted(tmp_path):

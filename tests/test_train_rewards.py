@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from train.rewards import Rewards, Score, count_errors
+from train.rewards import Rewards, Score, count_errors, describe_errors
 from train.tasks import VERIFIERS, Problem
 from train.tasks.choice import from_row as choice_problem
 from train.tasks.countdown import from_row as countdown_problem
@@ -91,8 +90,14 @@ def test_failure_costs_its_own_answer_only(rewards, monkeypatch, verifier, error
     bad, began = Problem("", "", "bad"), time.monotonic()
     scores = rewards.score([r"\boxed{5}", "text", r"\boxed{6}", r"\boxed{5}"], [MATHS, bad, MATHS, MATHS])
     assert scores == [Score(1.0), Score(0.0, error), Score(0.0), Score(1.0)]
-    assert count_errors(scores) == 1
+    assert count_errors(scores) == 1 and describe_errors(scores) == f"{error} (1)"
     assert time.monotonic() - began < 30
+
+
+def test_reasons_of_errors_are_counted():
+    scores = [Score(0.0, "timed out"), Score(1.0), Score(0.0, "MemoryError: "), Score(0.0, "timed out")]
+    assert describe_errors(scores) == "timed out (2), MemoryError:  (1)"
+    assert describe_errors([Score(1.0), Score(0.0)]) == ""
 
 
 def test_workers_load_no_torch(rewards, monkeypatch):
@@ -180,10 +185,9 @@ NASTY = {
 def test_nasty_maths_ends_in_time(rewards):
     began = time.monotonic()
     scores = rewards.score([rf"\boxed{{{text}}}" for text in NASTY.values()], [MATHS] * len(NASTY))
-    found = dict(zip(NASTY, scores))
-    assert {score.reward for score in scores} == {0.0}
-    assert found["tower of powers"].error == "timed out"
-    assert Counter(score.error for score in scores).keys() <= {None, "timed out"}
+    assert scores == [Score(0.0)] * len(NASTY)
+    tower = r"\boxed{\sum_{k=1}^{n} 9^{9^{9^9}}}"  # sums go to sympy, which is lost in this one
+    assert rewards.score([tower], [maths_problem("?", r"\sum_{k=1}^{n} k")]) == [Score(0.0, "timed out")]
     assert time.monotonic() - began < 90
     assert rewards.score([r"\boxed{5}"], [MATHS]) == [Score(1.0)]
 
@@ -206,4 +210,4 @@ def test_any_maths_gets_a_reward_in_time(rewards, texts):
 
 def test_gold_without_meaning_is_an_error(rewards):
     [score] = rewards.score([r"\boxed{5}"], [Problem("", json.dumps([r"\boxed{}"]), "maths")])
-    assert score.reward == 0.0 and "cannot be parsed" in score.error
+    assert score.reward == 0.0 and "says nothing" in score.error

@@ -12,7 +12,7 @@ from train.config import Demonstrations, Words
 from train.presets import PRESETS, load_preset
 from train.tasks import VERIFIERS, Problem, choice, countdown, maths
 from train.tasks.expression import LONGEST_EXPRESSION, evaluate, split_words
-from train.tasks.types import LONGEST_BOX, last_boxed
+from train.tasks.types import LONGEST_BOX, UnusableRow, last_boxed
 from train.tasks.words import LARGEST_NUMBER, SIGNS, Puzzle, attempts, build_tokenizer, demonstrate, split_problems
 
 PUZZLE = Puzzle((1, 7, 10), 2)
@@ -273,6 +273,12 @@ def test_wrong_choices(boxed):
     assert reward(choice.from_row(OPTIONS, "B"), rf"\boxed{{B}}, no: \boxed{{{boxed}}}") == 0.0
 
 
+@pytest.mark.parametrize("answer", ["$x$ {", "} or {", "$$", "w" * 2001])
+def test_choice_that_nothing_earns_is_left_out(answer):
+    with pytest.raises(UnusableRow, match="the answer"):
+        choice.from_row("Who?", answer)
+
+
 def test_choice_without_options_compares_the_words():
     problem = choice.from_row("Who found radium?", "Marie Curie")
     assert "the answer, and nothing else," in problem.prompt
@@ -343,7 +349,12 @@ def test_parts_of_an_answer_are_all_wanted():
         (r"\boxed{\boxed{3}}", "3"),
         (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
         (r"\boxed{5", None),
-        (r"\boxed 5", None),
+        (r"\boxed 5", "5"),
+        (r"\boxed -12.", "-12"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{4}, no: \fbox{5}", "5"),
+        (r"\boxed", None),
+        (r"\boxed \quad", None),
         (r"\boxed{5\}", None),
         ("5", None),
         (r"\boxed{" + "1" * LONGEST_BOX + "}", "1" * LONGEST_BOX),
@@ -366,7 +377,7 @@ def test_any_text_gets_a_reward(text):
         PUZZLE.problem,
         countdown.from_row([10, 1, 7], 2),
         choice.from_row(OPTIONS, "B"),
-        choice.from_row("Who?", "$x$ {"),
+        choice.from_row("Who?", "$x$ {}"),
     ]
     for problem in problems:
         for completion in (text, f"A{text}", f"<answer>{text}</answer>", rf"\boxed{{{text}}}"):

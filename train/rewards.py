@@ -5,6 +5,7 @@ replaced where an answer takes too long, too much memory, or the process with it
 """
 
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as TimedOut  # the built-in one from Python 3.11 on
@@ -120,6 +121,12 @@ class Rewards:
 def count_errors(scores: Sequence[Score]) -> int:
     """How many of the answers could not be verified, for the metric `rewards/errors`."""
     return sum(score.error is not None for score in scores)
+
+
+def describe_errors(scores: Sequence[Score]) -> str:
+    """The commonest reasons why answers could not be verified, each with its count; empty without any."""
+    reasons = Counter(score.error for score in scores if score.error is not None)
+    return ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
 
 
 def _score_of(future: Future) -> Score:

@@ -1,102 +1,26 @@
-r"""Whether an answer equals a gold one, by kind: each is read as a number with a unit, a formula, a tuple or interval, a
-set or list, a relation, a numeral, a time of day, a matrix or a text, and only equal kinds are equal.
+r"""Whether an answer, as a model wrote it, equals a gold one: both are read as one of the kinds of train.tasks.kinds.
 
-What is not understood is a text, equal to the same text alone. The rules that leave room for taste:
-
-- Exact numbers are compared exactly: 0.33 is not 1/3. An irrational gold also takes a decimal that gives at least
-  SIGNIFICANT of its digits, rounded or cut. A decimal gold with at least three digits also takes the fraction or the
-  irrational number that rounds to it.
-- A unit that only one side has is left out; two different units are unequal, and nothing is converted. 5\% is 0.05,
-  and 5 where one side lacks the sign.
-- Solutions may come as a list or a set, in any order; a tuple, an interval and a list of words keep theirs.
+What is not understood to its last sign is a text, equal to the same text alone. Nothing is evaluated as code, and the
+size of everything is bounded.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
-
-import mpmath
 
 from train.tasks import formula
-from train.tasks.formula import Node, Unread
 from train.tasks.forms import normalise
+from train.tasks.formula import Node, Unread
+from train.tasks.kinds import Bracketed, Clock, Labelled, Numeral, Quantity, Ratio, Relation, Rows, Several, Text, equal
+from train.tasks.units import split_unit
 
-SIGNIFICANT = 6  # digits of a decimal that stands for an irrational number
 MOST_ITEMS = 64  # of a list, set or tuple
 DEEPEST = 6  # tuples within lists within sets
 
 
-class Text(NamedTuple):
-    words: str
-
-
-class Quantity(NamedTuple):
-    """A formula with the unit behind it; `written` is the decimal that it was given as, if it was one."""
-
-    node: Node
-    unit: str = ""
-    written: str = ""
-
-
-class Bracketed(NamedTuple):
-    """A tuple or an interval: what is in brackets of two kinds. x > 3 is (3, inf) of the variable x."""
-
-    opening: str
-    closing: str
-    items: tuple
-    variable: str = ""
-    relation: "Relation | None" = None
-
-
-class Several(NamedTuple):
-    """Answers in any order: a list, a set or a union; repeats count in a list alone."""
-
-    items: tuple
-    is_set: bool = False
-
-
-class Labelled(NamedTuple):
-    """x = value; `is_name` says that x is a name, and no formula that an equation is about."""
-
-    label: str
-    value: tuple
-    is_name: bool
-    relation: "Relation | None" = None
-
-
-class Relation(NamedTuple):
-    """`difference` of both sides against 0; the sign is one of = < <= and !=."""
-
-    sign: str
-    difference: Node
-
-
-class Numeral(NamedTuple):
-    digits: str
-    base: str
-
-
-class Clock(NamedTuple):
-    time: tuple[int, ...]
-    half: str  # of the day: am, pm or neither
-
-
-class Ratio(NamedTuple):
-    parts: tuple[Node, ...]
-
-
-class Rows(NamedTuple):
-    """A matrix, or the lines of a definition by cases."""
-
-    name: str
-    rows: tuple
-
-
 def same(gold: str, given: str) -> bool:
     """Whether an answer, as it was written, equals a gold one."""
-    return any(_equal(one, other) for one in readings(gold) for other in readings(given))
+    return any(equal(one, other) for one in readings(gold) for other in readings(given))
 
 
 @lru_cache(maxsize=4096)
@@ -140,6 +64,8 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d]|,\d)")
 def _variants(text: str) -> Iterator[str]:
     """The text with the commas of thousands taken out, and with all commas as separators, where it can mean either."""
     merged = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    if re.search(r"\d,0\d", merged):  # 1,00 is neither a number nor a list
+        return
     if merged == text:
         yield text
         return
@@ -151,11 +77,11 @@ def _variants(text: str) -> Iterator[str]:
         yield text
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
 OPENERS = {"(": 1, "[": 1, "{": 1, r"\{": 1, r"\langle": 1, r"\lfloor": 1, r"\lceil": 1}
 CLOSERS = {")": 1, "]": 1, "}": 1, r"\}": 1, r"\rangle": 1, r"\rfloor": 1, r"\rceil": 1}
-PIECE = re.compile(r"\\begin\{\w+\*?\}|\\end\{\w+\*?\}|\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\s+|.", re.DOTALL)
+PIECE = re.compile(
+    r"\\begin\{\w+\*?\}|\\end\{\w+\*?\}|\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|[A-Za-z]+|<=|>=|!=|\s+|.", re.DOTALL
+)
 CONNECTOR = re.compile(r"(?:\\text\{ ?)?(?:,? ?)(and|or)(?: ?\})?", re.IGNORECASE)
 RELATIONS = {
     "=": "=", r"\approx": "~", "<": "<", ">": ">", r"\leq": "<=", r"\geq": ">=", "<=": "<=", ">=": ">=", r"\neq": "!=",
@@ -305,8 +231,12 @@ def _is_name(text: str) -> bool:
     """Whether a side of an equation only names what the other is: x, x_1, f(x), AB, (x, y), \\text{Area}."""
     if re.search(r"\\text\{|[A-Za-z]{4,}", text) and not re.search(r"[-+*/\d]", text):
         return True
-    text = re.sub(r"\\(?:angle|triangle|overline|vec|hat|bar|det|Pr|mathbb|mathcal|cos|sin|tan|deg)(?![A-Za-z])", " ", text)
-    return bool(re.fullmatch(r"[|({\s]*(?:\\?[A-Za-z]+'*(?:_(?:\w|\{[^{}]*\}))?[\s,;]*)+(?:\([^()=]*\))?[|)}\s]*", text))
+    text = re.sub(
+        r"\\(?:angle|triangle|overline|vec|hat|bar|det|Pr|mathbb|mathcal|cos|sin|tan|deg)(?![A-Za-z])", " ", text
+    )
+    return bool(
+        re.fullmatch(r"[|({\s]*(?:\\?[A-Za-z]+'*(?:_(?:\w|\{[^{}]*\}))?[\s,;]*)+(?:\([^()=]*\))?[|)}\s]*", text)
+    )
 
 
 def _read_equation(sides: list[str], depth: int):
@@ -322,12 +252,14 @@ def _read_equation(sides: list[str], depth: int):
         between = [first, *between]
     for side in between:
         other = _read(side, depth + 1)
-        if not (_equal(other, value) or _equal(value, other)):
+        if not (equal(other, value) or equal(value, other)):
             raise Unread("sides that are not equal")
     if first in between:
         return value
     if left is None and not is_name:
         raise Unread("a side that is neither a name nor a formula")
+    if not is_name and right is not None and (len(formula.symbols(left)) == 1 or right == formula.ZERO):
+        return _relation("=", left, right)  # 2x = 5 is not solved, and so is not 5; a + b = 5 may be what is asked for
     relation = None if left is None or right is None else _relation("=", left, right)
     return Labelled(plain(first), value, is_name, relation)
 
@@ -378,7 +310,7 @@ def _read_one(text: str, depth: int):
     bare = re.sub(r"\{(\d+)\}", r"\1", bare).replace(" _", "_")
     if CHEMICAL.fullmatch(bare) and (re.search(r"\d", bare) or not bare.isupper()):
         return Text(bare.replace("_", ""))
-    return _read_quantity(text, depth)
+    return _read_quantity(text)
 
 
 BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
@@ -400,7 +332,7 @@ def _read_set(inside: str, depth: int) -> Several:
     found: list = []
     for item in (_read_item(item, depth) for item in items):
         for each in item.items if isinstance(item, Several) and not item.is_set else (item,):
-            if not any(_equal(each, other) for other in found):
+            if not any(equal(each, other) for other in found):
                 found.append(each)
     return Several(tuple(found), is_set=True)
 
@@ -428,38 +360,6 @@ def _read_cell(text: str, depth: int):
         return Text(plain(text))
 
 
-# --- numbers and units -----------------------------------------------------------------------------------------------
-
-WORD = r"(?:\\text\{[^{}]*\}|(?<![A-Za-z\\])[A-Za-z]{2,}\.?)"
-UNIT = re.compile(rf"(?P<head>.*?(?:[\d)}}!|]|\\pi))\s*(?P<unit>{WORD}(?:\s*(?:{WORD}|/\s*[A-Za-z]+|\^\s*\{{?-?\d\}}?|\\cdot))*)", re.DOTALL)
-MODULUS = re.compile(r"(?P<head>.*?)[\s(]*(?:\\pmod|(?:\\text\{)? ?\(?mod\b)\s*\}?\s*\{?\s*(?P<number>\w+)\s*\}?[\s)}]*")
-DEGREES = re.compile(r"(.*?)\s*\\deg\s*(?:\\text\{)?\s*([CFK]?)\s*\}?")
-TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)")
-CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
-SYNONYMS = {
-    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m", "metre": "m",
-    "kilometer": "km", "kilometre": "km", "inche": "in", "inch": "in", "foot": "ft", "feet": "ft", "yard": "yd",
-    "mile": "mi", "sec": "s", "second": "s", "minute": "min", "mins": "min", "hour": "h", "hr": "h", "hrs": "h",
-    "gram": "g", "kilogram": "kg", "milligram": "mg", "liter": "l", "litre": "l", "L": "l", "milliliter": "ml",
-    "millilitre": "ml", "mL": "ml", "degree": "deg", "percent": "%", "percentage": "%", "pct": "%", "usd": "dollar",
-    "buck": "dollar", "pound": "lb", "lbs": "lb", "ounce": "oz", "radian": "rad", "sq": "square", "cubed": "^3",
-    "people": "person", "mph": "mi/h", "kph": "km/h", "kmh": "km/h", "men": "man", "women": "woman",
-}  # fmt: skip
-SHORT_UNITS = frozenset(
-    "cm mm km ft in yd mi kg mg lb lbs oz ml mL min hr hrs sec deg rad sq mph kph Hz kHz Pa kPa mol eV kW MW USD men of per".split()
-)
-SCALES = {
-    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-}  # fmt: skip
-NO_UNITS = frozenset(
-    "or and to not no nor is are was be if else mod base odd even positive negative approximately about roughly more less "
-    "greater than fewer most least between only at with without except but am pm all none neither both prime composite "
-    "rational irrational undefined infinite infinity half quarter third true false yes for where when by over from real "
-    "complex imaginary increasing decreasing maximum minimum otherwise squared choose plus minus times divided equals "
-    "what which that it this hundredth thousandth tenth factorial remainder".split()
-)
-
-
 def _is_prose(text: str) -> bool:
     """Whether it is words that a formula would take for products of letters: `n is odd`, `No`, `Evelyn`."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
@@ -468,210 +368,21 @@ def _is_prose(text: str) -> bool:
     if re.fullmatch(r"[A-Za-z]{2,}", bare.strip()):
         return bare.strip() not in formula.FUNCTIONS | {"pi", "infinity", "inf"}
     bare = re.sub(r"\b(?:and|or)\b", " , ", bare, flags=re.IGNORECASE)
-    return bool(re.search(r"(?<![A-Za-z\d])(?:[A-Za-z]{2,} +[A-Za-z]+|[A-Za-z] +[A-Za-z]{2,})", bare)) and not re.search(
-        r"[\d)}!%=] *[A-Za-z]{2,} *[A-Za-z ]*$", bare
-    )
+    return bool(
+        re.search(r"(?<![A-Za-z\d])(?:[A-Za-z]{2,} +[A-Za-z]+|[A-Za-z] +[A-Za-z]{2,})", bare)
+    ) and not re.search(r"[\d)}!%=] *[A-Za-z]{2,} *[A-Za-z ]*$", bare)
 
 
-def _read_quantity(text: str, depth: int):
-    unit, factor = "", Fraction(1)
-    sign = "-" if text.startswith("-") else ""
-    for symbol, name in CURRENCIES.items():
-        if text[len(sign) :].lstrip().startswith(symbol):
-            text, unit = sign + text[len(sign) :].lstrip()[len(symbol) :].strip(), name
-        elif text.endswith(symbol):
-            text, unit = text[: -len(symbol)].strip(), name
-    if match := MODULUS.fullmatch(text):
-        text, unit = match["head"].strip(), f"mod {match['number']}"
-    elif match := re.fullmatch(r"(.*\d)\s*(?:\^\s*\{?\s*)?(?:\\text\{ ?)?(?:st|nd|rd|th) ?\}?\s*\}?", text):
-        text, unit = match[1], "th"
-    elif (match := DEGREES.fullmatch(text)) and not TRIGONOMETRIC.search(match[1]):
-        text, unit = match[1], f"deg{match[2]}"
-    elif match := re.fullmatch(r"(.*?)\s*%", text, re.DOTALL):
-        text, unit = match[1], "%"
-    elif (match := UNIT.fullmatch(text)) and (found := _unit(match["unit"])) is not None:
-        factor, words = found
-        text, unit = match["head"].strip(), f"{unit}{words}"
-    if r"\text" in text:
+def _read_quantity(text: str):
+    head, unit, factor = split_unit(text)
+    if r"\text" in head:
         raise Unread("words within a formula")
-    if r"\pm" in text or r"\mp" in text:
-        both = [Quantity(formula.read(text, sign), unit) for sign in (1, -1)]
-        return Several(tuple(both))
-    node = formula.read(text)
+    if r"\pm" in head or r"\mp" in head:
+        return Several(tuple(Quantity(formula.read(head, sign), unit) for sign in (1, -1)))
+    node = formula.read(head)
     if (unit or factor != 1) and formula.symbols(node):
         raise Unread("a unit behind a variable")
     if factor != 1:
         return Quantity(Node("*", (Node("number", (factor,)), node)), unit)
-    written = text.replace(" ", "")
+    written = head.replace(" ", "")
     return Quantity(node, unit, written if re.fullmatch(r"[-+]?\d*\.\d+", written) else "")
-
-
-def _unit(text: str) -> tuple[Fraction, str] | None:
-    """The factor of a number (a million) and the unit in one spelling; None for words that are no unit."""
-    plain_words = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    if r"\text" not in text and any(len(w) < 4 and w not in SHORT_UNITS for w in re.findall(r"(?<!/)\b[A-Za-z]+", text)):
-        return None
-    words, factor = re.findall(r"[A-Za-z]+|/|\^\s*\{?\s*-?\d|\S", plain_words.replace(r"\cdot", " ").replace("}", "")), Fraction(1)
-    names: list[str] = []
-    for word in words:
-        key = word if len(word) < 4 else word.casefold()
-        if key.casefold() in NO_UNITS or len(words) > 8:
-            return None
-        if key in SCALES and not names:
-            factor *= SCALES[key]
-            continue
-        if key == "per":
-            key = "/"
-        if len(key) > 3 and key.endswith("s") and not key.endswith("ss"):
-            key = key[:-1]
-        names.append(SYNONYMS.get(key, re.sub(r"[\s{]", "", key)))
-    joined = []
-    power = ""
-    for name in names:
-        if name in ("square", "cubic"):
-            power = "^2" if name == "square" else "^3"
-        elif name not in (".", "-"):
-            joined.append(name + power)
-            power = ""
-    return factor, "".join(joined) if "/" in joined or any(name.startswith("^") for name in joined) else " ".join(joined)
-
-
-# --- comparing -------------------------------------------------------------------------------------------------------
-
-
-def _equal(gold, given) -> bool:
-    """Of two kinds, where the first is the gold one's."""
-    if isinstance(gold, Labelled) or isinstance(given, Labelled):
-        return _equal_labelled(gold, given)
-    if isinstance(gold, Quantity) and isinstance(given, Quantity):
-        return _equal_quantities(gold, given)
-    if isinstance(gold, Ratio) and isinstance(given, Quantity) or isinstance(gold, Quantity) and isinstance(given, Ratio):
-        ratio, number = (gold, given) if isinstance(gold, Ratio) else (given, gold)
-        return len(ratio.parts) == 2 and not number.unit and formula.same(Node("/", ratio.parts), number.node)
-    if isinstance(gold, Bracketed) and isinstance(given, Relation):
-        return gold.relation is not None and _equal(gold.relation, given)
-    if isinstance(gold, Relation) and isinstance(given, Bracketed):
-        return given.relation is not None and _equal(gold, given.relation)
-    if type(gold) is not type(given):
-        return False
-    if isinstance(gold, Bracketed):
-        variables = {gold.variable, given.variable} - {""}
-        return (
-            (gold.opening, gold.closing) == (given.opening, given.closing)
-            and len(variables) < 2
-            and _equal_rows(gold.items, given.items)
-        )
-    if isinstance(gold, Several):
-        return _equal_lists(gold, given)
-    if isinstance(gold, Relation):
-        found = formula.proportion(gold.difference, given.difference)
-        return gold.sign == given.sign and (found > 0 or (found < 0 and gold.sign in ("=", "!=")))
-    if isinstance(gold, Clock):
-        return gold.time == given.time and gold.half in ("", given.half)
-    if isinstance(gold, Ratio):
-        pairs = zip(gold.parts[1:], given.parts[1:])
-        return len(gold.parts) == len(given.parts) and all(
-            formula.same(Node("*", (gold.parts[0], other)), Node("*", (given.parts[0], one))) for one, other in pairs
-        )
-    if isinstance(gold, Rows):
-        return (
-            gold.name == given.name
-            and len(gold.rows) == len(given.rows)
-            and all(_equal_rows(*rows) for rows in zip(gold.rows, given.rows))
-        )
-    return gold == given
-
-
-def _equal_rows(gold: tuple, given: tuple) -> bool:
-    return len(gold) == len(given) and all(_equal(one, other) for one, other in zip(gold, given))
-
-
-def _equal_labelled(gold, given) -> bool:
-    if not isinstance(given, Labelled):
-        return gold.is_name and _equal(gold.value, given)
-    if not isinstance(gold, Labelled):
-        if isinstance(gold, Relation):
-            return given.relation is not None and _equal(gold, given.relation)
-        return _equal(gold, given.value)
-    if gold.is_name and given.is_name and gold.label == given.label:
-        return _equal(gold.value, given.value)
-    if gold.relation is None or given.relation is None:
-        return False
-    is_solved = gold.is_name and isinstance(gold.value, Quantity) and not formula.symbols(gold.value.node)
-    return not is_solved and _equal(gold.relation, given.relation)
-
-
-def _equal_lists(gold: Several, given: Several) -> bool:
-    if len(gold.items) != len(given.items):
-        return False
-    in_order = any(isinstance(item, Text) for item in gold.items) and not gold.is_set
-    named = [all(isinstance(item, Labelled) for item in each.items) and bool(each.items) for each in (gold, given)]
-    if in_order or named[0] != named[1]:
-        return _equal_rows(gold.items, given.items)
-    left = list(given.items)
-    for item in gold.items:
-        match = next((index for index, other in enumerate(left) if _equal(item, other)), None)
-        if match is None:
-            return False
-        del left[match]
-    return True
-
-
-def _equal_quantities(gold: Quantity, given: Quantity) -> bool:
-    if gold.unit == given.unit:
-        return _equal_numbers(gold, given)
-    if gold.unit and given.unit:
-        return False
-    if "%" not in (gold.unit, given.unit):
-        return _equal_numbers(gold, given) and "pm" not in (gold.unit, given.unit)
-    hundredth = Node("number", (Fraction(1, 100),))
-    if gold.unit:
-        return _equal_numbers(gold, given) or formula.same(Node("*", (gold.node, hundredth)), given.node)
-    if formula.same(gold.node, Node("*", (given.node, hundredth))):
-        return True
-    size = formula.number_of(gold.node)  # 0.5 may be a half as well as half a percent, 25 is more likely a percentage
-    return size is not None and abs(size) > 1 and _equal_numbers(gold, given)
-
-
-def _equal_numbers(gold: Quantity, given: Quantity) -> bool:
-    if formula.same(gold.node, given.node):
-        return True
-    if formula.symbols(gold.node) or formula.symbols(given.node):
-        return False
-    if given.written and not gold.written:
-        return _stands_for(given.written, gold.node, SIGNIFICANT, cut=True)
-    if gold.written and not given.written:
-        return _stands_for(gold.written, given.node, 3, cut=False)
-    return False
-
-
-def _stands_for(decimal: str, node: Node, least: int, *, cut: bool) -> bool:
-    """Whether a decimal of at least `least` digits is a number without an end, rounded or, with `cut`, cut off.
-
-    With `cut` the number must be irrational: a fraction has an exact form.
-    """
-    digits = decimal.lstrip("+-").replace(".", "").lstrip("0")
-    if len(digits if cut else digits.rstrip("0")) < least:
-        return False
-    try:
-        fraction = formula.exact(node)
-    except (ArithmeticError, formula.TooLarge):
-        return False
-    if fraction is not None and (cut or _terminates(fraction)):
-        return False
-    number = formula.number_of(node)
-    if number is None:
-        return False
-    with mpmath.workdps(formula.DIGITS):
-        step = mpmath.mpf(10) ** -len(decimal.partition(".")[2])
-        stated = mpmath.mpf(decimal)
-        is_cut = cut and 0 <= abs(number) - abs(stated) < step and (number > 0) == (stated > 0)
-        return bool(abs(number - stated) <= step / 2 or is_cut)
-
-
-def _terminates(fraction: Fraction) -> bool:
-    rest = fraction.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    return rest == 1

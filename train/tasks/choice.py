@@ -6,7 +6,7 @@ import string
 import unicodedata
 from collections.abc import Mapping
 
-from train.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_text, shorten
+from train.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_earnable, require_text, shorten
 
 LETTERS = string.ascii_uppercase
 OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*)$", re.MULTILINE)
@@ -33,12 +33,16 @@ def from_row(question, answer, options=None) -> Problem:
             raise UnusableRow(f"the answer {shorten(gold)} is none of the options {shorten(choices)}")
     if letter in choices:
         words = choices[letter]
+    if letter is None and not _plain(gold):
+        raise UnusableRow(f"the answer {shorten(gold)} says nothing")
     if not listed:
         text = "\n".join([text, "", *(f"{key}. {option}" for key, option in choices.items())])
     if r"\boxed" not in text:
         what = "the letter of the right option" if letter else "the answer, and nothing else,"
         text = f"{text}\n\nReason step by step, and put {what} inside \\boxed{{}}."
-    return Problem(text, json.dumps({"letter": letter, "text": words}), "choice")
+    answer = json.dumps({"letter": letter, "text": words})
+    require_earnable(letter or words, answer, verify)
+    return Problem(text, answer, "choice")
 
 
 def verify(completion: str, answer: str) -> float:

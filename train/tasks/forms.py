@@ -1,4 +1,4 @@
-r"""One spelling for the many in which people and models write the same answer: `**12**`, `\dfrac{1}{2}`, `x²`, `1\,000`.
+r"""One spelling for the many of an answer: `**12**`, `\dfrac{1}{2}`, `x²`, `1\,000`, `The answer is $5$.`
 
 Only spelling is touched here. Two answers that mean different things stay different: \text{} stays, and so do digits,
 signs, letters and their case.
@@ -6,6 +6,8 @@ signs, letters and their case.
 
 import re
 import unicodedata
+
+from train.tasks.formula import FUNCTIONS
 
 SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ",
@@ -15,15 +17,17 @@ SYMBOLS = {
     "º": r"^\circ ", "′": "'", "″": "''", "’": "'", "…": r"\ldots ", "⟨": r"\langle ", "⟩": r"\rangle ",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
     "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "∣": "|", "‖": r"\| ", "∶": ":", "％": "%",
+    "µ": r"\mu ",
 }  # fmt: skip
+GREEK_NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lamda mu nu xi pi rho sigma tau phi chi psi omega "
+    "Gamma Delta Theta Lamda Xi Pi Sigma Phi Psi Omega"
+)
 GREEK = {
-    unicodedata.lookup(f"GREEK SMALL LETTER {name.upper()}"): f"\\{name} "
-    for name in "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi pi rho sigma tau phi chi psi omega".split()
-} | {
-    unicodedata.lookup(f"GREEK CAPITAL LETTER {name.upper()}"): f"\\{name} "
-    for name in "Gamma Delta Theta Xi Pi Sigma Phi Psi Omega".split()
+    unicodedata.lookup(f"GREEK {'SMALL' if name.islower() else 'CAPITAL'} LETTER {name.upper()}"): name
+    for name in GREEK_NAMES.split(" ")
 }
-GREEK |= {"λ": r"\lambda ", "Λ": r"\Lambda ", "µ": r"\mu "}
+GREEK = {letter: f"\\{name.replace('amda', 'ambda')} " for letter, name in GREEK.items()}  # unicode writes LAMDA
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"))
 LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-"))
 RENAMED = {
@@ -42,14 +46,16 @@ DROPPED = re.compile(
     r"nonumber|notag|mathop|mathord|mathrel|normalsize|large|Large|boldmath|therefore|phantom\{[^{}]*\}|"
     r"tag\*?\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])"
 )
-SPACE = re.compile(r"(?<!\\)\\(?:[,;:>]|[ \t\n]|(?:q?quad|enspace|enskip|thinspace|medspace|thickspace|space)(?![A-Za-z])|hspace\*?\{[^{}]*\})|~")
+SPACE = re.compile(
+    r"(?<!\\)\\(?:[,;:>]|[ \t\n]|(?:q?quad|enspace|enskip|thinspace|medspace|thickspace|space)(?![A-Za-z])"
+    r"|hspace\*?\{[^{}]*\})|~"
+)
 TEXT_FONT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|md|up|normal)?|mbox|hbox|textsc)\s*(?=\{)")
 MATHS_FONT = re.compile(
-    r"\\(?:math(?:rm|bf|it|sf|tt|normal)|operatorname\*?|boldsymbol|bm|pmb|emph)(?![A-Za-z])\s*(?:\{([^{}]*)\}|([A-Za-z0-9]))"
+    r"\\(?:math(?:rm|bf|it|sf|tt|normal)|operatorname\*?|boldsymbol|bm|pmb|emph)(?![A-Za-z])\s*"
+    r"(?:\{([^{}]*)\}|([A-Za-z0-9]))"
 )
-NAMES = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp max min gcd lcm det".split()
-)
+NAMES = FUNCTIONS | {"det"}
 FUNCTION_NAME = re.compile(rf"\\text\s*\{{({'|'.join(NAMES)})\}}")
 MARKDOWN = re.compile(r"(\*\*|__|\*|`+)(?=\S)(.+?)(?<=\S)\1", re.DOTALL)
 OPENING = re.compile(
@@ -79,7 +85,11 @@ def normalise(text: str) -> str:
     text = re.sub(r"\^\s*\{\s*\\deg\s*\}", r"\\deg ", text)
     text = re.sub(r"\^\s*\{\s*('+)\s*\}|\^\s*('+)", r"\1\2", text)
     text = text.replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", lambda match: rf"\text{{{' '.join(match[1].split())}}}" if match[1].strip() else " ", text)
+    text = re.sub(
+        r"\\text\s*\{([^{}]*)\}",
+        lambda match: rf"\text{{{' '.join(match[1].split())}}}" if match[1].strip() else " ",
+        text,
+    )
     text = re.sub(r"(?<![\d,.])(\d{1,3}(?: \d{3})+)(?![\d,])", lambda match: match[1].replace(" ", ","), text)
     if (match := re.match(r"\\text\{([^{}]*)\}\s*(?=\S)", text)) and OPENING.sub("", f"{match[1]} .") == ".":
         text = text[match.end() :]

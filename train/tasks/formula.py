@@ -1,8 +1,9 @@
-r"""One formula of an answer: read from normalised LaTeX within bounds, valued exactly or to 50 digits, never evaluated as code.
+r"""One formula of an answer: read from normalised LaTeX within bounds, valued exactly or to 50 digits.
 
 A formula that is not understood to its last sign is `Unread`; nothing is skipped. Two formulas without variables are
-equal if their exact values are, or else their first 50 digits. With variables they are equal if they are at points that are drawn the
-same way every time, wherever the first is real: sympy's simplification, which can take for ever, is not needed.
+equal if their exact values are, or else some 80 of their digits. Two with variables are equal if they are so at points
+that are drawn in the same way every time, wherever the first is real. No simplification, which can take for ever, is
+needed for that, and nothing is run as code.
 """
 
 import math
@@ -28,10 +29,11 @@ FUNCTIONS = {
     "max", "min", "gcd", "lcm",
 }  # fmt: skip
 SEVERAL = {"max", "min", "gcd", "lcm"}  # functions of several arguments
-GREEK = set(
-    r"\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \iota \kappa \lambda \mu \nu \xi \rho \sigma \tau \phi \chi"
-    r" \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi \Omega \ell".split()
-)
+GREEK = {
+    r"\alpha", r"\beta", r"\gamma", r"\delta", r"\epsilon", r"\zeta", r"\eta", r"\theta", r"\iota", r"\kappa",
+    r"\lambda", r"\mu", r"\nu", r"\xi", r"\rho", r"\sigma", r"\tau", r"\phi", r"\chi", r"\psi", r"\omega",
+    r"\Gamma", r"\Delta", r"\Theta", r"\Lambda", r"\Xi", r"\Pi", r"\Sigma", r"\Phi", r"\Psi", r"\Omega", r"\ell",
+}  # fmt: skip
 APPLIED = set("fghFGHPQL")  # letters that are functions where a parenthesis follows; other letters are factors
 TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:\\overline\s*\{\d+\}|[eE][+-]?\d+(?![\d.A-Za-z]))?)"
@@ -154,7 +156,7 @@ class Reader:
         return terms[0] if len(terms) == 1 else Node("+", tuple(terms))
 
     def product(self, *, of_function: bool = False) -> Node:
-        node = self.factor(first=True)
+        node = self.factor()
         while (text := self.peek()) and text not in self.signs:
             if text in ("*", "/", r"\times", r"\cdot"):
                 if of_function:
@@ -163,11 +165,11 @@ class Reader:
                 sign = 1
                 while self.peek() in ("+", "-"):
                     sign *= self.signs[self.take().text]
-                factor = self.factor(first=True)
+                factor = self.factor()
                 factor = factor if sign > 0 else Node("-", (factor,))
                 node = Node("/" if text == "/" else "*", (node, factor))
             elif self.starts_factor(of_function):
-                node = Node("*", (node, self.factor(first=False)))
+                node = Node("*", (node, self.factor()))
             else:
                 break
         return node
@@ -185,9 +187,9 @@ class Reader:
             return (is_function and not of_function) or known
         return token.text in ("(", "{", "[") or (token.text == "|" and self.bars == 0)
 
-    def factor(self, *, first: bool) -> Node:
+    def factor(self) -> Node:
         start = self.token
-        node = self.base(first)
+        node = self.base()
         while True:
             text = self.peek()
             if text == "^":
@@ -216,11 +218,10 @@ class Reader:
         sign = 1
         while self.peek() in ("+", "-"):
             sign *= self.signs[self.take().text]
-        token = self.token
-        node = self.base(True)  # TeX raises the first digit of 2^10 alone; whoever writes it means ten
+        node = self.base()  # TeX raises the first digit of 2^10 alone; whoever writes it means ten
         return node if sign > 0 else Node("-", (node,))
 
-    def base(self, first: bool) -> Node:
+    def base(self) -> Node:
         token = self.take()
         if token.kind == "number":
             return self.number(token)
@@ -259,7 +260,7 @@ class Reader:
                 raise Unread("an argument without braces")
             self.tokens[self.position] = token._replace(text=token.text[1:], spaced=False)
             return Node("number", (Fraction(int(token.text[0])),))
-        return self.base(True)
+        return self.base()
 
     def number(self, token: Token) -> Node:
         value = read_number(token.text)
@@ -333,7 +334,7 @@ class Reader:
                 return Node("root", (self.group(")"), index))
             token = self.token
             if token is not None and token.kind == "number" and token.spaced:  # as in √12
-                return Node("root", (self.base(True), index))
+                return Node("root", (self.base(), index))
             return Node("root", (self.argument(), index))
         if name in ("lfloor", "lceil"):
             return Node(name, (self.group(f"\\r{name[1:]}"),))
@@ -431,7 +432,11 @@ def exact(node: Node) -> Fraction | None:
 
 def _power(base: Fraction, power: Fraction) -> Fraction | None:
     if power.denominator != 1:
-        return _root(base**power.numerator, Fraction(power.denominator)) if abs(power.numerator) < 64 and base > 0 else None
+        return (
+            _root(base**power.numerator, Fraction(power.denominator))
+            if abs(power.numerator) < 64 and base > 0
+            else None
+        )
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(power) * bits > MOST_BITS and abs(base) != 1 and base != 0:
         raise TooLarge

@@ -68,7 +68,7 @@ def _gold(item) -> str:
     if boxed:  # a whole solution, or an answer in a box of its own
         text = boxed
     normal = normalise(text)
-    if not re.search(r"\w", normal) and not answers.is_understood(text) or normal.casefold() in ("nan", "n/a"):
+    if (not re.search(r"\w", normal) and not answers.is_understood(text)) or normal.casefold() in ("nan", "n/a"):
         raise UnusableRow(f"the answer {shorten(text)} says nothing")
     if not answers.is_understood(text) and not OPERATORS.search(normal):
         words = len(re.findall(r"[^\W\d_]{2,}", answers.plain(normal)))
@@ -78,15 +78,19 @@ def _gold(item) -> str:
 
 
 def verify(completion: str, answer: str) -> float:
-    r"""1.0 if what the last \boxed{} holds equals one of the golds, else 0.0."""
+    r"""1.0 if what the last \boxed{} holds equals one of the golds, else 0.0. ValueError for a gold without meaning."""
     boxed = last_boxed(completion)
     if not boxed:
         return 0.0
-    return float(any(answers.same(gold, boxed) or _same_by_sympy(gold, boxed) for gold in json.loads(answer)))
+    golds = json.loads(answer)
+    for gold in golds:
+        if not answers.readings(gold):
+            raise ValueError(f"the gold answer {gold!r} says nothing")
+    return float(any(answers.same(gold, boxed) or _same_by_sympy(gold, boxed) for gold in golds))
 
 
 def _same_by_sympy(gold: str, given: str) -> bool:
-    """Whether math-verify finds a sum, integral, product or limit equal to another; words and other letters refuse it."""
+    """Whether math-verify finds two sums, integrals, products or limits equal; it is not asked about anything else."""
     texts = [normalise(text) for text in (gold, given)]
     if not OPERATORS.search(texts[0]) or not all(FOR_SYMPY.fullmatch(text) for text in texts):
         return False
@@ -97,7 +101,11 @@ def _same_by_sympy(gold: str, given: str) -> bool:
     if not (expected and found):
         return False
     one, other = expected[0], found[0]
-    if isinstance(one, str) or isinstance(other, str) or not (hasattr(one, "free_symbols") and hasattr(other, "free_symbols")):
+    if (
+        isinstance(one, str)
+        or isinstance(other, str)
+        or not (hasattr(one, "free_symbols") and hasattr(other, "free_symbols"))
+    ):
         return False
     if one.free_symbols != other.free_symbols:
         return False

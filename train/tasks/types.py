@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 LONGEST_BOX = 2000  # characters; a longer final answer is none
 BOXES = (r"\boxed", r"\fbox", r"\framebox")
-BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?<=[\sd])([-+]?[\w.,/]+%?))")  # \boxed 5 has no braces
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s*\{|(?:\s+|(?=\d))([-+]?[\w.,/]+%?))")
 
 
 class Problem(NamedTuple):
