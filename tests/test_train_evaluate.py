@@ -18,7 +18,7 @@ from train.presets import load_preset
 from train.problems import EvalSet, Prompts, load_task
 from train.rewards import Rewards
 from train.rollout import Completion
-from train.tasks import Problem
+from train.tasks import VERIFIERS, Problem
 
 PROBLEMS = [Problem(f"{a} {b} ? {a + b} >", json.dumps({"numbers": [a, b], "target": a + b}), "words") for a, b in
             ((1, 2), (3, 4), (5, 6), (7, 8))]  # fmt: skip
@@ -61,21 +61,39 @@ def test_means_over_answers_and_errors_over_problems():
     assert found["four"].solved == pytest.approx(expected.mean().item())
     assert found["four"].standard_error == pytest.approx(expected.std(correction=0).item() / 2)
     assert (found["four"].finished, found["four"].problems, found["four"].answers) == (0.75, 4, 4)
+    assert found["four"].errors == found["greedy"].errors == 0 and "VERIFIED" not in str(found["four"])
     assert found["greedy"].solved == 1.0 and found["greedy"].standard_error == 0
     assert [call[:2] for call in engine.calls] == [(2, 4), (2, 4), (4, 1)]  # at most ten answers at a time
     assert [call[2].temperature for call in engine.calls] == [0.6, 0.6, None]
     assert len({call[2].seed for call in engine.calls[:2]}) == 2
 
 
+def test_answers_that_could_not_be_verified_are_told(monkeypatch, capsys):
+    def verify(completion, answer):
+        raise MemoryError(completion) if "-" in completion else KeyError("no such number")
+
+    monkeypatch.setitem(VERIFIERS, "words", verify)
+    config = settings(eval_batch_size=10)
+    with Rewards(1, 1.0) as rewards:
+        found = evaluate(
+            Scripted(), [EvalSet("four", PROBLEMS, 4, 0.6)], Prompts(TOKENIZER, config), rewards, config, ALONE
+        )
+    assert found.rates["four"].errors == found.metrics()["eval/four/errors"] == 16
+    assert "NOT VERIFIED 16" in str(found) and Evaluation.from_metrics(found.metrics()) == found
+    printed = capsys.readouterr().out
+    assert "warning: 16 of 16 answers to four could not be verified and count as wrong: KeyError: 'no such" in printed
+
+
 def test_ranks_share_the_problems():
     class WithAnother(World):
         def sum(self, values):
-            return values + torch.tensor([1.25, 0.25**2 + 1, 1.5], dtype=values.dtype)  # solved 0.25 and 1
+            return values + torch.tensor([1.25, 0.25**2 + 1, 1.5, 2], dtype=values.dtype)  # solved 0.25 and 1
 
     engine, config = Scripted(), settings()
     with Rewards(1, 1.0) as rewards:
         sets = [EvalSet("four", PROBLEMS, 4, 1.0)]
         rate = evaluate(engine, sets, Prompts(TOKENIZER, config), rewards, config, WithAnother(1, 2, ALONE.device))
+    assert rate.rates["four"].errors == 2
     assert engine.calls[0][0] == 2  # the second and the fourth: 0.5 and 0.75
     assert rate.rates["four"].solved == pytest.approx((0.5 + 0.75 + 0.25 + 1) / 4)
 

@@ -23,7 +23,7 @@ from train.checkpoint import MODEL, list_checkpoints
 from train.config import STRATEGIES, Config
 from train.distributed import World
 from train.launch import claim, launch
-from train.metrics import MetricsLog, learning_warnings, read_metrics
+from train.metrics import UNVERIFIED, MetricsLog, learning_warnings, read_metrics
 from train.presets import load_preset
 from train.samples import SHOWN, render
 from train.tasks import VERIFIERS
@@ -320,8 +320,11 @@ def test_one_process_a_folder(tmp_path):
         pass
 
 
+METRICS = {"frac_reward_zero_std": 0.5, "completions/clipped_ratio": 0.5, "reward": 0.1}
+
+
 def test_warnings_when_nothing_can_be_learned(smoke, capsys, monkeypatch):
-    metrics = {"frac_reward_zero_std": 0.5, "completions/clipped_ratio": 0.5, "reward": 0.1}
+    metrics = METRICS
     assert not learning_warnings(metrics)
     assert "equal rewards" in learning_warnings(metrics | {"frac_reward_zero_std": 1.0}).pop()
     assert "cut off" in learning_warnings(metrics | {"completions/clipped_ratio": 1.0}).pop()
@@ -329,6 +332,23 @@ def test_warnings_when_nothing_can_be_learned(smoke, capsys, monkeypatch):
     assert launch(smoke(max_completion_length=2, max_steps=3, sft_steps=20)) == 0
     printed = capsys.readouterr().out
     assert printed.count("every answer was cut off") == printed.count("every group's answers got equal rewards") == 1
+
+
+def test_verification_that_fails_is_told_and_not_taken_for_a_hard_task(smoke, capsys, monkeypatch):
+    def verify(completion, answer):
+        raise MemoryError
+
+    assert learning_warnings(METRICS | {"frac_reward_zero_std": 1.0, "rewards/error_share": 0.6}) == {UNVERIFIED}
+    assert not learning_warnings(METRICS | {"rewards/error_share": 0.4})
+    monkeypatch.setitem(VERIFIERS, "words", verify)
+    config = smoke(max_steps=2)
+    assert launch(config) == 0
+    printed, answers = capsys.readouterr().out, config.rollout.prompts_per_step * config.rollout.num_generations
+    assert printed.count(UNVERIFIED) == 1 and f"{UNVERIFIED}: MemoryError:  ({answers})" in printed
+    assert "equal rewards" not in printed and f"NOT VERIFIED {answers}" in printed
+    assert "answers to sampled could not be verified and count as wrong: MemoryError" in printed
+    [*_, last] = [record for record in read_metrics(Path(config.run.output)) if "reward" in record]
+    assert (last["rewards/errors"], last["rewards/error_share"]) == (answers, 1.0)
 
 
 class Texts(HTMLParser):

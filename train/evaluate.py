@@ -18,7 +18,7 @@ from train.config import BadSetting, Config
 from train.console import bar, say
 from train.distributed import World
 from train.problems import EvalSet, Prompts
-from train.rewards import Rewards
+from train.rewards import Rewards, Score, count_errors, describe_errors
 from train.rollout import Engine, Sampling
 
 
@@ -32,9 +32,12 @@ class SolveRate(NamedTuple):
     problems: int
     answers: int = 1
     """To each problem."""
+    errors: int = 0
+    """Answers that could not be verified, and count as wrong."""
 
     def __str__(self) -> str:
-        return f"{self.solved:6.1%} ± {self.standard_error:.1%}, finished {self.finished:6.1%}"
+        unverified = f", NOT VERIFIED {self.errors}" if self.errors else ""
+        return f"{self.solved:6.1%} ± {self.standard_error:.1%}, finished {self.finished:6.1%}{unverified}"
 
 
 class Evaluation(NamedTuple):
@@ -71,7 +74,8 @@ def solve_rate(
     """Each rank answers a share of the problems."""
     problems, n = wanted.problems[world.rank :: world.size], wanted.answers
     at_once = max(1, config.run.eval_batch_size // n)
-    sums = torch.zeros(3, dtype=torch.float64)  # of solved, its square, and finished, over problems
+    sums = torch.zeros(4, dtype=torch.float64)  # of solved, its square, and finished, over problems; of errors
+    unverified: list[Score] = []
     batches = range(0, len(problems), at_once)
     for start in bar(batches, f"evaluate {wanted.name}", "batch", disable=not world.is_first):
         batch = problems[start : start + at_once]
@@ -83,10 +87,19 @@ def solve_rate(
         finished = torch.tensor([each.finish_reason == "stop" for each in completions]).double()
         solved = torch.tensor([score.reward for score in scores]).double() * finished
         share = solved.view(-1, n).mean(-1)
-        sums += torch.stack([share.sum(), (share**2).sum(), finished.view(-1, n).mean(-1).sum()])
-    total, squares, finished = (world.sum(sums) / len(wanted.problems)).tolist()
+        sums[:3] += torch.stack([share.sum(), (share**2).sum(), finished.view(-1, n).mean(-1).sum()])
+        sums[3] += count_errors(scores)
+        unverified += [score for score in scores if score.error is not None]
+    sums = world.sum(sums)
+    total, squares, finished = (sums[:3] / len(wanted.problems)).tolist()
+    errors = int(sums[3])
+    if errors and world.is_first:
+        say(
+            f"warning: {errors} of {n * len(wanted.problems)} answers to {wanted.name} could not be verified and count "
+            f"as wrong: {describe_errors(unverified) or 'on other ranks'}"
+        )
     error = math.sqrt(max(0.0, squares - total**2) / len(wanted.problems))
-    return SolveRate(total, finished, error, len(wanted.problems), n)
+    return SolveRate(total, finished, error, len(wanted.problems), n, errors)
 
 
 def table(evaluation: Evaluation) -> str:

@@ -212,6 +212,7 @@ def _mean(evaluations: tuple[Evaluation, ...]) -> Evaluation:
             math.sqrt(sum(rate.standard_error**2 for rate in rates)) / len(rates),
             sum(rate.problems for rate in rates),
             rates[0].answers,
+            sum(rate.errors for rate in rates),
         )
 
     return Evaluation({name: pool([each.rates[name] for each in evaluations]) for name in evaluations[0].rates})

@@ -22,9 +22,9 @@ from train.config import Config
 from train.console import Phases, bar
 from train.evaluate import evaluate
 from train.loss import group_advantages
-from train.metrics import learning_warnings, memory_metrics, rollout_metrics
+from train.metrics import UNVERIFIED, learning_warnings, memory_metrics, rollout_metrics
 from train.policy import TokenStats, credit_options, read_batch, read_log_probs
-from train.rewards import count_errors
+from train.rewards import Score, count_errors, describe_errors
 from train.rollout import Sampling
 from train.samples import write_held_out_samples, write_samples
 from train.setup import TrainingRun, open_run
@@ -44,6 +44,8 @@ class Step(NamedTuple):
     tokens: TokenStats
     gamma: Tensor
     """[N]"""
+    scores: list[Score]
+    """Of each answer, with the reason where it could not be verified."""
 
 
 def train(config: Config, folder: Path):
@@ -59,7 +61,7 @@ def train(config: Config, folder: Path):
             step = train_step(run, number)
             run.log.write(number, step.metrics)
             steps.set_postfix(reward=f"{step.metrics['reward']:.2f}", refresh=False)
-            warned = warn(run, number, step.metrics, warned)
+            warned = warn(run, number, step, warned)
             if number % report.logging_steps == 0 or number == grpo.max_steps:
                 run.say(describe(number, step.metrics, config))
             if is_due(report.sample_steps, number, grpo.max_steps) and run.world.is_first:
@@ -124,9 +126,11 @@ def train_step(run: TrainingRun, number: int) -> Step:
 
     metrics = rollout_metrics(batch, rewards, n, tokens, gamma[0], credit, world) | update
     metrics |= phase.metrics(old.seconds) | memory_metrics(tokens, world.device)
-    metrics |= {"rewards/errors": count_errors(scores), "learning_rate": run.optimizer.param_groups[0]["lr"]}
+    errors, answers = world.sum(torch.tensor([count_errors(scores), len(scores)], dtype=torch.float64)).tolist()
+    metrics |= {"rewards/errors": int(errors), "rewards/error_share": errors / answers}
+    metrics |= {"learning_rate": run.optimizer.param_groups[0]["lr"]}
     metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
-    return Step(metrics, asked, batch, rewards, tokens, gamma[0])
+    return Step(metrics, asked, batch, rewards, tokens, gamma[0], scores)
 
 
 def is_due(every: int, step: int, last: int) -> bool:
@@ -140,8 +144,9 @@ def assess(run: TrainingRun, step: int, when: str):
     run.say(f"{when:7} {found}")
 
 
-def warn(run: TrainingRun, step: int, metrics: dict[str, float], before: set[str]) -> set[str]:
+def warn(run: TrainingRun, step: int, done: Step, before: set[str]) -> set[str]:
     """Says what teaches nothing, once as long as it lasts; ends a run whose sampler is another policy."""
+    metrics = done.metrics
     gap, most = metrics.get("sampling/sampling_logp_difference/mean", 0.0), run.config.rollout.vllm_logp_tolerance
     if gap > most and step <= run.step + 2:  # the second of them is the first after a weight sync
         raise RuntimeError(
@@ -152,14 +157,16 @@ def warn(run: TrainingRun, step: int, metrics: dict[str, float], before: set[str
     if gap > most:
         warnings.add("the gap of sampler and trainer is above --vllm-logp-tolerance")
     for warning in sorted(warnings - before):
-        run.say(f"warning, step {step}: {warning}")
+        reasons = f": {describe_errors(done.scores)}" if warning == UNVERIFIED and count_errors(done.scores) else ""
+        run.say(f"warning, step {step}: {warning}{reasons}")
     return warnings
 
 
 def describe(step: int, metrics: dict[str, float], config: Config) -> str:
     entropy = f"entropy {metrics['entropy']:.3f}  " if "entropy" in metrics else ""
+    unverified = f"NOT VERIFIED {metrics['rewards/errors']}  " if metrics["rewards/errors"] else ""
     return (
-        f"step {step}/{config.grpo.max_steps}  reward {metrics['reward']:.3f}  "
+        f"step {step}/{config.grpo.max_steps}  reward {metrics['reward']:.3f}  {unverified}"
         f"length {metrics['completions/mean_length']:.1f}  cut off {metrics['completions/clipped_ratio']:.1%}  "
         f"{entropy}{metrics['step_time']:.2f} s, {metrics['tokens_per_second']:,.0f} tok/s, "
         f"statistics {metrics['rhythm/statistics_share']:.1%} of it"

@@ -15,6 +15,7 @@ from train.distributed import World
 from train.policy import TokenStats
 
 FILE = "metrics.jsonl"
+UNVERIFIED = "most answers could not be verified, and got 0 whatever they say"
 TOTAL = -1.0  # in place of a count: a sum, not a mean
 
 
@@ -153,7 +154,9 @@ def memory_metrics(old: TokenStats, device: torch.device) -> dict[str, float]:
 def learning_warnings(metrics: dict[str, float]) -> set[str]:
     """Why this step taught nothing, if so."""
     found = set()
-    if metrics["frac_reward_zero_std"] == 1:
+    if metrics.get("rewards/error_share", 0) > 0.5:
+        found.add(UNVERIFIED)  # and so nothing is known of how hard the task is
+    elif metrics["frac_reward_zero_std"] == 1:
         found.add(
             f"every group's answers got equal rewards (mean {metrics['reward']:.2f}), so no advantage differs from 0; "
             "an easier or a harder task, or more --num-generations, would spread them"
