@@ -229,14 +229,14 @@ def _interval(nodes: list[Node], signs: list[str]) -> Bracketed | None:
 
 def _is_name(text: str) -> bool:
     """Whether a side of an equation only names what the other is: x, x_1, f(x), AB, (x, y), \\text{Area}."""
-    if re.search(r"\\text\{|[A-Za-z]{4,}", text) and not re.search(r"[-+*/\d]", text):
+    if re.search(r"\\text\{|[A-Za-z]{4,}", text) and not re.search(r"[-+*/^!?\d]", text):
         return True
+    if _is_constant(text):  # e and \pi
+        return False
     text = re.sub(
         r"\\(?:angle|triangle|overline|vec|hat|bar|det|Pr|mathbb|mathcal|cos|sin|tan|deg)(?![A-Za-z])", " ", text
     )
-    return bool(
-        re.fullmatch(r"[|({\s]*(?:\\?[A-Za-z]+'*(?:_(?:\w|\{[^{}]*\}))?[\s,;]*)+(?:\([^()=]*\))?[|)}\s]*", text)
-    )
+    return bool(re.fullmatch(r"[|({\s]*(?:\\?[A-Za-z]'*(?:_(?:\w|\{[^{}]*\}))?[\s,;]*)+(?:\([^()=]*\))?[|)}\s]*", text))
 
 
 def _read_equation(sides: list[str], depth: int):
