@@ -192,7 +192,8 @@ def _build(name: str, found: ProblemSet, rows: Iterator[tuple[str, Mapping]], sa
         except UnusableRow as error:
             unusable.append(f"{where}: {error}")
     if unusable:
-        say(f"{name}: {len(unusable)} of {len(unusable) + len(problems)} rows left out, the first {unusable[0]}")
+        first = "; ".join(unusable[:3])
+        say(f"{name}: {len(unusable)} of {len(unusable) + len(problems)} rows left out, the first {first}")
     return problems
 
 
