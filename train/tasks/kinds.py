@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import mpmath
 
-from train.tasks import formula
+from train.tasks import formula, values
 from train.tasks.formula import Node
 
 SIGNIFICANT = 6  # digits of a decimal that stands for an irrational number
@@ -98,7 +98,7 @@ def equal(gold, given) -> bool:
         isinstance(gold, Quantity) and isinstance(given, Ratio)
     ):
         ratio, number = (gold, given) if isinstance(gold, Ratio) else (given, gold)
-        return len(ratio.parts) == 2 and not number.unit and formula.same(Node("/", ratio.parts), number.node)
+        return len(ratio.parts) == 2 and not number.unit and values.same(Node("/", ratio.parts), number.node)
     if isinstance(gold, Bracketed) and isinstance(given, Relation):
         return gold.relation is not None and equal(gold.relation, given)
     if isinstance(gold, Relation) and isinstance(given, Bracketed):
@@ -115,14 +115,14 @@ def equal(gold, given) -> bool:
     if isinstance(gold, Several):
         return _equal_lists(gold, given)
     if isinstance(gold, Relation):
-        found = formula.proportion(gold.difference, given.difference)
+        found = values.proportion(gold.difference, given.difference)
         return gold.sign == given.sign and (found > 0 or (found < 0 and gold.sign in ("=", "!=")))
     if isinstance(gold, Clock):
         return gold.time == given.time and gold.half in ("", given.half)
     if isinstance(gold, Ratio):
         pairs = zip(gold.parts[1:], given.parts[1:])
         return len(gold.parts) == len(given.parts) and all(
-            formula.same(Node("*", (gold.parts[0], other)), Node("*", (given.parts[0], one))) for one, other in pairs
+            values.same(Node("*", (gold.parts[0], other)), Node("*", (given.parts[0], one))) for one, other in pairs
         )
     if isinstance(gold, Rows):
         return (
@@ -178,15 +178,15 @@ def _equal_quantities(gold: Quantity, given: Quantity) -> bool:
         return _equal_numbers(gold, given) and "pm" not in (gold.unit, given.unit)
     hundredth = Node("number", (Fraction(1, 100),))
     if gold.unit:
-        return _equal_numbers(gold, given) or formula.same(Node("*", (gold.node, hundredth)), given.node)
-    if formula.same(gold.node, Node("*", (given.node, hundredth))):
+        return _equal_numbers(gold, given) or values.same(Node("*", (gold.node, hundredth)), given.node)
+    if values.same(gold.node, Node("*", (given.node, hundredth))):
         return True
-    size = formula.number_of(gold.node)  # 0.5 may be a half as well as half a percent, 25 is more likely a percentage
+    size = values.number_of(gold.node)  # 0.5 may be a half as well as half a percent, 25 is more likely a percentage
     return size is not None and abs(size) > 1 and _equal_numbers(gold, given)
 
 
 def _equal_numbers(gold: Quantity, given: Quantity) -> bool:
-    if formula.same(gold.node, given.node):
+    if values.same(gold.node, given.node):
         return True
     if formula.symbols(gold.node) or formula.symbols(given.node):
         return False
@@ -206,15 +206,15 @@ def _stands_for(decimal: str, node: Node, least: int, *, cut: bool) -> bool:
     if len(digits if cut else digits.rstrip("0")) < least:
         return False
     try:
-        fraction = formula.exact(node)
-    except (ArithmeticError, formula.TooLarge):
+        fraction = values.exact(node)
+    except (ArithmeticError, values.TooLarge):
         return False
     if fraction is not None and (cut or _terminates(fraction)):
         return False
-    number = formula.number_of(node)
+    number = values.number_of(node)
     if number is None:
         return False
-    with mpmath.workdps(formula.DIGITS):
+    with mpmath.workdps(values.DIGITS):
         step = mpmath.mpf(10) ** -len(decimal.partition(".")[2])
         stated = mpmath.mpf(decimal)
         is_cut = cut and 0 <= abs(number) - abs(stated) < step and (number > 0) == (stated > 0)
