@@ -32,7 +32,17 @@ from rhythm_kernels.isolation import isolated, lowest_precision
 from rhythm_kernels.masks import is_mask, packing_hint, window_of
 from rhythm_kernels.sequences import find_sequences
 from rhythm_kernels.signals import GROUPS_PER, check_groups, rhythm_of
-from rhythm_kernels.taps import NOT_WHOLE, Call, Layers, ancestors_of, decoder_of, is_tensor_parallel, layers_of, tap_of
+from rhythm_kernels.taps import (
+    NOT_WHOLE,
+    Call,
+    Layers,
+    ancestors_of,
+    decoder_of,
+    is_of_encoder_decoder,
+    is_tensor_parallel,
+    layers_of,
+    tap_of,
+)
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
 
 MASKED = ("eager", "sdpa")
@@ -169,7 +179,11 @@ class Collector:
         """
         missing = [layer for layer in self.layers if layer not in self.stats]
         if missing:
-            why = "no forward ran inside the context" if not self.stats else "the forward did not call their attention"
+            why = (
+                "no forward ran inside the context"
+                if not self.stats
+                else "the forward did not call their attention, or failed"
+            )
             raise RuntimeError(f"no statistics of layers {missing}: {why}")
         if self._grouping["groups"] is None:  # ranking the spans waits for the device anyway
             self.check()
@@ -190,8 +204,11 @@ class Collector:
     # ---- around the forward ------------------------------------------------------------------------------------------
 
     def _is_mine(self) -> bool:
-        """Whether this is the thread that opened the context: forwards of others are theirs."""
-        return threading.get_ident() == self._thread
+        """Whether this is a forward of the thread that opened the context, and no recomputation for a gradient."""
+        return threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1
+
+    def __deepcopy__(self, memo) -> "Collector":
+        return self  # the hooks of a model that is copied inside the context; they ignore the copy
 
     @torch.compiler.disable(reason=NOT_WHOLE)
     def _before_outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -201,7 +218,7 @@ class Collector:
 
     @torch.compiler.disable(reason=NOT_WHOLE)
     def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self._is_mine():
+        if not self._is_mine() or decoder is not self.decoder:
             return
         if self.layout is not None:
             raise RuntimeError("collect records one forward: open a new context for the next one")
@@ -233,8 +250,8 @@ class Collector:
         self.layout, self._calls = layout, {}
 
     @torch.compiler.disable(reason=NOT_WHOLE)
-    def _after_forward(self, *_) -> None:
-        if self._is_mine():
+    def _after_forward(self, decoder: nn.Module, *_) -> None:
+        if self._is_mine() and decoder is self.decoder:
             self._calls = None  # a layer may be called again: by a backward pass, by another model
 
     def layer_of(self, module: nn.Module) -> int | None:
@@ -243,7 +260,12 @@ class Collector:
         if places is None or not self._is_mine() or self._calls is None:
             return None
         call = self._calls[id(module)] = self._calls.get(id(module), -1) + 1
-        return places[call] if call < len(places) and places[call] in self.layers else None
+        if call == len(places):
+            raise ValueError(
+                f"collect needs layers that run as often as they stand in the decoder, got call {call + 1} of the "
+                f"attention of layer {places[-1]}: which of its maps is the layer's is not known"
+            )
+        return places[call] if places[call] in self.layers else None
 
     # ---- one layer ---------------------------------------------------------------------------------------------------
 
@@ -316,7 +338,7 @@ class Collector:
         heads = query_heads(self.decoder)
         if isinstance(heads, int) and q.shape[1] != heads:
             sharded = is_tensor_parallel(call.module)
-            why = "shards of tensor parallelism" if sharded else "removed heads, and heads that another rank holds,"
+            why = "layers of several sizes, and heads that another rank holds," if not sharded else "shards of heads"
             raise ValueError(
                 f"collect needs layers with the model's {heads} query heads, got {q.shape[1]} in layer {layer}: "
                 f"{why} cannot be collected"
@@ -340,8 +362,8 @@ class Collector:
 def query_heads(decoder: nn.Module) -> int:
     """Returns the number of query heads of a decoder's layers."""
     config = decoder.config
-    if getattr(config, "is_encoder_decoder", False) and hasattr(config, "decoder_attention_heads"):
-        return config.decoder_attention_heads  # its num_attention_heads is the encoder's
+    if is_of_encoder_decoder(config) and hasattr(config, "decoder_attention_heads"):
+        return config.decoder_attention_heads
     return config.num_attention_heads
 
 

@@ -67,7 +67,7 @@ class Tap:
 
     def add(self, listener: Listener) -> None:
         with _lock:  # contexts of other threads come and go
-            if not self.listeners:
+            if not self.listeners and self.table.get(self.name) is not self:  # it is where another tool put it back
                 self._had_own = self.name in self.table._local_mapping
                 self._wrapped = self.table.get(self.name)
                 self.table[self.name] = self
@@ -76,7 +76,8 @@ class Tap:
     def remove(self, listener: Listener) -> None:
         with _lock:
             self.listeners = [other for other in self.listeners if other is not listener]
-            if not self.listeners:
+            # what another tool has put there meanwhile stays
+            if not self.listeners and self.table._local_mapping.get(self.name) is self:
                 del self.table[self.name]
                 if self._had_own:
                     self.table[self.name] = self._wrapped
@@ -91,8 +92,7 @@ class Tap:
 
     @torch.compiler.disable(reason=NOT_WHOLE)
     def __call__(self, module, query, key, value, attention_mask, **kwargs):
-        # "eager" has no entry in the table: it is a function beside the model
-        attend: Callable = self._wrapped or _modeling_file(module, "eager_attention_forward").eager_attention_forward
+        attend: Callable = self._wrapped or _eager_function(type(module))  # "eager" has no entry in the table
         attend = partial(attend, module, query, key, value, attention_mask)
         listeners = [(listener, listener.layer_of(module)) for listener in self.listeners]
         listeners = [(listener, layer) for listener, layer in listeners if layer is not None]
@@ -159,23 +159,37 @@ def layers_of(decoder: nn.Module) -> Layers:
 
     Layers may have been removed, and one may stand at several places.
     """
-    found: dict[int, nn.Module] = {}
+    named = [
+        (name.split("."), module)
+        for name, module in decoder.named_modules(remove_duplicate=False)
+        if _attends(type(module)) and not _looks_elsewhere(name, type(module))
+    ]
+    # cross-attention says that it is not causal; where no layer says that it is, the others may be by their masks
+    causal = [(parts, module) for parts, module in named if getattr(module, "is_causal", True)]
+    found: dict[int, list[nn.Module]] = {}
     count, begins = 0, {}  # the place of the first layer of each list of layers
-    for name, module in decoder.named_modules(remove_duplicate=False):
-        parts = name.split(".")
+    for parts, module in causal or named:
         index = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-        if index is None or not _attends(type(module)) or not _is_causal(module):
+        if index is None:
             continue
         stack = ".".join(parts[:index])
         if stack not in begins:
             begins[stack] = count
             count += len(decoder.get_submodule(stack))
-        found.setdefault(begins[stack] + int(parts[index]), module)
+        found.setdefault(begins[stack] + int(parts[index]), []).append(module)
+    if any(len(modules) > 1 for modules in found.values()):  # several attentions a layer: each counts as one
+        every = [module for _, modules in sorted(found.items()) for module in modules]
+        found, count = {place: [module] for place, module in enumerate(every)}, len(every)
     configured = getattr(decoder.config, "num_hidden_layers", None)
-    # of an encoder-decoder it is the encoder's number; elsewhere layers beyond it do not run
-    if isinstance(configured, int) and not getattr(decoder.config, "is_encoder_decoder", False):
+    # layers beyond it do not run; in the decoder of an encoder-decoder it is the encoder's number
+    if isinstance(configured, int) and not is_of_encoder_decoder(decoder.config):
         count = min(count, configured)
-    return Layers(count, {place: module for place, module in sorted(found.items()) if place < count})
+    return Layers(count, {place: module for place, [module] in sorted(found.items()) if place < count})
+
+
+def is_of_encoder_decoder(config) -> bool:
+    """Returns whether the sizes in a decoder's configuration that name no side are the encoder's."""
+    return getattr(config, "is_encoder_decoder", False) or hasattr(config, "decoder_layers")
 
 
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
@@ -198,32 +212,54 @@ def is_tensor_parallel(module: nn.Module) -> bool:
 
 
 def _is_decoder(module: nn.Module) -> bool:
-    return _takes_tokens(type(module)) and hasattr(module, "config") and bool(softmax_layers(module))
+    takes_tokens = {"input_ids", "inputs_embeds"} & _parameters(type(module))
+    return bool(takes_tokens) and hasattr(module, "config") and bool(softmax_layers(module))
+
+
+def _looks_elsewhere(name: str, cls: type) -> bool:
+    """Whether this attention is that of a sequence's tokens to those of an image or of an encoder."""
+    own = name.rpartition(".")[2]
+    return "cross" in own or own == "encoder_attn" or "cross_attention_states" in _parameters(cls)
 
 
 @cache
-def _takes_tokens(cls: type) -> bool:
-    return bool({"input_ids", "inputs_embeds"} & set(inspect.signature(cls.forward).parameters))
+def _parameters(cls: type) -> frozenset[str]:
+    """The arguments that this class's forward names."""
+    return frozenset(inspect.signature(cls.forward).parameters)
 
 
-def _is_causal(module: nn.Module) -> bool:
-    """Whether this attention looks at its own sequence: neither at an encoder's states nor in both directions."""
-    looks_elsewhere = "cross_attention_states" in inspect.signature(type(module).forward).parameters
-    return bool(getattr(module, "is_causal", True)) and not looks_elsewhere
-
-
-@cache
 def _attends(cls: type) -> bool:
-    """Whether this class's forward looks its attention function up in the table, or calls one of a base that does."""
+    return _attending_forward(cls) is not None
+
+
+@cache
+def _attending_forward(cls: type) -> Callable | None:
+    """The forward that looks the attention function up in the table: this class's, or one of a base that it calls."""
     for base in cls.__mro__:
-        code = getattr(inspect.unwrap(vars(base).get("forward", None) or (lambda: None)), "__code__", None)
+        forward = inspect.unwrap(vars(base).get("forward") or _nothing)
+        code = getattr(forward, "__code__", None)
         if code is None or "forward" not in vars(base):
             continue
         if TABLE in code.co_names:
-            return True
+            return forward
         if not {"super", "forward"} & set(code.co_names):
-            return False
-    return False
+            return None
+    return None
+
+
+def _nothing() -> None:
+    pass
+
+
+@cache
+def _eager_function(cls: type) -> Callable:
+    """The function that this class's forward takes where the table has none: the one that it names itself."""
+    forward = _attending_forward(cls)
+    names = [] if forward is None else [name for name in forward.__code__.co_names if "eager" in name]
+    found = [forward.__globals__[name] for name in names if callable(forward.__globals__.get(name))]
+    if len(found) != 1:
+        raise ValueError(f"{cls.__name__} must name one eager attention function, got {names}")
+    return found[0]
 
 
 def _modeling_file(module: nn.Module, attribute: str) -> ModuleType:

@@ -247,7 +247,7 @@ def test_removed_heads_are_not_called_shards():
     attention.q_proj = torch.nn.Linear(48, 32, bias=False)
     attention.o_proj = torch.nn.Linear(32, 48, bias=False)
     attention.num_key_value_groups = 2
-    message = "the model's 6 query heads, got 4 in layer 2: removed heads, and heads that another rank holds"
+    message = "the model's 6 query heads, got 4 in layer 2: layers of several sizes, and heads that another rank holds"
     with torch.no_grad(), refused(message), collect(model):
         model(ids_of())
 
