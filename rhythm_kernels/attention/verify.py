@@ -22,8 +22,7 @@ PROBES = 16
 FEWEST = 4
 CHUNK_BYTES = 64 << 20  # of fp32 keys and values held at once
 SLACK = 2.0
-"""How many times the size of its rounding errors, added as independent ones, a row may be off. Each counts at its
-largest, so that the sum stays below 1 even where two of them decide; measured, it stays below 0.4."""
+"""How many times the size of its rounding errors a row may be off. Each error counts at its largest."""
 FP32 = 2.0**-24  # the unit roundoff
 TINY = torch.finfo(torch.float32).tiny
 ACCUMULATED = 8 * FP32  # error of a sum of fp32 products, relative to the length of the vectors in it
@@ -242,6 +241,9 @@ class _Row(NamedTuple):
     """[S, HQ, P] fp32, sinks included."""
     reach: Tensor
     """[S, HQ, P] fp32: scale |q| max |k|, to which the rounding error of a sum of D products is proportional."""
+    sink: tuple[Tensor, Tensor] | None
+    """The sink's share of each row, and the sizes of what is rounded for it: its logit and the row's maximum; both
+    [S, HQ, P, 1] fp32."""
 
     @classmethod
     def of(cls, part: _Part, q: Tensor, k: Tensor, options: Options, with_sizes: bool = False) -> "_Row":
@@ -263,30 +265,52 @@ class _Row(NamedTuple):
             sinks = options.sinks[heads, None, None]
             largest = torch.maximum(largest, sinks)
         weights = scores.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
+        total, sink = weights.sum(-1, keepdim=True), None
         if options.sinks is not None:
-            total += (sinks - largest).exp()
-        return cls(heads, weights, total, sizes, (largest + total.log()).squeeze(-1), reach)
+            share = (sinks - largest).exp()
+            total += share
+            sink = share / total, sinks.abs() + largest.abs()
+        return cls(heads, weights, total, sizes, (largest + total.log()).squeeze(-1), reach, sink)
 
 
 def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rounding) -> tuple:
-    """(what the call gave, what the map gives, the allowed norm of their difference over Dv, the heads of q)."""
+    """(what the call gave, what the map gives, the allowed norm of their difference over Dv, the heads of q).
+
+    All but the heads are in units of the longest v of a key head, so that squares keep in range. Each weight has a
+    relative error, of which one of size e moves the output by e A[t, s] (v[s] - out). Errors of different keys are
+    added as independent ones, and, since equal keys have equal errors, half of their plain sum beside that.
+    """
     values = _keys_of(v, part)  # [S, H, L, Dv]
+    group = row.weights.shape[1] // values.shape[1]
+    unit = values.abs().amax((-2, -1), keepdim=True).clamp(min=TINY)  # [S, H, 1, 1]
+    values = values / unit
     lengths = values.norm(dim=-1, keepdim=True)
+    longest, of_heads = (x.repeat_interleave(group, 1) for x in (lengths.amax((-2, -1), keepdim=True), unit))
     expected = _grouped(row.weights, values).div_(row.total)
-    got = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, row.heads].float()
-    # the relative error of each weight, and from it the size of a sum of independent errors
+    got = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, row.heads].float() / of_heads
+    size = expected.norm(dim=-1, keepdim=True)
+
     slip = rounding.weights + (rounding.factors + ACCUMULATED) * row.reach[..., None]
-    errors = row.weights
+    errors = row.weights / row.total
     if row.sizes is not None:
-        errors, slip = errors * row.sizes.mul_(rounding.scores).add_(slip), 1.0
-    if rounding.smallest > TINY:
-        errors = errors + rounding.smallest * row.total
-    noise = _grouped(errors.square(), lengths.square()).mul_((slip / row.total) ** 2).squeeze(-1)
-    noise += (rounding.out * expected.norm(dim=-1)).square()
-    longest = lengths.amax((-2, -1)).repeat_interleave(noise.shape[1] // values.shape[1], 1)
-    noise += (ACCUMULATED * longest[..., None]).square()
-    return got, expected, SLACK * noise.sqrt(), row.heads
+        sizes = row.sizes.mul_(rounding.scores)
+        if row.sink is not None:
+            sizes += rounding.scores * row.sink[1]  # the maximum is subtracted in the dtype
+        errors, slip = errors * sizes.add_(slip), 1.0
+    both = torch.cat([lengths, torch.ones_like(lengths)], -1)  # of v[s], and of out
+    apart = _grouped(errors.square(), both.square()) * slip**2
+    together = _grouped(errors, both) * slip
+    if rounding.smallest > TINY:  # weights below it vanish, all of them
+        vanish = (row.weights / row.total).clamp(max=rounding.smallest)
+        apart += rounding.smallest**2 * _grouped(torch.ones_like(vanish), both.square())
+        together += 2 * _grouped(vanish, both)
+    if row.sink is not None:
+        together[..., 1:] += row.sink[0] * (slip if row.sizes is None else rounding.scores * row.sink[1])
+    scale = torch.cat([torch.ones_like(size), size], -1)
+    noise = ((apart + (together / 2).square()) * scale.square()).sum(-1, keepdim=True)
+    noise += (rounding.out * size).square() + (ACCUMULATED * longest).square()
+    noise += values.shape[-1] * (max(rounding.smallest, TINY) / of_heads).square()
+    return got, expected, SLACK * noise.sqrt().squeeze(-1), row.heads, of_heads
 
 
 def _grouped(weights: Tensor, values: Tensor) -> Tensor:
@@ -299,15 +323,21 @@ def _lse_errors(part: _Part, row: _Row, lse: Tensor) -> tuple:
     """As `_output_errors`. A log-sum-exp that is off by x moves each weight by the share x."""
     got = lse[part.batch_row[:, None], row.heads, part.rows].transpose(1, 2)
     allowed = SLACK * ACCUMULATED * (8 + row.lse.abs() + row.reach)
-    return got[..., None].float(), row.lse[..., None], allowed, row.heads
+    return got[..., None].float(), row.lse[..., None], allowed, row.heads, torch.ones_like(allowed[..., :1, None])
 
 
 def _worst(
-    part: _Part, got: Tensor, expected: Tensor, allowed: Tensor, heads: slice, wanted: Tensor | None = None
+    part: _Part,
+    got: Tensor,
+    expected: Tensor,
+    allowed: Tensor,
+    heads: slice,
+    unit: Tensor,
+    wanted: Tensor | None = None,
 ) -> Deviation:
     """The largest difference relative to what is allowed, of the wanted heads [S, HQ].
 
-    got and expected [S, HQ, P, n], allowed [S, HQ, P].
+    got and expected [S, HQ, P, n] and allowed [S, HQ, P] are in units [S, HQ, 1, 1].
     """
     error = got - expected
     excess = error.norm(dim=-1) / allowed
@@ -320,6 +350,7 @@ def _worst(
     sequence, rest = best // excess[0].numel(), best % excess[0].numel()
     head, probe = rest // excess.shape[2], rest % excess.shape[2]
     largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[best].argmax(-1)
+    got, expected, allowed = got * unit, expected * unit, allowed * unit.squeeze(-1)
     values = [x.flatten(0, 2)[best, largest] for x in (got, expected)]
     place = [part.batch_row[sequence], part.rows[sequence, probe], head + heads.start]
     return Deviation(
