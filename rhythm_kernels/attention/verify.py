@@ -25,7 +25,7 @@ SLACK = 2.0
 """How many times the size of its rounding errors a row may be off. Each error counts at its largest."""
 FP32 = 2.0**-24  # the unit roundoff
 TINY = torch.finfo(torch.float32).tiny
-ACCUMULATED = 8 * FP32  # error of a sum of fp32 products, relative to the length of the vectors in it
+ACCUMULATED = 24 * FP32  # error of two sums of fp32 products, the call's and this file's, relative to the vectors' lengths
 
 
 class Rounding(NamedTuple):
