@@ -20,6 +20,7 @@ import train.policy
 import train.setup
 from rhythm_kernels import collect, group_heads
 from train.checkpoint import MODEL, list_checkpoints
+from train.command import run as run_command
 from train.config import STRATEGIES, Config
 from train.distributed import World
 from train.launch import claim, launch
@@ -271,7 +272,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(smoke, tmp_p
     write = MetricsLog.write
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "write", full)
-        assert launch(smoke()) == 1
+        assert run_command("python -m train", lambda: launch(smoke())) == 1
     said = capsys.readouterr().err
     assert "No space left on device" in said and "--resume" in said
     assert launch(Config.load(tmp_path / "run" / "config.json"), tmp_path / "run") == 0
@@ -282,7 +283,7 @@ def test_a_damaged_checkpoint_is_named_with_the_older_one(smoke, tmp_path, capsy
     assert launch(smoke()) == 0
     run = tmp_path / "run"
     (list_checkpoints(run)[-1] / "rank-0.safetensors").write_bytes(b"")
-    assert launch(Config.load(run / "config.json"), run) == 1
+    assert run_command("python -m train", lambda: launch(Config.load(run / "config.json"), run)) == 1
     said = capsys.readouterr().err
     assert "step-000004" in said and "rank-0.safetensors" in said and "step-000002" in said
 
@@ -291,7 +292,7 @@ def test_changed_settings_are_named_on_resume(smoke, tmp_path, capsys):
     assert launch(smoke()) == 0
     path = tmp_path / "run" / "config.json"
     path.write_text(path.read_text().replace('"epsilon": 0.2', '"epsilon": 0.3'))
-    assert launch(Config.load(path), tmp_path / "run") == 1
+    assert run_command("python -m train", lambda: launch(Config.load(path), tmp_path / "run")) == 1
     assert "epsilon" in (said := capsys.readouterr().err) and "0.2" in said and "0.3" in said
 
 

@@ -11,22 +11,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from train.config import BadSetting, Config, flag_name
+from train.command import run
+from train.config import BadSetting, Config, add_flags, check_given, flag_name
 from train.presets import PRESETS, load_preset
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
+    def work() -> int:
         config, folder = parse(arguments)
         from train.launch import launch  # torch and transformers load here, after the flags have been checked
 
         return launch(config, folder)
-    except BadSetting as error:
-        print(f"python -m train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; --resume with the run's folder continues from its last checkpoint", file=sys.stderr)
-        return 130
+
+    resumes = "; --resume with the run's folder continues from its last checkpoint"
+    return run("python -m train", work, when_stopped=resumes)
 
 
 def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
@@ -34,7 +32,9 @@ def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
     values = vars(build_parser().parse_args(arguments))
     preset, resume = values.pop("preset"), values.pop("resume")
     if resume is None:
-        return load_preset(preset or "countdown-tiny").change(**values), None
+        config = load_preset(preset or "countdown-tiny").change(**values)
+        check_given(values, config)
+        return config, None
     if preset or values:
         given = ", ".join(map(flag_name, [*(["preset"] if preset else []), *values]))
         raise BadSetting(f"--resume continues a run as it was configured, but also got {given}")
@@ -51,19 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", default=None, help=f"one of {', '.join(PRESETS)}; the default is the first")
     parser.add_argument("--resume", default=None, metavar="FOLDER", help="continue the run in this folder")
-    for _, group in Config().groups():
-        section = parser.add_argument_group(type(group).__doc__)
-        for f in fields(group):
-            text = f.metadata["help"].replace("%", "%%")
-            if f.type is bool:
-                section.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction, help=text)
-            else:
-                shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-                name = " ".join(f.metadata["choices"]) if "choices" in f.metadata else f.name.upper()
-                several = {"nargs": "+"} if isinstance(f.default, tuple) else {}
-                section.add_argument(
-                    flag_name(f.name), help=f"{text} [{shown}]", metavar=name if not several else "N", **several
-                )
+    add_flags(parser, [f.name for _, group in Config().groups() for f in fields(group)])
     return parser
 
 

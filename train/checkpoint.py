@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from train.config import RunError
 from train.distributed import weights_of, whole
 
 FORMAT = 1
@@ -41,7 +42,7 @@ CHUNK_BYTES = 16 << 20
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint that could not be written, is damaged, or is not this run's."""
 
 

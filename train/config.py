@@ -5,17 +5,23 @@ A field `prompts_per_step` is the flag `--prompts-per-step`. Its help text and l
 TRL's.
 """
 
+import argparse
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+MOST = 2**31 - 1  # of a whole number without a limit of its own: larger ones overflow somewhere behind the start
 STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
 
 
 class BadSetting(ValueError):
     """A flag with a value that it cannot have; the message names it and shows what arrived."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that is not a fault of the program; the message says which."""
 
 
 def flag(default, help: str, **limits):
@@ -247,13 +253,68 @@ class Config:
     @classmethod
     def load(cls, path: Path) -> "Config":
         try:
-            return cls.from_json(path.read_text())
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, AttributeError, KeyError) as error:
             raise BadSetting(f"{path} is no configuration of a run: {error}") from error
 
 
 def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """A flag for each of these fields, in their groups."""
+    for _, group in Config().groups():
+        mine = [f for f in fields(group) if f.name in names]
+        section = parser.add_argument_group(type(group).__doc__) if mine else None
+        for f in mine:
+            text = f.metadata["help"].replace("%", "%%")
+            if f.type is bool:
+                section.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction, help=text)
+                continue
+            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            name = " ".join(f.metadata["choices"]) if "choices" in f.metadata else f.name.upper()
+            several = {"nargs": "+"} if isinstance(f.default, tuple) else {}
+            section.add_argument(
+                flag_name(f.name), help=f"{text} [{shown}]", metavar=name if not several else "N", **several
+            )
+
+
+def check_given(given: Collection[str], config: Config) -> None:
+    """BadSetting for a flag that was given and that nothing reads, as the other settings are."""
+    for names, acts, where in ACTS_WHERE:
+        idle = [name for name in names if name in given]
+        if idle and not acts(config):
+            raise BadSetting(f"{', '.join(map(flag_name, idle))} would have no effect: {where}")
+
+
+def _names_of(group: type) -> list[str]:
+    return [f.name for f in fields(group)]
+
+
+SHAPE = ("layers", "hidden_size", "heads", "key_heads", "head_size", "mlp_size")
+ACTS_WHERE = (
+    (_names_of(Words), lambda c: c.data.train_data == "words", "it is of the tiny Countdown, --train-data words"),
+    ([*SHAPE, *_names_of(Demonstrations)], lambda c: not c.model.model, "--model names a trained model"),
+    (
+        ["vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"],
+        lambda c: c.rollout.engine == "vllm",
+        "the answers do not come from --engine vllm",
+    ),
+    (["rollout_batch_size"], lambda c: c.rollout.engine == "transformers", "it is of --engine transformers"),
+    (
+        ["vllm_importance_sampling_cap"],
+        lambda c: c.grpo.vllm_importance_sampling_correction,
+        "it caps the weights of --vllm-importance-sampling-correction",
+    ),
+    (
+        ["credit_q", "credit_amp", "credit_largest"],
+        lambda c: c.credit.credit != "none",
+        "--credit none selects no token",
+    ),
+    (["credit_alpha"], lambda c: c.credit.credit == "coupled", "it is of --credit coupled"),
+)
+"""(fields, whether they act, why not), for those that do not always."""
 
 
 def _require(holds: bool, name: str, demand: str, value, **beside):
@@ -271,8 +332,9 @@ def _check_limits(f: Field, value):
             _require(limits["above"] < item < float("inf"), f.name, f"be above {limits['above']} and finite", value)
         if "least" in limits:
             _require(limits["least"] <= item < float("inf"), f.name, f"be at least {limits['least']}", value)
-        if "most" in limits:
-            _require(item <= limits["most"], f.name, f"be at most {limits['most']}", value)
+        most = limits.get("most", MOST if type(item) is int else None)
+        if most is not None:
+            _require(item <= most, f.name, f"be at most {most}", value)
 
 
 def _parse(f: Field, value):

@@ -3,23 +3,34 @@
     python -m train.evaluate MODEL [--eval-data aime24 aime25 amc23 math-500 olympiadbench] [--engine vllm] [flags]
 
 MODEL is a run's folder (its last checkpoint), a checkpoint, or a transformers model. A checkpoint brings its run's
-settings, and every flag of `python -m train` may change them. AIME's problems are answered 16 times (avg@16), others
-once (pass@1).
+settings; for another model --preset or flags give them. AIME's problems are answered 16 times (avg@16), others once
+(pass@1).
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from train import command
+from train.config import BadSetting, Config, add_flags, check_given
+from train.presets import load_preset
 
-from train.config import BadSetting, Config
-from train.console import bar, say
-from train.distributed import World
-from train.problems import EvalSet, Prompts
-from train.rewards import Rewards, Score, count_errors, describe_errors
-from train.rollout import Engine, Sampling
+PROGRAM = "python -m train.evaluate"
+
+try:
+    import torch
+
+    from train.console import bar, say
+    from train.distributed import World
+    from train.problems import EvalSet, Prompts
+    from train.rewards import Rewards, Score, count_errors, describe_errors
+    from train.rollout import Engine, Sampling
+except ImportError as error:  # the command tells what is missing; a module that imports this one raises
+    if __name__ != "__main__":
+        raise
+    sys.exit(command.explain(PROGRAM, error))
 
 
 class SolveRate(NamedTuple):
@@ -112,6 +123,14 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+FLAGS = (
+    *("eval_data", "chat_template", "max_prompt_length", "reward_workers", "reward_timeout", "dtype"),
+    *("engine", "max_completion_length", "temperature", "rollout_batch_size", "vllm_gpu_memory_utilization"),
+    *("seeds", "device", "eval_batch_size"),
+)
+"""The settings that an evaluation reads; the command has no other flags."""
+
+
 def find_model(place: str) -> tuple[str, Config | None]:
     """The model to load, and the settings of the run that made it, if one did."""
     from train.checkpoint import MODEL, list_checkpoints
@@ -122,47 +141,84 @@ def find_model(place: str) -> tuple[str, Config | None]:
         if not checkpoints:
             raise BadSetting(f"the run in {place!r} has no checkpoint yet")
         path = checkpoints[-1]
+    elif seeds := sorted(str(seed) for seed in path.glob("seed-*") if (seed / "config.json").is_file()):
+        raise BadSetting(f"MODEL must be one of the runs in {place!r}: {', '.join(seeds)}")
     if (path / MODEL).is_dir():
         path = path / MODEL
     run = path.parents[2] / "config.json" if path.name == MODEL and len(path.parents) > 2 else None
     return str(path), Config.load(run) if run is not None and run.is_file() else None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    from transformers import AutoTokenizer
-
-    from train.__main__ import build_parser
-    from train.problems import load_evaluations, load_task
-    from train.setup import load_engine, local_model
-
-    parser = build_parser()
-    parser.prog, parser.description = "python -m train.evaluate", __doc__.split("\n\n", 1)[1]
-    parser.add_argument("place", metavar="MODEL")
-    try:
-        values = vars(parser.parse_args(arguments))
-        values.pop("resume"), values.pop("preset")
-        place, settings = find_model(values.pop("place"))
-        config = (settings or Config()).change(**{"model": place, **values})
-        world = World.join(config.run.device)
-        evaluations = (
-            load_evaluations(config.data.eval_data, config.rollout.temperature)
-            if config.data.eval_data
-            else load_task(config, world).evaluations
+def choose_settings(model: str, of_run: Config | None, preset: str | None, given: dict[str, str]) -> Config:
+    """The settings of an evaluation: the run's, or the preset's or the defaults, with the flags that were given."""
+    if of_run is not None and preset is not None:
+        raise BadSetting(
+            f"--preset is for a model that no run made, got {preset!r} and a run's, which brings its settings"
         )
-        place = local_model(place, world)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        prompts = Prompts(tokenizer, config)
+    if of_run is None and preset is None and "eval_data" not in given:
+        raise BadSetting("--eval-data must name what to evaluate on, or --preset, for a model that no run made")
+    base = of_run or (Config() if preset is None else load_preset(preset))
+    config = base.change(**{"model": model, **given})
+    if "seeds" in given and len(config.run.seeds) > 1:
+        raise BadSetting(f"--seeds must be one number here, got {config.run.seeds}")
+    check_given(given, config)
+    return config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("place", metavar="MODEL")
+    parser.add_argument("--preset", help="settings for a model that no run made: a preset of python -m train")
+    add_flags(parser, FLAGS)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.run(PROGRAM, lambda: evaluate_model(arguments))
+
+
+def evaluate_model(arguments: list[str] | None) -> int:
+    from train.problems import check_fit, check_verifiers, load_held_out, stop_ids
+    from train.setup import check_engine, load_engine, load_tokenizer, local_model, reading_model
+
+    given = vars(build_parser().parse_args(arguments))
+    place, of_run = find_model(given.pop("place"))
+    config = choose_settings(place, of_run, given.pop("preset", None), given)
+    world = World.join(config.run.device)
+    check_engine(config)
+    evaluations = load_held_out(config, world)
+    check_verifiers([each.problems for each in evaluations])
+    place = local_model(place, world)
+    with reading_model(place):
+        tokenizer = load_tokenizer(place)
+        prompts = Prompts(tokenizer, config, stop_ids(place, tokenizer))
         evaluations = prompts.all_fitting(evaluations)
+        check_fit(place, prompts, config)
         engine = load_engine(place, None, tokenizer, config, world)
-        with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
-            found = evaluate(engine, evaluations, prompts, rewards, config, world)
-        engine.close()
-    except BadSetting as error:
-        print(f"python -m train.evaluate: {error}", file=sys.stderr)
-        return 2
+    with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
+        found = evaluate(engine, evaluations, prompts, rewards, config, world)
+    engine.close()
     if world.is_first:
         say(table(found))
+        for line in cut_off(found, config):
+            say(line)
     return 0
+
+
+def cut_off(evaluation: Evaluation, config: Config) -> list[str]:
+    """A line for each set with answers that the length limit ended: these count as not solved."""
+    most = config.rollout.max_completion_length
+    return [
+        f"{name}: {1 - rate.finished:.1%} of the answers were cut off at --max-completion-length {most}"
+        for name, rate in evaluation.rates.items()
+        if rate.finished < 1
+    ]
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@ A run of several seeds is a folder of one-seed runs, `seed-0`, `seed-1`, ..., ea
 continued by itself.
 """
 
-import errno
 import fcntl
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
@@ -20,7 +20,7 @@ from statistics import mean
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
-from train.checkpoint import CheckpointError
+from train.checkpoint import list_checkpoints
 from train.config import BadSetting, Config, flag_name
 from train.console import say
 from train.distributed import World, choose_device, is_torchrun
@@ -28,33 +28,32 @@ from train.evaluate import Evaluation, SolveRate
 from train.loop import train
 from train.metrics import read_metrics
 from train.plots import plot_learning_curve
+from train.stop import Stopped, stop_with_parent
 
+CONFIG, UNFINISHED_CONFIG, LOCK = "config.json", "config.json.tmp", ".lock"
 PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds: the run itself reports for them
 
 
 def launch(config: Config, folder: Path | None = None) -> int:
-    """Starts the run, or continues the one in `folder`; returns the exit status."""
+    """Starts the run, or continues the one in `folder`; returns the exit status.
+
+    Raises:
+        BadSetting: a setting that the machine, the model or the problems do not go with; a folder of another run.
+        RunError: a checkpoint that is damaged or cannot be written, a sampler that is another policy.
+        OSError: a disk that is full or does not let the run write.
+        ModuleNotFoundError: a package that these settings need.
+    """
     transformers_logging.disable_progress_bar()
-    try:
-        return launch_rank(config, folder) if is_torchrun() else launch_here(config, folder)
-    except CheckpointError as error:
-        print(f"python -m train: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"python -m train: {error}; --resume goes on from the last checkpoint once there is room", file=sys.stderr
-        )
-        return 1
+    if os.environ.get(PARENT):
+        stop_with_parent()
+    return launch_rank(config, folder) if is_torchrun() else launch_here(config, folder)
 
 
 def launch_here(config: Config, folder: Path | None) -> int:
     """All seeds of a run, side by side where there are several."""
     choose_device(config.run.device)
-    folder = folder or prepare(config)
     began = time.time()
-    with claim(folder):
+    with open_folder(config, folder) as folder:
         if len(config.run.seeds) == 1:
             is_guest = dist.is_initialized()
             train(config.change(threads=threads_per_seed(config)), folder)
@@ -77,9 +76,9 @@ def launch_rank(config: Config, folder: Path | None) -> int:
     if len(config.run.seeds) != 1:
         raise BadSetting(f"--seeds must be one number under torchrun, got {config.run.seeds}")
     world = World.join(config.run.device)
-    folder = world.from_first(lambda: folder or prepare(config))
     began = time.time()
-    with claim(folder) if world.is_first else nullcontext():
+    with ExitStack() as stack:
+        folder = world.from_first(lambda: stack.enter_context(open_folder(config, folder)))
         train(config, folder)
     if world.is_first:
         runs = {f"seed {config.run.seeds[0]}": folder}
@@ -90,39 +89,67 @@ def launch_rank(config: Config, folder: Path | None) -> int:
     return 0
 
 
-def prepare(config: Config) -> Path:
-    """The run's folder with its configuration, made now or found with the same configuration."""
+@contextmanager
+def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
+    """The run's folder, held for this process; without `folder` that of a new run, or of one with the same settings."""
+    if folder is not None:
+        with claim(folder):
+            yield folder
+        return
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run.output or f"runs/{config.preset}-{config.credit.credit}-{stamp}")
-    path = folder / "config.json"
-    if path.exists():
-        before = Config.load(path)
-        changed = [
-            f"{flag_name(f.name)} {getattr(old, f.name)!r} there, {getattr(new, f.name)!r} now"
-            for (_, old), (_, new) in zip(before.groups(), config.groups(), strict=True)
-            for f in fields(new)
-            if getattr(old, f.name) != getattr(new, f.name)
-        ]
-        if changed:
-            raise BadSetting(f"--output {str(folder)!r} holds a run with other settings: {'; '.join(changed)}")
-        return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise BadSetting(f"--output must be a new folder or a run's, got {str(folder)!r}, which holds other files")
-    write_config(config, folder)
-    return folder
+    try:
+        if holds_other_files(folder):
+            raise BadSetting(f"--output must be a new folder or a run's, got {str(folder)!r}, which holds other files")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadSetting(f"--output must be a folder to write in, got {str(folder)!r}: {error.strerror}") from error
+    with claim(folder):
+        if has_begun(folder):
+            check_same(config, folder)
+        else:
+            write_config(config, folder)
+        yield folder
+
+
+def holds_other_files(folder: Path) -> bool:
+    """Whether a folder has files and none of them says that it is a run's."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return bool(names - {LOCK, UNFINISHED_CONFIG}) and CONFIG not in names
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the run in this folder has a checkpoint; before, nothing keeps it from being another run."""
+    return any(list_checkpoints(run) for run in (folder, *folder.glob("seed-*")))
+
+
+def check_same(config: Config, folder: Path) -> None:
+    before = Config.load(folder / CONFIG)
+    changed = [
+        f"{flag_name(f.name)} {getattr(old, f.name)!r} there, {getattr(new, f.name)!r} now"
+        for (_, old), (_, new) in zip(before.groups(), config.groups(), strict=True)
+        for f in fields(new)
+        if getattr(old, f.name) != getattr(new, f.name)
+    ]
+    if changed:
+        raise BadSetting(f"--output {str(folder)!r} holds a run with other settings: {'; '.join(changed)}")
 
 
 def write_config(config: Config, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "config.json.tmp"
-    unfinished.write_text(config.to_json() + "\n")
-    unfinished.replace(folder / "config.json")
+    unfinished = folder / UNFINISHED_CONFIG
+    unfinished.write_text(config.to_json() + "\n", encoding="utf-8")
+    unfinished.replace(folder / CONFIG)
 
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
     """Holds the folder for this process; the system lets go of it however the process ends."""
-    with open(folder / ".lock", "w") as lock:
+    try:
+        lock = open(folder / LOCK, "w")  # noqa: SIM115
+    except OSError as error:
+        raise BadSetting(f"a run's folder must be one to write in, got {str(folder)!r}: {error.strerror}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -135,10 +162,13 @@ def threads_per_seed(config: Config) -> int:
 
 
 def run_side_by_side(config: Config, folders: list[Path]) -> int:
-    """One process for each seed; if one fails, the others are stopped and its status is returned."""
+    """One process for each seed; if one fails, the others are stopped, with a checkpoint, and its status is returned.
+
+    They stop too where this process is stopped or killed: each watches its standard input, which is a pipe from here.
+    """
     threads = threads_per_seed(config)
     for seed, folder in zip(config.run.seeds, folders, strict=True):
-        if not (folder / "config.json").exists():
+        if not has_begun(folder):
             write_config(config.change(seeds=(seed,), threads=threads, output=str(folder)), folder)
     processes = []
     try:
@@ -147,17 +177,30 @@ def run_side_by_side(config: Config, folders: list[Path]) -> int:
             if sys.stderr.isatty():
                 environment["TQDM_POSITION"] = str(2 * place)  # bars below each other
             command = [sys.executable, "-m", "train", "--resume", str(folder)]
-            processes.append(subprocess.Popen(command, env=environment))
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
-                break
+            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE))
+        while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
             time.sleep(0.2)
+        failed = [(folder, process.returncode) for folder, process in zip(folders, processes) if process.returncode]
     finally:
+        end(processes)
+    for folder, status in failed:
+        if status < 0:
+            say(f"the run in {folder} was ended by {signal.Signals(-status).name}")
+    return next((1 if status < 0 else status for _, status in failed), 0)
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Asks those that still run to stop, and waits for them; kills them where that wait is interrupted."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    try:
         for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        statuses = [process.wait() for process in processes]
-    return next((1 if status < 0 else status for status in statuses if status), 0)
+            process.wait()
+    except (KeyboardInterrupt, Stopped):
+        for process in processes:
+            process.kill()
+        raise
 
 
 def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
@@ -165,15 +208,16 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
     evaluations = {}
     for label, run in runs.items():
         records = [record for record in read_metrics(run) if "reward" not in record]
-        evaluations[label] = (Evaluation.from_metrics(records[0]), Evaluation.from_metrics(records[-1]))
+        before, after = (Evaluation.from_metrics(record) for record in (records[0], records[-1]))
+        evaluations[label] = (before if records[0]["step"] == 0 else None, after)
     say("\nsolved of the held-out problems" + (", whose numbers were never trained on" if is_words(config) else ""))
-    width = max(len(name) for before, _ in evaluations.values() for name in before.rates)
+    width = max(len(name) for _, after in evaluations.values() for name in after.rates)
     say(f"{'':8} {'':{width}} {'before':>28}   {'after':>28}   change")
     for label, (before, after) in evaluations.items():
         _report_rows(label, before, after, width)
     if len(evaluations) > 1:
         befores, afters = zip(*evaluations.values(), strict=True)
-        _report_rows("mean", _mean(befores), _mean(afters), width)
+        _report_rows("mean", None if None in befores else _mean(befores), _mean(afters), width)
     steps = [record for run in runs.values() for record in read_metrics(run) if "reward" in record]
     if steps:
         share = sum(record["time/statistics"] for record in steps) / sum(record["step_time"] for record in steps)
@@ -191,14 +235,17 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
 
 
 def is_words(config: Config) -> bool:
-    return config.data.train_data == "words"
+    return config.data.train_data == "words" and not config.data.eval_data
 
 
-def _report_rows(label: str, before: Evaluation, after: Evaluation, width: int):
-    for name, old in before.rates.items():
-        new = after.rates[name]
-        change = f"{100 * (new.solved - old.solved):+.1f} points of {new.problems}"
-        say(f"{label:8} {name:{width}} {old!s:>28}   {new!s:>28}   {change}")
+def _report_rows(label: str, before: Evaluation | None, after: Evaluation, width: int):
+    """`before` is None where the line of metrics that held it is lost."""
+    for name, new in after.rates.items():
+        shown, change = "not known", "not known"
+        if before is not None:
+            old = before.rates[name]
+            shown, change = str(old), f"{100 * (new.solved - old.solved):+.1f} points of {new.problems}"
+        say(f"{label:8} {name:{width}} {shown:>28}   {new!s:>28}   {change}")
         label = ""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rhythm_kernels import shape_advantages, token_credit
 from train.batch import Rollouts, micro_batches, pack
-from train.config import Config
+from train.config import Config, RunError
 from train.console import Phases, bar
 from train.evaluate import evaluate
 from train.loss import group_advantages
@@ -28,6 +28,7 @@ from train.rewards import Score, count_errors, describe_errors
 from train.rollout import Sampling
 from train.samples import write_held_out_samples, write_samples
 from train.setup import TrainingRun, open_run
+from train.stop import Stopped, asked, held
 from train.tasks import Problem
 from train.update import update_policy
 
@@ -57,20 +58,26 @@ def train(config: Config, folder: Path):
             run.save(0)
         warned: set[str] = set()
         numbers = range(run.step + 1, grpo.max_steps + 1)
-        for number in (steps := bar(numbers, f"{run.label} GRPO", "step", disable=not run.world.is_first)):
-            step = train_step(run, number)
-            run.log.write(number, step.metrics)
-            steps.set_postfix(reward=f"{step.metrics['reward']:.2f}", refresh=False)
-            warned = warn(run, number, step, warned)
-            if number % report.logging_steps == 0 or number == grpo.max_steps:
-                run.say(describe(number, step.metrics, config))
-            if is_due(report.sample_steps, number, grpo.max_steps) and run.world.is_first:
-                page = folder / "samples" / f"step-{number:06d}.html"
-                write_samples(page, step.batch, step.tokens, step.gamma, step.rewards, step.problems, run)
-            if is_due(report.eval_steps, number, grpo.max_steps):
-                assess(run, number, f"step {number}")
-            if number % report.save_steps == 0 or number == grpo.max_steps:
-                run.save(number)
+        with held():
+            for number in (steps := bar(numbers, f"{run.label} GRPO", "step", disable=not run.world.is_first)):
+                step = train_step(run, number)
+                run.log.write(number, step.metrics)
+                steps.set_postfix(reward=f"{step.metrics['reward']:.2f}", refresh=False)
+                warned = warn(run, number, step, warned)
+                if number % report.logging_steps == 0 or number == grpo.max_steps:
+                    run.say(describe(number, step.metrics, config))
+                if is_due(report.sample_steps, number, grpo.max_steps) and run.world.is_first:
+                    page = folder / "samples" / f"step-{number:06d}.html"
+                    write_samples(page, step.batch, step.tokens, step.gamma, step.rewards, step.problems, run)
+                if is_due(report.eval_steps, number, grpo.max_steps):
+                    assess(run, number, f"step {number}")
+                stop = run.world.most(asked())  # all ranks stop after the same step
+                if stop and run.world.most(step.metrics["rewards/errors"]):
+                    raise Stopped(stop)  # the signal may have ended verifications: this step is not kept
+                if number % report.save_steps == 0 or number == grpo.max_steps or stop:
+                    run.save(number)
+                if stop:
+                    raise Stopped(stop)
         assess(run, grpo.max_steps, "after")
         write_held_out_samples(run, folder / "samples.html")
 
@@ -149,7 +156,7 @@ def warn(run: TrainingRun, step: int, done: Step, before: set[str]) -> set[str]:
     metrics = done.metrics
     gap, most = metrics.get("sampling/sampling_logp_difference/mean", 0.0), run.config.rollout.vllm_logp_tolerance
     if gap > most and step <= run.step + 2:  # the second of them is the first after a weight sync
-        raise RuntimeError(
+        raise RunError(
             f"sampler and trainer disagree: log-probabilities differ by {gap:.4f} nats on average at step {step}, "
             f"--vllm-logp-tolerance allows {most}. The engine does not have the policy's weights, or rounds otherwise"
         )

@@ -22,14 +22,22 @@ TOTAL = -1.0  # in place of a count: a sum, not a mean
 class MetricsLog:
     """Appends to a run's metrics, after cutting off what was written beyond `size` bytes, of steps after `step`.
 
-    Only the first rank writes.
+    Only the first rank writes. `missing` says how many of those bytes are not there, as where checkpoints alone were
+    copied.
     """
 
     def __init__(self, run: Path, step: int, size: int, world: World):
         self.file = self.board = None
+        self.missing = ""
         if world.is_first:
+            kept = whole_lines(run / FILE, step, size)
+            if kept < size:
+                self.missing = (
+                    f"{run / FILE} lacks {size - kept:,} of the {size:,} bytes that the run had written up to step "
+                    f"{step}: the curve and the report are without them"
+                )
             self.file = open(run / FILE, "ab")  # noqa: SIM115
-            self.file.truncate(size)
+            self.file.truncate(kept)
             self.board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]):
@@ -56,8 +64,27 @@ class MetricsLog:
             self.board.close()
 
 
+def whole_lines(path: Path, step: int, size: int) -> int:
+    """The bytes, of the first `size` of a file that may not be there, up to what is no line of a step up to `step`."""
+    kept = 0
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file.read(size).splitlines(keepends=True):
+                if not line.endswith(b"\n") or not is_record(line, step):
+                    break
+                kept += len(line)
+    return kept
+
+
+def is_record(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (run / FILE).read_text(encoding="utf-8").splitlines()]
 
 
 class Gathered:

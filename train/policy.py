@@ -22,6 +22,7 @@ from transformers import (
 
 import train.attention  # noqa: F401  registers "packed"
 from rhythm_kernels import GroupDrift, GroupSchedule, Rhythm, collect, sampled_layers
+from rhythm_kernels.fit import broken_weight
 from train.batch import MicroBatch, Rollouts
 from train.config import BadSetting, Config, Credit, Model
 from train.distributed import World, shard
@@ -232,7 +233,7 @@ def build_model(shape: Model, tokenizer: PreTrainedTokenizerBase, context: int) 
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
-    """A saved model, its weights in memory of their own, without dropout.
+    """A saved model, its weights in memory of their own, without dropout. BadSetting where a weight is no number.
 
     Loaded weights may lie in a mapped file, at an alignment that another process would not have; results that repeat
     to the bit want the same alignment.
@@ -240,6 +241,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attent
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    if name := broken_weight(model):
+        raise BadSetting(f"--model must have finite weights, got {str(folder)!r}, whose {name} holds NaN or infinity")
     return _without_dropout(model).eval()
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rhythm_kernels import GroupSchedule
+from rhythm_kernels.fit import embedding_rows, knows_words
 from train.checkpoint import list_checkpoints, restore, save_checkpoint
 from train.config import BadSetting, Config
 from train.console import say
@@ -16,7 +18,7 @@ from train.data import ProblemStream
 from train.distributed import World, settle, whole_weights
 from train.metrics import MetricsLog
 from train.policy import Policy, load_model, load_policy
-from train.problems import EvalSet, Prompts, load_task, stop_ids
+from train.problems import EvalSet, Prompts, check_fit, check_verifiers, load_task, stop_ids
 from train.rewards import Rewards
 from train.rollout import Engine, TransformersEngine
 from train.supervise import warm_start
@@ -86,17 +88,21 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             f"--prompts-per-step must be a multiple of --gradient-steps times the ranks, got {prompts_per_step}, with "
             f"--gradient-steps {config.grpo.gradient_steps} and {world.size} ranks"
         )
+    check_engine(config)
     task = load_task(config, world)
+    check_verifiers([task.train, *(each.problems for each in task.evaluations)])
     given = config.model.model
     start = local_model(given, world) if given else str(warm_start(config, seed, task.train, world))
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    prompts = Prompts(tokenizer, config)
-
-    policy = load_policy(start, config, world)
+    with reading_model(start):
+        tokenizer = load_tokenizer(start)
+        prompts = Prompts(tokenizer, config, stop_ids(start, tokenizer))
+        train, evaluations = prompts.fitting(task.train, "--train-data"), prompts.all_fitting(task.evaluations)
+        check_fit(start, prompts, config)
+        policy = load_policy(start, config, world)
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
     grpo = config.grpo
     optimizer = torch.optim.AdamW(policy.parameters(), lr=grpo.learning_rate, weight_decay=grpo.weight_decay)
-    stream = ProblemStream(prompts.fitting(task.train, "--train-data"), seed)
+    stream = ProblemStream(train, seed)
     schedule = GroupSchedule(config.credit.groups_every)
     step, metrics_bytes = 0, 0
     checkpoints = list_checkpoints(folder)
@@ -120,13 +126,15 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             tokenizer=tokenizer,
             prompts=prompts,
             stream=stream,
-            evaluations=prompts.all_fitting(task.evaluations),
+            evaluations=evaluations,
             schedule=schedule,
             rewards=rewards,
             log=log,
             step=step,
             is_new=not checkpoints,
         )
+        if log.missing:
+            run.say(log.missing)
         try:
             run.sync()
             yield run
@@ -154,6 +162,32 @@ def local_model(name: str, world: World) -> str:
     return download()
 
 
+@contextmanager
+def reading_model(name: str) -> Iterator[None]:
+    """In this block, what the files of a model do not hold is said of --model."""
+    try:
+        yield
+    except BadSetting:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BadSetting(f"--model must be a language model that transformers loads, got {name!r}: {error}") from error
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not knows_words(tokenizer):
+        raise BadSetting(f"--model must come with its tokenizer, got {folder!r}, which holds none")
+    return tokenizer
+
+
+def check_engine(config: Config) -> None:
+    """ModuleNotFoundError where --engine names a package that is not here."""
+    if config.rollout.engine == "vllm":
+        from train.vllm_engine import check_installed
+
+        check_installed()
+
+
 def load_engine(
     start: str, policy: Policy | None, tokenizer: PreTrainedTokenizerBase, config: Config, world: World
 ) -> Engine:
@@ -172,5 +206,7 @@ def load_engine(
         )
     is_copy = policy is None or world.size > 1 or config.model.dtype != "float32"
     model = load_model(start, dtype=getattr(torch, config.model.dtype)).to(world.device) if is_copy else policy.model
-    pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= embedding_rows(model.config):  # added to the tokenizer, and no row to the model
+        pad = stops[0]
     return TransformersEngine(model, stops=stops, pad=pad, batch_size=rollout.rollout_batch_size, is_copy=is_copy)

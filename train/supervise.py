@@ -29,7 +29,7 @@ BATCHES_PER_SORT = 16  # demonstrations are sorted by length over this many batc
 
 def warm_start_path(config: Config, seed: int) -> Path:
     """Where this configuration's warm start lies, by a hash of its settings and of the code that it goes through."""
-    code = "".join(Path(module.__file__).read_text() for module in (words, policy)) + Path(__file__).read_text()
+    code = "".join(Path(file).read_text(encoding="utf-8") for file in (words.__file__, policy.__file__, __file__))
     parts = [
         asdict(config.words),
         asdict(config.model),

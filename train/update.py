@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from train.batch import Rollouts, micro_batches
-from train.config import Config
+from train.config import Config, RunError
 from train.distributed import World, whole
 from train.loss import grpo_loss, sampler_correction, token_weights
 from train.policy import Policy, TokenStats
@@ -99,7 +99,7 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)).item()
     if not norm < float("inf"):
         # as from the credit of a signal that is not finite: it ends the run before it reaches the weights
-        raise RuntimeError(f"the gradient is non-finite (norm {norm}): no step was made")
+        raise RunError(f"the gradient is non-finite (norm {norm}): no step was made")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

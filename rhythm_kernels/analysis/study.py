@@ -22,7 +22,16 @@ import rhythm_kernels
 from rhythm_kernels.analysis.bootstrap import LEVEL, Estimate
 from rhythm_kernels.analysis.problems import GSM, load_problems
 from rhythm_kernels.analysis.resume import Log
-from rhythm_kernels.analysis.sources import SMOLLM2, encode_prompt, generate, load
+from rhythm_kernels.analysis.sources import (
+    SMOLLM2,
+    check_device,
+    check_ids,
+    check_length,
+    encode_prompt,
+    generate,
+    load,
+    make_folder,
+)
 from rhythm_kernels.checks import check_choice, check_float, check_int
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,6 +77,7 @@ def check_flags(args: argparse.Namespace, study: str) -> None:
     check_int("--seed", args.seed, 0, 2**63 - 1)
     check_float("--temperature", args.temperature, 0.0)
     check_choice("--dtype", args.dtype, list(DTYPES))
+    check_device(args.device)
     if args.out is None:
         args.out = Path(f"{study}-{Path(args.model).name or 'model'}")
 
@@ -90,10 +100,11 @@ class Study:
         Raises: ValueError, OSError: of the problems, the model, or the log.
         """
         self.name, self.args = name, args
+        make_folder(args.out)
         texts = load_problems(args.task, args.problems, args.seed)
         self.model, self.tokenizer = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
         self.prompts = [encode_prompt(self.tokenizer, text) for text in texts]
-        _check_lengths(self.model, self.prompts, args.max_new_tokens + longer)
+        _check_prompts(self.model, self.tokenizer, self.prompts, args.max_new_tokens + longer)
         common = ("model", "task", "seed", "batch_size", "max_new_tokens", "temperature", "layers")
         self.settings = {name: getattr(args, name) for name in (*common, *also)} | {
             "weights": weights_digest(self.model),
@@ -149,16 +160,14 @@ def digest_of(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
-def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], new: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-    if most is not None and len(prompts[longest]) + new > most:
-        raise ValueError(
-            f"problem {longest + 1} has {len(prompts[longest]):,} tokens, with {new:,} new ones more than the model's "
-            f"{most:,} positions"
-        )
-    if min(map(len, prompts)) == 0:
-        raise ValueError("a problem has no token")
+def _check_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new: int
+) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise ValueError(f"problem {number} has no token")
+        check_length(model, len(prompt) + new, f"problem {number} has {len(prompt):,} tokens, with {new:,} new ones")
+        check_ids(model, tokenizer, prompt, f"problem {number}")
 
 
 @torch.no_grad()

@@ -8,11 +8,6 @@ from pathlib import Path
 
 from train.config import BadSetting, Config
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 FOLDER = Path(__file__).parent
 DEFAULT = "countdown-tiny"
 PRESETS = [DEFAULT, *sorted(path.stem for path in FOLDER.glob("[a-z]*.toml") if path.stem != DEFAULT)]
@@ -25,5 +20,10 @@ def load_preset(name: str) -> Config:
 
 
 def _read(name: str) -> dict:
-    values = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    values = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     return {**(_read(values.pop("extends")) if "extends" in values else {}), **values}

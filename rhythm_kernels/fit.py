@@ -1,0 +1,53 @@
+"""Whether a model takes what it is given: as many positions, a row for each token id, weights that are numbers.
+
+A language model does not refuse these by itself: positions beyond its own give wrong numbers without a word, an id
+beyond its rows an error of the indexing or, on a GPU, of the whole device.
+"""
+
+import torch
+from torch import nn
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+STRETCHED = ("linear", "dynamic")  # rotary embeddings whose factor is not yet in max_position_embeddings
+
+
+def most_positions(config) -> int | None:
+    """The number of positions that a transformers configuration gives its model, None where it names no limit.
+
+    Learned positions are the rows of a table. Rotary ones have the length that the model is configured for, with its
+    scaling; a sliding window limits what a token sees, not where it stands.
+    """
+    config = config.get_text_config(decoder=True)
+    limits = (getattr(config, name, None) for name in POSITIONS)
+    most = next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+    if most is None:
+        return None
+    scalings = getattr(config, "rope_parameters", None) or {}
+    scalings = [scalings] if "rope_type" in scalings else [each for each in scalings.values() if isinstance(each, dict)]
+    reached = [most]
+    for scaling in scalings:
+        factor, kind = scaling.get("factor") or 1.0, scaling.get("rope_type")
+        if kind in STRETCHED:
+            reached.append(int(most * factor))
+        elif kind == "yarn":
+            reached.append(int(scaling.get("original_max_position_embeddings", 0) * factor))
+    return max(reached)
+
+
+def embedding_rows(config) -> int:
+    """The number of token ids that a transformers configuration gives its model."""
+    return config.get_text_config(decoder=True).vocab_size
+
+
+def knows_words(tokenizer) -> bool:
+    """False for the empty tokenizer that transformers makes for some models in a folder without one."""
+    return len(tokenizer) > len(set(tokenizer.all_special_ids))
+
+
+@torch.no_grad()
+def broken_weight(model: nn.Module) -> str | None:
+    """The name of the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            return name
+    return None

@@ -1,0 +1,82 @@
+"""SIGTERM and SIGHUP end a run after the step under way, with a checkpoint; before and after its steps, at once.
+
+Ctrl-C and SIGKILL end it at once. It continues from its last checkpoint in every case.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal ends this process. As KeyboardInterrupt does, it passes every `except Exception`."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number  # as of a process that the signal itself ends
+
+
+class _State:
+    """What a signal handler, which belongs to the whole process, shares with the run."""
+
+    asked = 0
+    """The signal that arrived; 0 before one has."""
+    is_held = False
+
+
+def _arrive(number: int, frame) -> None:
+    if _State.asked:  # it is ending already: a second signal must not interrupt what it still writes
+        return
+    _State.asked = number
+    if not _State.is_held:
+        raise Stopped(number)
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """In this block the signals raise Stopped; one that is ignored, as nohup has it for SIGHUP, stays ignored."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    _State.asked = 0
+    try:
+        for number in SIGNALS:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, _arrive)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """In this block a signal waits: `asked` tells of it, and Stopped is raised at the end."""
+    _State.is_held = True
+    try:
+        yield
+    finally:
+        _State.is_held = False
+    if _State.asked:
+        raise Stopped(_State.asked)
+
+
+def asked() -> int:
+    """The number of the signal that waits, or 0."""
+    return _State.asked
+
+
+def stop_with_parent() -> None:
+    """SIGTERM to this process once its parent is gone, however that ended: its standard input is the parent's pipe."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
