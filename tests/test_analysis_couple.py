@@ -318,7 +318,7 @@ def test_more_problems_go_on_where_fewer_ended(setting, tmp_path):
     "flags, message",
     [
         (["--problems", "0"], "--problems must be at least 1, got 0"),
-        (["--max-new-tokens", "500"], "more than the model's 512 positions"),
+        (["--max-new-tokens", "500"], "within the model's 512 positions"),
         (["--max-new-tokens", "20"], "no answer has 48 tokens"),
         (["--peak-quantile", "1.5"], "--peak-quantile must be finite and between 0.0 and 1.0"),
         (["--receivers", "17"], "receivers must be between 1 and 16"),

@@ -255,7 +255,7 @@ def test_other_settings_are_refused(setting, tmp_path):
     "flags, message",
     [
         (["--positions", "0"], "--positions must be at least 1, got 0"),
-        (["--rollout-tokens", "490"], "more than the model's 512 positions"),
+        (["--rollout-tokens", "490"], "within the model's 512 positions"),
         (["--positions", "40"], "no answer has 112 tokens"),
     ],
     ids=range(3),

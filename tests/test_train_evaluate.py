@@ -2,14 +2,26 @@
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from train_cases import ALONE, TOKENIZER, settings
 
+from train.config import Config, flag_name
 from train.console import Phases
 from train.distributed import World
-from train.evaluate import Evaluation, SolveRate, evaluate, find_model, main, table
+from train.evaluate import (
+    FLAGS,
+    Evaluation,
+    SolveRate,
+    choose_settings,
+    cut_off,
+    evaluate,
+    find_model,
+    main,
+    table,
+)
 from train.launch import launch
 from train.loop import is_due
 from train.metrics import read_metrics
@@ -134,6 +146,51 @@ def test_a_run_without_a_checkpoint_is_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text(load_preset("countdown-smoke").to_json())
     assert main([str(tmp_path)]) == 2
     assert "has no checkpoint yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset", "no-such"],
+        ["--seeds", "1", "2"],
+        [],
+        ["--preset", "countdown-tiny", "--vllm-gpu-memory-utilization", "1"],
+    ],
+)
+def test_settings_that_an_evaluation_cannot_have_are_refused(flags, capsys):
+    assert main(["a-model", *flags]) == 2
+    assert "Traceback" not in (said := capsys.readouterr().err) and said.startswith("python -m train.evaluate: --")
+
+
+def test_an_evaluation_has_the_flags_that_it_reads_and_no_others(capsys):
+    fields_of_all = [f.name for _, group in Config().groups() for f in fields(group)]
+    assert set(FLAGS) < set(fields_of_all)
+    for name in (*(set(fields_of_all) - set(FLAGS)), "resume"):
+        with pytest.raises(SystemExit) as ended:
+            main(["a-model", flag_name(name), "1"])
+        assert ended.value.code == 2 and flag_name(name) in capsys.readouterr().err
+    changed = {"temperature": "0.5", "max_completion_length": "9", "eval_data": "aime24", "seeds": "4"}
+    config = choose_settings("m", None, "maths-4b-8k", {name: changed[name] for name in ("temperature", "seeds")})
+    assert (config.rollout.temperature, config.rollout.max_completion_length, config.run.seeds) == (0.5, 8192, (4,))
+    of_run = load_preset("countdown-smoke")
+    assert choose_settings("m", of_run, None, {}) == of_run.change(model="m")
+    with pytest.raises(ValueError, match="--preset is for a model that no run made"):
+        choose_settings("m", of_run, "countdown-tiny", {})
+
+
+def test_answers_that_were_cut_off_are_told():
+    rates = {"cut": SolveRate(0.0, 0.25, 0.0, 4), "whole": SolveRate(0.0, 1.0, 0.0, 4)}
+    assert cut_off(Evaluation(rates), Config()) == [
+        "cut: 75.0% of the answers were cut off at --max-completion-length 64"
+    ]
+
+
+def test_a_run_of_several_seeds_names_its_runs(tmp_path, capsys):
+    for seed in (0, 1):
+        (tmp_path / f"seed-{seed}").mkdir()
+        (tmp_path / f"seed-{seed}" / "config.json").write_text("{}")
+    assert main([str(tmp_path)]) == 2
+    assert "seed-0" in (said := capsys.readouterr().err) and "seed-1" in said
 
 
 def test_training_data_is_apart_from_what_is_evaluated_on(tmp_path, capsys):

@@ -178,7 +178,7 @@ def run_side_by_side(config: Config, folders: list[Path]) -> int:
                 environment["TQDM_POSITION"] = str(2 * place)  # bars below each other
             command = [sys.executable, "-m", "train", "--resume", str(folder)]
             processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE))
-        while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
+        while None in (now := [process.poll() for process in processes]) and not any(now):
             time.sleep(0.2)
         failed = [(folder, process.returncode) for folder, process in zip(folders, processes) if process.returncode]
     finally:

@@ -40,9 +40,9 @@ def load_task(config: Config, world: World) -> Task:
         problems, held_out = words.split_problems(config.words)
         if not config.data.eval_data:
             return Task(problems, in_both_ways(held_out, config))
-    else:
-        problems = load_set(name, tell)
     evaluations = load_evaluations(names_to_evaluate(config), config.rollout.temperature, tell)
+    if name != "words":
+        problems = load_set(name, tell)
     train, repeats = drop_overlap(problems, [problem for each in evaluations for problem in each.problems])
     if repeats:
         tell(f"{name}: {repeats} problems left out that are evaluated on")
@@ -52,7 +52,7 @@ def load_task(config: Config, world: World) -> Task:
 
 
 def load_held_out(config: Config, world: World) -> list[EvalSet]:
-    """What a run of these settings is evaluated on, without what it trains on."""
+    """What a run of these settings is evaluated on; what it trains on is not loaded."""
     if config.data.train_data == "words" and not config.data.eval_data:
         return in_both_ways(words.split_problems(config.words)[1], config)
     tell = say if world.is_first else (lambda line: None)
@@ -122,8 +122,6 @@ class Prompts:
         turn = [{"role": "user", "content": text}]
         try:
             return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-        except ImportError:  # jinja2 is not here
-            raise
         except Exception as error:  # whatever the template, which is a program, raises
             raise BadSetting(
                 f"the model's chat template does not take a problem ({type(error).__name__}: {error}); "

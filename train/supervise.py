@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train import policy
-from train.config import Config
+from train.config import BadSetting, Config
 from train.console import bar, say
 from train.distributed import World
 from train.policy import build_model
@@ -60,12 +61,17 @@ def warm_start(config: Config, seed: int, problems: list[Problem], world: World)
 
 
 def make_warm_start(folder: Path, config: Config, seed: int, problems: list[Problem], device: torch.device) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder.parent):  # before the training, not after it
+            pass
+    except OSError as error:
+        raise BadSetting(f"--cache must be a folder to write in, got {config.run.cache!r}: {error.strerror}") from error
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(config.model, tokenizer, context_length(config)).to(device)
     loss = supervise(model, config, seed, problems, tokenizer)
     say(f"[seed {seed}] warm start: loss {loss:.3f} after {config.demonstrations.sft_steps} steps, kept in {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

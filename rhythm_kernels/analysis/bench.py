@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rhythm_kernels.analysis.measure import Measured, available_bytes, interleave, ratio, ratios
-from rhythm_kernels.analysis.sources import SMOLLM2, check_device, check_length, load, make_folder
+from rhythm_kernels.analysis.sources import SMOLLM2, check_device, check_folder, check_length, load
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.collect import Collector, collect
 from rhythm_kernels.taps import attention_modules
@@ -158,9 +158,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     if args.out is not None:
-        make_folder(args.out)
+        check_folder(args.out)
     model, _ = load(args.model, device=args.device, dtype=args.dtype and getattr(torch, args.dtype))
-    check_length(model, args.tokens, f"--tokens is {args.tokens}")
+    check_length(model, args.tokens, "--tokens", str(args.tokens))
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, args.tokens), generator=generator).to(model.device)
@@ -183,6 +183,7 @@ def main(arguments: list[str]) -> None:
         text += f"\nThe paper's way was not run: {sizes}.\n"
     print(text)
     if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "bench.md").write_text(text, encoding="utf-8")
         data = {"model": args.model, "tokens": args.tokens, "dtype": str(model.dtype), "device": where, "error": worst}
         data |= {name: each._asdict() for name, each in found.items()}

@@ -47,9 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def missing_package(error: Exception) -> str:
     """The text of an error, with what to install where a package is missing and the error does not say so itself."""
-    if not isinstance(error, ModuleNotFoundError) or not error.name or "pip install" in str(error):
+    cause = error
+    while cause.__cause__ is not None and isinstance(cause, ImportError):  # transformers raises its own from another's
+        cause = cause.__cause__
+    if not isinstance(cause, ModuleNotFoundError) or not cause.name or "pip install" in str(error):
         return str(error)
-    package = error.name.partition(".")[0].replace("_", "-")
+    package = cause.name.partition(".")[0].replace("_", "-")
     return f"the package {package} is needed and not installed: pip install {package}"
 
 

@@ -28,12 +28,12 @@ from rhythm_kernels.analysis.receivers import FEWEST_ROWS
 from rhythm_kernels.analysis.sources import (
     SMOLLM2,
     check_device,
+    check_folder,
     check_ids,
     check_length,
     encode_prompt,
     generate,
     load,
-    make_folder,
     sequence_of,
 )
 from rhythm_kernels.checks import check_float, check_int
@@ -117,7 +117,7 @@ def parse(arguments: list[str] | None = None) -> Request:
 
 def show(request: Request) -> ShownAnswer:
     """Loads the model, looks at its answer and writes the folder; says what it found."""
-    make_folder(request.out)
+    check_folder(request.out)
     times = _Times()
     with times("load"):
         model, tokenizer = load(request.model, device=request.device, dtype=DTYPES[request.dtype])
@@ -269,7 +269,7 @@ def _device(given: str) -> str:
 
 def _check_length(model: nn.Module, prompt: int, request: Request, given: list[int] | None) -> None:
     name, answer = ("--max-new-tokens", request.max_new_tokens) if given is None else ("--response", len(given))
-    check_length(model, prompt + answer, f"{name} adds {answer} tokens to {prompt} of prompt")
+    check_length(model, prompt + answer, name, f"{answer} tokens after {prompt} of prompt")
     if request.window is not None and request.window[1] > prompt + answer:
         raise ValueError(f"--window must end at most at {prompt + answer} tokens, got {request.window[1]}")
 

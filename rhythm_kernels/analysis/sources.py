@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,13 +48,17 @@ def load(
         dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
     if name == SMOLLM2:
         file = smollm2_file()
+        require("gguf", "accelerate")
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
         model.hf_quantizer, model.is_quantized = None, False  # the weights are no longer quantized: it can be saved
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        except SafetensorError as error:
+            raise ValueError(f"the model's weights are damaged, got {name!r}: {error}") from error
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if not knows_words(tokenizer):
         raise ValueError(f"the model must come with its tokenizer, got {name!r}, which has none")
@@ -78,25 +83,38 @@ def check_device(given: str | torch.device) -> None:
         raise ValueError(f"--device must be one that is there, got {given!r} where torch finds {there}")
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder that --out names, before there is something to lose.
+def require(*packages: str) -> None:
+    """ModuleNotFoundError where one is not installed: transformers' own errors do not say how to install it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder that --out names, on trial: it is found out before there is something to lose.
 
     Raises:
         ValueError: it cannot be made, or not be written in.
     """
+    made = []
     try:
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(f"--out must be a folder to write in, got {str(folder)!r}: {error.strerror}") from None
+    finally:
+        for each in made:
+            if each.is_dir():
+                each.rmdir()
 
 
-def check_length(model: PreTrainedModel, tokens: int, what: str) -> None:
-    """ValueError where a sequence is longer than the model has positions; `what` says what made it so long."""
+def check_length(model: PreTrainedModel, tokens: int, name: str, got: str) -> None:
+    """ValueError where a sequence is longer than the model has positions; `name` made it so long, by what it got."""
     most = most_positions(model.config)
     if most is not None and tokens > most:
-        raise ValueError(f"{what}: more than the model's {most:,} positions")
+        raise ValueError(f"{name} must leave the sequence within the model's {most} positions, got {got}")
 
 
 def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], what: str) -> None:
@@ -133,11 +151,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         while ids and ids[-1] in ends:  # some tokenizers end every text: an answer would begin behind the end
             ids = ids[:-1]
         return ids
+    require("jinja2")
     turns = [{"role": "user", "content": prompt}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except ImportError:  # jinja2 is not here
-        raise
     except Exception as error:  # whatever the template, which is a program, raises
         raise ValueError(
             f"the model's chat template does not take a user's turn ({type(error).__name__}: {error})"

@@ -25,12 +25,12 @@ from rhythm_kernels.analysis.resume import Log
 from rhythm_kernels.analysis.sources import (
     SMOLLM2,
     check_device,
+    check_folder,
     check_ids,
     check_length,
     encode_prompt,
     generate,
     load,
-    make_folder,
 )
 from rhythm_kernels.checks import check_choice, check_float, check_int
 
@@ -100,7 +100,7 @@ class Study:
         Raises: ValueError, OSError: of the problems, the model, or the log.
         """
         self.name, self.args = name, args
-        make_folder(args.out)
+        check_folder(args.out)
         texts = load_problems(args.task, args.problems, args.seed)
         self.model, self.tokenizer = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
         self.prompts = [encode_prompt(self.tokenizer, text) for text in texts]
@@ -166,7 +166,7 @@ def _check_prompts(
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise ValueError(f"problem {number} has no token")
-        check_length(model, len(prompt) + new, f"problem {number} has {len(prompt):,} tokens, with {new:,} new ones")
+        check_length(model, len(prompt) + new, f"problem {number}", f"{len(prompt)} tokens and {new} new ones")
         check_ids(model, tokenizer, prompt, f"problem {number}")
 
 

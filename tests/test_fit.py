@@ -1,0 +1,52 @@
+"""Positions, rows and weights of models: what they take, and what is wrong with them."""
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rhythm_kernels.fit import broken_weight, embedding_rows, most_positions
+
+
+def llama(**rope) -> LlamaConfig:
+    return LlamaConfig(max_position_embeddings=100, rope_parameters={"rope_theta": 10000.0, **rope})
+
+
+@pytest.mark.parametrize(
+    "config, most",
+    [
+        (GPT2Config(n_positions=64), 64),
+        (OPTConfig(max_position_embeddings=48), 48),
+        (MistralConfig(max_position_embeddings=300, sliding_window=50), 300),
+        (Gemma3TextConfig(max_position_embeddings=400, sliding_window=32), 400),
+        (BloomConfig(), None),
+        (llama(rope_type="default"), 100),
+        (llama(rope_type="linear", factor=4.0), 400),
+        (llama(rope_type="dynamic", factor=2.0), 200),
+        (llama(rope_type="yarn", factor=4.0, original_max_position_embeddings=100), 400),
+        (llama(rope_type="yarn", factor=4.0, original_max_position_embeddings=25), 100),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int | None) else str(value),
+)
+def test_positions_of_a_model(config, most):
+    assert most_positions(config) == most
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_named(value):
+    model = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=1, head_dim=8)
+    )  # fmt: skip
+    assert broken_weight(model) is None and embedding_rows(model.config) == 40
+    with torch.no_grad():
+        model.model.embed_tokens.weight[39, 3] = value  # a row that no prompt may ever ask for
+    assert broken_weight(model) == "model.embed_tokens.weight"
