@@ -15,7 +15,7 @@ from train_cases import ALONE, TOKENIZER
 from train import command as commands
 from train.checkpoint import list_checkpoints
 from train.config import BadSetting, Config, RunError
-from train.launch import launch
+from train.launch import launch, run_side_by_side
 from train.metrics import FILE, MetricsLog, whole_lines
 from train.presets import load_preset
 from train.problems import Prompts, check_fit, load_evaluations
@@ -76,6 +76,16 @@ def test_seeds_end_with_their_run_however_it_ends(tmp_path, number):
         time.sleep(0.1)
     assert not left
     assert list((tmp_path / "run").glob("seed-*/checkpoints/step-*[1-9]*"))  # what began to train is saved
+
+
+@pytest.mark.parametrize("failing, how, status", [(0, "exit 3", 3), (1, "exit 3", 3), (1, "kill -9 $$", 1)])
+def test_a_seed_that_fails_ends_the_others(tmp_path, monkeypatch, failing, how, status):
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\ncase "$4" in *seed-{failing}) {how};; *) exec sleep 60;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    folders = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
+    assert run_side_by_side(smoke(tmp_path / "run", seeds=(0, 1)), folders) == status
 
 
 def _read(path: Path) -> bytes:
