@@ -3,6 +3,8 @@
 Each is right, against the maps that its attention function really uses, or refused with the reason.
 """
 
+import copy
+import sys
 import warnings
 
 import pytest
@@ -13,6 +15,7 @@ from flash_stand_in import flash_attention
 from models import SIZES, dense_stats, llama, qwen3
 from own_maps import own_maps
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import collect, reference, sampled_layers
@@ -240,6 +243,111 @@ def test_a_subclass_of_an_attention_is_one():
         assert_right(model, input_ids=ids_of(2))
 
 
+def test_layers_that_run_more_often_than_they_stand_there_are_refused():
+    """A loop over all layers, or an attention that is called twice in a layer: which map is the layer's?"""
+    torch.manual_seed(1)
+    model = llama("sdpa")
+    attention = model.model.layers[2].self_attn
+    once = attention.forward
+    attention.forward = lambda *args, **kwargs: once(*args, **kwargs) and once(*args, **kwargs)
+    message = "run as often as they stand in the decoder, got call 2 of .* layer 2"
+    with torch.no_grad(), refused(message), collect(model, layers=[3]):
+        model(ids_of(), use_cache=False)
+
+
+def test_several_attentions_of_a_layer_are_counted_one_by_one():
+    class Pair(torch.nn.Module):
+        def __init__(self, layer, second):
+            super().__init__()
+            self.self_attn, self.second = layer.self_attn, second
+            self.mlp, self.norm = layer.mlp, layer.input_layernorm
+
+        def forward(self, hidden_states, **kwargs):
+            for attention in (self.self_attn, self.second):
+                hidden_states = hidden_states + attention(hidden_states=self.norm(hidden_states), **kwargs)[0]
+            return hidden_states + self.mlp(hidden_states)
+
+    torch.manual_seed(1)
+    model = llama("sdpa")
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList(Pair(layers[i], layers[i + 1].self_attn) for i in (0, 2, 4))
+    assert assert_right(model, input_ids=ids_of(2), use_cache=False).layers == sampled_layers(6)
+
+
+def test_an_attention_keeps_the_eager_function_that_it_names():
+    """That of a base class, where its own file has another; and that of a model's other towers."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    module = sys.modules[__name__]
+    module.eager_attention_forward = lambda *args, **kwargs: 1 / 0
+
+    class Mine(LlamaAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    try:
+        torch.manual_seed(1)
+        model = llama("eager")
+        plain = model(ids_of(2)).logits
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = Mine
+        with torch.no_grad(), collect(model, layers=[2]):
+            assert torch.equal(model(ids_of(2)).logits, plain)
+    finally:
+        del module.eager_attention_forward
+    from transformers.models.llama4 import modeling_llama4
+
+    from rhythm_kernels.taps import _eager_function
+
+    assert _eager_function(modeling_llama4.Llama4VisionAttention) is modeling_llama4.vision_eager_attention_forward
+    assert _eager_function(modeling_llama4.Llama4TextAttention) is modeling_llama4.eager_attention_forward
+
+
+def test_an_entry_that_another_tool_puts_back_does_no_harm():
+    torch.manual_seed(1)
+    model, table = llama("sdpa"), ALL_ATTENTION_FUNCTIONS
+    plain = model(ids_of()).logits
+    with torch.no_grad(), collect(model):
+        inside = table["sdpa"]
+        table["sdpa"] = lambda *args, **kwargs: inside(*args, **kwargs)
+        model(ids_of())
+    table["sdpa"] = inside  # after the context has ended
+    for _ in range(2):
+        with torch.no_grad(), collect(model) as c:
+            assert torch.equal(model(ids_of()).logits, plain)
+        assert c.rhythm().waad.any()
+    assert "sdpa" not in table._local_mapping
+    with torch.no_grad(), collect(model):
+        del table["sdpa"]
+    assert torch.equal(model(ids_of()).logits, plain)
+
+
+def test_a_copy_made_inside_is_not_collected_from():
+    torch.manual_seed(1)
+    model = llama("sdpa")
+    with torch.no_grad(), collect(model) as c:
+        other = copy.deepcopy(model)
+        other(ids_of())
+        model(ids_of())
+    expected = assert_right(model, input_ids=ids_of()).rhythm()
+    assert torch.equal(c.rhythm().waad, expected.waad)
+    other(ids_of()), other(ids_of())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_whole_model_that_is_recomputed_inside_the_context(reentrant):
+    torch.manual_seed(1)
+    model = llama("sdpa").train()
+    embeds = model.get_input_embeddings()(ids_of(2)).detach().requires_grad_()
+
+    def run(embeds):
+        return model(inputs_embeds=embeds, use_cache=False).logits
+
+    with collect(model) as c:
+        checkpoint(run, embeds, use_reentrant=reentrant).logsumexp(-1).mean().backward()
+    assert torch.equal(c.rhythm().waad, assert_right(model, inputs_embeds=embeds, use_cache=False).rhythm().waad)
+
+
 def test_removed_heads_are_not_called_shards():
     torch.manual_seed(1)
     model = llama("sdpa")
@@ -269,6 +377,17 @@ def test_the_decoder_of_an_encoder_decoder_is_read(encoder, decoder, encoder_hea
         warnings.simplefilter("error")
         c = assert_right(model, input_ids=ids_of(2, 30), attention_mask=padding, decoder_input_ids=ids_of(2))
     assert c.layers == sampled_layers(decoder)
+
+
+@pytest.mark.parametrize("name", ["Bart", "Pegasus", "Marian", "Whisper"])
+def test_the_decoder_half_alone(name):
+    """Its configuration says no more that it is of an encoder-decoder."""
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    sizes = {"encoder_layers": 2, "decoder_layers": 7, "encoder_attention_heads": 4, "decoder_attention_heads": 6}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    torch.manual_seed(1)
+    config = cls.config_class(vocab_size=61, d_model=48, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes, **special)
+    assert assert_right(cls(config).eval(), input_ids=ids_of(2), use_cache=False).layers == sampled_layers(7)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks import weakest_mismatch
 from benchmarks.weakest_mismatch import (
     CALLS,
+    KEY_HEADS,
     QUERY_HEADS,
     SCALE,
     TOKENS,
@@ -56,6 +57,52 @@ def test_a_sound_call_stays_far_below_the_limit(dtype, call, sharpness):
         assert excess(inputs, out, answer(), call, softcap=9.0) < 0.5
 
 
+UNUSUAL = {  # how q, k and v are changed
+    "no values": lambda q, k, v: (q, k, v * 0),
+    "tiny values": lambda q, k, v: (q, k, v * 1e-6),
+    "vanishing values": lambda q, k, v: (q, k, v * 1e-30),
+    "a sink key without a value": lambda q, k, v: (q * 4, first(k, 6), first(v, 0)),
+    "equal keys": lambda q, k, v: (q * 3, alternate(k, 1), alternate(v, 1)),
+    "two clusters": lambda q, k, v: (q * 3, alternate(k, 2), alternate(v, 2)),
+    "a massive channel": lambda q, k, v: (q, k, v + 1e3 * (torch.arange(v.shape[-1]) == 5)),
+    "a massive key": lambda q, k, v: (q, first(k, 30), v),
+}
+
+
+def first(x, factor):
+    return torch.cat([x[:, :, :1] * factor, x[:, :, 1:]], 2)
+
+
+def alternate(x, period):
+    """The first token, and then `period` others again and again."""
+    index = torch.arange(x.shape[2])
+    return x[:, :, torch.where(index == 0, 0, 1 + index % period)]
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sound_calls_of_unusual_values_pass(kind, dtype, call):
+    for seed in range(3):
+        inputs = [x.to(dtype) for x in UNUSUAL[kind](*(x.float() for x in draw(dtype, seed=seed)))]
+        if all(x.isfinite().all() for x in inputs):
+            assert excess(inputs, CALLS[call](*inputs, visible(TOKENS)), answer(), call) < 0.95
+
+
+@pytest.mark.parametrize("sink", [3.0, 10.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sound_call_with_sinks_passes(dtype, sink):
+    """The eager formula of gpt-oss rounds the sink, and what is left of scores without their maximum."""
+    q, k, v = draw(dtype)
+    sinks = torch.full((QUERY_HEADS,), sink, dtype=dtype)
+    scores = q @ k.repeat_interleave(QUERY_HEADS // KEY_HEADS, 1).mT * SCALE
+    scores = scores + torch.where(visible(TOKENS), 0.0, -math.inf).to(dtype)
+    scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = (scores - scores.amax(-1, keepdim=True)).softmax(-1, dtype=dtype)[..., :-1]
+    out = (weights @ v.repeat_interleave(QUERY_HEADS // KEY_HEADS, 1)).transpose(1, 2)
+    assert excess((q, k, v), out, answer(), "eager", sinks=sinks) < 0.95
+
+
 def test_a_call_whose_factors_were_rounded_passes_as_such_alone():
     """TF32 and autocast: the output is that of q, k and v in fewer bits."""
     inputs = draw(torch.float32)
@@ -72,9 +119,9 @@ def test_a_call_whose_factors_were_rounded_passes_as_such_alone():
 FOUND = {  # dtype and call: which mismatches are found, with scores of a standard deviation of 1
     ("fp32", "fused"): {"window + 1", "leak 0.1 %", "scale 0.1 %"},
     ("fp32", "eager"): {"window + 1", "leak 0.1 %", "scale 0.1 %"},
-    ("fp16", "fused"): {"window + 1", "leak 0.1 %", "scale 0.5 %"},
-    ("fp16", "eager"): {"window + 1", "leak 0.1 %", "scale 0.5 %"},
-    ("bf16", "fused"): {"window + 1", "leak 1 %", "leak 0.3 %", "scale 2 %"},
+    ("fp16", "fused"): {"window + 1", "leak 0.3 %", "scale 0.5 %"},
+    ("fp16", "eager"): {"window + 1", "leak 0.3 %", "scale 2 %"},
+    ("bf16", "fused"): {"window + 1", "leak 1 %", "scale 2 %"},
     ("bf16", "eager"): {"window + 1", "leak 1 %"},
 }
 

@@ -25,7 +25,8 @@ SLACK = 2.0
 """How many times the size of its rounding errors a row may be off. Each error counts at its largest."""
 FP32 = 2.0**-24  # the unit roundoff
 TINY = torch.finfo(torch.float32).tiny
-ACCUMULATED = 24 * FP32  # error of two sums of fp32 products, the call's and this file's, relative to the vectors' lengths
+ACCUMULATED = 24 * FP32
+"""Error of a sum of fp32 products, in the call and again in this file, relative to the lengths of the vectors."""
 
 
 class Rounding(NamedTuple):
