@@ -66,7 +66,8 @@ class Evaluation(NamedTuple):
     @classmethod
     def from_metrics(cls, metrics: dict[str, float]) -> "Evaluation":
         names = dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith("eval/"))  # see EvalSet.name
-        return cls({name: SolveRate(*(metrics[f"eval/{name}/{key}"] for key in SolveRate._fields)) for name in names})
+        fields = {name: [key for key in SolveRate._fields if f"eval/{name}/{key}" in metrics] for name in names}
+        return cls({name: SolveRate(**{key: metrics[f"eval/{name}/{key}"] for key in fields[name]}) for name in names})
 
 
 def evaluate(

@@ -103,7 +103,8 @@ def train_step(run: TrainingRun, number: int) -> Step:
     with phase("reward", len(asked), "answer") as advance:
         texts = run.prompts.decode(completions)
         scores = run.rewards.score(texts, asked, advance)
-        rewards = torch.tensor([score.reward for score in scores], device=world.device) * batch.finished
+        rewards = torch.tensor([score.reward for score in scores], dtype=torch.float32, device=world.device)
+        rewards = rewards * batch.finished
         advantages = group_advantages(rewards, n, grpo.scale_rewards, world)  # [B]
 
     with phase("old log-probs", len(batch.ids), "token") as advance:

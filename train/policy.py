@@ -130,7 +130,7 @@ def needs_old_log_probs(config: Config) -> bool:
 @torch.no_grad()
 def read_log_probs(policy: Policy, batch: Rollouts, micros: Sequence[MicroBatch]) -> Tensor:
     """[N] fp32 under a policy that is not trained; 0 in prompts."""
-    found = torch.zeros(len(batch.ids), device=batch.ids.device)
+    found = torch.zeros(len(batch.ids), dtype=torch.float32, device=batch.ids.device)
     for micro in micros:
         log_probs, _ = policy(micro)
         found[micro.place[micro.answers]] = log_probs.float()
@@ -165,7 +165,7 @@ def read_batch(
     decoder, n = policy.decoder, len(batch.ids)
     count = decoder.config.num_hidden_layers
     layers = sampled_layers(count, credit.sampled_layers or list(range(count)))
-    found, entropy, waad, fai = torch.zeros(4, n, device=batch.ids.device)
+    found, entropy, waad, fai = torch.zeros(4, n, dtype=torch.float32, device=batch.ids.device)
     seconds, most = 0.0, 0
     rows = batch.per_sequence(batch.response_mask.long())
     for micro in micros:
