@@ -201,6 +201,9 @@ def end(processes: list[subprocess.Popen]) -> None:
         for process in processes:
             process.kill()
         raise
+    finally:
+        for process in processes:
+            process.stdin.close()
 
 
 def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
