@@ -97,7 +97,8 @@ class Case(NamedTuple):
         q, k = zeros(QUERY_HEADS, self.size), zeros(KEY_HEADS, self.size)
         options = {**self.options, "backend": "triton"}
         if self.lse:
-            options["lse"] = torch.zeros(1, QUERY_HEADS, TOKENS)
+            seen = torch.arange(1, TOKENS + 1) + ("sinks" in options)  # each with a score of 0
+            options["lse"] = seen.float().log().expand(1, QUERY_HEADS, -1)
         if self.call == "attention":
             attention(q, k, zeros(KEY_HEADS, self.value_size or self.size), **options)
         elif self.call == "group_stats":
