@@ -25,6 +25,7 @@ SLACK = 2.0
 """How many times the size of its rounding errors a row may be off. Each error counts at its largest."""
 FP32 = 2.0**-24  # the unit roundoff
 TINY = torch.finfo(torch.float32).tiny
+VANISHING = 1e-18  # values below it say nothing: their squares are 0 in fp32
 ACCUMULATED = 24 * FP32
 """Error of a sum of fp32 products, in the call and again in this file, relative to the lengths of the vectors."""
 
@@ -277,30 +278,26 @@ class _Row(NamedTuple):
 def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rounding) -> tuple:
     """(what the call gave, what the map gives, the allowed norm of their difference over Dv, the heads of q).
 
-    All but the heads are in units of the longest v of a key head, so that squares keep in range. Each weight has a
-    relative error, of which one of size e moves the output by e A[t, s] (v[s] - out). Errors of different keys are
-    added as independent ones, and, since equal keys have equal errors, half of their plain sum beside that.
+    Each weight has a relative error, of which one of size e moves the output by e A[t, s] (v[s] - out). Errors of
+    different keys are added as independent ones, and, since equal keys have equal errors, half of their plain sum
+    beside that.
     """
     values = _keys_of(v, part)  # [S, H, L, Dv]
-    group = row.weights.shape[1] // values.shape[1]
-    unit = values.abs().amax((-2, -1), keepdim=True).clamp(min=TINY)  # [S, H, 1, 1]
-    values = values / unit
     lengths = values.norm(dim=-1, keepdim=True)
-    longest, of_heads = (x.repeat_interleave(group, 1) for x in (lengths.amax((-2, -1), keepdim=True), unit))
+    both = torch.cat([lengths, torch.ones_like(lengths)], -1)  # of v[s], and of out
     expected = _grouped(row.weights, values).div_(row.total)
-    got = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, row.heads].float() / of_heads
+    got = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, row.heads].float()
     size = expected.norm(dim=-1, keepdim=True)
 
     slip = rounding.weights + (rounding.factors + ACCUMULATED) * row.reach[..., None]
-    errors = row.weights / row.total
+    errors = row.weights
     if row.sizes is not None:
         sizes = row.sizes.mul_(rounding.scores)
         if row.sink is not None:
             sizes += rounding.scores * row.sink[1]  # the maximum is subtracted in the dtype
         errors, slip = errors * sizes.add_(slip), 1.0
-    both = torch.cat([lengths, torch.ones_like(lengths)], -1)  # of v[s], and of out
-    apart = _grouped(errors.square(), both.square()) * slip**2
-    together = _grouped(errors, both) * slip
+    together = _grouped(errors, both) * (slip / row.total)
+    apart = _grouped(errors.square(), both.square()) * (slip / row.total) ** 2
     if rounding.smallest > TINY:  # weights below it vanish, all of them
         vanish = (row.weights / row.total).clamp(max=rounding.smallest)
         apart += rounding.smallest**2 * _grouped(torch.ones_like(vanish), both.square())
@@ -308,10 +305,12 @@ def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rou
     if row.sink is not None:
         together[..., 1:] += row.sink[0] * (slip if row.sizes is None else rounding.scores * row.sink[1])
     scale = torch.cat([torch.ones_like(size), size], -1)
-    noise = ((apart + (together / 2).square()) * scale.square()).sum(-1, keepdim=True)
-    noise += (rounding.out * size).square() + (ACCUMULATED * longest).square()
-    noise += values.shape[-1] * (max(rounding.smallest, TINY) / of_heads).square()
-    return got, expected, SLACK * noise.sqrt().squeeze(-1), row.heads, of_heads
+    noise = ((apart + (together / 2).square()) * scale.square()).sum(-1)
+    noise += (rounding.out * size.squeeze(-1)).square()
+    longest = lengths.amax((-2, -1)).repeat_interleave(noise.shape[1] // values.shape[1], 1)
+    noise += (ACCUMULATED * longest[..., None]).square()
+    noise += values.shape[-1] * max(rounding.smallest, VANISHING) ** 2
+    return got, expected, SLACK * noise.sqrt(), row.heads
 
 
 def _grouped(weights: Tensor, values: Tensor) -> Tensor:
@@ -324,7 +323,7 @@ def _lse_errors(part: _Part, row: _Row, lse: Tensor) -> tuple:
     """As `_output_errors`. A log-sum-exp that is off by x moves each weight by the share x."""
     got = lse[part.batch_row[:, None], row.heads, part.rows].transpose(1, 2)
     allowed = SLACK * ACCUMULATED * (8 + row.lse.abs() + row.reach)
-    return got[..., None].float(), row.lse[..., None], allowed, row.heads, torch.ones_like(allowed[..., :1, None])
+    return got[..., None].float(), row.lse[..., None], allowed, row.heads
 
 
 def _worst(
@@ -333,12 +332,11 @@ def _worst(
     expected: Tensor,
     allowed: Tensor,
     heads: slice,
-    unit: Tensor,
     wanted: Tensor | None = None,
 ) -> Deviation:
     """The largest difference relative to what is allowed, of the wanted heads [S, HQ].
 
-    got and expected [S, HQ, P, n] and allowed [S, HQ, P] are in units [S, HQ, 1, 1].
+    got and expected [S, HQ, P, n], allowed [S, HQ, P].
     """
     error = got - expected
     excess = error.norm(dim=-1) / allowed
@@ -351,7 +349,6 @@ def _worst(
     sequence, rest = best // excess[0].numel(), best % excess[0].numel()
     head, probe = rest // excess.shape[2], rest % excess.shape[2]
     largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[best].argmax(-1)
-    got, expected, allowed = got * unit, expected * unit, allowed * unit.squeeze(-1)
     values = [x.flatten(0, 2)[best, largest] for x in (got, expected)]
     place = [part.batch_row[sequence], part.rows[sequence, probe], head + heads.start]
     return Deviation(
