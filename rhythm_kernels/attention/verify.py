@@ -17,7 +17,7 @@ from torch import Tensor
 from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.attention.options import Options
 
-PROBES = 16
+PROBES = 12
 """Probed rows of a batch row; more where it is packed from many sequences, of which each gets at least FEWEST."""
 FEWEST = 4
 CHUNK_BYTES = 64 << 20  # of fp32 keys and values held at once
