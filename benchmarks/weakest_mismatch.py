@@ -1,4 +1,4 @@
-"""What does the check of an attention call's output find, and how close do sound calls come to its limit?
+"""Shows what the check of an attention call's output finds, and how close sound calls come to its limit.
 
     python -m benchmarks.weakest_mismatch [--out benchmarks/results/weakest-mismatch]
 

@@ -56,7 +56,7 @@ class LseReader(TorchDispatchMode):
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        """What the fused operators of the call, if any ran, took their queries in."""
+        """The dtypes in which the fused operators of the call took their queries; empty if none ran."""
         return [call.dtype for call in self._calls]
 
     @classmethod

@@ -415,7 +415,7 @@ def _rounding(call: Call) -> Rounding:
 
 
 def _hints(layout: Layout, call: Call) -> str:
-    """What is unusual about a call, as sentences."""
+    """Returns sentences that name what is unusual about a call."""
     hints = []
     if call.mask is None and any(begin or end < layout.rows.shape[1] for _, begin, end in layout.bounds):
         if layout.sequences == len(layout.rows):

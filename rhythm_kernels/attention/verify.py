@@ -34,13 +34,13 @@ class Rounding(NamedTuple):
     """How coarsely an attention call computes: unit roundoffs, relative to what is rounded."""
 
     factors: float
-    """Of q and k on their way into the product, beyond the dtype that they arrive in."""
+    """The rounding of q and k on their way into the product, beyond the dtype that they arrive in."""
     scores: float
-    """Of scores, beyond that of their sum in fp32."""
+    """The rounding of scores, beyond that of their sum in fp32."""
     weights: float
-    """Of the weights and of v."""
+    """The rounding of the weights and of v."""
     out: float
-    """Of the output."""
+    """The rounding of the output."""
     smallest: float
     """Absolute error of a weight close to 0: half the smallest number above 0."""
 
@@ -174,7 +174,7 @@ class _Part(NamedTuple):
     bias: Tensor
     """fp32 [S, P, L]: 0 where the row sees the key, else -inf; a sum is several times as fast as a fill by a mask."""
     heads: slice
-    """Of k: those of this part."""
+    """The key heads of this part."""
 
 
 def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: int = PROBES) -> list[_Part]:
@@ -232,7 +232,7 @@ class _Row(NamedTuple):
     """The probed rows of the assumed map."""
 
     heads: slice
-    """Of q."""
+    """Their query heads."""
     weights: Tensor
     """A times `total`, [S, HQ, P, L] fp32."""
     total: Tensor
@@ -320,7 +320,7 @@ def _grouped(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _lse_errors(part: _Part, row: _Row, lse: Tensor) -> tuple:
-    """As `_output_errors`. A log-sum-exp that is off by x moves each weight by the share x."""
+    """The same as `_output_errors` returns. A log-sum-exp that is off by x moves each weight by the share x."""
     got = lse[part.batch_row[:, None], row.heads, part.rows].transpose(1, 2)
     allowed = SLACK * ACCUMULATED * (8 + row.lse.abs() + row.reach)
     return got[..., None].float(), row.lse[..., None], allowed, row.heads
