@@ -39,6 +39,11 @@ def check_device(name: str, device: torch.device) -> None:
         )
 
 
+def at_hand(value: object, device: torch.device) -> torch.device:
+    """Returns where an argument that the host reads may be: on the device of the others, or on the CPU."""
+    return torch.device("cpu") if getattr(value, "is_cpu", False) else device
+
+
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")

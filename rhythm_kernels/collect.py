@@ -5,7 +5,6 @@ attention kernel's own log-sum-exp of the sampled layers to the statistics. Noth
 """
 
 import inspect
-import math
 import threading
 import warnings
 from collections.abc import Sequence
@@ -16,18 +15,20 @@ from torch import Tensor, nn
 from rhythm_kernels.attention.api import BACKENDS, run_group_stats, run_stats
 from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import MAX_WINDOW, Options, check_options
-from rhythm_kernels.attention.verify import Deviation, Rounding, probe_output, rounding_of
+from rhythm_kernels.attention.poison import scaled
+from rhythm_kernels.attention.verify import Rounding, probe_output, rounding_of
 from rhythm_kernels.checks import (
-    can_look,
     check_choice,
+    check_cu_seqlens,
     check_device,
     check_float,
     check_horizon,
     check_int,
     check_tensor,
 )
-from rhythm_kernels.clock import Clock
+from rhythm_kernels.findings import Findings
 from rhythm_kernels.heads import sampled_layers
+from rhythm_kernels.host import send
 from rhythm_kernels.isolation import isolated, lowest_precision
 from rhythm_kernels.masks import is_mask, packing_hint, window_of
 from rhythm_kernels.sequences import find_sequences
@@ -58,6 +59,7 @@ def collect(
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 50),
     response_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     groups: HeadGroups | None = None,
     groups_per: str = "sequence",
     local: float = 0.3,
@@ -71,9 +73,11 @@ def collect(
         rhythm = c.rhythm()  # waad [B, T], fai [B, T]
 
     Padding is taken from the forward's `attention_mask` [B, T], packing (B = 1) from `cu_seq_lens_q` or from
-    `position_ids` that restart. The map that this describes is checked: for a few rows of each sequence it must give
-    the output that the layer's attention returned (`attention/verify.py`). So packed rows that a model does not keep
-    apart are refused, as transformers' sdpa and eager attention do not beside an attention_mask or a key-value cache.
+    `position_ids` that restart. A GPU is waited for once to read them, and not at all with `cu_seqlens`.
+
+    The map that they describe is checked: for a few rows of each sequence it must give the output that the layer's
+    attention returned (`attention/verify.py`). So packed rows that a model does not keep apart are refused, as
+    transformers' sdpa and eager attention do not beside an attention_mask or a key-value cache.
 
     Statistics are those of the map before dropout. A context belongs to the thread that opened it.
 
@@ -85,6 +89,8 @@ def collect(
             `sampled_layers`. Of a hybrid only its softmax layers are counted, which a warning says.
         window, horizon: W of WAAD and (lo, hi) of FAI, tokens.
         response_mask: [B, T] bool, R; every valid token if None.
+        cu_seqlens: [S + 1] int32 or int64 on the CPU, bounds of the packed sequences of the forward, where they are
+            known: then its own arguments are not read for them, and a GPU is not waited for.
         groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
             Then spans are not computed and heads outside the groups are skipped.
         groups_per: "sequence": head groups from each sequence's own spans (the paper's reading); "batch": from the
@@ -99,19 +105,25 @@ def collect(
             raises), shards of sequences or of heads, no attention interface, a device without float64.
         RuntimeError: a second forward in one context.
     """
-    return Collector(model, layers, window, horizon, response_mask, groups, groups_per, local, global_, backend)
+    return Collector(
+        model, layers, window, horizon, response_mask, cu_seqlens, groups, groups_per, local, global_, backend
+    )
 
 
 class Collector:
     """What `collect` returns; `stats`, `lse_sources`, `layout` and `rhythm()` are filled by the forward."""
 
-    def __init__(self, model, layers, window, horizon, response_mask, groups, groups_per, local, global_, backend):
+    def __init__(
+        self, model, layers, window, horizon, response_mask, cu_seqlens, groups, groups_per, local, global_, backend
+    ):
         self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}
         """The statistics of each sampled layer: of each head, or summed over the groups where `groups` is given."""
         self.lse_sources: dict[int, str] = {}
         """Where each sampled layer's log-sum-exp comes from: the name of the model's attention operator, such as
         "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass" if the statistics computed it."""
         self.layout: Layout | None = None
+        self.findings = Findings()
+        """What `check()`, `seconds` and `check_seconds` read; it may outlive the statistics, which take more memory."""
         self.decoder = decoder_of(model)
         every = layers_of(self.decoder)
         self.layers = _chosen_layers(self.decoder, every, layers)
@@ -124,13 +136,14 @@ class Collector:
         self._response_mask = response_mask
         if response_mask is not None:
             check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
+        self._cu_seqlens = cu_seqlens
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, 1, "T", torch.device("cpu"))
         self._options = {"window": check_int("window", window, 1, MAX_WINDOW), "horizon": check_horizon(horizon)}
         self._check_grouping(groups, groups_per, local, global_)
         self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
         self._backend = check_choice("backend", backend, BACKENDS)
         self._windows: dict[int, tuple[object, int | None]] = {}  # by the id of a mask, which is kept, and so its id
-        self._deviations: list[tuple[int, str, Deviation, str]] = []  # where the device is not waited for
-        self._clock, self._check_clock = Clock(), Clock()
         self._hooks: list = []
 
     def _check_grouping(self, groups, groups_per, local, global_) -> None:
@@ -164,18 +177,18 @@ class Collector:
     @property
     def seconds(self) -> float:
         """Time spent in the statistics of this forward, their check included; on a GPU this waits for them."""
-        return self._clock.seconds()
+        return self.findings.seconds
 
     @property
     def check_seconds(self) -> float:
         """The part of `seconds` in which the layers' outputs were checked; on a GPU this waits for it."""
-        return self._check_clock.seconds()
+        return self.findings.check_seconds
 
     def rhythm(self) -> Rhythm:
         """The group means: Rhythm(waad [B, T], fai [B, T], spans, groups). Needs a finished forward.
 
-        On a GPU, statistics of a layer that does not attend as they assume are NaN: `check()` says which and why. With
-        spans this waits for the device and raises by itself.
+        On a GPU, which is not waited for, statistics are NaN where a layer does not attend as they assume: `check()`
+        says which and why.
         """
         missing = [layer for layer in self.layers if layer not in self.stats]
         if missing:
@@ -185,9 +198,7 @@ class Collector:
                 else "the forward did not call their attention, or failed"
             )
             raise RuntimeError(f"no statistics of layers {missing}: {why}")
-        if self._grouping["groups"] is None:  # ranking the spans waits for the device anyway
-            self.check()
-        with self._clock, isolated(self.layout.rows.device):
+        with self.findings.clock, isolated(self.layout.rows.device):
             return rhythm_of(self.stats, self.layout, **self._grouping)
 
     def check(self) -> None:
@@ -198,8 +209,7 @@ class Collector:
         Raises:
             ValueError: with the layer, the token, the head and both values.
         """
-        for layer, name, deviation, hints in self._deviations:
-            _refuse(layer, name, deviation, hints)
+        self.findings.check()
 
     # ---- around the forward ------------------------------------------------------------------------------------------
 
@@ -230,7 +240,7 @@ class Collector:
 
     def _prepare(self, bound: dict, inputs: Tensor) -> None:
         """Finds out where the sequences of a forward begin and end."""
-        self._clock.on_gpu = self._check_clock.on_gpu = inputs.is_cuda
+        self.findings.clock.on_gpu = self.findings.check_clock.on_gpu = inputs.is_cuda
         batch, tokens = inputs.shape[:2]
         sharding = self._tap.sharding()
         if sharding is not None:
@@ -238,7 +248,7 @@ class Collector:
                 f"collect needs whole sequences, but {sharding} computes attention over shards of them here: "
                 "switch sequence parallelism off"
             )
-        mask, cu_seqlens = find_sequences(bound, batch, self._mask_outside)
+        mask, cu_seqlens = find_sequences(bound, batch, self._mask_outside, self._cu_seqlens)
         response_mask = self._response_mask
         if response_mask is not None:
             check_tensor("response_mask", response_mask, [batch, tokens], [torch.bool], inputs.device)
@@ -246,13 +256,18 @@ class Collector:
         groups = self._grouping["groups"]
         if groups is not None:
             check_groups(groups, len(self.layers), query_heads(self.decoder), layout.sequences)
-            self._grouping["groups"] = HeadGroups(*(group.to(inputs.device) for group in groups))
+            self._grouping["groups"] = HeadGroups(*(send(group, inputs.device) for group in groups))
         self.layout, self._calls = layout, {}
 
     @torch.compiler.disable(reason=NOT_WHOLE)
     def _after_forward(self, decoder: nn.Module, *_) -> None:
-        if self._is_mine() and decoder is self.decoder:
-            self._calls = None  # a layer may be called again: by a backward pass, by another model
+        if not self._is_mine() or decoder is not self.decoder:
+            return
+        self._calls = None  # a layer may be called again: by a backward pass, by another model
+        poison = self.findings.poison()
+        if poison is not None:
+            with self.findings.clock, isolated(poison.device):
+                self.stats = dict(zip(self.stats, scaled(list(self.stats.values()), poison), strict=True))
 
     def layer_of(self, module: nn.Module) -> int | None:
         """The sampled layer that this call of an attention module is; None for others, and outside of the forward."""
@@ -272,7 +287,7 @@ class Collector:
     def record(self, layer: int, call: Call) -> None:
         """Takes the statistics of a layer from what its attention function was given, has read and returned."""
         self._check_call(layer, call)
-        with self._clock:
+        with self.findings.clock:
             rounding = _rounding(call)
             out = call.out
             if call.kwargs.get("dropout"):  # which makes the output random; the map is the one before it
@@ -292,25 +307,10 @@ class Collector:
                     **self._options,
                 )
                 lse, self.lse_sources[layer] = call.reader.lse(q, options.sinks, self.layout, call.beside)
-                with self._check_clock:
+                with self.findings.check_clock:
                     found = probe_output(q, k, call.value, out, lse, self.layout, options, rounding)
-                    wrong = self._look_at(layer, found, call)
-                stats = self.measure(layer, q, k, lse, options)
-                if wrong is not None:
-                    stats = type(stats)(*(None if x is None else x.masked_fill(wrong, math.nan) for x in stats))
-                self.stats[layer] = stats
-
-    def _look_at(self, layer: int, found: list[tuple[str, Deviation]], call: Call) -> Tensor | None:
-        """Raises for a deviation; where the device would have to be waited for, returns whether there is one, 0-dim."""
-        hints = _hints(self.layout, call)
-        if not found:
-            return None
-        if can_look(found[0][1].excess):
-            for name, deviation in found:
-                _refuse(layer, name, deviation, hints)
-            return None
-        self._deviations += [(layer, name, deviation, hints) for name, deviation in found]
-        return torch.stack([deviation.excess for _, deviation in found]).amax() > 1
+                    self.findings.add(layer, found, _hints(self.layout, call))
+                self.stats[layer] = self.measure(layer, q, k, lse, options)
 
     def measure(
         self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, options: Options
@@ -427,15 +427,3 @@ def _hints(layout: Layout, call: Call) -> str:
     if named:
         hints.append(f"Its attention function was given {', '.join(named)}, which the statistics do not know of.")
     return "".join(f" {hint}" for hint in hints) + packing_hint(layout)
-
-
-def _refuse(layer: int, name: str, deviation: Deviation, hints: str) -> None:
-    """Raises where a layer deviates; waits for the device."""
-    if not deviation.excess.item() > 1:
-        return
-    row, token, head = deviation.place.tolist()
-    got, expected, allowed = deviation.values.tolist()
-    raise ValueError(
-        f"layer {layer} does not attend as collect assumes: the {name} of token {token} of row {row}, head {head}, is "
-        f"{got:.6g} where the assumed attention map gives {expected:.6g}, and rounding explains {allowed:.2g}.{hints}"
-    )

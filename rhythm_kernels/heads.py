@@ -39,7 +39,7 @@ def group_heads(spans: Tensor, *, local: float = 0.3, global_: float = 0.3) -> H
     """The heads with the lowest and the highest spans (Eq. 8): ceil(local n) and ceil(global_ n) of all n = L HQ pairs.
 
     Args:
-        spans: [L, HQ] or, for each sequence, [B, L, HQ]; floating, tokens.
+        spans: [L, HQ] or, for each sequence, [B, L, HQ]; floating, tokens. A GPU that holds them is waited for.
         local, global_: fractions of all heads, together at most 1.
 
     Returns:
@@ -48,6 +48,14 @@ def group_heads(spans: Tensor, *, local: float = 0.3, global_: float = 0.3) -> H
     Raises:
         TypeError, ValueError: wrong shape or dtype, a NaN, fractions that do not leave disjoint groups.
     """
+    groups = rank_heads(spans, local, global_)
+    if spans.isnan().any():
+        raise ValueError(f"spans must not hold NaN, got {int(spans.isnan().sum())} of {spans.numel()}")
+    return groups
+
+
+def rank_heads(spans: Tensor, local: float, global_: float) -> HeadGroups:
+    """`group_heads` without a wait for the device: what it returns for spans that hold NaN means nothing."""
     floating = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
     check_tensor("spans", spans, ["L", "HQ"] if getattr(spans, "ndim", 2) == 2 else ["B", "L", "HQ"], floating)
     heads = spans.shape[-2] * spans.shape[-1]
@@ -58,8 +66,6 @@ def group_heads(spans: Tensor, *, local: float = 0.3, global_: float = 0.3) -> H
             f"local and global_ must leave disjoint groups: {local} and {global_} of {heads} heads, rounded up, "
             f"are {low} + {high}"
         )
-    if spans.isnan().any():
-        raise ValueError(f"spans must not hold NaN, got {int(spans.isnan().sum())} of {spans.numel()}")
     flat = spans.flatten(-2)
     is_local = _first(flat.argsort(dim=-1, stable=True), low)
     rest = flat.masked_fill(is_local, -math.inf)

@@ -5,20 +5,33 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from rhythm_kernels.host import fetch
 
-def find_sequences(arguments: dict, batch: int, outer_mask: object = ...) -> tuple[Tensor | None, Tensor | None]:
-    """Returns (attention_mask [B, T], cu_seqlens [S + 1]) of a forward, of which one is None at least.
+
+def find_sequences(
+    arguments: dict, batch: int, outer_mask: object = ..., known: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns (attention_mask [B, T], cu_seqlens [S + 1]) of a forward on the CPU, of which one is None at least.
 
     Args:
-        arguments: of the decoder's forward, by name.
+        arguments: of the decoder's forward, by name. Those on a GPU are fetched together: it is waited for once.
         outer_mask: the attention_mask of a model around the decoder, if there is one that was given or left out a mask.
+        known: cu_seqlens on the CPU, where the caller has it; positions and bounds are then not read.
 
     Raises:
         ValueError: a mask of another kind, padding in a packed row, packed rows in a batch of several, positions of
             a shard.
     """
-    mask = _padding_mask(arguments.get("attention_mask"), outer_mask)
-    cu_seqlens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
+    mask, cu_seqlens, position_ids = _padding_mask(arguments.get("attention_mask"), outer_mask), known, None
+    if known is None:
+        cu_seqlens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
+    given = [x for x in (mask, cu_seqlens, position_ids) if x is not None]
+    fetched = iter(fetch(given))
+    mask, cu_seqlens, position_ids = (None if x is None else next(fetched) for x in (mask, cu_seqlens, position_ids))
+    if mask is not None and mask.is_floating_point():  # PEFT's virtual tokens turn it into one
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {mask.max().item()}")
+        mask = mask.bool()
     if position_ids is not None:
         position_ids = _text_positions(position_ids, mask is None)
         _check_begin(position_ids)
@@ -41,10 +54,6 @@ def _padding_mask(mask: object, outer: object | EllipsisType) -> Tensor | None:
         mask = outer
         if mask is not None and not _is_2d(mask):
             raise ValueError(f"collect needs attention_mask as [B, T], got {shown}")
-    if mask is not None and mask.is_floating_point():  # PEFT's virtual tokens turn it into one
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {mask.max().item()}")
-        mask = mask.bool()
     return mask
 
 

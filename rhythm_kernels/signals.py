@@ -1,13 +1,14 @@
 """From the heads' statistics to one WAAD and one FAI for each token."""
 
 from collections.abc import Mapping
+from math import nan
 
 import torch
 from torch import Tensor
 
 from rhythm_kernels.attention.layout import Layout
-from rhythm_kernels.checks import check_choice, check_tensor
-from rhythm_kernels.heads import group_heads
+from rhythm_kernels.checks import can_look, check_choice, check_tensor
+from rhythm_kernels.heads import group_heads, rank_heads
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
 
 GROUPS_PER = ("sequence", "batch")
@@ -31,12 +32,13 @@ def rhythm_of(
         groups_per: "sequence": each sequence has its own groups, from its own spans; "batch": one grouping from the
             spans over all of R in the batch.
 
-    Raises: TypeError, ValueError: wrong groups, or none for sums.
+    Raises: TypeError, ValueError: wrong groups, or none for sums; a span that is NaN. A GPU is not waited for: there
+    the rhythm of that span's sequence is NaN.
     """
     check_choice("groups_per", groups_per, GROUPS_PER)
     layers = [stats[index] for index in sorted(stats)]
     summed = isinstance(layers[0], GroupStats)
-    spans = None
+    spans, broken = None, None
     if groups is not None:
         check_groups(groups, len(layers), "HQ" if summed else layers[0].waad.shape[1], layout.sequences)
     elif summed:
@@ -45,11 +47,16 @@ def rhythm_of(
         spans = torch.stack([layer.span for layer in layers], 1)  # [sequences, L, HQ]
         if groups_per == "batch":
             spans = _pool(spans, layout)
-        groups = group_heads(spans, local=local, global_=global_)
-    waad, fai = [layer.waad for layer in layers], [layer.fai for layer in layers]
-    if not summed:
-        waad, fai = _group_sums(waad, groups.local, layout), _group_sums(fai, groups.global_, layout)
-    return Rhythm(_mean(waad, groups.local, layout), _mean(fai, groups.global_, layout), spans, groups)
+        if can_look(spans):
+            groups = group_heads(spans, local=local, global_=global_)
+        else:
+            groups, broken = rank_heads(spans, local, global_), spans.isnan().flatten(-2).any(-1)
+    waad, fai = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("waad", "fai"))
+    rhythm = Rhythm(_mean(waad, groups.local, layout), _mean(fai, groups.global_, layout), spans, groups)
+    if broken is None:
+        return rhythm
+    unknown = broken.expand(layout.sequences)[layout.segments]  # [B, T]
+    return rhythm._replace(waad=rhythm.waad.masked_fill_(unknown, nan), fai=rhythm.fai.masked_fill_(unknown, nan))
 
 
 def check_groups(groups: HeadGroups, layers: int, heads: int, sequences: int) -> None:
@@ -68,22 +75,15 @@ def _pool(spans: Tensor, layout: Layout) -> Tensor:
     return (weighted / tokens.sum().clamp(min=1)).float()
 
 
-def _group_sums(values: list[Tensor], group: Tensor, layout: Layout) -> list[Tensor]:
-    """Sums over the heads of a group, of each token's own sequence: L x [B, HQ, T] -> L x [B, T]."""
-    members = _per_sequence(group, values[0].device, layout)[layout.segments].unbind(2)  # L x [B, T, HQ]
-    # a NaN of a head outside the group stays outside
-    return [value.masked_fill(~member.mT, 0.0).sum(1) for value, member in zip(values, members, strict=True)]
+def _mean(values: Tensor, group: Tensor, layout: Layout) -> Tensor:
+    """The mean over the heads in the group of each token's own sequence, of all layers; 0 if there are none: [B, T].
 
-
-def _mean(sums: list[Tensor], group: Tensor, layout: Layout) -> Tensor:
-    """The layers' sums L x [B, T] over the number of heads in the group of each token's own sequence; 0 if it is 0."""
-    heads = _per_sequence(group, sums[0].device, layout).flatten(1).sum(1)[layout.segments]
-    total = torch.zeros_like(sums[0])
-    for layer in sums:
-        total += layer
-    return total / heads.clamp(min=1)
-
-
-def _per_sequence(group: Tensor, device: torch.device, layout: Layout) -> Tensor:
-    """[L, HQ] or [sequences, L, HQ] -> [sequences, L, HQ]."""
-    return group.to(device).expand(layout.sequences, -1, -1)
+    values: [L, B, HQ, T], of each head, which it overwrites; or [L, B, T], sums over each layer's heads of the group.
+    """
+    each = group.to(values.device).expand(layout.sequences, -1, -1)  # [sequences, L, HQ]
+    if values.ndim == 4:
+        member = each[layout.segments].permute(2, 0, 3, 1)  # [L, B, HQ, T]
+        # a NaN of a head outside the group stays outside
+        values = values.masked_fill_(~member, 0.0).sum(2)
+    heads = each.flatten(1).sum(1)[layout.segments]
+    return values.sum(0) / heads.clamp(min=1)

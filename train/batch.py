@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rhythm_kernels.host import send
 from train.distributed import World
 from train.rollout import Completion
 
@@ -29,6 +30,8 @@ class Rollouts(NamedTuple):
     """[B] bool: which answers ended by themselves."""
     lengths: tuple[int, ...]
     """Tokens of each sequence, known to the host."""
+    prompts: tuple[int, ...]
+    """Tokens of each sequence's prompt, known to the host."""
 
     @property
     def sequence_of(self) -> Tensor:
@@ -53,22 +56,24 @@ def pack(prompts: Sequence[list[int]], completions: Sequence[Completion], n: int
     for name, empty in (("prompt", [not x for x in prompts]), ("completion", [not x.ids for x in completions])):
         if any(empty):
             raise ValueError(f"each {name} must have a token, got none in {name} {empty.index(True)}")
-    ids, mask, log_probs, lengths = [], [], [], []
+    ids, mask, log_probs, lengths, before = [], [], [], [], []
     for index, completion in enumerate(completions):
         prompt = prompts[index // n]
         ids += prompt + completion.ids
         mask += [False] * len(prompt) + [True] * len(completion.ids)
         log_probs += [0.0] * len(prompt) + completion.log_probs
         lengths.append(len(prompt) + len(completion.ids))
+        before.append(len(prompt))
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     finished = torch.tensor([completion.finish_reason == "stop" for completion in completions])
     return Rollouts(
-        torch.tensor(ids).to(device),
-        bounds.to(device),
-        torch.tensor(mask).to(device),
-        torch.tensor(log_probs, dtype=torch.float32).to(device),
-        finished.to(device),
+        send(torch.tensor(ids), device),
+        send(bounds, device),
+        send(torch.tensor(mask), device),
+        send(torch.tensor(log_probs, dtype=torch.float32), device),
+        send(finished, device),
         tuple(lengths),
+        tuple(before),
     )
 
 
@@ -81,6 +86,8 @@ class MicroBatch(NamedTuple):
     """[1, n] int64: from 0 in each sequence."""
     cu_seqlens: Tensor
     """[S + 1] int32."""
+    bounds: Tensor
+    """cu_seqlens on the host."""
     longest: int
     place: Tensor
     """[n] int64: where each token stands in the batch."""
@@ -119,18 +126,22 @@ def bins(lengths: Sequence[int], rows: Sequence[int], most_tokens: int) -> list[
 
 
 def take(batch: Rollouts, rows: Sequence[int]) -> MicroBatch:
+    """All that the host knows is made there: a device is not waited for."""
     device = batch.ids.device
-    lengths = torch.tensor([batch.lengths[row] for row in rows])
+    lengths, prompts = (torch.tensor([known[row] for row in rows]) for known in (batch.lengths, batch.prompts))
     ends = lengths.cumsum(0)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
     position_ids = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
     starts = torch.tensor(batch.lengths).cumsum(0)[list(rows)] - lengths
-    place = (position_ids + starts.repeat_interleave(lengths)).to(device)
+    place = send(position_ids + starts.repeat_interleave(lengths), device)
+    answers = (position_ids >= prompts.repeat_interleave(lengths)).nonzero().flatten()
     return MicroBatch(
         batch.ids[place][None],
-        position_ids.to(device)[None],
-        torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int().to(device),
+        send(position_ids, device)[None],
+        send(bounds, device),
+        bounds,
         int(lengths.max()),
         place,
-        batch.response_mask[place].nonzero().flatten(),
-        torch.tensor(rows).to(device),
+        send(answers, device),
+        send(torch.tensor(rows), device),
     )

@@ -166,7 +166,7 @@ def read_batch(
     count = decoder.config.num_hidden_layers
     layers = sampled_layers(count, credit.sampled_layers or list(range(count)))
     found, entropy, waad, fai = torch.zeros(4, n, dtype=torch.float32, device=batch.ids.device)
-    seconds, most = 0.0, 0
+    findings, most = [], 0
     rows = batch.per_sequence(batch.response_mask.long())
     for micro in micros:
         collected = None
@@ -177,6 +177,7 @@ def read_batch(
                 window=credit.window,
                 horizon=credit.horizon,
                 response_mask=batch.response_mask[micro.place][None],
+                cu_seqlens=micro.bounds,
                 groups=schedule.groups,
                 groups_per=credit.groups_per,
             )
@@ -190,14 +191,16 @@ def read_batch(
             found[answers], entropy[answers] = chosen.float(), entropies.float()
         if collected:
             rhythm = collected.rhythm()
-            collected.check()  # on a GPU NaN would not say why
             waad[micro.place], fai[micro.place] = rhythm.waad[0], rhythm.fai[0]
             schedule.add(rhythm.spans, rows[micro.sequences])
-            seconds += collected.seconds
+            findings.append(collected.findings)
             most = max(most, sum(t.nbytes for stats in collected.stats.values() for t in stats if t is not None))
     known = (found, entropy) if log_probs else (None, None)
     if not has_rhythm:
         return TokenStats(*known)
+    for each in findings:  # which wait for a GPU: only now, when all of its work is on the way
+        each.check()
+    seconds = sum(each.seconds for each in findings)
     return TokenStats(*known, Rhythm(waad=waad[None], fai=fai[None]), schedule.advance(), seconds, most)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from rhythm_kernels.attention import blockwise
 from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import Options, check_options, check_values
+from rhythm_kernels.attention.poison import factor_of, scaled
 from rhythm_kernels.attention.verify import probe_lse
 from rhythm_kernels.checks import can_look, check_choice, check_tensor
 from rhythm_kernels.isolation import isolated
@@ -48,7 +49,8 @@ def attention_stats(
         horizon: (lo, hi) of FAI, in tokens, lo >= 0; hi None: to the end of the sequence.
         row_mask: [B, T] bool, R, holes allowed; every valid token if None.
         attention_mask: [B, T] bool or int, 1 for tokens, padded on the left or the right.
-        cu_seqlens: int32 [S + 1], bounds of packed sequences; then B = 1.
+        cu_seqlens: int32 [S + 1], bounds of packed sequences; then B = 1. Both may be on the CPU: those on a GPU are
+            waited for.
         sliding_window: row t sees the keys with t - s < sliding_window.
         softcap: scores become softcap * tanh(score / softcap), before the mask.
         sinks: [HQ] floating, a logit per head that takes its share of each row and belongs to no token.
@@ -75,8 +77,9 @@ def attention_stats(
         need_span=need_span,
     )
     layout = _checked_layout(q, lse, row_mask, attention_mask, cu_seqlens)
-    wrong = None if lse is None else _check_lse(q, k, lse, layout, options)
-    return _unless(wrong, run_stats(q, k, lse, layout, options, backend))
+    factor = None if lse is None else _check_lse(q, k, lse, layout, options)
+    stats = run_stats(q, k, lse, layout, options, backend)
+    return stats if factor is None else scaled([stats], factor)[0]
 
 
 def group_stats(
@@ -129,8 +132,9 @@ def group_stats(
         shape = [layout.sequences, q.shape[1]] if each else [q.shape[1]]
         check_tensor(name, group, shape, [torch.bool], q.device)
     heads = (local | global_).expand(layout.sequences, -1)
-    wrong = None if lse is None else _check_lse(q, k, lse, layout, options, heads)
-    return _unless(wrong, run_group_stats(q, k, lse, local, global_, layout, options, backend))
+    factor = None if lse is None else _check_lse(q, k, lse, layout, options, heads)
+    stats = run_group_stats(q, k, lse, local, global_, layout, options, backend)
+    return stats if factor is None else scaled([stats], factor)[0]
 
 
 def attention(
@@ -219,12 +223,14 @@ def _check_lse(
 ) -> Tensor | None:
     """Raises for a log-sum-exp that is not that of the rows' scores, in base 2, say, or of scaled ones.
 
-    Where a GPU would have to be waited for, returns whether it is one, 0-dim bool.
+    Where a GPU would have to be waited for, returns the factor of the statistics: 1, or NaN if it is one.
     """
     with isolated(q.device):
         deviation = probe_lse(q.detach(), k.detach(), lse.detach(), layout, options, heads)
-    if deviation is None or not can_look(deviation.excess):
-        return None if deviation is None else deviation.excess > 1
+    if deviation is None:
+        return None
+    if not can_look(deviation.excess):
+        return factor_of(deviation.excess)
     if deviation.excess.item() > 1:
         row, token, head = deviation.place.tolist()
         got, exact, _ = deviation.values.tolist()
@@ -233,13 +239,6 @@ def _check_lse(
             f"{got:.6g} for token {token} of row {row}, head {head}, whose scores have {exact:.6g}"
         )
     return None
-
-
-def _unless(wrong: Tensor | None, stats: AttentionStats | GroupStats) -> AttentionStats | GroupStats:
-    """The statistics, or NaN where their log-sum-exp is wrong."""
-    if wrong is None:
-        return stats
-    return type(stats)(*(None if x is None else x.masked_fill(wrong, torch.nan) for x in stats))
 
 
 def _implementation(backend: str, **inputs: Tensor) -> ModuleType:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhythm_kernels.checks import check_cu_seqlens, check_cuts, check_tensor
+from rhythm_kernels.checks import at_hand, check_cu_seqlens, check_cuts, check_tensor
+from rhythm_kernels.host import send
 
 Kept = TypeVar("Kept")
 SPAN_UNIT = 2.0**-20  # tokens: the spans' sums are integers of this unit, so that their order does not matter
@@ -32,6 +33,8 @@ class Layout:
     """[B, T] int64: the sequence of each token, 0 to sequences - 1; padding counts to its row's sequence."""
     bounds: tuple[tuple[int, int, int], ...]
     """(batch row, first position, one past the last position) of each sequence, known to the host."""
+    table: Tensor
+    """[sequences, 3] int64: the bounds, on the device."""
     _kept: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -49,7 +52,9 @@ class Layout:
         """The layout of some rows of a batch that is not packed."""
         begin = part.indices(len(self.rows))[0]
         bounds = tuple((b - begin, *ends) for b, *ends in self.bounds[part])
-        return Layout(self.first[part], self.last[part], self.rows[part], self.segments[part] - begin, bounds)
+        table = self.table[part].clone()
+        table[:, 0] -= begin
+        return Layout(self.first[part], self.last[part], self.rows[part], self.segments[part] - begin, bounds, table)
 
     def rows_looking_back(self, horizon: tuple[int, int | None]) -> Tensor:
         """|T(s)|: how many rows of R look at column s from the horizon (Eq. 10), and 1 for none. [B, T] int32."""
@@ -89,8 +94,9 @@ def make_layout(
 ) -> Layout:
     """Checks the masks and brings padding (left or right) and packing to one form.
 
-    Raises: TypeError or ValueError for a mask of the wrong dtype, shape, device or content; reading the content
-    synchronizes with the device once.
+    attention_mask, cu_seqlens: on the device, which is then waited for once, or on the CPU.
+
+    Raises: TypeError or ValueError for a mask of the wrong dtype, shape, device or content.
     """
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask and cu_seqlens exclude each other: packed sequences have no padding")
@@ -103,27 +109,27 @@ def make_layout(
     else:
         bounds = tuple((b, 0, tokens) for b in range(batch))
 
+    table = send(torch.tensor(bounds, dtype=torch.int64, device="cpu").view(-1, 3), device)
+    position = torch.arange(tokens, device=device)
     if cu_seqlens is None:
         segments = torch.arange(batch, device=device)[:, None].expand(batch, tokens)
-    else:  # an empty sequence begins where the next one does: `right` passes over it
-        position = torch.arange(tokens, device=device)
-        segments = torch.searchsorted(cu_seqlens.long()[1:], position, right=True)[None]
-    ends = torch.tensor(bounds, dtype=torch.int32, device="cpu").view(-1, 3).to(device)[segments]  # [B, T, 3]
-    first, end = ends[..., 1], ends[..., 2]
-    position = torch.arange(tokens, device=device, dtype=torch.int32).expand(batch, tokens)
+    else:  # an empty sequence ends where the one before it does: `right` passes over it
+        segments = torch.searchsorted(table[:, 2].contiguous(), position, right=True)[None]
+    first, end = table.int()[segments][..., 1:].unbind(-1)  # [B, T]
+    position = position.int().expand(batch, tokens)
     valid = (first <= position) & (position < end)
     rows = valid if row_mask is None else valid & row_mask
     first, last = torch.where(valid, first, position + 1), torch.where(valid, end - 1, position - 1)
-    return Layout(first.contiguous(), last.contiguous(), rows.contiguous(), segments.contiguous(), bounds)
+    return Layout(first.contiguous(), last.contiguous(), rows.contiguous(), segments.contiguous(), bounds, table)
 
 
 def _padded_bounds(attention_mask: Tensor, batch: int, tokens: int, device: torch.device) -> tuple:
     dtypes = [torch.bool, torch.int64, torch.int32, torch.uint8]
-    check_tensor("attention_mask", attention_mask, [batch, tokens], dtypes, device)
+    check_tensor("attention_mask", attention_mask, [batch, tokens], dtypes, at_hand(attention_mask, device))
     if batch * tokens == 0:
         return tuple((b, 0, tokens) for b in range(batch))
     valid = attention_mask != 0
-    position = torch.arange(tokens, device=device)
+    position = torch.arange(tokens, device=attention_mask.device)
     first = torch.where(valid, position, tokens).amin(-1)
     end = torch.where(valid, position, -1).amax(-1) + 1
     binary = ((attention_mask == 0) | (attention_mask == 1)).all(-1)
@@ -138,7 +144,7 @@ def _padded_bounds(attention_mask: Tensor, batch: int, tokens: int, device: torc
 
 
 def _packed_bounds(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device) -> tuple:
-    cuts = check_cu_seqlens(cu_seqlens, batch, tokens, device).tolist()
+    cuts = check_cu_seqlens(cu_seqlens, batch, tokens, at_hand(cu_seqlens, device)).tolist()
     check_cuts(cuts, tokens)
     return tuple((0, begin, end) for begin, end in itertools.pairwise(cuts))
 
@@ -171,7 +177,7 @@ def _tiles(layout: Layout, block: int, order: str) -> Tensor:
         table = table[(start - begin[sequence]).argsort(descending=True, stable=True)]
     elif order == "future":
         table = table[(end[sequence] - start).argsort(descending=True, stable=True)]
-    return table.int().to(layout.rows.device)
+    return send(table.int(), layout.rows.device)
 
 
 def mean_over_rows(values: Tensor, layout: Layout) -> Tensor:

@@ -1,0 +1,68 @@
+"""What is known of a forward only when the device has run it: whether its layers attend as assumed, and times."""
+
+import torch
+from torch import Tensor
+
+from rhythm_kernels.attention.poison import factor_of
+from rhythm_kernels.attention.verify import Deviation
+from rhythm_kernels.checks import can_look
+from rhythm_kernels.clock import Clock
+from rhythm_kernels.host import fetch
+
+
+class Findings:
+    """Small, so that those of many forwards can be kept until the device is waited for, once for all of them."""
+
+    def __init__(self):
+        self.clock, self.check_clock = Clock(), Clock()
+        self._deviations: list[tuple[int, str, Deviation, str]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the statistics, their check included; on a GPU this waits for them."""
+        return self.clock.seconds()
+
+    @property
+    def check_seconds(self) -> float:
+        """The part of `seconds` in which the layers' outputs were checked; on a GPU this waits for it."""
+        return self.check_clock.seconds()
+
+    def add(self, layer: int, found: list[tuple[str, Deviation]], hints: str) -> None:
+        """Keeps the worst deviations of a layer by name. On a CPU, raises if one is a mismatch."""
+        looked = [(layer, name, deviation, hints) for name, deviation in found]
+        if looked and can_look(looked[0][2].excess):
+            _refuse(looked)
+        else:
+            self._deviations += looked
+
+    def poison(self) -> Tensor | None:
+        """Returns NaN if a layer does not attend as assumed, else 1, 0-dim fp32; None where `add` has looked."""
+        if not self._deviations:
+            return None
+        worst = torch.stack([deviation.excess for _, _, deviation, _ in self._deviations]).amax()
+        return factor_of(worst)
+
+    def check(self) -> None:
+        """Raises where a layer's output, or its log-sum-exp, is not that of the map that its statistics are of.
+
+        On a CPU the forward itself has raised. On a GPU, which the forward does not wait for, this does.
+
+        Raises:
+            ValueError: with the layer, the token, the head and both values.
+        """
+        _refuse(self._deviations)
+
+
+def _refuse(deviations: list[tuple[int, str, Deviation, str]]) -> None:
+    if not deviations:
+        return
+    [excesses] = fetch([torch.stack([deviation.excess for _, _, deviation, _ in deviations])])
+    for excess, (layer, name, deviation, hints) in zip(excesses.tolist(), deviations, strict=True):
+        if excess > 1:
+            row, token, head = deviation.place.tolist()
+            got, expected, allowed = deviation.values.tolist()
+            raise ValueError(
+                f"layer {layer} does not attend as collect assumes: the {name} of token {token} of row {row}, head "
+                f"{head}, is {got:.6g} where the assumed attention map gives {expected:.6g}, and rounding explains "
+                f"{allowed:.2g}.{hints}"
+            )
