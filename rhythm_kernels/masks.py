@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels.attention.layout import Layout
+from rhythm_kernels.host import fetch
 
 PROBES = 64
 """Rows at which a mask that is a function is looked at."""
@@ -34,7 +35,7 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
 
     Args:
         mask: [B or 1, heads or 1, T, T], bool or added to the scores; or a BlockMask of FlexAttention, of which some
-            rows of R are looked at. Waits for the device.
+            rows of R are looked at. Waits for the device twice.
         layer: named in the error.
 
     Raises:
@@ -46,24 +47,28 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
     if not isinstance(mask, Tensor):
         rows = _spread(rows)
     past = torch.arange(layout.rows.shape[1], device=rows.device) + 1 - layout.first  # [B, T]
+    past = past.masked_fill(~layout.rows, 0)
     most = torch.zeros((), dtype=torch.long, device=rows.device)
     for part, seen in _parts(mask, rows, layout):
         most = torch.maximum(most, seen.sum(-1).masked_fill(~layout.rows[:, None, part], 0).amax())
-    window = max(1, int(most))
+    most = most.clamp(min=1)
+    facts = [torch.stack([most, past.amax()])]
     for part, seen in _parts(mask, rows, layout):
         key, query = torch.arange(seen.shape[-1], device=part.device), part[:, None]
-        begin = torch.maximum(layout.first[:, part], part + 1 - window)[:, None, :, None]
+        begin = torch.maximum(layout.first[:, part], part + 1 - most)[:, None, :, None]
         wrong = ((seen != ((begin <= key) & (key <= query))).any(-1)) & layout.rows[:, None, part]
-        if wrong.any():
-            row, head, index = wrong.nonzero()[0].tolist()
-            token, sees = int(part[index]), int(seen[row, head, index].sum())
-            known = int(past[row, token])
+        row, head, index = torch.unravel_index(wrong.flatten().long().argmax(), wrong.shape)  # the first of them
+        token, sees = part[index], seen[row, head, index].sum()
+        facts.append(torch.stack([wrong.any().long(), row, token, sees, past[row, token]]))
+    (window, longest), *parts = (fact.tolist() for fact in fetch(facts))
+    for is_wrong, row, token, sees, known in parts:
+        if is_wrong:
             more = ": the model does not keep it from later tokens or from those of other sequences" * (sees > known)
             raise ValueError(
                 f"collect needs attention to every earlier token or in a sliding window, got layer {layer}, where "
                 f"token {token} of row {row} sees {sees} tokens of {known}{more}.{packing_hint(layout)}"
             )
-    return None if window >= int(past.masked_fill(~layout.rows, 0).amax()) else window
+    return None if window >= longest else window
 
 
 def _parts(mask, rows: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
