@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rhythm_kernels import GroupStats, HeadGroups, collect, reference
+from rhythm_kernels import AttentionStats, GroupStats, HeadGroups, Rhythm, collect, reference
 from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.signals import rhythm_of
 
@@ -154,6 +154,58 @@ def test_given_groups_of_packed_sequences(make):
     wrong = collect(model, groups=HeadGroups(*(group[:3] for group in groups)))
     with pytest.raises(ValueError, match=r"groups.local must have shape \[4, 3, 6\], got \[3, 3, 6\]"), wrong:
         model(**inputs)
+
+
+def test_known_bounds_stand_for_what_the_forward_is_given(make):
+    model = make("sdpa")
+    torch.manual_seed(3)
+    lengths = [20, 1, 33, 16]
+    ids, positions = torch.randint(0, 61, (1, sum(lengths))), torch.cat([torch.arange(n) for n in lengths])[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+
+    def forward(**options) -> Rhythm:
+        with torch.no_grad(), collect(model, **options) as c:
+            model(ids, position_ids=positions, use_cache=False)
+        return c.rhythm()
+
+    read = forward()
+    for dtype in (torch.int32, torch.int64):
+        known = forward(cu_seqlens=bounds.to(dtype))
+        assert torch.equal(known.waad, read.waad) and torch.equal(known.fai, read.fai)
+        assert torch.equal(known.spans, read.spans)
+    for wrong, message in (
+        (bounds[[0, 1, 2, 4]], "got layer 2, where token 54 of row 0 sees 1 tokens of 34"),
+        (bounds[:-1], r"cu_seqlens must rise from 0 to T = 70, got \[0, 20, 21, 54\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forward(cu_seqlens=wrong)
+    for wrong, error, message in (
+        ([0, 70], TypeError, "cu_seqlens must be a tensor, got list"),
+        (bounds.float(), TypeError, "cu_seqlens must be torch.int32 or torch.int64, got torch.float32"),
+        (bounds[None], ValueError, r"cu_seqlens must have shape \[S \+ 1\], got \[1, 5\]"),
+        (bounds.to("meta"), ValueError, "cu_seqlens must be on cpu, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            collect(model, cu_seqlens=wrong)
+    padded, message = (
+        (torch.arange(sum(lengths)) > 0)[None].long(),
+        "packed sequences have no padding, .* with 1 masked",
+    )
+    with pytest.raises(ValueError, match=message), collect(model, cu_seqlens=bounds):
+        model(ids, attention_mask=padded)
+
+
+def test_a_span_that_is_nan_is_named_or_makes_its_sequence_nan(monkeypatch):
+    layout = make_layout(2, 5, torch.device("cpu"))
+    signal = torch.rand(2, 3, 5)
+    stats = {0: AttentionStats(signal, signal, torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.nan, 3.0]]), signal)}
+    with pytest.raises(ValueError, match="spans must not hold NaN, got 1 of 6"):
+        rhythm_of(stats, layout)
+    monkeypatch.setattr(sys.modules["rhythm_kernels.signals"], "can_look", lambda tensor: False)  # as on a GPU
+    for groups_per, broken in (("sequence", [False, True]), ("batch", [True, True])):
+        rhythm = rhythm_of(stats, layout, groups_per=groups_per)
+        for found in (rhythm.waad, rhythm.fai):
+            assert torch.equal(found.isnan(), torch.tensor(broken)[:, None].expand(2, 5))
 
 
 def test_rhythm_of_sums_needs_their_groups():
