@@ -106,7 +106,17 @@ def collect(
         RuntimeError: a second forward in one context.
     """
     return Collector(
-        model, layers, window, horizon, response_mask, cu_seqlens, groups, groups_per, local, global_, backend
+        model,
+        layers=layers,
+        window=window,
+        horizon=horizon,
+        response_mask=response_mask,
+        cu_seqlens=cu_seqlens,
+        groups=groups,
+        groups_per=groups_per,
+        local=local,
+        global_=global_,
+        backend=backend,
     )
 
 
@@ -114,7 +124,19 @@ class Collector:
     """What `collect` returns; `stats`, `lse_sources`, `layout` and `rhythm()` are filled by the forward."""
 
     def __init__(
-        self, model, layers, window, horizon, response_mask, cu_seqlens, groups, groups_per, local, global_, backend
+        self,
+        model,
+        *,
+        layers=5,
+        window=10,
+        horizon=(10, 50),
+        response_mask=None,
+        cu_seqlens=None,
+        groups=None,
+        groups_per="sequence",
+        local=0.3,
+        global_=0.3,
+        backend="auto",
     ):
         self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}
         """The statistics of each sampled layer: of each head, or summed over the groups where `groups` is given."""

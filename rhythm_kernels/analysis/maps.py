@@ -70,7 +70,7 @@ class _MapCollector(Collector):
     """Adds up the maps of both groups over the sampled layers."""
 
     def __init__(self, model: nn.Module, layers: list[int], groups: HeadGroups, begin: int, end: int, size: int):
-        super().__init__(model, layers, 1, (0, 0), None, groups, "sequence", 0.3, 0.3, "auto")
+        super().__init__(model, layers=layers, window=1, horizon=(0, 0), groups=groups)
         self.begin, self.end, self.size = begin, end, size
         bins = -(-(end - begin) // size)
         self.totals = [torch.zeros(bins, bins, dtype=torch.float64) for _ in range(2)]
