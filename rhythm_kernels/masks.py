@@ -57,9 +57,10 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
         key, query = torch.arange(seen.shape[-1], device=part.device), part[:, None]
         begin = torch.maximum(layout.first[:, part], part + 1 - most)[:, None, :, None]
         wrong = ((seen != ((begin <= key) & (key <= query))).any(-1)) & layout.rows[:, None, part]
-        row, head, index = torch.unravel_index(wrong.flatten().long().argmax(), wrong.shape)  # the first of them
-        token, sees = part[index], seen[row, head, index].sum()
-        facts.append(torch.stack([wrong.any().long(), row, token, sees, past[row, token]]))
+        first = wrong.flatten().long().argmax(keepdim=True)  # int64 [1], since torch reads an index without dimensions
+        row, token = first // wrong[0].numel(), part[first % len(part)]
+        sees = seen.sum(-1).flatten()[first]
+        facts.append(torch.cat([wrong.any().long()[None], row, token, sees, past[row, token]]))
     (window, longest), *parts = (fact.tolist() for fact in fetch(facts))
     for is_wrong, row, token, sees, known in parts:
         if is_wrong:
