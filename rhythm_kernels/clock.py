@@ -31,8 +31,9 @@ class Clock:
 
     def seconds(self) -> float:
         """Returns the sum; on a GPU this waits for it."""
+        if self.events:
+            self.events[-1][1].synchronize()  # and so for those before it
         for begin, end in self.events:
-            end.synchronize()
             self.wall += begin.elapsed_time(end) / 1e3
         self.events.clear()
         return self.wall
