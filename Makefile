@@ -32,7 +32,7 @@ help:
 	@echo "make bench-trainer  a training step with and without credit at 8,192 tokens, against TRL's trainer, and TRL's own; 90 min"
 	@echo "make docs     the documentation, into build/site"
 	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one; make extension: the CUDA ones (nvcc)"
-	@echo "make test-gpu everything that needs a GPU: tests, sanitizers, benchmarks, one report; installs nothing"
+	@echo "make test-gpu what needs a GPU most: tests, sanitizers, benchmarks, one report; ARGS=\"--half 2\": the rest"
 	@echo "make build    the environment and the extension"
 	@echo "make wheel    dist/*.whl, for every Python >= 3.10 and torch >= 2.11; with the CUDA ops where setup.py finds a toolkit"
 	@echo "make test-wheel  the wheel in a fresh environment with a newer torch (OTHER_TORCH=torch==...)"

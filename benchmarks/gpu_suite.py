@@ -1,88 +1,101 @@
-"""Everything that needs a GPU, in one command: build, tests, sanitizers, benchmarks, and one report.
+"""Everything that needs a GPU, in two commands: build, tests, sanitizers, benchmarks, and one report.
 
-    python -m benchmarks.gpu_suite [--only build gpu-tests ...] [--budget 540] [--out benchmarks/results]
-    python -m benchmarks.gpu_suite --dry-run        # lists the steps; needs no GPU
+    python -m benchmarks.gpu_suite [--half 2] [--only build gpu-tests ...] [--budget 540] [--out build/gpu]
+    python -m benchmarks.gpu_suite --dry-run        # lists the steps, with what they take; needs no GPU
+    python -m benchmarks.gpu_suite --merge DIR ... --out DIR        # one report of several; needs no GPU
 
-Runs on a bare machine: torch (2.11 or later), triton, transformers and pytest; nvcc for the extension's CUDA ops. Each
-step is a process with its own time limit. One that fails, or for which no time is left, is recorded with the end of its
-output, and the others go on. After each step the report is written: gpu-<device>.json and gpu-<device>.md.
+Runs on a bare machine: torch (2.11 or later), triton, transformers and pytest; nvcc for the extension's CUDA ops. The
+first half has what is missed most, and so has the beginning of each half. Each step is a process with its own time
+limit. One that fails, or for which no time is left, is recorded, and the others go on. After each step the report is
+written: gpu-<device>.json, .md, .log and pictures, at most eight files. Steps of an earlier report in the folder, of
+the same device, versions and commit, stay in it.
 
-Exit code: 0 if every step passed, 1 if one did not, 2 without a GPU.
+Exit code: 0 if every step passed, 1 if one did not, 2 without a GPU or with arguments that do not fit.
 """
 
 import argparse
 import ast
-import contextlib
 import importlib.util
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-from torch import Tensor
+from benchmarks.gpu_report import Report, load
+from benchmarks.gpu_run import GRACE, ROOT, Outcome, Step, run
+from benchmarks.measure import environment, output_of
 
-from benchmarks.measure import environment, output_of, write
-
-ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ROOT / "tests" / "test_architectures.py"
-TAIL = 40  # lines of a failing step's output
 PYTHON = sys.executable
+HALVES = (1, 2)
+BUDGET = 540  # seconds
+SANITIZED = ("memcheck", "racecheck")
+OTHERS = ("flex", "colreduce")  # attention of other projects that is compiled for long, or seldom there
+DENSE = ("maps", "eager")
+OURS = ("sdpa", "triton", "full", "band", "groups", "fused")
 
 
-class Step(NamedTuple):
-    name: str
-    command: list[str]
-    """{out} stands for the path, without a suffix, where a benchmark writes its results."""
-    seconds: int
-    """At most."""
-    environment: dict[str, str] | None = None
+def steps(capability: tuple[int, int] | None = None) -> list[Step]:
+    """Returns both halves, each in the order of what is missed most when time runs out.
 
-
-class Outcome(NamedTuple):
-    name: str
-    status: str
-    """"passed", "failed", "out of time" (its own or the suite's) or "left out"."""
-    seconds: float
-    tail: str
-    """The end of the output; or why it was left out."""
-
-
-def steps() -> list[Step]:
-    """In the order of what is missed most when time runs out."""
-    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    capability: of the GPU, for which alone the extension is then compiled; (9, 0) is an H100.
+    """
+    pytest = [PYTHON, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--durations=5"]
+    cores = os.cpu_count() or 1
+    workers = max(1, min(8, cores // 2))
     if importlib.util.find_spec("xdist"):  # references and compilations take most of the tests' time
-        pytest += ["-n", "4"]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}
-    tokens = [str(n) for n in (1024, 4096, 8192, 32768, 131072)]
-    attention = [PYTHON, "-m", "benchmarks.attention", "--tokens", *tokens, "--rounds", "20", "--limit", "8"]
-    selection = [PYTHON, "-m", "benchmarks.selection", "--rounds", "20", "--limit", "4"]
-    forward = [PYTHON, "-m", "benchmarks.forward", "--rounds", "5", "--limit", "40"]
+        pytest += ["-n", str(workers), "--dist", "loadgroup"]
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+    archs = {} if capability is None else {"RHYTHM_KERNELS_CUDA_ARCHS": arch_of(capability)}
+    attention = [PYTHON, "-m", "benchmarks.attention", "--rounds", "20", "--limit", "8", "--out", "{out}"]
+    selection = [PYTHON, "-m", "benchmarks.selection", "--rounds", "20", "--limit", "4", "--out", "{out}"]
+    forward = [PYTHON, "-m", "benchmarks.forward", "--rounds", "5", "--limit", "40", "--out", "{out}"]
     trainer = [PYTHON, "-m", "benchmarks.trainer", "--model", "qwen3-4b", "--paper-rounds", "0", "--rounds", "5"]
     sanitizer = [sanitizer_path() or "compute-sanitizer", "--error-exitcode", "9"]
-    kernels = [PYTHON, "-m", "benchmarks.gpu_suite", "--run-kernels-once"]
+    kernels = [PYTHON, "-m", "benchmarks.gpu_kernels"]
     # each allocation from the driver, so that an access past its end is seen
     no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # parameters, gradients and two moments of a model of 4B in fp32 are 60 of an H100's 79 GiB
+    whole = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+    def variants(names: tuple[str, ...], *tokens: int) -> list[str]:
+        return [*attention, "--variants", *names, "--tokens", *map(str, tokens)]
+
+    memcheck = [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *kernels]
     return [
-        Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 150),
-        Step("gpu-tests", [*pytest, "-m", "gpu", *runnable(gpu_tests())], 180, threads),
-        Step("ceilings", [PYTHON, "-m", "benchmarks.ceilings", "--out", "{out}"], 60),
-        Step("attention", [*attention, "--out", "{out}"], 200),
-        Step("selection", [*selection, "--out", "{out}"], 60),
-        Step("forward", [*forward, "--out", "{out}"], 100),
-        Step("trainer", [*trainer, "--out", "{out}"], 120),
-        Step("triton-tests", [*pytest, *runnable(triton_tests())], 150, threads | {"FUZZ_CASES": "40"}),
-        Step("memcheck", [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *kernels], 90, no_cache),
-        Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], 90),
-        # many shapes, each compiled: last, so that they take no time from the others
-        Step("architectures", [*pytest, "-m", "gpu", *runnable([ARCHITECTURES])], 150, threads),
+        Step("build", 1, [PYTHON, "setup.py", "build_ext", "--inplace"], 30, 120, {"MAX_JOBS": str(cores), **archs}),
+        Step("gpu-tests", 1, [*pytest, "-m", "gpu", *runnable(gpu_tests())], 60, 150, threads),
+        Step("memcheck", 1, memcheck, 50, 90, no_cache),
+        Step("ceilings", 1, [PYTHON, "-m", "benchmarks.ceilings", "--out", "{out}"], 15, 40),
+        Step("attention", 1, variants((*OURS, *DENSE, "cudnn"), 1024, 4096, 8192, 16384), 90, 150),
+        Step("selection", 1, selection, 30, 60),
+        Step("forward", 1, forward, 40, 100),
+        Step("trainer", 1, [*trainer, "--out", "{out}"], 60, 120, whole),
+        Step("triton-tests", 2, [*pytest, *runnable(triton_tests())], 50, 120, threads | {"FUZZ_CASES": "40"}),
+        Step("architectures", 2, [*pytest, "-m", "gpu", *runnable([ARCHITECTURES])], 30, 90, threads),
+        Step("racecheck", 2, [*sanitizer, "--tool", "racecheck", *kernels], 60, 120),
+        Step("attention-long", 2, variants(OURS, 32768, 131072), 60, 120),
+        Step("attention-others", 2, variants(("sdpa", "full", *OTHERS), 8192), 60, 150),
     ]
+
+
+def ptxas_steps(planned: list[Step], ptxas: Path) -> list[Step]:
+    """The first tests and memcheck once more, with kernels that another assembler has made."""
+    return [
+        step._replace(name=f"{step.name}-ptxas", environment={**step.environment, "TRITON_PTXAS_PATH": str(ptxas)})
+        for step in planned
+        if step.name in ("gpu-tests", "memcheck")
+    ]
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """As setup.py takes it: "90a" of (9, 0), whose own instructions need the letter."""
+    number = f"{capability[0]}{capability[1]}"
+    return f"{number}a" if capability >= (9, 0) else number
 
 
 def gpu_tests() -> list[Path]:
@@ -140,181 +153,97 @@ def left_out_tests() -> dict[str, list[str]]:
     return {name: missing for name, missing in files.items() if missing}
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------
+# ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def run(step: Step, seconds: float, out: Path) -> Outcome:
-    """The step in a process group of its own, which ends with it."""
-    command = [argument.replace("{out}", str(out)) for argument in step.command]
-    begin = time.perf_counter()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(step.environment or {})}
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+def describe(chosen: list[Step], budget: float) -> str:
+    """Returns a line for each step: what it takes, and whether those before it leave it the time."""
+    lines, begin = [], 0
+    for step in chosen:
+        end = begin + step.estimate
+        fits = "" if end <= budget else f"; beyond the budget of {budget:.0f} s"
+        lines.append(
+            f"{step.name}: half {step.half}, about {step.estimate} s, at most {step.limit} s, done after about {end} s"
+            f"{fits}: {' '.join(step.command)}"
         )
-        try:
-            status = "passed" if process.wait(max(seconds, 0)) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status = "out of time"
-        finally:
-            end(process)
-        output.seek(0)
-        lines = [line for line in output.read().replace("\r", "\n").splitlines() if line.strip()]
-    return Outcome(step.name, status, time.perf_counter() - begin, "\n".join(lines[-TAIL:]))
-
-
-def end(process: subprocess.Popen) -> None:
-    """Ends what is left of a step's process group: a compiler or a worker outlives the process that started it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def run_kernels_once(device: str) -> None:
-    """Each kernel of the package on small inputs, for the sanitizers: they find what is wrong, nothing is compared."""
-    import torch
-
-    from rhythm_kernels import attention, attention_stats, group_stats
-
-    heads = torch.tensor([True, False, False, True], device=device)
-    bounds = torch.tensor([0, 77, 77, 300], dtype=torch.int32, device=device)
-    some = torch.rand(1, 300, device=device) < 0.7
-    packed = {"cu_seqlens": bounds, "row_mask": some, "softcap": 20.0, "sinks": torch.zeros(4, device=device)}
-    for dtype, size, options in (
-        (torch.bfloat16, 128, {}),
-        (torch.float16, 80, packed),
-        (torch.float32, 64, {"sliding_window": 40, "horizon": (1, None)}),
-    ):
-        q, k, v = (torch.randn(1, n, 300, size, device=device, dtype=dtype) for n in (4, 2, 2))
-        lse = attention_stats(q, k, **options).lse
-        attention_stats(q, k, lse=lse, need_span=False, **options)
-        group_stats(q, k, heads, ~heads, lse=lse, **options)
-        attention(q, k, v, **options)
-    # few threads a block and many; scratch in shared memory and, at 60,000 tokens, in global memory; packed: both
-    for shape, cuts in (
-        ((3, 1000), None),
-        ((2, 3000), None),
-        ((1, 60_000), None),
-        ((1, 1000), [0, 77, 77, 1000]),
-        ((1, 62_000), [0, 77, 77, 2000, 62_000]),
-    ):
-        cu_seqlens = None if cuts is None else torch.tensor(cuts, dtype=torch.int32, device=device)
-        mask = torch.rand(shape, device=device) < 0.8
-        run_selection_once(torch.randn(shape, device=device), mask, cu_seqlens)
-        run_selection_once(torch.randint(3, shape, device=device).float(), mask, cu_seqlens)  # heavy ties
-    if device == "cuda":
-        # on a CPU all three raise: sequences that leave the row, or overlap, and a signal that is not finite
-        values, mask = torch.randn(1, 60_000, device=device), torch.rand(1, 60_000, device=device) < 0.8
-        for cuts in ([0, 70_000], [0, 40_000, 100, 60_000]):
-            run_selection_once(values, mask, torch.tensor(cuts, dtype=torch.int32, device=device))
-        run_selection_once(torch.where(values > 1, torch.nan, values), mask, None)
-        torch.cuda.synchronize()
-
-
-def run_selection_once(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Every op of csrc/ops.cpp."""
-    from rhythm_kernels import Rhythm, coupled_sets, find_peaks, segment_topq, token_credit
-
-    options = {"cu_seqlens": cu_seqlens, "backend": "extension"}
-    segment_topq(values, mask, 0.4, **options)
-    find_peaks(values, mask, min_quantile=0.5, **options)
-    rhythm = Rhythm(waad=values, fai=values.flip(-1))
-    for strategy in ("local", "global", "coupled"):
-        token_credit(strategy, mask=mask, rhythm=rhythm, k=40, **options)
-    coupled_sets(rhythm, mask, k=40, **options)
-
-
-# ---- the report ------------------------------------------------------------------------------------------------------
-
-
-def floor_seconds(work: dict[str, int], ceilings: dict[str, float]) -> float:
-    """The time of the slowest of products, exponentials and memory, each at its measured ceiling."""
-    return max(amount / ceilings[name] for name, amount in work.items())
-
-
-def floors(rows: dict[str, dict], ceilings: dict[str, float]) -> str:
-    """Of each variant of a benchmark, by column: the fraction of its floor, by the time inside its kernels."""
-    names = sorted({name for row in rows.values() for name in row["work"]})
-    lines = ["| fraction of the floor | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for name in names:
-        cells = []
-        for row in rows.values():
-            m = row["measured"].get(name)
-            cells.append("" if m is None else _share(floor_seconds(row["work"][name], ceilings), m))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        begin = end
+    lines += [f"left out: {name}, {', '.join(missing)} not installed" for name, missing in left_out_tests().items()]
     return "\n".join(lines)
 
 
-def _share(floor: float, measured: dict) -> str:
-    return f"{floor / (measured['kernel_seconds'] or measured['seconds']):.0%}"
+def run_all(chosen: list[Step], report: Report, budget: float, out: Path) -> list[Outcome]:
+    """Runs the steps in their order while the budget lasts, and writes the report after each."""
+    begin, outcomes = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        for step in chosen:
+            left = budget - (time.perf_counter() - begin) - GRACE
+            if step.name.startswith(SANITIZED) and sanitizer_path() is None:
+                outcome = Outcome(step.name, "left out", 0.0, "compute-sanitizer is not installed")
+            elif left < step.estimate / 2:  # a shorter one behind it may still fit
+                why = f"{max(left, 0):.0f} s of {budget:.0f} s are left, and it takes about {step.estimate} s"
+                outcome = Outcome(step.name, "out of time", 0.0, why)
+            else:
+                print(f"{step.name} ...", flush=True)
+                outcome = run(step, min(step.limit, left), Path(scratch) / step.name)
+            print(f"{step.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
+            outcomes.append(outcome)
+            report.add(outcome, Path(scratch), out)
+            report.save(out)
+    return outcomes
 
 
-def report(where: dict[str, str], outcomes: list[Outcome], left_out: dict[str, list[str]], folder: Path) -> str:
-    """Markdown of all that is there so far; `folder` holds the steps' own results."""
-    head = ", ".join(f"{name} {value}" for name, value in where.items())
-    lines = [head, "", "| step | | seconds |", "|---|---|---|"]
-    lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} |" for o in outcomes]
-    if left_out:
-        lines += ["", "Test files that could not run:", ""]
-        lines += [f"- {name}: {', '.join(missing)} not installed" for name, missing in left_out.items()]
-    results = collected(outcomes, folder)
-    for name in results:
-        lines += ["", f"## {name}", "", (folder / f"{name}.md").read_text().strip()]
-        if (folder / f"{name}.png").exists():
-            lines += ["", f"![{name}]({report_name(where)}-{name}.png)"]
-    counted = counted_rows(results)
-    if "ceilings" in results and counted:
-        lines += ["", "The floor is the largest of products, exponentials and bytes at the ceilings above."]
-        for rows in counted:
-            lines += ["", floors(rows, results["ceilings"])]
-    for o in outcomes:
-        if o.status == "passed" and "tests" in o.name:
-            lines += ["", f"{o.name}: {o.tail.splitlines()[-1].strip('= ')}"]
-        elif o.status != "passed":
-            lines += ["", f"## {o.name}: {o.status}", "", "```", o.tail, "```"]
-    return "\n".join(lines) + "\n"
+def merge(folders: list[Path], out: Path) -> Report:
+    """Returns one report of several folders, the later steps in the place of earlier ones of their name.
+
+    Raises: ValueError for a folder without a report, or reports of several devices, versions or commits.
+    """
+    merged = None
+    for folder in folders:
+        found = load(folder)
+        if found is None:
+            raise ValueError(f"{folder} must hold a report, gpu-<device>.json")
+        merged = merged or Report(found.where)
+        merged.take(found, folder, out)
+    merged.save(out)
+    return merged
 
 
-def collected(outcomes: list[Outcome], folder: Path) -> dict[str, dict]:
-    """What the benchmarks wrote, also before they ran out of time."""
-    files = {o.name: folder / f"{o.name}.json" for o in outcomes}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+def parse(arguments: list[str] | None, planned: list[Step]) -> argparse.Namespace:
+    names = [step.name for step in planned]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--half", type=int, choices=HALVES, default=1, help="1: the most valuable steps; 2: the rest")
+    which.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"of {', '.join(names)}")
+    which.add_argument("--ptxas", type=Path, help="run gpu-tests and memcheck with this ptxas in Triton's place")
+    which.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="run nothing: join reports, later ones win")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps together")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the report")
+    parser.add_argument("--dry-run", action="store_true", help="list the steps and what could not run")
+    args = parser.parse_args(arguments)
+    if args.ptxas is not None and not output_of(str(args.ptxas), "--version"):
+        parser.error(f"--ptxas must be an assembler that runs, got {args.ptxas}")
+    return args
 
 
-def counted_rows(results: dict[str, dict]) -> list[dict[str, dict]]:
-    """Of each benchmark that counts the work of its variants: its rows, by their size or shape."""
-    tokens = results.get("attention", {}).get("tokens", {})
-    shapes = results.get("selection", {}).get("shapes", {})
-    return [rows for rows in ({f"{int(n):,}": row for n, row in tokens.items()}, shapes) if rows]
-
-
-def report_name(where: dict[str, str]) -> str:
-    return "gpu-" + re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
-
-
-def save(where: dict[str, str], outcomes: list[Outcome], left_out: dict[str, list[str]], folder: Path, out: Path):
-    data = {**where, "steps": [o._asdict() for o in outcomes], "left_out_tests": left_out}
-    text = report(where, outcomes, left_out, folder)
-    write(out / report_name(where), text, {**data, "results": collected(outcomes, folder)})
-    for picture in folder.glob("*.png"):
-        shutil.copy(picture, out / f"{report_name(where)}-{picture.name}")
+def choose(args: argparse.Namespace, planned: list[Step]) -> list[Step]:
+    if args.ptxas is not None:
+        return ptxas_steps(planned, args.ptxas.resolve())
+    if args.only:
+        return [step for step in planned if step.name in args.only]
+    return [step for step in planned if step.half == args.half]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    planned = {step.name: step for step in steps()}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=planned, metavar="STEP", help=f"of {', '.join(planned)}")
-    parser.add_argument("--budget", type=float, default=540, help="seconds for all steps together")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the report")
-    parser.add_argument("--dry-run", action="store_true", help="list the steps and what could not run")
-    parser.add_argument("--run-kernels-once", action="store_true", help=argparse.SUPPRESS)  # under a sanitizer
-    args = parser.parse_args(arguments)
-    chosen = [planned[name] for name in args.only or planned]
+    args = parse(arguments, steps())
+    if args.merge:
+        try:
+            print(f"written: {args.out / merge(args.merge, args.out).name}.md")
+        except ValueError as error:
+            print(f"--merge: {error}", file=sys.stderr)
+            return 2
+        return 0
     if args.dry_run:
-        for step in chosen:
-            print(f"{step.name}, at most {step.seconds} s: {' '.join(step.command)}")
-        for name, missing in left_out_tests().items():
-            print(f"left out: {name}, {', '.join(missing)} not installed")
+        print(describe(choose(args, steps()), args.budget))
         return 0
 
     import torch
@@ -322,29 +251,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"benchmarks.gpu_suite needs a GPU, and torch {torch.__version__} sees none", file=sys.stderr)
         return 2
-    if args.run_kernels_once:
-        run_kernels_once("cuda")
-        return 0
-
-    begin, outcomes = time.perf_counter(), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would the steps
     nvcc = re.search(r"release ([\d.]+)", output_of("nvcc", "--version"))
     where = environment(torch.device("cuda")) | {"nvcc": nvcc[1] if nvcc else "absent"}
-    left_out = left_out_tests()
-    with tempfile.TemporaryDirectory() as scratch:
-        for step in chosen:
-            left = args.budget - (time.perf_counter() - begin)
-            if step.name in ("memcheck", "racecheck") and sanitizer_path() is None:
-                outcome = Outcome(step.name, "left out", 0.0, "compute-sanitizer is not installed")
-            elif left < 1:
-                outcome = Outcome(step.name, "out of time", 0.0, f"the budget of {args.budget:.0f} s is spent")
-            else:
-                print(f"{step.name} ...", flush=True)
-                outcome = run(step, min(step.seconds, left), Path(scratch) / step.name)
-            print(f"{step.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
-            outcomes.append(outcome)
-            save(where, outcomes, left_out, Path(scratch), args.out)
-        print(report(where, outcomes, left_out, Path(scratch)))
-    return 0 if all(o.status in ("passed", "left out") for o in outcomes) else 1
+    if where["commit"] == "unknown":
+        print("WARNING: the commit is unknown: there is neither .git nor a file COMMIT", file=sys.stderr, flush=True)
+    report = Report(where)
+    try:
+        earlier = load(args.out)
+        if earlier is not None:
+            report.take(earlier, args.out, args.out)
+    except ValueError as error:
+        print(f"--out: {error}; name another folder", file=sys.stderr)
+        return 2
+    report.left_out = left_out_tests()
+    chosen = choose(args, steps(torch.cuda.get_device_capability()))
+    outcomes = run_all(chosen, report, args.budget, args.out)
+    print((args.out / f"{report.name}.md").read_text())
+    return 0 if all(x.status in ("passed", "left out") for x in outcomes) else 1
 
 
 if __name__ == "__main__":

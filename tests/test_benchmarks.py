@@ -1,17 +1,12 @@
 """The benchmarks themselves: they run to the end, refuse wrong results, and say what they left out and why."""
 
 import json
-import re
-import sys
-import time
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import attention, attention_variants, ceilings, forward, gpu_suite, measure
+from benchmarks import attention, attention_variants, ceilings, forward, measure
 from benchmarks.attention_variants import VARIANTS, Answer, Shape, Variant
-from benchmarks.gpu_suite import Step
 from benchmarks.triton_forward_baseline import causal_attention
 
 CPU = torch.device("cpu")
@@ -230,131 +225,6 @@ def test_dense_layers_leave_transformers_as_it_was():
         assert table["sdpa"] is not before
         raise KeyError
     assert table["sdpa"] is before
-
-
-# ---- the GPU suite ---------------------------------------------------------------------------------------------------
-
-
-def test_the_dry_run_lists_every_step(capsys):
-    assert gpu_suite.main(["--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    steps = gpu_suite.steps()
-    assert [line.split(",")[0] for line in lines[: len(steps)]] == [step.name for step in steps]
-    names = [step.name for step in steps]
-    assert names[names.index("attention") + 1] == "selection" and "--out {out}" in lines[names.index("selection")]
-    assert "tests/test_gpu.py" in lines[1] and "tests/test_selection.py" in lines[1]
-    assert gpu_suite.main(["--dry-run", "--only", "racecheck"]) == 0
-    assert capsys.readouterr().out.startswith("racecheck, at most ")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    assert gpu_suite.main([]) == 2
-    assert "needs a GPU, and torch" in capsys.readouterr().err
-
-
-def test_a_file_whose_imports_are_missing_is_left_out(tmp_path, monkeypatch):
-    tests = tmp_path / "tests"
-    tests.mkdir()
-    (tests / "test_triton_a.py").write_text("import json\nfrom helper import x\n")
-    (tests / "test_triton_b.py").write_text("import pytest  # pytest.mark." + "gpu\n")
-    (tests / "helper.py").write_text("import torch\nfrom absent_package.part import y\n")
-    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
-    assert gpu_suite.left_out_tests() == {"test_triton_a.py": ["absent_package"]}
-    assert gpu_suite.runnable(gpu_suite.triton_tests()) == ["tests/test_triton_b.py"]
-    assert gpu_suite.runnable(gpu_suite.gpu_tests()) == ["tests/test_triton_b.py"]
-
-
-def python(name: str, code: str, seconds: int = 60) -> Step:
-    return Step(name, [sys.executable, "-c", code], seconds, {"A_VARIABLE": "7"})
-
-
-def test_a_step_passes_fails_or_runs_out_of_time(tmp_path):
-    def outcome(code: str, seconds: float = 60):
-        return gpu_suite.run(python("step", code), seconds, tmp_path)
-
-    passed = outcome("import os; print('hello', os.environ['A_VARIABLE'])")
-    assert (passed.status, passed.tail) == ("passed", "hello 7")
-    failed = outcome("for i in range(99): print(i)\nraise ValueError('the reason')")
-    assert failed.status == "failed" and failed.tail.endswith("the reason") and "\n0\n" not in failed.tail
-
-    beat = tmp_path / "beat"
-    child = f"import time\nwhile True: open({str(beat)!r}, 'a').write('.'); time.sleep(0.02)"
-    stuck = outcome(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", seconds=3)
-    assert stuck.status == "out of time" and beat.exists()
-    beats = beat.stat().st_size
-    time.sleep(0.2)
-    assert beat.stat().st_size == beats, "a process that the step started lives on"
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_suite, "environment", lambda device: {"device": "NVIDIA Pretended 80GB"})
-    monkeypatch.setattr(gpu_suite, "sanitizer_path", lambda: None)
-
-
-def test_the_report_holds_what_passed_and_what_did_not(pretended_gpu, monkeypatch, tmp_path, capsys):
-    rates = {"flops": 1e9, "bytes": 1e9, "exps": 1e9}
-    write = f"open('{{out}}.md', 'w').write('rates'); open('{{out}}.json', 'w').write({json.dumps(json.dumps(rates))})"
-    measured = [sys.executable, "-m", "benchmarks.attention", *TINY, "--tokens", "64", "--variants", "sdpa", "band"]
-    selected = [sys.executable, "-m", "benchmarks.selection", "--device", "cpu", "--rounds", "1"]
-    monkeypatch.setattr(
-        gpu_suite,
-        "steps",
-        lambda: [
-            python("gpu-tests", "print('== 12 passed in 3 s ==')"),
-            python("ceilings", write),
-            Step("attention", [*measured, "--out", "{out}"], 120),
-            Step("selection", [*selected, "--shapes", "1x8K", "--calls", "topq", "--out", "{out}"], 120),
-            python("forward", "raise ValueError('too slow a day')"),
-            python("memcheck", ""),
-        ],
-    )
-    assert gpu_suite.main(["--out", str(tmp_path)]) == 1
-    text = (tmp_path / "gpu-nvidia-pretended-80gb.md").read_text()
-    for line in (
-        "| forward | failed |",
-        "ValueError: too slow a day",
-        "gpu-tests: 12 passed in 3 s",
-        "| memcheck | left",
-    ):
-        assert line in text
-    assert "![attention](gpu-nvidia-pretended-80gb-attention.png)" in text
-    assert (tmp_path / "gpu-nvidia-pretended-80gb-attention.png").exists()
-    data = json.loads((tmp_path / "gpu-nvidia-pretended-80gb.json").read_text())
-    assert [step["status"] for step in data["steps"]] == ["passed"] * 4 + ["failed", "left out"]
-
-    row = data["results"]["attention"]["tokens"]["64"]
-    work, seconds = row["work"]["band"], row["measured"]["band"]["seconds"]
-    assert work["flops"] == max(work.values())
-    assert f"\n| band | {work['flops'] / 1e9 / seconds:.0%} |" in text.split("fraction of the floor")[1]
-
-    seconds = data["results"]["selection"]["shapes"]["1x8K"]["measured"]["topq, extension"]["seconds"]
-    floor = 8192 * (4 + 1 + 1) / rates["bytes"]
-    assert "\n## selection\n" in text and "| 1x8K | topq | " in text
-    assert f"| fraction of the floor | 1x8K |\n|---|---|\n| topq, extension | {floor / seconds:.0%} |" in text
-
-    assert gpu_suite.main(["--out", str(tmp_path), "--only", "gpu-tests", "memcheck"]) == 0
-    assert gpu_suite.main(["--out", str(tmp_path), "--only", "gpu-tests", "--budget", "0"]) == 1
-    assert "| gpu-tests | out of time | 0 |" in capsys.readouterr().out
-
-
-def test_what_runs_under_the_sanitizers_runs_every_op():
-    called = set()
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            packed = any(isinstance(x, torch.Tensor) and x.dtype == torch.int32 for x in args)
-            called.add((str(op), packed))
-            return op(*args, **(kwargs or {}))
-
-    with Record():
-        gpu_suite.run_kernels_once("cpu")
-    schemas = (gpu_suite.ROOT / "csrc" / "ops.cpp").read_text()
-    names = re.findall(r'm\.def\(\s*"(\w+)\(', schemas)
-    wanted = {(f"rhythm_kernels.{name}.default", packed) for name in names for packed in (False, True)}
-    assert len(wanted) >= 8 and wanted <= called
 
 
 def test_ceilings(monkeypatch):

@@ -1,0 +1,170 @@
+"""The report of `gpu_suite.py`: one record of all steps, which grows over calls and machines' leases.
+
+At most eight files in one folder: gpu-<device>.json, .md and .log, and the pictures of benchmarks.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.gpu_run import Outcome
+from benchmarks.measure import write
+
+MOST_FILES = 8
+SECTION = re.compile(r"^==== (\S+): (?:passed|failed|out of time|left out) ====$", re.MULTILINE)
+
+
+class Done(NamedTuple):
+    """A step that ran, with what its benchmark wrote, also before it ran out of time."""
+
+    name: str
+    status: str
+    seconds: float
+    tail: str
+    text: str | None = None
+    """Markdown."""
+    data: dict | None = None
+    picture: str | None = None
+    """The name of a file beside the report."""
+
+
+class Report:
+    """What is known of one device, under one set of versions and one commit."""
+
+    def __init__(self, where: dict[str, str]):
+        self.where = where
+        self.done: dict[str, Done] = {}
+        self.left_out: dict[str, list[str]] = {}
+        """Test files that could not be imported, and the packages that they miss."""
+        self.logs: dict[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        return "gpu-" + re.sub(r"[^a-z0-9]+", "-", self.where["device"].lower()).strip("-")
+
+    def add(self, outcome: Outcome, folder: Path, out: Path) -> None:
+        """Takes a step's outcome and what it wrote into `folder`; its picture goes to `out`."""
+        written = folder / f"{outcome.name}.json"
+        text = data = picture = None
+        if written.exists():
+            text, data = written.with_suffix(".md").read_text().strip(), json.loads(written.read_text())
+        if written.with_suffix(".png").exists():
+            picture = f"{self.name}-{outcome.name}.png"
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(written.with_suffix(".png"), out / picture)
+        self.done[outcome.name] = Done(*outcome[:4], text, data, picture)
+        self.logs[outcome.name] = f"==== {outcome.name}: {outcome.status} ====\n{outcome.log}\n"
+
+    def take(self, other: "Report", source: Path, out: Path) -> None:
+        """Takes the steps of another report of the same device, versions and commit; they replace those of one name.
+
+        Raises: ValueError for a report of anything else.
+        """
+        for key in sorted(self.where.keys() | other.where.keys()):
+            mine, theirs = self.where.get(key), other.where.get(key)
+            if mine != theirs:
+                raise ValueError(f"reports must be of one {key}, got {theirs!r} in {source} beside {mine!r}")
+        self.done |= other.done
+        self.logs |= other.logs
+        self.left_out |= other.left_out
+        if source.resolve() != out.resolve():
+            for done in other.done.values():
+                if done.picture is not None:
+                    out.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source / done.picture, out / done.picture)
+
+    def save(self, out: Path) -> None:
+        """Writes the three files, each whole or not at all."""
+        steps = [done._asdict() for done in self.done.values()]
+        data = {"where": self.where, "steps": steps, "left_out_tests": self.left_out}
+        write(out / self.name, markdown(self), data)
+        unfinished = out / f"{self.name}.log.unfinished"
+        unfinished.write_text("".join(self.logs.values()))
+        unfinished.replace(out / f"{self.name}.log")
+
+
+def load(folder: Path) -> Report | None:
+    """Returns the report in a folder; None if there is none.
+
+    Raises: ValueError if there are several.
+    """
+    files = sorted(folder.glob("gpu-*.json"))
+    if not files:
+        return None
+    if len(files) > 1:
+        raise ValueError(f"a folder must hold the report of one device, got {', '.join(x.name for x in files)}")
+    data = json.loads(files[0].read_text())
+    report = Report(data["where"])
+    report.done = {step["name"]: Done(**step) for step in data["steps"]}
+    report.left_out = data["left_out_tests"]
+    log = files[0].with_suffix(".log")
+    text = log.read_text() if log.exists() else ""
+    begins = [*SECTION.finditer(text)]
+    ends = [*(begin.start() for begin in begins[1:]), len(text)]
+    report.logs = {begin[1]: text[begin.start() : end] for begin, end in zip(begins, ends, strict=True)}
+    return report
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+def markdown(report: Report) -> str:
+    """Returns all that is there so far."""
+    where, done = report.where, report.done.values()
+    lines = [", ".join(f"{name} {value}" for name, value in where.items()), "", "| step | | seconds |", "|---|---|---|"]
+    lines += [f"| {x.name} | {x.status} | {x.seconds:.0f} |" for x in done]
+    if report.left_out:
+        lines += ["", "Test files that could not run:", ""]
+        lines += [f"- {name}: {', '.join(missing)} not installed" for name, missing in report.left_out.items()]
+    for x in done:
+        if x.text is not None:
+            lines += ["", f"## {x.name}", "", x.text]
+        if x.picture is not None:
+            lines += ["", f"![{x.name}]({x.picture})"]
+    results = {x.name: x.data for x in done if x.data is not None}
+    counted = counted_rows(results)
+    if "ceilings" in results and counted:
+        lines += ["", "The floor is the largest of products, exponentials and bytes at the ceilings above."]
+        for rows in counted:
+            lines += ["", floors(rows, results["ceilings"])]
+    for x in done:
+        if x.status == "passed" and "tests" in x.name:
+            lines += ["", f"{x.name}: {(x.tail.splitlines() or ['no output'])[-1].strip('= ')}"]
+        elif x.status != "passed":
+            lines += ["", f"## {x.name}: {x.status}", "", "```", x.tail, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def counted_rows(results: dict[str, dict]) -> list[dict[str, dict]]:
+    """Of each benchmark that counts the work of its variants: its rows, by their size or shape."""
+    found = []
+    for name, result in results.items():
+        if name.startswith("attention"):
+            found.append({f"{int(n):,}": row for n, row in result.get("tokens", {}).items()})
+        elif name == "selection":
+            found.append(result.get("shapes", {}))
+    return [rows for rows in found if rows]
+
+
+def floors(rows: dict[str, dict], ceilings: dict[str, float]) -> str:
+    """Of each variant of a benchmark, by column: the fraction of its floor, by the time inside its kernels."""
+    names = sorted({name for row in rows.values() for name in row["work"]})
+    lines = ["| fraction of the floor | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for name in names:
+        cells = []
+        for row in rows.values():
+            m = row["measured"].get(name)
+            cells.append("" if m is None else _share(floor_seconds(row["work"][name], ceilings), m))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def floor_seconds(work: dict[str, int], ceilings: dict[str, float]) -> float:
+    """The time of the slowest of products, exponentials and memory, each at its measured ceiling."""
+    return max(amount / ceilings[name] for name, amount in work.items())
+
+
+def _share(floor: float, measured: dict) -> str:
+    return f"{floor / (measured['kernel_seconds'] or measured['seconds']):.0%}"
