@@ -2,7 +2,17 @@
 
 Fused attention kernels keep the log-sum-exp of each row for a backward pass. `LseReader` is open around one call of a
 layer's attention function and reads it from the operator below autograd: the operator runs as often as before, on the
-same inputs.
+same inputs, and its output keeps its bits:
+
+- Flash attention, torch's and FlashAttention 2 and 3, always computes it: nothing is asked of the operator.
+- SDPA's memory-efficient kernel is one binary with and without it, and writes it after the output.
+- cuDNN builds another execution plan for it, with an engine of its choice, so that the output need not keep its bits.
+  Without gradients it is asked only by a reader that `asks`. With gradients the model has asked already.
+- FlexAttention is asked by transformers itself, which returns it.
+
+Of an operator that is not known by its name and by the shape of what it returns nothing is read. Eager attention has
+none; FlashAttention 4 (flash_attn.cute) launches its kernels beside torch's operators, and without gradients computes
+none. Where torch runs FlashAttention 3 or 4 in the place of its own, the operators are torch's.
 """
 
 from functools import cache
@@ -16,7 +26,8 @@ from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.isolation import lowest_precision
 
 ROW_PASS = "row pass"
-"""The source of a log-sum-exp that the statistics compute themselves."""
+"""What the source of a log-sum-exp that the statistics compute themselves begins with; the reason follows."""
+EFFICIENT = "aten::_scaled_dot_product_efficient_attention"
 
 # Operators whose second output is the natural log-sum-exp of each row, before dropout: [B, HQ, T] or, where the batch
 # was unpadded into one row of tokens, [HQ, tokens]. Beside each, the argument that must be True for it to be computed.
@@ -25,7 +36,7 @@ FUSED_OPS: dict[str, str | None] = {
     # torch.nn.functional.scaled_dot_product_attention
     "aten::_scaled_dot_product_flash_attention_for_cpu": None,
     "aten::_scaled_dot_product_flash_attention": None,
-    "aten::_scaled_dot_product_efficient_attention": "compute_log_sumexp",  # rows padded to a multiple of 32
+    EFFICIENT: "compute_log_sumexp",  # rows padded to a multiple of 32
     "aten::_scaled_dot_product_cudnn_attention": "compute_log_sumexp",  # [B, HQ, T, 1]
     "torch_attn::_varlen_attn": None,  # torch.nn.attention.varlen
     # FlashAttention 2 and 3, from PyPI or the Hugging Face hub
@@ -36,23 +47,48 @@ FUSED_OPS: dict[str, str | None] = {
 }
 
 
+def row_pass(why: str) -> str:
+    """Returns the source of a log-sum-exp that the statistics compute themselves, for a reason in a few words."""
+    return f"{ROW_PASS}: {why}"
+
+
 class _Call(NamedTuple):
     source: str
-    lse: Tensor
+    lse: Tensor | None
+    """None where the operator was not asked for it."""
     dtype: torch.dtype
     unpadded: bool
     has_sinks: bool
 
+    def reason_against(self, query: Tensor, sinks: Tensor | None) -> str | None:
+        """Why this call's log-sum-exp is not that of the scores of q and k; None if it may be."""
+        if self.dtype != query.dtype:
+            return f"{_short(query.dtype)} queries were cast to {_short(self.dtype)}"
+        if sinks is not None and not self.has_sinks:
+            return "the operator was not given the sinks"
+        if self.lse is None:
+            return "asking the operator for it may change its output"
+        if query.is_cpu and query.dtype != torch.float32:
+            return "exponentials of 16 bits on a CPU are coarse"  # torch's kernel takes faster ones, and it shows
+        return None
+
 
 class LseReader(TorchDispatchMode):
-    """Open around one call of an attention function; `lse` then has what the call's fused operator computed."""
+    """Open around one call of an attention function; `lse` then has what the call's fused operator computed.
+
+    Args:
+        device: the type of the call's device; the precision of fp32 products on all devices counts if None.
+        attention: the name of the attention implementation, for reasons.
+        asks: whether operators are asked for it whose output then need not keep its bits.
+    """
 
     supports_higher_order_operators = True  # FlexAttention is one where it runs uncompiled
 
-    def __init__(self, device: str | None = None):
+    def __init__(self, device: str | None = None, attention: str = "attention", *, asks: bool = False):
         super().__init__()
         self._calls: list[_Call] = []
         self._rounds = lowest_precision(device) is not None  # products of fp32 factors, and so the scores
+        self._attention, self._asks = attention, asks
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -73,12 +109,13 @@ class LseReader(TorchDispatchMode):
             return func(*args, **kwargs)
         names = [argument.name for argument in func._schema.arguments]
         bound = {**dict(zip(names, args)), **kwargs}
-        if FUSED_OPS[name] is not None:
-            bound[FUSED_OPS[name]] = True
+        query, switch = bound[names[0]], FUSED_OPS[name]
+        if switch is not None and (self._asks or _keeps_output(name, query)):
+            bound[switch] = True
         out = func(**bound)
-        query = bound[names[0]]
+        lse = out[1] if switch is None or bound[switch] else None
         has_sinks = bound.get("s_aux") is not None  # FlashAttention 3 of vLLM: the log-sum-exp includes them
-        self._calls.append(_Call(func.name(), out[1], query.dtype, query.ndim == 3, has_sinks))
+        self._calls.append(_Call(func.name(), lse, query.dtype, query.ndim == 3, has_sinks))
         return out
 
     def lse(
@@ -90,30 +127,48 @@ class LseReader(TorchDispatchMode):
             query: [B, HQ, T, D], what the attention function was given.
             sinks: [HQ] fp32, of the layer.
             returned: [B, HQ, T], what transformers' FlexAttention returned beside its output: without sinks, rounded to
-                the dtype of the values, so that only fp32 is of use.
+                the dtype of the values, so that only fp32 is of use. (Torch 2.11 mistakes the unit of what the FLASH
+                backend returns, which takes 16 bits only.)
 
         Returns:
             (lse [B, HQ, T] fp32, natural log, sinks included, anything in padding; the operator's name), or
-            (None, "row pass"): no fused operator ran, or several that are not one for each packed sequence, the query
-            was cast to another dtype for it, it left out the sinks, its output has another shape, it is of 16-bit
-            inputs on a CPU, where torch rounds it, or of fp32 inputs that TF32 or bf16 products round.
+            (None, "row pass: " and the reason): no known operator ran, or several that are not one for each packed
+            sequence, the query was cast to another dtype for it, it left out the sinks or was not asked, its output has
+            another shape, it is of 16-bit inputs on a CPU, where torch rounds it, or of fp32 inputs that TF32 or bf16
+            products round.
         """
         shape = query.shape[:3]
         if query.dtype == torch.float32 and self._rounds:
-            return None, ROW_PASS
-        if returned is not None and returned.dtype == torch.float32 and returned.shape == shape:
+            return None, row_pass("fp32 products are rounded to TF32 or bf16")
+        if returned is not None:
+            if returned.dtype != torch.float32:
+                return None, row_pass(f"{self._attention} rounds it to {_short(returned.dtype)}")
+            if returned.shape != shape:
+                return None, row_pass(f"its shape is {list(returned.shape)}")
             lse = returned.detach()
             return lse if sinks is None else torch.logaddexp(lse, sinks[:, None]), "flex_attention"
-        # on a CPU, torch's kernel takes faster exponentials for 16-bit inputs, which its log-sum-exp shows
-        precise = query.dtype == torch.float32 or not query.is_cpu
-        fitting = all(call.dtype == query.dtype and (sinks is None or call.has_sinks) for call in self._calls)
-        if self._calls and fitting and precise:
-            lse = (
-                _fitted(self._calls[0], shape, layout) if len(self._calls) == 1 else _joined(self._calls, shape, layout)
-            )
-            if lse is not None:
-                return lse, self._calls[0].source
-        return None, ROW_PASS
+        if not self._calls:
+            return None, row_pass(f"{self._attention} runs no operator that is known")
+        for call in self._calls:
+            why = call.reason_against(query, sinks)
+            if why is not None:
+                return None, row_pass(why)
+        if len(self._calls) > 1:
+            lse, why = _joined(self._calls, shape, layout), f"{len(self._calls)} calls are not one a packed sequence"
+        else:
+            lse, why = _fitted(self._calls[0], shape, layout), f"its shape is {list(self._calls[0].lse.shape)}"
+        return (None, row_pass(why)) if lse is None else (lse, self._calls[0].source)
+
+
+def _keeps_output(name: str, query: Tensor) -> bool:
+    """Whether an operator that is asked for its log-sum-exp returns the same output, to the bit, as without."""
+    # for a single query and expanded keys this kernel puts heads in the place of rows, unless it is asked; and
+    # AMD's is another one
+    return name == EFFICIENT and query.shape[2] > 1 and torch.version.hip is None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @cache

@@ -1,7 +1,7 @@
 """Records attention statistics inside a transformers model's own forward.
 
 While a `collect` context is open, a tap listens to the attention of its model (`taps.py`): it hands q, k and the
-attention kernel's own log-sum-exp of the sampled layers to the statistics. Nothing about the model changes.
+attention kernel's own log-sum-exp of the sampled layers to the statistics. The model's outputs keep their bits.
 """
 
 import inspect
@@ -17,6 +17,7 @@ from rhythm_kernels.attention.layout import Layout, make_layout
 from rhythm_kernels.attention.options import MAX_WINDOW, Options, check_options
 from rhythm_kernels.attention.poison import scaled
 from rhythm_kernels.attention.verify import Rounding, probe_output, rounding_of
+from rhythm_kernels.backend_lse import row_pass
 from rhythm_kernels.checks import (
     check_choice,
     check_cu_seqlens,
@@ -50,6 +51,8 @@ MASKED = ("eager", "sdpa")
 """Implementations that know of a sliding window by their mask alone."""
 UNKNOWN = ("position_bias", "indices", "block_indices")
 """Arguments of attention functions that change a map in a way that the statistics do not follow."""
+LSE = ("auto", "model", "own")
+"""Whose log-sum-exp the statistics take."""
 
 
 def collect(
@@ -65,6 +68,7 @@ def collect(
     local: float = 0.3,
     global_: float = 0.3,
     backend: str = "auto",
+    lse: str = "auto",
 ) -> "Collector":
     """A context that records the attention statistics of one forward of `model`.
 
@@ -79,7 +83,9 @@ def collect(
     attention returned (`attention/verify.py`). So packed rows that a model does not keep apart are refused, as
     transformers' sdpa and eager attention do not beside an attention_mask or a key-value cache.
 
-    Statistics are those of the map before dropout. A context belongs to the thread that opened it.
+    Statistics are those of the map before dropout. A context belongs to the thread that opened it. The model's outputs
+    keep their bits, but for `lse="model"`; under torch.compile the model is compiled in other pieces while a context is
+    open, which may move the last ones.
 
     Args:
         model: a transformers decoder, alone, in an encoder-decoder or in a model of images, or a wrapper of one (PEFT,
@@ -97,6 +103,10 @@ def collect(
             spans over the whole batch.
         local, global_: fractions of local and global heads.
         backend: of `attention_stats`.
+        lse: whose log-sum-exp the statistics take; `Collector.lse_sources` says which it was. "auto": that of the
+            model's own attention kernel where the model's output keeps its bits then, else the statistics compute it
+            in a row pass. "model": that of cuDNN too, which without gradients is another execution plan: faster
+            statistics, and outputs that may differ in their last bits. "own": always a row pass.
 
     Raises:
         TypeError, ValueError: wrong arguments, or a forward that cannot be collected from: with a key-value cache, a
@@ -117,6 +127,7 @@ def collect(
         local=local,
         global_=global_,
         backend=backend,
+        lse=lse,
     )
 
 
@@ -137,12 +148,14 @@ class Collector:
         local=0.3,
         global_=0.3,
         backend="auto",
+        lse="auto",
     ):
         self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}
         """The statistics of each sampled layer: of each head, or summed over the groups where `groups` is given."""
         self.lse_sources: dict[int, str] = {}
         """Where each sampled layer's log-sum-exp comes from: the name of the model's attention operator, such as
-        "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass" if the statistics computed it."""
+        "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass: " with the reason why the
+        statistics computed it."""
         self.layout: Layout | None = None
         self.findings = Findings()
         """What `check()`, `seconds` and `check_seconds` read; it may outlive the statistics, which take more memory."""
@@ -165,6 +178,8 @@ class Collector:
         self._check_grouping(groups, groups_per, local, global_)
         self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
         self._backend = check_choice("backend", backend, BACKENDS)
+        self._lse = check_choice("lse", lse, LSE)
+        self.asks = lse == "model"
         self._windows: dict[int, tuple[object, int | None]] = {}  # by the id of a mask, which is kept, and so its id
         self._hooks: list = []
 
@@ -328,11 +343,17 @@ class Collector:
                     need_span=self._grouping["groups"] is None,
                     **self._options,
                 )
-                lse, self.lse_sources[layer] = call.reader.lse(q, options.sinks, self.layout, call.beside)
+                lse, self.lse_sources[layer] = self._lse_of(call, q, options)
                 with self.findings.check_clock:
                     found = probe_output(q, k, call.value, out, lse, self.layout, options, rounding)
                     self.findings.add(layer, found, _hints(self.layout, call))
                 self.stats[layer] = self.measure(layer, q, k, lse, options)
+
+    def _lse_of(self, call: Call, q: Tensor, options: Options) -> tuple[Tensor | None, str]:
+        """The log-sum-exp of a call, [B, HQ, T] fp32, None where the statistics are to compute it; and its source."""
+        if self._lse == "own":
+            return None, row_pass('lse="own"')
+        return call.reader.lse(q, options.sinks, self.layout, call.beside)
 
     def measure(
         self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, options: Options

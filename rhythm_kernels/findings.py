@@ -61,6 +61,8 @@ def _refuse(deviations: list[tuple[int, str, Deviation, str]]) -> None:
         if excess > 1:
             row, token, head = deviation.place.tolist()
             got, expected, allowed = deviation.values.tolist()
+            if name == "log-sum-exp":
+                hints += ' With lse="own" the statistics compute it themselves.'
             raise ValueError(
                 f"layer {layer} does not attend as collect assumes: the {name} of token {token} of row {row}, head "
                 f"{head}, is {got:.6g} where the assumed attention map gives {expected:.6g}, and rounding explains "

@@ -48,6 +48,9 @@ class Call(NamedTuple):
 class Listener(Protocol):
     """Who wants to know of a model's attention calls."""
 
+    asks: bool
+    """Whether operators are asked for a log-sum-exp also where their output then need not keep its bits."""
+
     def layer_of(self, module: nn.Module) -> int | None:
         """Is told of each call once, before it runs: the layer that it is to be recorded as, None if it is not."""
 
@@ -98,7 +101,8 @@ class Tap:
         listeners = [(listener, layer) for listener, layer in listeners if layer is not None]
         if not listeners:
             return attend(**kwargs)
-        with LseReader(query.device.type) as reader:
+        asks = any(listener.asks for listener, _ in listeners)
+        with LseReader(query.device.type, self.name, asks=asks) as reader:
             returned = attend(**kwargs)
         beside = returned[1] if self.name == "flex_attention" else None
         call = Call(module, query, key, value, attention_mask, kwargs, reader, returned[0], beside, attend)

@@ -14,6 +14,8 @@ from rhythm_kernels.taps import Call, decoder_of, layers_of, tap_of
 class OwnMaps:
     """Listens to the attention of a model; `maps` has [B, HQ, T, T] of each layer after its forward."""
 
+    asks = False
+
     def __init__(self, model):
         self.maps: dict[int, torch.Tensor] = {}
         self.calls: dict[int, Call] = {}

@@ -3,6 +3,7 @@ stand-ins on the CPU are registered under the real operators' names.
 """
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import collect, reference
 from rhythm_kernels.attention.layout import make_layout
-from rhythm_kernels.backend_lse import FUSED_OPS, ROW_PASS, LseReader
+from rhythm_kernels.backend_lse import EFFICIENT, FUSED_OPS, LseReader, row_pass
 
 TOKENS = 70
 CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+CUDNN = "aten::_scaled_dot_product_cudnn_attention"
+UNASKED = row_pass("asking the operator for it may change its output")
 ATEN = [name for name in FUSED_OPS if name.startswith("aten")]
 
 
@@ -71,11 +74,23 @@ def test_what_has_no_lse_takes_the_row_pass():
     eager, sdpa = llama("eager"), llama("sdpa")
     with torch.no_grad(), collect(eager, response_mask=rows) as c:
         eager(**inputs)
-    assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
+    assert c.lse_sources == dict.fromkeys(c.layers, row_pass("eager runs no operator that is known"))
     assert_lse_of_eager(eager, inputs, rows, c.stats)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), collect(sdpa, response_mask=rows) as c:
         sdpa(**inputs)
-    assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
+    assert c.lse_sources == dict.fromkeys(c.layers, row_pass("sdpa runs no operator that is known"))
+
+
+def test_the_row_pass_can_be_asked_for():
+    torch.manual_seed(1)
+    model = llama("sdpa")
+    inputs, rows, _ = inputs_of("left")
+    with torch.no_grad(), collect(model, response_mask=rows, lse="own") as c:
+        model(**inputs)
+    assert c.lse_sources == dict.fromkeys(c.layers, row_pass('lse="own"'))
+    assert_lse_of_eager(model, inputs, rows, c.stats)
+    with pytest.raises(ValueError, match="lse must be one of"):
+        collect(model, lse="mine")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -90,7 +105,7 @@ def test_flex_attention():
             plain = model(**inputs).logits
             with collect(model, response_mask=rows) as c:
                 assert torch.equal(model(**inputs).logits, plain)
-        assert c.lse_sources == dict.fromkeys(c.layers, ROW_PASS)
+        assert c.lse_sources == dict.fromkeys(c.layers, row_pass("flex_attention runs no operator that is known"))
         for layer, stats in c.stats.items():
             for found, exact in zip(stats, dense_stats(maps[layer], rows, segments, 3)):
                 torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=2e-5)
@@ -109,22 +124,37 @@ def attention_lse(q, k, **options):
     return reference.attention_map(q, k, torch.zeros(len(q), q.shape[2]), **options)[1].float()
 
 
-def aten_stand_in(name: str):
-    """A CPU kernel for the CUDA operator, whose log-sum-exp has the real one's shape."""
+@contextmanager
+def gpu_operator(name: str):
+    """Gives the CUDA operator a CPU kernel, whose log-sum-exp has the real one's shape; what each call was asked.
+
+    As of another plan, the last bits of cuDNN's output differ where it is asked for the log-sum-exp.
+    """
+    asked = []
 
     def kernel(query, key, value, *args, scale=None):
-        lse = attention_lse(query, key, scale=scale)
-        out, empty = query.clone(), lse.new_empty(0)
+        weights, exact = reference.attention_map(query, key, torch.zeros(len(query), query.shape[2]), scale=scale)
+        out, lse = reference.attention_out(weights, value).float(), exact.float()
+        empty = lse.new_empty(0)
+        asked.append("flash" in name or args[1])
         if "flash" in name:
             return out, lse, empty, empty, TOKENS, TOKENS, empty, empty, empty
-        compute_log_sumexp = args[1]
-        if "cudnn" in name:
-            lse = lse[..., None] if compute_log_sumexp else empty
-            return out, lse, empty, empty, TOKENS, TOKENS, empty, empty, empty
-        padded = torch.nn.functional.pad(lse, (0, -TOKENS % 32), value=math.nan)
-        return out, padded if compute_log_sumexp else padded[..., :0], empty, empty
+        if name == CUDNN:
+            if asked[-1]:
+                out = out.nextafter(torch.tensor(math.inf))
+            return out, lse[..., None] if asked[-1] else empty, empty, empty, TOKENS, TOKENS, empty, empty, empty
+        padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.nan)
+        return out, padded if asked[-1] else padded[..., :0], empty, empty
 
-    return kernel
+    with _scoped_library("aten", "IMPL") as library:
+        library.impl(name.removeprefix("aten::"), kernel, "CPU")
+        yield asked
+
+
+def call_operator(name: str, q, k, asks: bool):
+    operator = getattr(torch.ops.aten, name.removeprefix("aten::"))
+    args = (q, k, k, None, asks, 0.0, True) if FUSED_OPS[name] else (q, k, k, 0.0, True)
+    return operator(*args, scale=0.3)
 
 
 @pytest.mark.parametrize("name", ATEN)
@@ -137,20 +167,76 @@ def test_the_operators_schema(name):
     assert all(a.name == switch for a in schema.arguments if "log" in a.name)
 
 
+@pytest.mark.parametrize("model_asks", [False, True])
 @pytest.mark.parametrize("name", [name for name in ATEN if name != CPU_FLASH])
-def test_sdpa_of_a_gpu(name):
+def test_sdpa_of_a_gpu(name, model_asks):
     q, k, layout = random_qk()
-    operator = getattr(torch.ops.aten, name.removeprefix("aten::"))
-    args = (q, k, k, None, False, 0.0, True) if FUSED_OPS[name] else (q, k, k, 0.0, True)
-    with _scoped_library("aten", "IMPL") as library, torch.no_grad():
-        library.impl(name.removeprefix("aten::"), aten_stand_in(name), "CPU")
+    with gpu_operator(name) as asked, torch.no_grad():
+        plain = call_operator(name, q, k, model_asks)
         with LseReader() as reader:
-            operator(*args, scale=0.3)
-        unread = operator(*args, scale=0.3)[1]
-    assert (unread.numel() == 0) == (FUSED_OPS[name] is not None)
+            read = call_operator(name, q, k, model_asks)
+    assert torch.equal(read[0], plain[0]) and len(asked) == 2
     lse, source = reader.lse(q, None, layout)
-    assert source == name and lse.dtype == torch.float32
-    torch.testing.assert_close(lse, attention_lse(q, k, scale=0.3), rtol=1e-6, atol=1e-6)
+    if name == CUDNN and not model_asks:
+        assert (lse, source) == (None, UNASKED) and read[1].numel() == 0
+    else:
+        assert source == name and lse.dtype == torch.float32
+        torch.testing.assert_close(lse, attention_lse(q, k, scale=0.3), rtol=1e-6, atol=1e-6)
+
+
+def test_a_single_query_keeps_the_efficient_kernel_that_it_has():
+    """Not asked, that kernel puts the heads of expanded keys in the place of rows."""
+    q, k, layout = random_qk(tokens=1)
+    with gpu_operator(EFFICIENT) as asked, torch.no_grad(), LseReader() as reader:
+        call_operator(EFFICIENT, q, k, False)
+    assert asked == [False] and reader.lse(q, None, layout) == (None, UNASKED)
+
+
+@pytest.fixture
+def cudnn_model(monkeypatch):
+    """A model whose attention is cuDNN's, asked for a log-sum-exp where SDPA would: for gradients."""
+
+    def attend(module, query, key, value, mask, scaling, **kwargs):
+        shared = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
+        asks = torch.is_grad_enabled() and query.requires_grad
+        operator = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out = operator(query, key, value, None, asks, 0.0, True, scale=scaling)[0]
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "cudnn", attend)
+    torch.manual_seed(1)
+    model = llama("sdpa")
+    model.config._attn_implementation = "cudnn"
+    with gpu_operator(CUDNN) as asked:
+        yield model, asked
+
+
+@pytest.mark.parametrize("lse", ["auto", "own", "model"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_cudnn_is_asked_by_gradients_or_by_name(cudnn_model, gradients, lse):
+    """Only `lse="model"` makes another plan run; the statistics are those of the eager scores in each case."""
+    model, asked = cudnn_model
+    inputs, rows, _ = inputs_of("full")
+    with torch.set_grad_enabled(gradients):
+        plain = model(**inputs).logits
+        calls = len(asked)
+        with collect(model, response_mask=rows, lse=lse) as c:
+            logits = model(**inputs).logits
+    assert len(asked) == 2 * calls
+    assert torch.equal(logits, plain) == (gradients or lse != "model")
+    sources = {"auto": CUDNN if gradients else UNASKED, "own": row_pass('lse="own"'), "model": CUDNN}
+    assert c.lse_sources == dict.fromkeys(c.layers, sources[lse])
+    assert_lse_of_eager(model, inputs, rows, c.stats)
+
+
+def test_a_context_that_asks_serves_others(cudnn_model):
+    model, asked = cudnn_model
+    inputs, rows, _ = inputs_of("full")
+    with torch.no_grad(), collect(model, lse="model") as asks, collect(model) as other:
+        model(**inputs)
+    assert set(asks.lse_sources.values()) == set(other.lse_sources.values()) == {CUDNN}
+    assert sum(asked) == len(asks.layers)
 
 
 def test_flex_attention_of_a_gpu(monkeypatch):
@@ -175,7 +261,10 @@ def test_flex_attention_of_a_gpu(monkeypatch):
     found, source = LseReader().lse(q, sinks, layout, lse)
     assert source == "flex_attention"
     torch.testing.assert_close(found, with_sinks, rtol=1e-6, atol=1e-6)
-    assert LseReader().lse(q, None, layout, lse.bfloat16()) == (None, ROW_PASS)
+    rounded = LseReader(attention="flex_attention").lse(q, None, layout, lse.bfloat16())
+    assert rounded == (None, row_pass("flex_attention rounds it to bfloat16"))
+    short = LseReader().lse(q, None, layout, lse[:, :, 1:])
+    assert short == (None, row_pass(f"its shape is [2, 6, {TOKENS - 1}]"))
 
 
 def test_what_another_score_may_have_made_is_not_used():
@@ -190,19 +279,23 @@ def test_what_another_score_may_have_made_is_not_used():
     def sdpa(query=q, key=k):
         scaled_dot_product_attention(query, key, key, is_causal=True)
 
+    def refused(*attend, **options):
+        lse, source = read(*attend, **options)
+        assert lse is None
+        return source.removeprefix(row_pass(""))
+
     assert read(sdpa)[1] == CPU_FLASH
-    row_pass = (None, ROW_PASS)
-    assert read() == row_pass
-    assert read(sdpa, sdpa) == row_pass, "two calls"
+    assert refused() == "attention runs no operator that is known"
+    assert refused(sdpa, sdpa) == "2 calls are not one a packed sequence"
     half = q.bfloat16(), k.bfloat16()
-    assert read(lambda: sdpa(*half)) == row_pass, "cast"
-    assert read(lambda: sdpa(*half), query=half[0]) == row_pass, "16 bits on a CPU"
-    assert read(lambda: sdpa(q[:, :3], k[:, :3])) == row_pass, "some heads"
-    assert read(lambda: sdpa(q[:, :, :50], k[:, :, :50])) == row_pass, "some rows"
-    assert read(sdpa, sinks=torch.zeros(6)) == row_pass, "no sinks"
+    assert refused(lambda: sdpa(*half)) == "float32 queries were cast to bfloat16"
+    assert refused(lambda: sdpa(*half), query=half[0]) == "exponentials of 16 bits on a CPU are coarse"
+    assert refused(lambda: sdpa(q[:, :3], k[:, :3])) == f"its shape is [2, 3, {TOKENS}]"
+    assert refused(lambda: sdpa(q[:, :, :50], k[:, :, :50])) == "its shape is [2, 6, 50]"
+    assert refused(sdpa, sinks=torch.zeros(6)) == "the operator was not given the sinks"
     torch.set_float32_matmul_precision("high")
     try:
-        assert read(sdpa) == row_pass, "TF32"
+        assert refused(sdpa) == "fp32 products are rounded to TF32 or bf16"
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -286,3 +379,40 @@ def test_flash_attention_with_sinks(flash_operators, kind):
     for layer, stats in c.stats.items():
         for found, true in zip(stats, dense_stats(maps[layer], rows, segments, 3)):
             torch.testing.assert_close(found.double(), true, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "left", "packed"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_flash_attention_4_takes_the_row_pass(kind, gradients, monkeypatch):
+    """Its kernels are launched inside a function of autograd, beside torch's operators: none is read for another."""
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, cu_seqlens, scale, window_left):
+            ctx.set_materialize_grads(False)
+            return attend_flat(q, k, v, cu_seqlens, scale, window_left, None)
+
+    def of_batch(q, k, v, softmax_scale=None, causal=False, window_size=(None, None)):
+        left = -1 if window_size[0] is None else window_size[0]
+        return Attend.apply(q, k, v, None, softmax_scale, left)
+
+    def of_tokens(
+        q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
+        causal=False, window_size=(None, None),
+    ):  # fmt: skip
+        left = -1 if window_size[0] is None else window_size[0]
+        return Attend.apply(q, k, v, cu_seqlens_q, softmax_scale, left)
+
+    functions = of_batch, of_tokens, None, flash_utils._pad_input, flash_utils._unpad_input
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: functions)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    torch.manual_seed(1)
+    model = qwen3("eager")
+    inputs, rows, _ = inputs_of(kind)
+    model.config._attn_implementation = "flash_attention_4"  # set_attn_implementation would ask for the package
+    with torch.set_grad_enabled(gradients):
+        plain = model(**inputs).logits
+        with collect(model, response_mask=rows) as c:
+            assert torch.equal(model(**inputs).logits, plain)
+    assert c.lse_sources == dict.fromkeys(c.layers, row_pass("flash_attention_4 runs no operator that is known"))
+    assert_lse_of_eager(model, inputs, rows, c.stats)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
-from rhythm_kernels.backend_lse import ROW_PASS
+from rhythm_kernels.backend_lse import row_pass
 from rhythm_kernels.collect import Collector
 from rhythm_kernels.isolation import isolated
 from rhythm_kernels.masks import is_mask
@@ -75,7 +75,7 @@ class VirtualTokensCollector(Collector):
                     mask=self._moved_mask(call.mask),
                     out=self._move(call.out, 1),
                     # some kernels return the log-sum-exp of rows without their padding
-                    reader=SimpleNamespace(dtypes=call.reader.dtypes, lse=lambda *_: (None, ROW_PASS)),
+                    reader=SimpleNamespace(dtypes=call.reader.dtypes, lse=lambda *_: (None, row_pass("moved tokens"))),
                     attend=lambda **options: (self._move(call.attend(**options)[0], 1),),
                 )
         super().record(layer, call)
