@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_cases import ALONE, all_micros, make_batch, make_policy, settings
 
 from rhythm_kernels import GroupSchedule
@@ -159,3 +161,116 @@ def test_nan_never_reaches_the_weights(policy, batch, old):
     policy.zero_grad()
     assert all(torch.equal(p, kept) for p, kept in zip(policy.parameters(), before))
     assert not policy.training
+
+
+class Waits(TorchDispatchMode):
+    """Writes down what makes the host wait for a GPU: values and sizes read from the device, uploads of its own."""
+
+    def __init__(self, events: list[str]):
+        super().__init__()
+        self.events, self.reads = events, Reads(events)
+
+    def __enter__(self):
+        self.reads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.reads.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        places = args[1] if name in ("index", "index_put_") else ()
+        by_mask = any(place is not None and place.dtype == torch.bool for place in places)
+        counts = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2") or by_mask or counts:
+            self.events.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """What `Waits` cannot see, since no operator does it on a CPU."""
+
+    def __init__(self, events: list[str]):
+        super().__init__()
+        self.events = events
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        by_list = name in ("__getitem__", "__setitem__") and isinstance(args[1], list)
+        if name in ("tolist", "cpu", "numpy", "tensor", "as_tensor", "new_tensor") or by_list:
+            self.events.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Table(torch.nn.Module):
+    """Log-probabilities of tokens by themselves: a policy that reads nothing from the device."""
+
+    def __init__(self, events: list[str]):
+        super().__init__()
+        self.weight, self.events = torch.nn.Parameter(torch.linspace(-2, 0, 200)), events
+
+    def forward(self, micro, entropy):
+        self.events.append("micro-batch")
+        log_probs = self.weight[micro.ids[0, micro.answers]]
+        return log_probs, log_probs.detach().exp() if entropy else None
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_the_host_waits_once_an_optimizer_step(batch, loss_type, on_policy):
+    """For the norm of the gradient, after its last micro-batch; and at the end for the metrics."""
+    events = []
+    table = Table(events)
+
+    class Step(torch.optim.SGD):
+        def step(self):
+            events.append("step")
+
+    config = settings(
+        micro_batch_tokens=30,
+        num_iterations=2,
+        beta=0.1,
+        loss_type=loss_type,
+        mask_truncated_completions=True,
+        vllm_importance_sampling_correction=True,
+    )
+    old = TokenStats(None, None) if on_policy else TokenStats(batch.log_probs, None)
+    optimizer = Step(table.parameters(), lr=0.1)
+    with Waits(events):
+        update_policy(table, optimizer, batch, old, spread(batch, torch.ones(12)), config, ALONE, batch.log_probs)
+    events = events[events.index("micro-batch") :]
+    steps = " ".join(events).split(" step")
+    assert len(steps) == 3 * 2 + 1
+    assert all(set(share.split(" _local_scalar_dense")[0].split()) == {"micro-batch"} for share in steps[:-1])
+    assert all(share.endswith("micro-batch _local_scalar_dense") for share in steps[:-1])
+    assert any(share.count("micro-batch") > 1 for share in steps)
+    assert steps[-1].split() == ["new_tensor", "tolist"]
+
+
+def test_what_has_the_host_wait_is_seen():
+    """The modes that the test above looks through."""
+    events = []
+    mask, values = torch.tensor([True, False]), torch.ones(2)
+    waits = {
+        "_local_scalar_dense": [values[0].item, lambda: bool(mask[0]), lambda: int(values[1])],
+        "index": [lambda: values[mask]],
+        "index_put_": [lambda: values.__setitem__(mask, torch.zeros(1))],
+        "nonzero": [mask.nonzero],
+        "masked_select": [lambda: values.masked_select(mask)],
+        "tolist": [values.tolist],
+        "cpu": [values.cpu],
+        "__getitem__": [lambda: values[[0, 1]]],
+        "repeat_interleave": [lambda: values.repeat_interleave(mask.long())],
+    }
+    for name, calls in waits.items():
+        for call in calls:
+            events.clear()
+            with Waits(events):
+                call()
+            assert name in events, (name, events)
+    events.clear()
+    place = torch.zeros(1, dtype=torch.int64)
+    with Waits(events):
+        values[:1] + values[place] * mask[0]
+    assert not events

@@ -31,7 +31,8 @@ def token_weights(batch: Rollouts, chosen: Tensor, loss_type: str, max_completio
         loss_type: "dapo": every token counts the same; "grpo": every answer; "dr_grpo": a constant in place of length.
     """
     tokens = batch.per_sequence(batch.response_mask.float())
-    all_tokens, all_answers = world.sum(torch.stack([tokens[chosen].sum(), chosen.sum()]).double()).clamp(min=1).float()
+    counts = torch.stack([(tokens * chosen).sum(), chosen.sum()])  # an index by `chosen` would have the host wait
+    all_tokens, all_answers = world.sum(counts.double()).clamp(min=1).float()
     if loss_type == "dapo":
         each = torch.ones_like(tokens) / all_tokens
     elif loss_type == "grpo":

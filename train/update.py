@@ -1,4 +1,8 @@
-"""The optimizer steps on one batch of rollouts."""
+"""The optimizer steps on one batch of rollouts.
+
+On a GPU the host runs ahead of the device through all micro-batches of an optimizer step, and waits once: for the norm
+of the gradient, before the weights change.
+"""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -12,7 +16,7 @@ from train.distributed import World, whole
 from train.loss import grpo_loss, sampler_correction, token_weights
 from train.policy import Policy, TokenStats
 
-METRICS = ("loss", "grad_norm", "clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")
+SUMS = ("loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")  # of the parts of `grpo_loss`
 
 
 def update_policy(
@@ -41,24 +45,27 @@ def update_policy(
     """
     grpo = config.grpo
     count = grpo.num_iterations * grpo.gradient_steps
-    totals = dict.fromkeys((*METRICS, "kl") if grpo.beta else METRICS, 0.0)
+    names = (*SUMS, "kl") if grpo.beta else SUMS
+    totals, mean_norm = torch.zeros(len(names), dtype=torch.float64, device=batch.ids.device), 0.0
     on_policy = old.log_probs is None
     if on_policy:
         unknown = [torch.where(batch.response_mask, torch.nan, torch.zeros_like(batch.log_probs)) for _ in range(2)]
         old = old._replace(log_probs=unknown[0], entropy=unknown[1])
     counts = batch.finished if grpo.mask_truncated_completions else torch.ones_like(batch.finished)
     moves = counts if grpo.beta else counts & (batch.per_sequence(((advantages != 0) & batch.response_mask).long()) > 0)
-    rows = list(range(len(batch.lengths)))  # whole groups in each share, since gradient_steps divides the problems
-    size = len(rows) // grpo.gradient_steps
-    shares = [rows[start : start + size] for start in range(0, len(rows), size)] * grpo.num_iterations
+    learnable = [row for row, move in enumerate(moves.tolist()) if move]
+    size = len(moves) // grpo.gradient_steps  # whole groups in each share, since gradient_steps divides the problems
+    shares = [range(start, start + size) for start in range(0, len(moves), size)]
+    micros_of = [
+        micro_batches(batch, [row for row in learnable if row in share], grpo.micro_batch_tokens, world)
+        for share in shares
+    ]
     with _training(policy):
-        for share in shares:
+        for share, micros in [*zip(shares, micros_of, strict=True)] * grpo.num_iterations:
             chosen = torch.zeros_like(counts)
-            chosen[share] = counts[share]
+            chosen[share.start : share.stop] = counts[share.start : share.stop]
             weights = token_weights(batch, chosen, grpo.loss_type, config.rollout.max_completion_length, world)
-            learnable = [row for row, move in zip(share, moves[share].tolist(), strict=True) if move]
-            micros = micro_batches(batch, learnable, grpo.micro_batch_tokens, world)
-            sums = dict.fromkeys(totals, 0.0)
+            sums = torch.zeros_like(totals)
             for micro in micros:
                 log_probs, entropy = policy(micro, entropy=on_policy)
                 if micro.is_surplus:
@@ -84,18 +91,16 @@ def update_policy(
                 )
                 (loss * world.size).backward()  # gradients are averaged over the ranks
                 progress(len(micro.place))
-                for name, value in parts.items():
-                    sums[name] += value.item()
+                sums += torch.stack([parts[name] for name in names]).double()
+            totals += sums / count
             if micros:
-                sums["grad_norm"] = _step(policy, optimizer, grpo.max_grad_norm) / world.size
-            for name, value in sums.items():
-                totals[name] += value / count
-    summed = world.sum(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()
-    return dict(zip(totals, summed, strict=True)), old
+                mean_norm += _step(policy, optimizer, grpo.max_grad_norm) / world.size / count
+    summed = world.sum(torch.cat([totals, totals.new_tensor([mean_norm])])).tolist()
+    return dict(zip((*names, "grad_norm"), summed, strict=True)), old
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
-    """One optimizer step; the norm of its gradient before clipping."""
+    """One optimizer step; the norm of its gradient before clipping, for which it waits."""
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)).item()
     if not norm < float("inf"):
         # as from the credit of a signal that is not finite: it ends the run before it reaches the weights
