@@ -101,7 +101,11 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         policy = load_policy(start, config, world)
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
     grpo = config.grpo
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=grpo.learning_rate, weight_decay=grpo.weight_decay)
+    # fused, a step holds no copy of the second moments; on a CPU torch's loop holds one of a single parameter anyway
+    fused = world.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=grpo.learning_rate, weight_decay=grpo.weight_decay, fused=fused
+    )
     stream = ProblemStream(train, seed)
     schedule = GroupSchedule(config.credit.groups_every)
     step, metrics_bytes = 0, 0
