@@ -88,60 +88,67 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 class Gathered:
-    """Means and extremes over all ranks: what is added here is reduced in one go, and a mean of nothing left out."""
+    """Means and extremes over all ranks, summed on the device and read from it once; a mean of nothing is left out."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device = device
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.most: dict[str, Tensor] = {}
 
-    def mean(self, name: str, values: Tensor) -> None:
-        """Of the values of all ranks."""
-        values = values.double()
-        self.sums[name] = (values.sum(), torch.tensor(float(values.numel()), dtype=torch.float64))
+    def mean(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Of the values of all ranks, or of those where a mask of their shape is True."""
+        if where is None:
+            where = torch.ones_like(values, dtype=torch.bool)
+        # an index by the mask would have the host wait for its length
+        self.sums[name] = (values.double().where(where, 0.0).sum(), where.sum().double())
 
     def share(self, name: str, part: Tensor, whole: Tensor) -> None:
         """The part's True values over the whole's."""
         self.sums[name] = (part.sum().double(), whole.sum().double())
 
     def total(self, name: str, value: float) -> None:
-        self.sums[name] = (torch.tensor(float(value), dtype=torch.float64), torch.tensor(TOTAL, dtype=torch.float64))
+        self.sums[name] = (self._scalar(value), self._scalar(TOTAL))
 
     def largest(self, name: str, values: Tensor) -> None:
-        self.most[name] = values.max().double() if values.numel() else torch.tensor(0.0, dtype=torch.float64)
+        self.most[name] = values.max().double()
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def reduce(self, world: World) -> dict[str, float]:
-        means = torch.stack([torch.stack([x.to(world.device) for x in pair]) for pair in self.sums.values()])
-        most = torch.stack([value.to(world.device) for value in self.most.values()])
-        means, most = world.sum(means), world.largest(most)
-        pairs = zip(self.sums, means.tolist(), strict=True)
-        found = {name: total if count < 0 else total / count for name, (total, count) in pairs if count}
-        return found | dict(zip(self.most, most.tolist(), strict=True))
+        sums, counts = zip(*self.sums.values(), strict=True)
+        means, most = world.sum(torch.stack([*sums, *counts])), world.largest(torch.stack([*self.most.values()]))
+        read = torch.cat([means, most]).tolist()
+        sums, counts, most = read[: len(sums)], read[len(sums) : -len(most)], read[-len(most) :]
+        of_names = zip(self.sums, sums, counts, strict=True)
+        found = {name: total if count < 0 else total / count for name, total, count in of_names if count}
+        return found | dict(zip(self.most, most, strict=True))
 
 
 def rollout_metrics(
     batch: Rollouts, rewards: Tensor, num_generations: int, old: TokenStats, gamma: Tensor, credit: Credit, world: World
 ) -> dict[str, float]:
     """Of one step's answers over all ranks; rewards [B], gamma [N]."""
-    mask, found = batch.response_mask, Gathered()
+    mask, found = batch.response_mask, Gathered(world.device)
     lengths = batch.per_sequence(mask.long())
     deviations = rewards.view(-1, num_generations).std(-1)
     found.mean("reward", rewards)
     found.mean("reward_std", deviations)
     found.mean("frac_reward_zero_std", deviations == 0)
     found.mean("completions/mean_length", lengths)
-    found.mean("completions/mean_terminated_length", lengths[batch.finished])
+    found.mean("completions/mean_terminated_length", lengths, batch.finished)
     found.mean("completions/clipped_ratio", ~batch.finished)
     found.largest("completions/max_length", lengths)
     found.largest("completions/min_length", -lengths)
     found.total("num_tokens", len(batch.ids))
     known = mask & old.log_probs.isfinite()  # a single step's own pass leaves out answers without an advantage
-    found.mean("entropy", old.entropy[known])
-    gap = (old.log_probs - batch.log_probs)[known]
-    found.mean("sampling/sampling_logp_difference/mean", gap.abs())
+    found.mean("entropy", old.entropy, known)
+    gap = (old.log_probs - batch.log_probs).where(known, 0.0)
+    found.mean("sampling/sampling_logp_difference/mean", gap.abs(), known)
     found.largest("sampling/sampling_logp_difference/max", gap.abs())
-    found.mean("sampling/importance_sampling_ratio/mean", gap.exp())
-    found.mean("rhythm/gamma_mean", gamma[mask])
-    found.mean("rhythm/credited_share", gamma[mask] != 1)
+    found.mean("sampling/importance_sampling_ratio/mean", gap.exp(), known)
+    found.mean("rhythm/gamma_mean", gamma, mask)
+    found.mean("rhythm/credited_share", gamma != 1, mask)
     if old.rhythm is not None:
         _rhythm_metrics(found, batch, old, known, credit)
     metrics = found.reduce(world)
@@ -155,11 +162,11 @@ def _rhythm_metrics(found: Gathered, batch: Rollouts, old: TokenStats, known: Te
     options = {"q": credit.credit_q, "k": credit.credit_k, "largest": credit.credit_largest}
     sets = coupled_sets(old.rhythm, mask[None], **options, **packed)
     peaks = find_peaks(old.rhythm.waad, mask[None], **packed)[0]
-    found.mean("rhythm/waad_mean", old.rhythm.waad[0, mask])
-    found.mean("rhythm/fai_mean", old.rhythm.fai[0, mask])
+    found.mean("rhythm/waad_mean", old.rhythm.waad[0], mask)
+    found.mean("rhythm/fai_mean", old.rhythm.fai[0], mask)
     found.share("rhythm/dominated_anchors", sets.dominated, sets.t_glob)
     found.share("rhythm/anchors_that_are_preplan", sets.t_loc & sets.t_glob, sets.t_glob)
-    found.mean("rhythm/entropy_at_waad_peaks", old.entropy[peaks & known])
+    found.mean("rhythm/entropy_at_waad_peaks", old.entropy, peaks & known)
 
 
 def memory_metrics(old: TokenStats, device: torch.device) -> dict[str, float]:
