@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from host_waits import Waits
 from train_cases import ALONE, all_micros, make_batch, make_policy, settings
 
 from rhythm_kernels import GroupSchedule
 from train.loss import group_advantages
-from train.metrics import rollout_metrics
 from train.policy import TokenStats, read_batch, read_log_probs
 from train.update import update_policy
 
@@ -164,46 +162,6 @@ def test_nan_never_reaches_the_weights(policy, batch, old):
     assert not policy.training
 
 
-class Waits(TorchDispatchMode):
-    """Writes down what makes the host wait for a GPU: values and sizes read from the device, uploads of its own."""
-
-    def __init__(self, events: list[str]):
-        super().__init__()
-        self.events, self.reads = events, Reads(events)
-
-    def __enter__(self):
-        self.reads.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.reads.__exit__(*error)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        places = args[1] if name in ("index", "index_put_") else ()
-        by_mask = any(place is not None and place.dtype == torch.bool for place in places)
-        counts = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2") or by_mask or counts:
-            self.events.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-class Reads(TorchFunctionMode):
-    """What `Waits` cannot see, since no operator does it on a CPU."""
-
-    def __init__(self, events: list[str]):
-        super().__init__()
-        self.events = events
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        by_list = name in ("__getitem__", "__setitem__") and isinstance(args[1], list)
-        if name in ("tolist", "cpu", "numpy", "tensor", "as_tensor", "new_tensor") or by_list:
-            self.events.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 class Table(torch.nn.Module):
     """Log-probabilities of tokens by themselves: a policy that reads nothing from the device."""
 
@@ -247,34 +205,6 @@ def test_the_host_waits_once_an_optimizer_step(batch, loss_type, on_policy):
     assert all(share.endswith("micro-batch _local_scalar_dense") for share in steps[:-1])
     assert any(share.count("micro-batch") > 1 for share in steps)
     assert steps[-1].split() == ["new_tensor", "tolist"]
-
-
-def test_the_metrics_of_a_step_are_read_at_once(batch):
-    """Means are over the tokens that are known; what nothing is known of is left out."""
-    mask = batch.response_mask
-    known = mask & (batch.sequence_of != 4)
-    log_probs = batch.log_probs - torch.linspace(-1, 1, len(mask))
-    old = TokenStats(*(x.masked_fill(~known, torch.nan) for x in (log_probs, log_probs.exp())))
-    gamma = torch.linspace(1, 2, len(mask))
-    credit, events = settings().credit, []
-    with Waits(events):
-        metrics = rollout_metrics(batch, REWARDS, 4, old, gamma, credit, ALONE)
-    assert events == ["tolist"]
-    gap = (log_probs - batch.log_probs)[known]
-    expected = {
-        "entropy": log_probs.exp()[known].double().mean(),
-        "completions/mean_terminated_length": batch.per_sequence(mask.long())[batch.finished].double().mean(),
-        "completions/min_length": batch.per_sequence(mask.long()).min(),
-        "sampling/sampling_logp_difference/mean": gap.abs().double().mean(),
-        "sampling/sampling_logp_difference/max": gap.abs().max(),
-        "sampling/importance_sampling_ratio/mean": gap.exp().double().mean(),
-        "rhythm/gamma_mean": gamma[mask].double().mean(),
-    }
-    assert {name: metrics[name] for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()})
-    none = rollout_metrics(
-        batch._replace(finished=torch.zeros(12, dtype=torch.bool)), REWARDS, 4, old, gamma, credit, ALONE
-    )
-    assert "completions/mean_terminated_length" not in none
 
 
 def test_what_has_the_host_wait_is_seen():
