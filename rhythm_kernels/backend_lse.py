@@ -10,9 +10,9 @@ same inputs, and its output keeps its bits:
   Without gradients it is asked only by a reader that `asks`. With gradients the model has asked already.
 - FlexAttention is asked by transformers itself, which returns it.
 
-Of an operator that is not known by its name and by the shape of what it returns nothing is read. Eager attention has
-none; FlashAttention 4 (flash_attn.cute) launches its kernels beside torch's operators, and without gradients computes
-none. Where torch runs FlashAttention 3 or 4 in the place of its own, the operators are torch's.
+Nothing is read of an operator that is not known by its name and by the shape of what it returns. Eager attention has
+no such operator, and FlashAttention 4 (flash_attn.cute) none at all: it launches its kernels itself, and computes no
+log-sum-exp without gradients. Where torch runs FlashAttention 3 or 4 in place of its own, the operators are torch's.
 """
 
 from functools import cache
@@ -162,8 +162,7 @@ class LseReader(TorchDispatchMode):
 
 def _keeps_output(name: str, query: Tensor) -> bool:
     """Whether an operator that is asked for its log-sum-exp returns the same output, to the bit, as without."""
-    # for a single query and expanded keys this kernel puts heads in the place of rows, unless it is asked; and
-    # AMD's is another one
+    # with a single query and expanded keys it puts heads in the place of rows unless it is asked; AMD's is another kernel
     return name == EFFICIENT and query.shape[2] > 1 and torch.version.hip is None
 
 

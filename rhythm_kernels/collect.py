@@ -179,7 +179,7 @@ class Collector:
         self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
         self._backend = check_choice("backend", backend, BACKENDS)
         self._lse = check_choice("lse", lse, LSE)
-        self.asks = lse == "model"
+        self.asks_for_lse = lse == "model"
         self._windows: dict[int, tuple[object, int | None]] = {}  # by the id of a mask, which is kept, and so its id
         self._hooks: list = []
 

@@ -48,7 +48,7 @@ class Call(NamedTuple):
 class Listener(Protocol):
     """Who wants to know of a model's attention calls."""
 
-    asks: bool
+    asks_for_lse: bool
     """Whether operators are asked for a log-sum-exp also where their output then need not keep its bits."""
 
     def layer_of(self, module: nn.Module) -> int | None:
@@ -101,7 +101,7 @@ class Tap:
         listeners = [(listener, layer) for listener, layer in listeners if layer is not None]
         if not listeners:
             return attend(**kwargs)
-        asks = any(listener.asks for listener, _ in listeners)
+        asks = any(listener.asks_for_lse for listener, _ in listeners)
         with LseReader(query.device.type, self.name, asks=asks) as reader:
             returned = attend(**kwargs)
         beside = returned[1] if self.name == "flex_attention" else None

@@ -14,7 +14,7 @@ from rhythm_kernels.taps import Call, decoder_of, layers_of, tap_of
 class OwnMaps:
     """Listens to the attention of a model; `maps` has [B, HQ, T, T] of each layer after its forward."""
 
-    asks = False
+    asks_for_lse = False
 
     def __init__(self, model):
         self.maps: dict[int, torch.Tensor] = {}
