@@ -162,7 +162,7 @@ class LseReader(TorchDispatchMode):
 
 def _keeps_output(name: str, query: Tensor) -> bool:
     """Whether an operator that is asked for its log-sum-exp returns the same output, to the bit, as without."""
-    # with a single query and expanded keys it puts heads in the place of rows unless it is asked; AMD's is another kernel
+    # with one query and expanded keys it puts heads in the place of rows unless it is asked; AMD's is another kernel
     return name == EFFICIENT and query.shape[2] > 1 and torch.version.hip is None
 
 
