@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from host_waits import Waits
-from train_cases import ALONE, make_batch, make_policy, settings
+from train_cases import ALONE, make_batch, make_policy, on_device, settings
 
+from benchmarks.pretended_cuda import counted, pretended_cuda
+from rhythm_kernels import Rhythm
+from train.distributed import World
 from train.metrics import rollout_metrics
 from train.policy import TokenStats
 
 REWARDS = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0])
 
 
-def test_the_metrics_of_a_step_are_read_at_once():
+def test_metrics_are_means_over_what_is_known():
     """Means are over the tokens that are known; what nothing is known of is left out."""
     batch = make_batch(make_policy())
     mask = batch.response_mask
@@ -19,10 +21,8 @@ def test_the_metrics_of_a_step_are_read_at_once():
     log_probs = batch.log_probs - torch.linspace(-1, 1, len(mask))
     old = TokenStats(*(x.masked_fill(~known, torch.nan) for x in (log_probs, log_probs.exp())))
     gamma = torch.linspace(1, 2, len(mask))
-    credit, events = settings().credit, []
-    with Waits(events):
-        metrics = rollout_metrics(batch, REWARDS, 4, old, gamma, credit, ALONE)
-    assert events == ["tolist"]
+    credit = settings().credit
+    metrics = rollout_metrics(batch, REWARDS, 4, old, gamma, credit, ALONE)
     gap = (log_probs - batch.log_probs)[known]
     expected = {
         "entropy": log_probs.exp()[known].double().mean(),
@@ -38,3 +38,16 @@ def test_the_metrics_of_a_step_are_read_at_once():
         batch._replace(finished=torch.zeros(12, dtype=torch.bool)), REWARDS, 4, old, gamma, credit, ALONE
     )
     assert "completions/mean_terminated_length" not in none
+
+
+def test_the_metrics_of_a_step_are_read_at_once():
+    batch = make_batch(make_policy())
+    with pretended_cuda():
+        there, world = on_device(batch, "cuda"), World(0, 1, torch.device("cuda", 0))
+        rewards, signal = REWARDS.to("cuda"), there.log_probs.exp()
+        old = TokenStats(there.log_probs, signal, Rhythm(signal[None], signal[None]))
+        with counted() as work:
+            metrics = rollout_metrics(there, rewards, 4, old, signal, settings().credit, world)
+    assert [wait.where.split(" in ")[-1] for wait in work.waits] == ["reduce"], work.waits
+    here = TokenStats(batch.log_probs, batch.log_probs.exp(), Rhythm(*[batch.log_probs.exp()[None]] * 2))
+    assert metrics == rollout_metrics(batch, REWARDS, 4, here, here.entropy, settings().credit, ALONE)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from host_waits import Waits
-from train_cases import ALONE, all_micros, make_batch, make_policy, settings
+from train_cases import ALONE, all_micros, make_batch, make_policy, on_device, settings
 
+from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import GroupSchedule
+from train.distributed import World
 from train.loss import group_advantages
 from train.policy import TokenStats, read_batch, read_log_probs
 from train.update import update_policy
@@ -162,74 +163,29 @@ def test_nan_never_reaches_the_weights(policy, batch, old):
     assert not policy.training
 
 
-class Table(torch.nn.Module):
-    """Log-probabilities of tokens by themselves: a policy that reads nothing from the device."""
-
-    def __init__(self, events: list[str]):
-        super().__init__()
-        self.weight, self.events = torch.nn.Parameter(torch.linspace(-2, 0, 200)), events
-
-    def forward(self, micro, entropy):
-        self.events.append("micro-batch")
-        log_probs = self.weight[micro.ids[0, micro.answers]]
-        return log_probs, log_probs.detach().exp() if entropy else None
-
-
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_the_host_waits_once_an_optimizer_step(batch, loss_type, on_policy):
-    """For the norm of the gradient, after its last micro-batch; and at the end for the metrics."""
-    events = []
-    table = Table(events)
-
-    class Step(torch.optim.SGD):
-        def step(self):
-            events.append("step")
-
+    """For the norm of the gradient; once before for the answers that are run, and once at the end for the metrics."""
     config = settings(
-        micro_batch_tokens=30,
+        micro_batch_tokens=60,
         num_iterations=2,
         beta=0.1,
         loss_type=loss_type,
-        mask_truncated_completions=True,
         vllm_importance_sampling_correction=True,
     )
-    old = TokenStats(None, None) if on_policy else TokenStats(batch.log_probs, None)
-    optimizer = Step(table.parameters(), lr=0.1)
-    with Waits(events):
-        update_policy(table, optimizer, batch, old, spread(batch, torch.ones(12)), config, ALONE, batch.log_probs)
-    events = events[events.index("micro-batch") :]
-    steps = " ".join(events).split(" step")
-    assert len(steps) == 3 * 2 + 1
-    assert all(set(share.split(" _local_scalar_dense")[0].split()) == {"micro-batch"} for share in steps[:-1])
-    assert all(share.endswith("micro-batch _local_scalar_dense") for share in steps[:-1])
-    assert any(share.count("micro-batch") > 1 for share in steps)
-    assert steps[-1].split() == ["new_tensor", "tolist"]
-
-
-def test_what_has_the_host_wait_is_seen():
-    """The modes that the test above looks through."""
-    events = []
-    mask, values = torch.tensor([True, False]), torch.ones(2)
-    waits = {
-        "_local_scalar_dense": [values[0].item, lambda: bool(mask[0]), lambda: int(values[1])],
-        "index": [lambda: values[mask]],
-        "index_put_": [lambda: values.__setitem__(mask, torch.zeros(1))],
-        "nonzero": [mask.nonzero],
-        "masked_select": [lambda: values.masked_select(mask)],
-        "tolist": [values.tolist],
-        "cpu": [values.cpu],
-        "__getitem__": [lambda: values[[0, 1]]],
-        "repeat_interleave": [lambda: values.repeat_interleave(mask.long())],
-    }
-    for name, calls in waits.items():
-        for call in calls:
-            events.clear()
-            with Waits(events):
-                call()
-            assert name in events, (name, events)
-    events.clear()
-    place = torch.zeros(1, dtype=torch.int64)
-    with Waits(events):
-        values[:1] + values[place] * mask[0]
-    assert not events
+    ran = []
+    with pretended_cuda():
+        there, world = on_device(batch, "cuda"), World(0, 1, torch.device("cuda", 0))
+        policy = make_policy().to("cuda")
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+        old = TokenStats(None, None) if on_policy else TokenStats(there.log_probs, None)
+        advantages = torch.ones_like(there.log_probs)
+        with counted() as work:
+            update_policy(
+                policy, optimizer, there, old, advantages, config, world, there.log_probs, progress=ran.append
+            )
+    steps = 3 * 2
+    assert len(ran) > steps
+    functions = [wait.where.split(" in ")[-1] for wait in work.waits]
+    assert functions == ["update_policy", *["_step"] * steps, "update_policy"], work.waits

@@ -49,6 +49,10 @@ def make_batch(policy: Policy, **options) -> Rollouts:
     return pack(encode(PROMPTS), completions, len(completions) // len(PROMPTS), ALONE.device)
 
 
+def on_device(batch: Rollouts, device: str) -> Rollouts:
+    return Rollouts(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in batch))
+
+
 def settings(**changes) -> Config:
     """Of a run on `make_batch`: three problems, four answers to each."""
     three = {"prompts_per_step": 3, "num_generations": 4, "gradient_steps": 3, "horizon": (2, 6)}

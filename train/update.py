@@ -95,7 +95,7 @@ def update_policy(
             totals += sums / count
             if micros:
                 mean_norm += _step(policy, optimizer, grpo.max_grad_norm) / world.size / count
-    summed = world.sum(torch.cat([totals, totals.new_tensor([mean_norm])])).tolist()
+    summed = world.sum(torch.cat([totals, totals.new_full((1,), mean_norm)])).tolist()
     return dict(zip((*names, "grad_norm"), summed, strict=True)), old
 
 
