@@ -40,6 +40,7 @@ def test_metrics_are_means_over_what_is_known():
     assert "completions/mean_terminated_length" not in none
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is there need not be pretended")
 def test_the_metrics_of_a_step_are_read_at_once():
     batch = make_batch(make_policy())
     with pretended_cuda():
