@@ -25,8 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.isolation import lowest_precision
 
-ROW_PASS = "row pass"
-"""What the source of a log-sum-exp that the statistics compute themselves begins with; the reason follows."""
 EFFICIENT = "aten::_scaled_dot_product_efficient_attention"
 
 # Operators whose second output is the natural log-sum-exp of each row, before dropout: [B, HQ, T] or, where the batch
@@ -49,7 +47,7 @@ FUSED_OPS: dict[str, str | None] = {
 
 def row_pass(why: str) -> str:
     """Returns the source of a log-sum-exp that the statistics compute themselves, for a reason in a few words."""
-    return f"{ROW_PASS}: {why}"
+    return f"row pass: {why}"
 
 
 class _Call(NamedTuple):
