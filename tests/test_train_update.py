@@ -9,7 +9,7 @@ from rhythm_kernels import GroupSchedule
 from train.distributed import World
 from train.loss import group_advantages
 from train.policy import TokenStats, read_batch, read_log_probs
-from train.update import update_policy
+from train.update import make_optimizer, update_policy
 
 REWARDS = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0])
 
@@ -163,7 +163,26 @@ def test_nan_never_reaches_the_weights(policy, batch, old):
     assert not policy.training
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is there need not be pretended")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is there need not be pretended")
+
+
+@needs_no_gpu
+def test_an_optimizer_step_on_a_gpu_holds_no_copy():
+    """Beside parameters, gradients and moments, of which it makes none anew."""
+    with pretended_cuda():
+        policy = make_policy().to("cuda")
+        optimizer = make_optimizer(policy, settings(weight_decay=0.1))
+        for parameter in policy.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()  # makes the moments
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer.step()
+        extra = torch.cuda.max_memory_allocated() - before
+    assert extra < max(parameter.nbytes for parameter in policy.parameters())
+
+
+@needs_no_gpu
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_the_host_waits_once_an_optimizer_step(batch, loss_type, on_policy):
@@ -179,7 +198,7 @@ def test_the_host_waits_once_an_optimizer_step(batch, loss_type, on_policy):
     with pretended_cuda():
         there, world = on_device(batch, "cuda"), World(0, 1, torch.device("cuda", 0))
         policy = make_policy().to("cuda")
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+        optimizer = make_optimizer(policy, config)
         old = TokenStats(None, None) if on_policy else TokenStats(there.log_probs, None)
         advantages = torch.ones_like(there.log_probs)
         with counted() as work:

@@ -22,6 +22,7 @@ from train.problems import EvalSet, Prompts, check_fit, check_verifiers, load_ta
 from train.rewards import Rewards
 from train.rollout import Engine, TransformersEngine
 from train.supervise import warm_start
+from train.update import make_optimizer
 
 
 @dataclass
@@ -100,12 +101,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         check_fit(start, prompts, config)
         policy = load_policy(start, config, world)
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
-    grpo = config.grpo
-    # fused, a step holds no copy of the second moments; on a CPU torch's loop holds one of a single parameter anyway
-    fused = world.device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=grpo.learning_rate, weight_decay=grpo.weight_decay, fused=fused
-    )
+    optimizer = make_optimizer(policy, config)
     stream = ProblemStream(train, seed)
     schedule = GroupSchedule(config.credit.groups_every)
     step, metrics_bytes = 0, 0

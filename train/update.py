@@ -19,6 +19,16 @@ from train.policy import Policy, TokenStats
 SUMS = ("loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")  # of the parts of `grpo_loss`
 
 
+def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
+    """The policy's AdamW: on a GPU the fused one, whose step holds no copy of the second moments.
+
+    On a CPU it is torch's loop over the parameters, which holds a copy of one of them.
+    """
+    grpo, parameters = config.grpo, [*policy.parameters()]
+    fused = parameters[0].device.type == "cuda"
+    return torch.optim.AdamW(parameters, lr=grpo.learning_rate, weight_decay=grpo.weight_decay, fused=fused)
+
+
 def update_policy(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
