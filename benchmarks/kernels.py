@@ -62,6 +62,9 @@ LOOPS = {
         "own tile": ("BLOCK", "BLOCK"),
     },
     "sum_heads_kernel": {"all": ()},
+    "probe_scores_kernel": {"keys": ("BLOCK_M", "BLOCK_N"), "outside": ()},
+    "probe_errors_kernel": {"all": ()},
+    "probe_worst_kernel": {"all": ()},
 }
 
 

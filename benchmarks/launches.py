@@ -20,6 +20,10 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from rhythm_kernels import attention, attention_stats, group_stats
+from rhythm_kernels.attention import api
+from rhythm_kernels.attention.layout import make_layout
+from rhythm_kernels.attention.options import check_options
+from rhythm_kernels.attention.verify import probe_output, rounding_of
 
 TARGETS = (80, 90, 100)  # compute capabilities, times ten
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
@@ -77,11 +81,12 @@ def absent_gpu(target: int) -> Iterator[list[Launch]]:
         stack.enter_context(patch.object(KernelInterface, "__getitem__", launcher))
         stack.enter_context(patch.object(Tensor, "is_cuda", True))
         stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda _=None: divmod(target, 10)))
+        stack.enter_context(patch.object(api, "can_look", lambda _: False))  # nothing has run
         yield launches
 
 
 class Case(NamedTuple):
-    """A public call at 8,192 tokens, 32 query heads and 8 key heads."""
+    """A public call, or the check of an attention call's output, at 8,192 tokens, 32 query heads and 8 key heads."""
 
     call: str
     size: int
@@ -101,10 +106,19 @@ class Case(NamedTuple):
             options["lse"] = seen.float().log().expand(1, QUERY_HEADS, -1)
         if self.call == "attention":
             attention(q, k, zeros(KEY_HEADS, self.value_size or self.size), **options)
+        elif self.call == "probe_output":
+            self._probe(q, k, zeros(KEY_HEADS, self.value_size or self.size))
         elif self.call == "group_stats":
             group_stats(q, k, *torch.ones(2, QUERY_HEADS, dtype=torch.bool), **options)
         else:
             attention_stats(q, k, **options)
+
+    def _probe(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        plain = {"scale": None, "window": 10, "horizon": (10, 50), "sliding_window": None, "softcap": None}
+        options = check_options(q, k, need_span=False, **{**plain, "sinks": None, **self.options})
+        out = torch.zeros((1, TOKENS, QUERY_HEADS, v.shape[-1]), dtype=self.dtype)
+        layout = make_layout(1, TOKENS, q.device)
+        probe_output(q, k, v, out, torch.zeros(q.shape[:3]), layout, options, rounding_of(self.dtype), "triton")
 
 
 def cases(target: int) -> list[Case]:
@@ -113,6 +127,8 @@ def cases(target: int) -> list[Case]:
         *[Case("attention", size, WINDOW) for size in (64, 128, 256)],
         *[Case("attention_stats", size, options) for size, options in ((64, {}), (128, FEATURES), (256, FEATURES))],
         Case("group_stats", 128, FEATURES, lse=True),
+        *[Case("probe_output", size, options) for size, options in ((64, {}), (128, FEATURES), (256, {}))],
+        Case("probe_output", 128, FEATURES, dtype=torch.float32),
     ]
     if target == 90:
         found += [

@@ -345,7 +345,7 @@ class Collector:
                 )
                 lse, self.lse_sources[layer] = self._lse_of(call, q, options)
                 with self.findings.check_clock:
-                    found = probe_output(q, k, call.value, out, lse, self.layout, options, rounding)
+                    found = probe_output(q, k, call.value, out, lse, self.layout, options, rounding, self._backend)
                     self.findings.add(layer, found, _hints(self.layout, call))
                 self.stats[layer] = self.measure(layer, q, k, lse, options)
 

@@ -77,7 +77,7 @@ def attention_stats(
         need_span=need_span,
     )
     layout = _checked_layout(q, lse, row_mask, attention_mask, cu_seqlens)
-    factor = None if lse is None else _check_lse(q, k, lse, layout, options)
+    factor = None if lse is None else _check_lse(q, k, lse, layout, options, None, backend)
     stats = run_stats(q, k, lse, layout, options, backend)
     return stats if factor is None else scaled([stats], factor)[0]
 
@@ -132,7 +132,7 @@ def group_stats(
         shape = [layout.sequences, q.shape[1]] if each else [q.shape[1]]
         check_tensor(name, group, shape, [torch.bool], q.device)
     heads = (local | global_).expand(layout.sequences, -1)
-    factor = None if lse is None else _check_lse(q, k, lse, layout, options, heads)
+    factor = None if lse is None else _check_lse(q, k, lse, layout, options, heads, backend)
     stats = run_group_stats(q, k, lse, local, global_, layout, options, backend)
     return stats if factor is None else scaled([stats], factor)[0]
 
@@ -219,14 +219,14 @@ def _checked_layout(q: Tensor, lse, row_mask, attention_mask, cu_seqlens) -> Lay
 
 
 def _check_lse(
-    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, heads: Tensor | None = None
+    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, heads: Tensor | None, backend: str
 ) -> Tensor | None:
     """Raises for a log-sum-exp that is not that of the rows' scores, in base 2, say, or of scaled ones.
 
     Where a GPU would have to be waited for, returns the factor of the statistics: 1, or NaN if it is one.
     """
     with isolated(q.device):
-        deviation = probe_lse(q.detach(), k.detach(), lse.detach(), layout, options, heads)
+        deviation = probe_lse(q.detach(), k.detach(), lse.detach(), layout, options, heads, backend)
     if deviation is None:
         return None
     if not can_look(deviation.excess):

@@ -9,6 +9,7 @@ Shapes: S sequences, P probed rows of each, L the most keys of a sequence, HQ qu
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.attention.options import Options
+from rhythm_kernels.host import send
 
 PROBES = 12
 """Probed rows of a batch row; more where it is packed from many sequences, of which each gets at least FEWEST."""
 FEWEST = 4
+END_ROWS = 2  # of a log-sum-exp alone: the first and the last
 CHUNK_BYTES = 64 << 20  # of fp32 keys and values held at once
 SLACK = 2.0
 """How many times the size of its rounding errors a row may be off. Each error counts at its largest."""
@@ -36,13 +39,13 @@ class Rounding(NamedTuple):
     factors: float
     """The rounding of q and k on their way into the product, beyond the dtype that they arrive in."""
     scores: float
-    """The rounding of scores, beyond that of their sum in fp32."""
+    """The rounding of scores; 0 where it is below that of their sum in fp32."""
     weights: float
     """The rounding of the weights and of v."""
     out: float
     """The rounding of the output."""
     smallest: float
-    """Absolute error of a weight close to 0: half the smallest number above 0."""
+    """Absolute error of a weight close to 0: half the smallest number above 0; 0 where fp32 has none so small."""
 
 
 class Deviation(NamedTuple):
@@ -68,13 +71,14 @@ def rounding_of(
         softcap: whether there is one, which takes three roundings more.
     """
     unit, coarse = (torch.finfo(x).eps / 2 for x in (dtype, lowered or dtype))
-    least = torch.finfo(lowered or dtype)
+    scores = 0.0 if fused else (3.0 if softcap else 1.5) * coarse
+    smallest = torch.finfo(lowered or dtype).smallest_normal * coarse
     return Rounding(
         factors=coarse if coarse > unit else 0.0,
-        scores=0.0 if fused else (3.0 if softcap else 1.5) * coarse,
+        scores=scores if scores > ACCUMULATED else 0.0,
         weights=coarse,
         out=coarse,
-        smallest=least.tiny * least.eps / 2,
+        smallest=smallest if smallest > TINY else 0.0,
     )
 
 
@@ -96,6 +100,7 @@ def probe_output(
     layout: Layout,
     options: Options,
     rounding: Rounding,
+    backend: str = "auto",
 ) -> list[tuple[str, Deviation]]:
     """Returns the worst deviation of an attention call's output and, where given, of its log-sum-exp.
 
@@ -104,14 +109,18 @@ def probe_output(
         out: [B, T, HQ, Dv], as transformers' attention functions return it.
         lse: [B, HQ, T] fp32, natural log, sinks included.
         layout, options: the map that is assumed.
+        backend: of `attention_stats`; where its kernels do not take these inputs, torch computes the check.
 
     Returns:
         ("output", Deviation) and ("log-sum-exp", Deviation), on the device of q, which is not waited for; the list is
         empty without a row of R. Rows whose own values are not finite are left out: so are their statistics.
     """
+    kernels = _kernels(backend, q=q, k=k, v=v)
+    if kernels is not None:
+        return kernels.probe(q, k, v, out, lse, layout, options, rounding)
     found = []
     for part in _parts(k, v, layout, options):
-        row = _Row.of(part, q, k, options, with_sizes=rounding.scores > ACCUMULATED)
+        row = _Row.of(part, q, k, options, with_sizes=rounding.scores > 0, with_lse=lse is not None)
         found.append(("output", _worst(part, *_output_errors(part, row, v, out, rounding))))
         if lse is not None:
             found.append(("log-sum-exp", _worst(part, *_lse_errors(part, row, lse))))
@@ -119,18 +128,39 @@ def probe_output(
 
 
 def probe_lse(
-    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, heads: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    options: Options,
+    heads: Tensor | None = None,
+    backend: str = "auto",
 ) -> Deviation | None:
     """Returns the worst deviation of a log-sum-exp at the first and the last row of R of each sequence.
 
-    heads: bool [S, HQ], those that are looked at; all if None.
+    Args:
+        heads: bool [S, HQ], those that are looked at; all if None.
+        q, k, lse, layout, options, backend: as in `probe_output`.
     """
+    kernels = _kernels(backend, q=q, k=k)
+    if kernels is not None:
+        return next(iter(kernels.probe(q, k, None, None, lse, layout, options, None, heads)), (None, None))[1]
     found = []
-    for part in _parts(k, None, layout, options, most=2):
+    for part in _parts(k, None, layout, options, most=END_ROWS):
         row = _Row.of(part, q, k, options)
         known = None if heads is None else heads[part.sequences, row.heads]
         found.append(("log-sum-exp", _worst(part, *_lse_errors(part, row, lse), known)))
     return next((deviation for _, deviation in _by_name(found)), None)
+
+
+def _kernels(backend: str, **inputs: Tensor) -> ModuleType | None:
+    """The Triton kernels of this file where they run, by the rule of the statistics; None for torch."""
+    if backend != "triton" and not (backend == "auto" and inputs["q"].is_cuda):
+        return None
+    # imported here, since Triton decides at its import whether it interprets or compiles
+    from rhythm_kernels.attention import triton_backend, triton_verify
+
+    return None if triton_backend.unsupported(**inputs) else triton_verify
 
 
 # ---- which rows ------------------------------------------------------------------------------------------------------
@@ -142,18 +172,13 @@ def _probed_rows(layout: Layout, most: int) -> Tensor:
     probes = most if layout.sequences <= batch else max(min(FEWEST, most), most * batch // layout.sequences)
     # positions along all batch rows, one after another; before[i]: how many rows of R lie below position i
     before = torch.nn.functional.pad(layout.rows.flatten().long().cumsum(0), (1, 0))
-    batch_row, begin, end = _bounds(layout)
+    batch_row, begin, end = layout.table.unbind(-1)
     first, count = before[batch_row * tokens + begin], before[batch_row * tokens + end]
     count = count - first
     index = torch.arange(probes, device=device)
     rank = (count[:, None] - 1) * index**2 // max(1, (probes - 1) ** 2)  # 0 to count - 1
     place = torch.searchsorted(before[1:], first[:, None] + rank + 1)
     return torch.where(count[:, None] > 0, place - batch_row[:, None] * tokens, -1)
-
-
-def _bounds(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch row, first position, one past the last) of each sequence, int64 [S] each."""
-    return torch.tensor(layout.bounds, dtype=torch.int64, device="cpu").view(-1, 3).to(layout.rows.device).unbind(-1)
 
 
 class _Part(NamedTuple):
@@ -189,7 +214,7 @@ def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: 
 
 def _make_parts(layout: Layout, key_heads: int, size: int, window: int | None, most: int) -> Iterator[_Part]:
     device = layout.rows.device
-    rows, (batch_row, begin, end) = probed_rows(layout, most), _bounds(layout)
+    rows, (batch_row, begin, end) = probed_rows(layout, most), layout.table.unbind(-1)
     by_size: dict[int, list[int]] = {}
     for index, (_, first, last) in enumerate(layout.bounds):
         if last > first:
@@ -202,7 +227,7 @@ def _make_parts(layout: Layout, key_heads: int, size: int, window: int | None, m
             bounds = [layout.bounds[index] for index in members[at : at + run]]
             length = max(last - first for _, first, last in bounds)
             alone = bounds[0] if len(bounds) == 1 else None
-            some = torch.tensor(members[at : at + run], device="cpu").to(device)
+            some = send(torch.tensor(members[at : at + run], device="cpu"), device)
             row, first, last = batch_row[some], begin[some, None], end[some, None]
             probed = rows[some]
             position = first + torch.arange(length, device=device)
@@ -234,45 +259,45 @@ class _Row(NamedTuple):
     heads: slice
     """Their query heads."""
     weights: Tensor
-    """A times `total`, [S, HQ, P, L] fp32."""
-    total: Tensor
-    """[S, HQ, P, 1] fp32."""
+    """A [S, HQ, P, L] fp32, before a sink takes its share."""
     sizes: Tensor | None
     """The absolute scores after the soft cap, [S, HQ, P, L] fp32, also of what is hidden; None if not asked for."""
-    lse: Tensor
-    """[S, HQ, P] fp32, sinks included."""
+    largest: Tensor | None
+    """[S, HQ, P, 1] fp32: the largest score, that of the sink included; None if not asked for."""
+    lse: Tensor | None
+    """[S, HQ, P, 1] fp32, the sink included; None if not asked for."""
     reach: Tensor
-    """[S, HQ, P] fp32: scale |q| max |k|, to which the rounding error of a sum of D products is proportional."""
+    """[S, HQ, P, 1] fp32: scale |q| max |k|, to which the rounding error of a sum of D products is proportional."""
     sink: tuple[Tensor, Tensor] | None
-    """The sink's share of each row, and the sizes of what is rounded for it: its logit and the row's maximum; both
-    [S, HQ, P, 1] fp32."""
+    """The sink's logit [HQ, 1, 1], and the share that it leaves of each row [S, HQ, P, 1]; fp32."""
 
     @classmethod
-    def of(cls, part: _Part, q: Tensor, k: Tensor, options: Options, with_sizes: bool = False) -> "_Row":
+    def of(
+        cls, part: _Part, q: Tensor, k: Tensor, options: Options, with_sizes: bool = False, with_lse: bool = True
+    ) -> "_Row":
         group = q.shape[1] // k.shape[1]
         heads = slice(part.heads.start * group, part.heads.stop * group)
         queries = q[part.batch_row[:, None], heads, part.rows].transpose(1, 2).float()  # [S, HQ, P, D]
         keys = _keys_of(k, part)  # [S, H, L, D]
-        longest = keys.norm(dim=-1).amax(-1).repeat_interleave(group, 1)  # [S, HQ]
-        reach = abs(options.scale) * queries.norm(dim=-1) * longest[..., None]
+        longest = keys.norm(dim=-1).amax(-1).repeat_interleave(group, 1)[..., None, None]  # of each query head
+        reach = abs(options.scale) * queries.norm(dim=-1, keepdim=True) * longest
 
         scores = queries.mul(options.scale).unflatten(1, (-1, group)).flatten(2, 3) @ keys.mT
-        scores = scores.view(*reach.shape, -1)
+        scores = scores.view(*reach.shape[:3], -1)
         if options.softcap is not None:
             scores.div_(options.softcap).tanh_().mul_(options.softcap)
         sizes = scores.abs() if with_sizes else None
         scores += part.bias[:, None]
+        weights = scores.softmax(-1)  # one pass over memory, where its steps are seven
+        if not with_lse and options.sinks is None:
+            return cls(heads, weights, sizes, None, None, reach, None)
         largest = scores.amax(-1, keepdim=True)
-        if options.sinks is not None:
-            sinks = options.sinks[heads, None, None]
-            largest = torch.maximum(largest, sinks)
-        weights = scores.sub_(largest).exp_()
-        total, sink = weights.sum(-1, keepdim=True), None
-        if options.sinks is not None:
-            share = (sinks - largest).exp()
-            total += share
-            sink = share / total, sinks.abs() + largest.abs()
-        return cls(heads, weights, total, sizes, (largest + total.log()).squeeze(-1), reach, sink)
+        lse = largest - weights.amax(-1, keepdim=True).log()
+        if options.sinks is None:
+            return cls(heads, weights, sizes, largest, lse, reach, None)
+        sink = options.sinks[heads, None, None]
+        kept = (lse - sink).sigmoid()  # not 1 - share, which loses its bits where the sink takes almost all
+        return cls(heads, weights, sizes, largest.maximum(sink), lse.logaddexp(sink), reach, (sink, kept))
 
 
 def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rounding) -> tuple:
@@ -285,25 +310,37 @@ def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rou
     values = _keys_of(v, part)  # [S, H, L, Dv]
     lengths = values.norm(dim=-1, keepdim=True)
     both = torch.cat([lengths, torch.ones_like(lengths)], -1)  # of v[s], and of out
-    expected = _grouped(row.weights, values).div_(row.total)
+    expected = _grouped(row.weights, values)
     got = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, row.heads].float()
-    size = expected.norm(dim=-1, keepdim=True)
 
-    slip = rounding.weights + (rounding.factors + ACCUMULATED) * row.reach[..., None]
-    errors = row.weights
-    if row.sizes is not None:
-        sizes = row.sizes.mul_(rounding.scores)
-        if row.sink is not None:
-            sizes += rounding.scores * row.sink[1]  # the maximum is subtracted in the dtype
-        errors, slip = errors * sizes.add_(slip), 1.0
-    together = _grouped(errors, both) * (slip / row.total)
-    apart = _grouped(errors.square(), both.square()) * (slip / row.total) ** 2
-    if rounding.smallest > TINY:  # weights below it vanish, all of them
-        vanish = (row.weights / row.total).clamp(max=rounding.smallest)
-        apart += rounding.smallest**2 * _grouped(torch.ones_like(vanish), both.square())
-        together += 2 * _grouped(vanish, both)
+    slip = rounding.weights + (rounding.factors + ACCUMULATED) * row.reach
+    kept, sink_error = 1.0, 0.0  # of a row without a sink
     if row.sink is not None:
-        together[..., 1:] += row.sink[0] * (slip if row.sizes is None else rounding.scores * row.sink[1])
+        sink, kept = row.sink
+        share = 1 - kept
+        sink_error = share * slip
+        expected *= kept
+        if rounding.scores > 0:  # the maximum is subtracted in the dtype
+            sink_size = rounding.scores * (sink.abs() + row.largest.abs())
+            slip, sink_error = slip + sink_size, share * sink_size
+    size = expected.norm(dim=-1, keepdim=True)
+    if rounding.smallest > 0:  # weights below it vanish, all of them
+        vanish = _grouped((row.weights * kept).clamp_(max=rounding.smallest), both)
+        visible = (part.bias == 0).float()[:, None] @ both.square()  # [S, H, P, 2]
+        visible = visible.repeat_interleave(size.shape[1] // values.shape[1], 1)
+    if row.sizes is None:
+        together = _grouped(row.weights, both)
+        apart = _grouped(row.weights.square_(), both.square())
+    else:
+        errors = torch.add(slip, row.sizes, alpha=rounding.scores, out=row.sizes).mul_(row.weights)
+        slip = 1.0
+        together = _grouped(errors, both)
+        apart = _grouped(errors.square_(), both.square())
+    together, apart = together * (kept * slip), apart * (kept * slip) ** 2
+    if rounding.smallest > 0:
+        together += 2 * vanish
+        apart += rounding.smallest**2 * visible
+    together[..., 1:] += sink_error
     scale = torch.cat([torch.ones_like(size), size], -1)
     noise = ((apart + (together / 2).square()) * scale.square()).sum(-1)
     noise += (rounding.out * size.squeeze(-1)).square()
@@ -323,7 +360,7 @@ def _lse_errors(part: _Part, row: _Row, lse: Tensor) -> tuple:
     """The same as `_output_errors` returns. A log-sum-exp that is off by x moves each weight by the share x."""
     got = lse[part.batch_row[:, None], row.heads, part.rows].transpose(1, 2)
     allowed = SLACK * ACCUMULATED * (8 + row.lse.abs() + row.reach)
-    return got[..., None].float(), row.lse[..., None], allowed, row.heads
+    return got[..., None].float(), row.lse, allowed.squeeze(-1), row.heads
 
 
 def _worst(
@@ -340,8 +377,9 @@ def _worst(
     """
     error = got - expected
     excess = error.norm(dim=-1) / allowed
-    # what is not finite where the map is finite is a mismatch; where the map itself is not, nothing can be said
-    known = part.exists[:, None] & expected.isfinite().all(-1) & allowed.isfinite()
+    # what is not finite where the map is finite is a mismatch; where the map, and so what is allowed, is not, nothing
+    # can be said
+    known = part.exists[:, None] & allowed.isfinite()
     if wanted is not None:
         known &= wanted[..., None]
     excess = excess.nan_to_num(nan=math.inf, posinf=math.inf).where(known, 0.0)

@@ -1,0 +1,252 @@
+"""The probes of an attention call by Triton kernels, on a GPU or in Triton's interpreter, against those of torch."""
+
+import math
+
+import pytest
+import torch
+from stats_cases import make_case, make_values, rows_of, segments_of, sequences_of
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton_calls import DEVICE, HALF, on_device
+from verify_cases import assert_same_probes, assumed, damaged, exact, found_by
+
+from rhythm_kernels.attention import triton_verify
+from rhythm_kernels.attention.verify import probe_lse, probe_output, probed_rows, rounding_of
+
+DTYPES = [torch.float32, HALF] if DEVICE == "cpu" else [torch.float32, HALF, torch.bfloat16]
+
+
+def packed(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def padded(tokens: int, *spans: tuple[int, int]) -> torch.Tensor:
+    position = torch.arange(tokens)
+    return torch.stack([(position >= begin) & (position < end) for begin, end in spans])
+
+
+def since(tokens: int, begin: int) -> torch.Tensor:
+    return (torch.arange(tokens) >= begin)[None]
+
+
+# (q [B, HQ, T, D], H, Dv, options)
+CASES = {
+    "plain": ((1, 2, 90, 32), 2, 32, {}),
+    "one token": ((1, 2, 1, 16), 1, 16, {}),
+    "no token": ((2, 2, 0, 16), 1, 16, {}),
+    "several chunks": ((1, 1, 600, 16), 1, 16, {"row_mask": since(600, 200)}),
+    "more query heads than a tile has rows": ((1, 10, 40, 16), 2, 16, {}),
+    "head size 5, values of 40": ((1, 2, 50, 5), 1, 40, {}),
+    "head size 80": ((1, 2, 50, 80), 1, 24, {}),
+    "window": ((1, 2, 300, 16), 1, 16, {"sliding_window": 7, "row_mask": since(300, 250)}),
+    "window 1": ((1, 2, 40, 16), 1, 16, {"sliding_window": 1}),
+    "soft cap": ((1, 2, 60, 16), 1, 16, {"softcap": 2.0, "scale": 2.0}),
+    "soft cap far above the scores": ((1, 2, 60, 16), 1, 16, {"softcap": 50.0, "scale": 0.01}),
+    "sinks": ((1, 3, 60, 16), 1, 16, {"sinks": torch.tensor([-2.0, 3.0, 12.0])}),
+    "strided sinks": ((1, 2, 40, 16), 1, 16, {"sinks": torch.tensor([1.5, 9.0, -3.0, 9.0])[::2]}),
+    "sink of no weight": ((1, 2, 40, 16), 1, 16, {"sinks": torch.tensor([-math.inf, 0.0])}),
+    "padding": ((3, 2, 60, 16), 1, 16, {"attention_mask": padded(60, (25, 60), (0, 33), (0, 60))}),
+    "a row of padding": ((2, 2, 40, 16), 1, 16, {"attention_mask": padded(40, (0, 0), (0, 40))}),
+    "packed, some empty": ((1, 2, 90, 16), 1, 16, {"cu_seqlens": packed(0, 33, 1, 0, 56)}),
+    "packed, one without a row": (
+        (1, 2, 90, 16),
+        1,
+        16,
+        {"cu_seqlens": packed(30, 30, 30), "row_mask": padded(90, (20, 70)) & ~padded(90, (30, 60))},
+    ),
+    "packed, longer than a chunk": ((1, 2, 600, 8), 1, 8, {"cu_seqlens": packed(270, 60, 270), "sliding_window": 260}),
+    "many short": ((1, 2, 150, 16), 1, 16, {"cu_seqlens": packed(*[3, 8, 1, 6, 7] * 6)}),
+    "no row": ((1, 2, 50, 16), 1, 16, {"row_mask": torch.zeros(1, 50, dtype=torch.bool)}),
+    "scale 0": ((1, 2, 50, 16), 1, 16, {"scale": 0.0}),
+    "negative scale": ((1, 2, 50, 16), 1, 16, {"scale": -0.5}),
+    "large scores": ((1, 2, 50, 16), 1, 16, {"scale": 30.0}),
+    "everything": (
+        (1, 4, 300, 24),
+        2,
+        40,
+        {
+            "sliding_window": 130,
+            "softcap": 5.0,
+            "sinks": torch.arange(4.0),
+            "cu_seqlens": packed(280, 20),
+            "row_mask": since(300, 100),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_both_find_the_same(name, dtype):
+    shape, key_heads, size_v, options = CASES[name]
+    order = ("heads inside", "slice", "heads outside")[len(name) % 3]
+    case = make_case(shape, key_heads, dtype=dtype, order=order, **options)
+    v = make_values(case, size_v, order=order)
+    out, lse = exact(case, v)
+    fused, softcap = len(name) % 2 == 0, "softcap" in options
+    rounding = rounding_of(dtype, fused=fused, softcap=softcap)
+    for _, found in assert_same_probes(case, v, out, lse, rounding):
+        assert found.excess < 0.5
+    wrong = damaged(out, lse, assumed(case)[0], seed=len(name), share=0.4)
+    found = assert_same_probes(case, v, *wrong, rounding)
+    assert len(found) == (3 if shape[2] else 0)
+    if rows_of(case).any():
+        assert found[0][1].excess > 1 and found[1][1].excess > 1
+    else:
+        assert all(deviation.excess == 0 for _, deviation in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calls_that_round_their_factors(dtype):
+    """Autocast and TF32: the tolerance has a term for it."""
+    case = make_case((1, 2, 80, 16), 1, dtype=dtype, sharpness=3.0)
+    v = make_values(case, 16)
+    q, k, rough_v = (x.bfloat16().to(dtype) for x in (case.q, case.k, v))
+    out, _ = exact(case._replace(q=q, k=k), rough_v)
+    for fused in (True, False):
+        rounding = rounding_of(dtype, lowered=torch.bfloat16, fused=fused)
+        [(_, found)] = assert_same_probes(case, v, out.bfloat16(), None, rounding)
+        assert 0 < found.excess < 1
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out", "lse"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_left_out_in_the_map_and_found_in_the_call(bad, name):
+    """In the second of three sequences; the others are held against the map as before."""
+    case = make_case((1, 4, 90, 16), 2, cu_seqlens=packed(30, 30, 30))
+    v = make_values(case, 16)
+    out, lse = exact(case, v)
+    rounding = rounding_of(torch.float32, fused=True)
+    tensors = {"q": case.q, "k": case.k, "v": v, "out": out, "lse": lse}
+    place = {"out": (0, 59, 1), "lse": (0, 1, 59)}.get(name, (0, 1, 40))
+    tensors[name][place] = bad
+    for _, found in (mismatch := assert_same_probes(case, v, out, lse, rounding)):
+        assert found.excess < 0.5 or found.place.tolist() == [0, 59, 1]
+    assert any(found.excess == math.inf for _, found in mismatch) == (name in ("out", "lse"))
+    out[0, 89, 2] += 1  # of the third sequence
+    assert dict(assert_same_probes(case, v, out, lse, rounding))["output"].excess > 1
+
+
+def test_values_and_outputs_of_any_strides_and_dtypes():
+    case = make_case((1, 4, 50, 16), 2, dtype=HALF)
+    v = make_values(case, 12)
+    out, lse = exact(case, v)
+    every_other = torch.full((*v.shape, 2), math.nan, dtype=v.dtype)[..., 0].copy_(v)
+    turned = out.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    late = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    for inputs in ((every_other, turned, late), (v.float(), out.float(), lse), (v, out.double(), lse)):
+        found = assert_same_probes(case, *inputs, rounding_of(HALF, fused=True))
+        assert all(deviation.excess < 0.5 for _, deviation in found)
+
+
+def test_weights_keep_the_bits_of_fp32_beside_values_of_16_bits():
+    """2,000 keys of a weight that fp16 rounds to 0 beside one of 1: an eighth of a unit of the output each."""
+    tokens = 2000
+    case = make_case((1, 1, tokens, 16), 1, dtype=HALF, scale=1.0, row_mask=since(tokens, tokens - 1))
+    case.q.zero_()
+    case.k.zero_()
+    case.q[..., 0], case.k[0, 0, 0, 0] = 1.0, 17.0
+    v = torch.ones(1, 1, tokens, 16, dtype=HALF)
+    v[0, 0, 0] = 0.0
+    out, lse = exact(case, v)
+    [(_, found), *_] = found_by("triton", case, v, out.float(), lse, rounding_of(torch.float32, fused=True))
+    expected = (tokens - 1) / (tokens - 1 + math.exp(17.0))
+    assert abs(found.values[1] / expected - 1) < 1e-5
+
+
+def test_heads_that_are_not_wanted_are_not_looked_at():
+    case = make_case((1, 4, 60, 16), 2, cu_seqlens=packed(20, 40), lse_given=True)
+    (layout, options), lse = assumed(case), on_device(case.kwargs["lse"])
+    q, k = on_device(case.q), on_device(case.k)
+    wrong = torch.where(torch.tensor([False, True, False, False], device=DEVICE)[:, None], lse + 1, lse)
+    for heads, is_found in (([0, 1, 0, 0], True), ([1, 0, 1, 1], False), ([0, 0, 0, 0], False)):
+        wanted = torch.tensor(heads, dtype=torch.bool, device=DEVICE).expand(2, -1)
+        found = probe_lse(q, k, wrong, layout, options, wanted, "triton")
+        assert (found.excess > 1).item() == is_found
+        if is_found:
+            assert found.place[2] == 1
+    later = torch.zeros(2, 4, dtype=torch.bool, device=DEVICE)
+    later[1] = True
+    found = probe_lse(q, k, wrong, layout, options, later, "triton")
+    assert found.place[1] >= 20 and found.place[2] == 1
+
+
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
+    whole = make_case((1, 2, 600, 16), 1, dtype=HALF, cu_seqlens=packed(17, 283, 300))
+    v = make_values(whole, 16)
+    out, lse = exact(whole, v)
+    out[:, 299, 1] *= 1.5
+    alone = whole._replace(q=whole.q[:, :, 17:300], k=whole.k[:, :, 17:300], kwargs={})
+    rounding = rounding_of(HALF)
+    [(_, one), *_] = found_by("triton", whole, v, out, lse, rounding)
+    [(_, other), *_] = found_by("triton", alone, v[:, :, 17:300], out[:, 17:300], lse[:, :, 17:300], rounding)
+    assert torch.equal(one.excess, other.excess) and torch.equal(one.values, other.values)
+    assert one.place.tolist() == [0, 299, 1] and other.place.tolist() == [0, 282, 1]
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+# what makes a tensor without a launch
+FREE = {"aten::empty", "aten::empty_strided", "aten::slice", "aten::select", "aten::view", "aten::unbind", "aten::alias"}
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of torch's operators, but for those that launch nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().split(".")[0] not in FREE:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """The names of the kernels that triton_verify launches."""
+    monkeypatch.setattr(torch, "empty", torch._C._VariableFunctions.empty)  # poison is a launch
+    found = []
+
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                found.append(self.name)
+                with _disable_current_modes():  # the interpreter has operators of its own
+                    self.kernel[grid](**arguments)
+
+            return launch
+
+    for name in ("probe_scores_kernel", "probe_errors_kernel", "probe_worst_kernel"):
+        monkeypatch.setattr(triton_verify, name, Counted(name, getattr(triton_verify, name)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "packed, some empty", "padding", "sinks"])
+def test_three_launches_and_no_wait_where_the_layout_is_known(name, launches):
+    shape, key_heads, size_v, options = CASES[name]
+    case = make_case(shape, key_heads, dtype=HALF, order="heads inside", **options)
+    v = make_values(case, size_v, order="heads inside")
+    out, lse = exact(case, v)
+    layout, assumed_options = assumed(case)
+    q, k, v, out, lse = (on_device(x) for x in (case.q, case.k, v, out, lse))
+    wanted = torch.ones(sequences_of(case), shape[1], dtype=torch.bool, device=DEVICE)
+    for _ in range(2):  # of the layout's tables, which are made for the first layer
+        launches.clear()
+        with Operators() as output:
+            probe_output(q, k, v, out, lse, layout, assumed_options, rounding_of(HALF), "triton")
+        with Operators() as alone:
+            probe_lse(q, k, lse, layout, assumed_options, wanted, "triton")
+    assert launches == 2 * ["probe_scores_kernel", "probe_errors_kernel", "probe_worst_kernel"]
+    assert output.names == alone.names == []
+
+
+def test_nothing_is_read_where_no_token_is(launches):
+    case = make_case((1, 2, 40, 16), 1, attention_mask=torch.zeros(1, 40, dtype=torch.bool))
+    assert (segments_of(case) < 0).all() and len(probed_rows(assumed(case)[0])) == 1
+    v = make_values(case, 16)
+    assert assert_same_probes(case, v, *exact(case, v), rounding_of(torch.float32)) == []
+    assert launches == []

@@ -1,0 +1,77 @@
+"""Calls whose output and log-sum-exp are probed, and the probes of the Triton kernels against those of torch."""
+
+import torch
+from stats_cases import StatsCase, reference_map, segments_of
+from torch import Tensor
+from triton_calls import DEVICE, on_device
+
+from rhythm_kernels.attention.layout import Layout, make_layout
+from rhythm_kernels.attention.options import Options, check_options
+from rhythm_kernels.attention.verify import Deviation, Rounding, probe_lse, probe_output, probed_rows
+from rhythm_kernels.reference import attention_map
+
+MASKS = ("row_mask", "attention_mask", "cu_seqlens")
+MAP = ("scale", "sliding_window", "softcap", "sinks")
+Found = list[tuple[str, Deviation]]
+
+
+def assumed(case: StatsCase) -> tuple[Layout, Options]:
+    """What the probes take beside tensors, on the device."""
+    q, k = on_device(case.q), on_device(case.k)
+    layout = make_layout(len(q), q.shape[2], q.device, **{name: on_device(case.kwargs.get(name)) for name in MASKS})
+    options = {name: on_device(case.kwargs.get(name)) for name in MAP}
+    return layout, check_options(q, k, window=10, horizon=(10, 50), need_span=True, **options)
+
+
+def exact(case: StatsCase, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(output [B, T, HQ, Dv] in the dtype of v, log-sum-exp [B, HQ, T] fp32) in fp64; NaN in padding."""
+    padding = segments_of(case) < 0
+    options = {name: case.kwargs[name] for name in MAP if name in case.kwargs}
+    clean = [x.masked_fill(padding[:, None, :, None], 0.0) for x in (case.q, case.k, v)]
+    weights, lse = attention_map(*clean[:2], segments_of(case), **options)
+    out = (weights @ clean[2].double().repeat_interleave(weights.shape[1] // v.shape[1], 1)).transpose(1, 2)
+    return out.to(v.dtype).masked_fill(padding[..., None, None], torch.nan), lse.float()
+
+
+def damaged(out: Tensor, lse: Tensor, layout: Layout, seed: int, share: float) -> tuple[Tensor, Tensor]:
+    """A probed row and head of each is off by a share of it; nothing where no row is probed."""
+    generator = torch.Generator().manual_seed(seed)
+    out, lse, rows = out.clone(), lse.clone(), probed_rows(layout).cpu()
+    places = (rows >= 0).nonzero()
+    for x in (out.transpose(1, 2), lse):
+        if len(places):
+            sequence, probe = places[int(torch.randint(len(places), (), generator=generator))]
+            head = int(torch.randint(x.shape[1], (), generator=generator))
+            x[layout.bounds[sequence][0], head, rows[sequence, probe]] *= 1 + share
+    return out, lse
+
+
+def found_by(backend: str, case: StatsCase, v: Tensor, out: Tensor, lse: Tensor | None, rounding: Rounding) -> Found:
+    """What the probes of a backend find in an output and its log-sum-exp, and in the log-sum-exp alone."""
+    layout, options = assumed(case)
+    q, k, v, out, lse = (on_device(x) for x in (case.q, case.k, v, out, lse))
+    found = probe_output(q, k, v, out, lse, layout, options, rounding, backend)
+    if lse is not None:
+        alone = probe_lse(q, k, lse, layout, options, None, backend)
+        found += [] if alone is None else [("log-sum-exp alone", alone)]
+    return [(name, Deviation(*(x.cpu() for x in deviation))) for name, deviation in found]
+
+
+def assert_same_probes(case: StatsCase, v: Tensor, out: Tensor, lse: Tensor | None, rounding: Rounding) -> Found:
+    """Holds the Triton kernels against torch; returns what they find."""
+    ours, theirs = (found_by(backend, case, v, out, lse, rounding) for backend in ("triton", "torch"))
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    for (name, mine), (_, other) in zip(ours, theirs):
+        # the rounding of the check itself, in fp32
+        slack = 1e-3 if name == "output" and case.q.dtype.itemsize == 2 else 0.02
+        assert mine.excess.dtype == torch.float32 and mine.excess.shape == ()
+        assert mine.place.dtype == torch.int64 and mine.place.shape == mine.values.shape == (3,)
+        torch.testing.assert_close(mine.excess, other.excess, rtol=3e-3, atol=slack, msg=lambda text: f"{name}: {text}")
+        if mine.excess == 0:
+            continue
+        batch, token, head = mine.place
+        got = out[batch, token, head] if name == "output" else lse[batch, head, token][None]
+        assert (got.float() == mine.values[0]).any() or mine.values[0].isnan(), (name, mine, got)
+        if mine.excess > 2 * slack and torch.equal(mine.place, other.place):
+            torch.testing.assert_close(mine.values, other.values, rtol=3e-3, atol=1e-4, equal_nan=True)
+    return ours
