@@ -298,7 +298,8 @@ def probe_errors_kernel(
         slip += slip_of_reach * reach
         sink_slip = slip
         if USE_SINKS:
-            sink_size = slip_of_score * (tl.abs(sink) + tl.abs(highest))  # the maximum is subtracted in the dtype
+            sink_size = tl.where(sink == float("-inf"), 0.0, tl.abs(sink))
+            sink_size = slip_of_score * (sink_size + tl.abs(highest))  # the maximum is subtracted in the dtype
             sink_slip = tl.where(slip_of_score > 0, sink_size, slip)
             slip += sink_size
         # of the errors of the weights the sums and the sums of squares, alone and times the lengths of v

@@ -119,7 +119,7 @@ def probe_output(
     if kernels is not None:
         return kernels.probe(q, k, v, out, lse, layout, options, rounding)
     found = []
-    for part in _parts(k, v, layout, options):
+    for part in _parts(k, v, layout, options, PROBES):
         row = _Row.of(part, q, k, options, with_sizes=rounding.scores > 0, with_lse=lse is not None)
         found.append(("output", _worst(part, *_output_errors(part, row, v, out, rounding))))
         if lse is not None:
@@ -146,7 +146,7 @@ def probe_lse(
     if kernels is not None:
         return next(iter(kernels.probe(q, k, None, None, lse, layout, options, None, heads)), (None, None))[1]
     found = []
-    for part in _parts(k, None, layout, options, most=END_ROWS):
+    for part in _parts(k, None, layout, options, END_ROWS):
         row = _Row.of(part, q, k, options)
         known = None if heads is None else heads[part.sequences, row.heads]
         found.append(("log-sum-exp", _worst(part, *_lse_errors(part, row, lse), known)))
@@ -202,7 +202,7 @@ class _Part(NamedTuple):
     """The key heads of this part."""
 
 
-def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: int = PROBES) -> list[_Part]:
+def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: int) -> list[_Part]:
     """Sequences whose lengths are within a factor of two together, as many as CHUNK_BYTES hold."""
     size, window = k.shape[-1] + (0 if v is None else v.shape[-1]), options.sliding_window
     # the layers of a forward share them
@@ -321,7 +321,8 @@ def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rou
         sink_error = share * slip
         expected *= kept
         if rounding.scores > 0:  # the maximum is subtracted in the dtype
-            sink_size = rounding.scores * (sink.abs() + row.largest.abs())
+            sink_size = sink.abs().masked_fill(sink == -math.inf, 0.0)  # of no weight
+            sink_size = rounding.scores * (sink_size + row.largest.abs())
             slip, sink_error = slip + sink_size, share * sink_size
     size = expected.norm(dim=-1, keepdim=True)
     if rounding.smallest > 0:  # weights below it vanish, all of them
@@ -399,6 +400,8 @@ def _by_name(found: list[tuple[str, Deviation]]) -> list[tuple[str, Deviation]]:
     worst = []
     for name in dict.fromkeys(name for name, _ in found):
         parts = [deviation for other, deviation in found if other == name]
-        best = torch.stack([part.excess for part in parts]).argmax(keepdim=True)
-        worst.append((name, Deviation(*(torch.stack(field)[best].squeeze(0) for field in zip(*parts)))))
+        if len(parts) > 1:
+            best = torch.stack([part.excess for part in parts]).argmax(keepdim=True)
+            parts = [Deviation(*(torch.stack(field)[best].squeeze(0) for field in zip(*parts)))]
+        worst += [(name, part) for part in parts]
     return worst
