@@ -38,7 +38,7 @@ def compiled(request) -> list[dict]:
 @pytest.fixture
 def products(compiled) -> list[dict]:
     """The launches that multiply matrices."""
-    return [launch for launch in compiled if launch["kernel"] != "sum_heads"]
+    return [launch for launch in compiled if launch["kernel"] in ("forward", "band", "probe_scores")]
 
 
 def failing(launches: list[dict], passes) -> list[str]:
@@ -77,7 +77,8 @@ def test_matrix_products_run_on_the_tensor_core(products):
     def does(row):
         if row["dtype"] == "fp32":
             return row["tensor_core"] == "none"
-        ptx, sass = TENSOR_CORE[row["target"]]
+        # wgmma and tcgen05 take 64 rows, the probes have 16
+        ptx, sass = TENSOR_CORE[80 if row["kernel"] == "probe_scores" else row["target"]]
         return row["tensor_core"] == ptx and any(x.startswith(sass) and "MMA" in x for x in row["opcodes"])
 
     assert failing(products, does) == []
@@ -101,6 +102,7 @@ def test_no_matrix_product_is_computed_twice(products):
         return all(loop["cycles"]["tensor"] == each * loop["scores"] for loop in row["loops"])
 
     rows = [row for row in products if row["dtype"] != "fp32" and set(row["head"].split("/")) <= {"64", "128"}]
+    rows = [row for row in rows if row["kernel"] != "probe_scores"]  # whose weights go in three parts
     assert len(rows) > 0
     assert failing(rows, once) == []
 

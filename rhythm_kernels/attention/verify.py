@@ -4,6 +4,8 @@ The output of a row is sum_s A[t, s] v[s], and its log-sum-exp is that of its sc
 q, k and v under the assumed scale, window, soft cap, sinks and sequences, and compared. A mask, window or sequence
 border that was taken for another one shows in them.
 
+The rule is written here for torch; triton_verify.py has it for a GPU, in three launches.
+
 Shapes: S sequences, P probed rows of each, L the most keys of a sequence, HQ query heads, H key heads.
 """
 
