@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from stats_cases import make_case, make_values, rows_of, segments_of, sequences_of
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from stats_cases import make_case, make_values, rows_of, segments_of
 from triton_calls import DEVICE, HALF, on_device
 from verify_cases import assert_same_probes, assumed, damaged, exact, found_by
 
+from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels.attention import triton_verify, verify
+from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.attention.verify import probe_lse, probe_output, probed_rows, rounding_of
 
 DTYPES = [torch.float32, HALF] if DEVICE == "cpu" else [torch.float32, HALF, torch.bfloat16]
@@ -191,70 +192,47 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
     assert one.place.tolist() == [0, 299, 1] and other.place.tolist() == [0, 282, 1]
 
 
-# ---- launches --------------------------------------------------------------------------------------------------------
+# ---- on a pretended GPU ----------------------------------------------------------------------------------------------
 
-# what makes a tensor without a launch
-FREE = {f"aten::{name}" for name in ("empty", "empty_strided", "slice", "select", "view", "unbind", "alias")}
-
-
-class Operators(TorchDispatchMode):
-    """Collects the names of torch's operators, but for those that launch nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().split(".")[0] not in FREE:
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
+pretended = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is there")
+KERNELS = {"probe_scores_kernel": 1, "probe_errors_kernel": 1, "probe_worst_kernel": 1}
 
 
-@pytest.fixture
-def launches(monkeypatch) -> list[str]:
-    """The names of the kernels that triton_verify launches."""
+def moved(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors on the pretended GPU, with their strides."""
+    return [None if x is None else x.cuda() for x in tensors]
+
+
+@pretended
+@pytest.mark.parametrize("name", ["packed, some empty", "sinks"])
+def test_three_launches_and_no_wait(name, monkeypatch):
     monkeypatch.setattr(torch, "empty", torch._C._VariableFunctions.empty)  # poison is a launch
-    found = []
-
-    class Counted:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            def launch(**arguments):
-                found.append(self.name)
-                with _disable_current_modes():  # the interpreter has operators of its own
-                    self.kernel[grid](**arguments)
-
-            return launch
-
-    for name in ("probe_scores_kernel", "probe_errors_kernel", "probe_worst_kernel"):
-        monkeypatch.setattr(triton_verify, name, Counted(name, getattr(triton_verify, name)))
-    return found
-
-
-@pytest.mark.parametrize("name", ["plain", "packed, some empty", "padding", "sinks"])
-def test_three_launches_and_no_wait_where_the_layout_is_known(name, launches):
     shape, key_heads, size_v, options = CASES[name]
-    case = make_case(shape, key_heads, dtype=HALF, order="heads inside", **options)
+    case = make_case(shape, key_heads, dtype=torch.bfloat16, order="heads inside", **options)
     v = make_values(case, size_v, order="heads inside")
     out, lse = exact(case, v)
-    layout, assumed_options = assumed(case)
-    q, k, v, out, lse = (on_device(x) for x in (case.q, case.k, v, out, lse))
-    wanted = torch.ones(sequences_of(case), shape[1], dtype=torch.bool, device=DEVICE)
-    for _ in range(2):  # of the layout's tables, which are made for the first layer
-        launches.clear()
-        with Operators() as output:
-            probe_output(q, k, v, out, lse, layout, assumed_options, rounding_of(HALF), "triton")
-        with Operators() as alone:
-            probe_lse(q, k, lse, layout, assumed_options, wanted, "triton")
-    assert launches == 2 * ["probe_scores_kernel", "probe_errors_kernel", "probe_worst_kernel"]
-    assert output.names == alone.names == []
+    rounding = rounding_of(torch.bfloat16)
+    on_cpu = found_by("torch", case, v, out, lse, rounding)
+    bounds = [options.get(name) for name in ("row_mask", "attention_mask", "cu_seqlens")]
+    with pretended_cuda():
+        q, k, v, out, lse, sinks = moved(case.q, case.k, v, out, lse, options.get("sinks"))
+        layout = make_layout(len(q), q.shape[2], q.device, *moved(*bounds))
+        map_options = assumed(case)[1]._replace(sinks=sinks)
+        wanted = torch.ones(layout.sequences, shape[1], dtype=torch.bool, device="cuda")
+        for _ in range(2):  # of the layout's tables, which the first layer makes
+            with counted() as output:
+                found = probe_output(q, k, v, out, lse, layout, map_options, rounding)
+            with counted() as alone:
+                found_alone = probe_lse(q, k, lse, layout, map_options, wanted)
+        found = [*(deviation.excess.item() for _, deviation in found), found_alone.excess.item()]
+    assert output.launches == alone.launches == KERNELS
+    assert output.waits == alone.waits == []
+    assert found == pytest.approx([deviation.excess.item() for _, deviation in on_cpu], rel=3e-3, abs=0.02)
 
 
-def test_nothing_is_read_where_no_token_is(launches):
+def test_nothing_is_read_where_no_token_is(monkeypatch):
+    monkeypatch.setattr(triton_verify, "probe_scores_kernel", None)
     case = make_case((1, 2, 40, 16), 1, attention_mask=torch.zeros(1, 40, dtype=torch.bool))
     assert (segments_of(case) < 0).all() and len(probed_rows(assumed(case)[0])) == 1
     v = make_values(case, 16)
     assert assert_same_probes(case, v, *exact(case, v), rounding_of(torch.float32)) == []
-    assert launches == []
