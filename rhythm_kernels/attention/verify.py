@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels.attention.layout import Layout
-from rhythm_kernels.attention.options import Options
+from rhythm_kernels.attention.options import DTYPES, Options
 from rhythm_kernels.host import send
 
 PROBES = 12
@@ -162,7 +162,8 @@ def _kernels(backend: str, **inputs: Tensor) -> ModuleType | None:
     # imported here, since Triton decides at its import whether it interprets or compiles
     from rhythm_kernels.attention import triton_backend, triton_verify
 
-    return None if triton_backend.unsupported(**inputs) else triton_verify
+    known = all(x.dtype in DTYPES for x in inputs.values())  # v need not have the dtype of q
+    return triton_verify if known and triton_backend.unsupported(**inputs) is None else None
 
 
 # ---- which rows ------------------------------------------------------------------------------------------------------
