@@ -43,9 +43,20 @@ def find_cxx() -> str | None:
 
 
 def find_nvcc() -> Path | None:
+    """nvcc in the toolkit that it belongs to.
+
+    torch takes the folder above the nvcc on the PATH for the toolkit. That nvcc may be a script that calls another,
+    and then neither headers nor libraries lie beside it, so nvcc itself is asked.
+    """
     home = cpp_extension.CUDA_HOME
     nvcc = Path(home) / "bin" / "nvcc" if home else None
-    return nvcc if nvcc is not None and nvcc.exists() else None
+    if nvcc is None or not nvcc.exists():
+        return None
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    inside = Path(top.group(1).strip()).resolve() / "bin" / "nvcc" if top is not None else nvcc
+    return inside if inside.exists() else nvcc
 
 
 def nvcc_version(nvcc: Path) -> str:
@@ -130,6 +141,8 @@ def extensions() -> list:
         return []
     os.environ.setdefault("CXX", cxx)
     archs = cuda_archs_to_build()
+    if archs:
+        cpp_extension.CUDA_HOME = str(find_nvcc().parent.parent)  # torch compiles and links with what lies there
     patterns = ["ops.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if archs else [])
     sources = sorted(path for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
     headers = sorted(path for suffix in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))

@@ -21,11 +21,14 @@ from rhythm_kernels.analysis.measure import (
     ratios,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
+
 __all__ = [
     "CPU",
     "FEWEST_ROUNDS",
     "Measured",
     "available_bytes",
+    "commit_of",
     "environment",
     "extra_bytes",
     "interleave",
@@ -40,7 +43,6 @@ __all__ = [
 
 def environment(device: torch.device = CPU) -> dict[str, str]:
     """Device, versions and commit, for the head of a result."""
-    root = Path(__file__).resolve().parent.parent
     found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()}
     if device.type == "cuda":
         found["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
@@ -52,11 +54,19 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "absent"
+    return found | {"commit": commit_of(ROOT)}
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a checkout, "-dirty" where files differ from it; without .git, what COMMIT holds; or "unknown"."""
+    if not (root / ".git").exists():  # git would answer for a repository around it
+        file = root / "COMMIT"
+        return file.read_text().strip() if file.exists() else "unknown"
     git = ("git", "-C", str(root))
     commit = output_of(*git, "rev-parse", "--short", "HEAD") or "unknown"
     # results are written while others are still measured
     changed = output_of(*git, "status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return found | {"commit": f"{commit}-dirty" if changed else commit}
+    return f"{commit}-dirty" if changed else commit
 
 
 def output_of(*command: str) -> str:

@@ -93,6 +93,46 @@ def test_a_toolkit_of_another_major_version_is_not_used(monkeypatch, capsys):
         build.cuda_archs_to_build()
 
 
+def make_nvcc(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def wrapped_nvcc(tmp_path, monkeypatch):
+    """(the wrapper, the nvcc in the toolkit that it calls); torch believes in the wrapper's folder."""
+    top = tmp_path / "toolkit"
+    inside = make_nvcc(top / "bin" / "nvcc", f"echo '#$ _HERE_={top}/bin' >&2; echo '#$ TOP={top}/bin/..' >&2")
+    wrapper = make_nvcc(tmp_path / "local" / "bin" / "nvcc", f'exec {inside} "$@"')
+    monkeypatch.setattr(build.cpp_extension, "CUDA_HOME", str(tmp_path / "local"))
+    return wrapper, inside
+
+
+def test_an_nvcc_that_calls_another_is_followed_to_its_toolkit(wrapped_nvcc, monkeypatch):
+    wrapper, inside = wrapped_nvcc
+    local = str(wrapper.parent.parent)
+    assert build.find_nvcc() == inside
+    (inside.parent.parent / "lib64").mkdir()
+    monkeypatch.setattr(build, "cuda_archs_to_build", lambda: ["90a"])
+    (extension,) = build.extensions()
+    assert str(inside.parent.parent / "lib64") in extension.library_dirs
+    assert str(inside.parent.parent / "include") in extension.include_dirs
+    assert not [folder for folder in extension.library_dirs + extension.include_dirs if folder.startswith(local)]
+    assert build.find_nvcc() == inside, "the toolkit's own nvcc leads elsewhere"
+
+
+def test_an_nvcc_that_names_no_toolkit_is_taken_as_it_is(wrapped_nvcc):
+    wrapper, inside = wrapped_nvcc
+    inside.write_text("#!/bin/sh\necho 'no such option' >&2; exit 1\n")
+    assert build.find_nvcc() == wrapper
+    inside.write_text("#!/bin/sh\necho '#$ TOP=/no/such/folder' >&2\n")
+    assert build.find_nvcc() == wrapper
+    wrapper.unlink()
+    assert build.find_nvcc() is None
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
 def test_the_toolkits_version_is_read():
     assert re.fullmatch(r"\d+\.\d+", build.nvcc_version(Path(shutil.which("nvcc"))))
