@@ -22,7 +22,12 @@ Qwen3-4B's on a GPU (32 and 8 of 128, bf16). Variants:
 Whatever a variant returns is checked before it is timed: up to 1,024 tokens (once at 1,024, if only larger sizes are
 asked for) against fp64; above, statistics against `full` and outputs against sdpa. Errors are in units of the largest
 value of what is compared; allowed are `EXACT`, and `ROUNDED` for 16-bit outputs and for variants that round scores,
-weights or sums to 16 bits. If one is wrong, nothing is printed but that.
+weights or sums to 16 bits. If one of ours (the last four) is wrong or fails, the benchmark ends with that. Another
+that is wrong or fails, at any size, is a footnote with its reason, and is left out from there on.
+
+`flex` compiles several graphs for each number of tokens, so it runs at one of them only, up to 8,192 if there is one.
+
+The table and the files are written after each number of tokens; an interrupt (SIGINT) ends the run with exit code 130.
 
 On a GPU: times between two CUDA events with an L2 cache full of other data, in brackets that inside kernels alone.
 """
@@ -47,11 +52,12 @@ from benchmarks.attention_variants import (
     of_stats,
     why_not,
 )
-from benchmarks.measure import interleave
+from benchmarks.measure import interleave, says_when_interrupted
 from rhythm_kernels import attention_stats, reference
 
 EXACT, ROUNDED = 1e-4, 2**-5
 CHECKED_IN_FP64 = 1024  # tokens
+COMPILED_UP_TO = 8192  # tokens, of variants that are compiled at one size
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,22 +94,26 @@ def own_answer(p: Problem) -> Answer:
     )
 
 
+class Mismatch(SystemExit):
+    """A variant's result is wrong: its time says nothing."""
+
+
 def check(name: str, answer: Answer, truth: Answer, shape: Shape) -> float:
-    """The largest error, in units of the largest value; SystemExit if it is above what is allowed."""
+    """The largest error, in units of the largest value; Mismatch if it is above what is allowed."""
     worst = 0.0
     tokens = truth.lse.shape[-1]
     for field, got, want in zip(Answer._fields, answer, truth, strict=True):
         if got is None:
             continue
         if got.shape != want.shape:
-            raise SystemExit(f"{field} of {name} at {tokens} tokens is {list(got.shape)}, not {list(want.shape)}")
+            raise Mismatch(f"{field} of {name} at {tokens} tokens is {list(got.shape)}, not {list(want.shape)}")
         rounded = shape.dtype != torch.float32 and (field == "out" or VARIANTS[name].rounds)
         allowed = ROUNDED if rounded else EXACT
         difference = (got.double() - want.to(got.device).double()).abs()
         error = (difference.max() / want.abs().max()).item()
         if not error <= allowed:
             off = f"{field} of {name} at {tokens} tokens is off by {error:.1e}"
-            raise SystemExit(f"{off}, allowed are {allowed:.1e}: nothing is timed")
+            raise Mismatch(f"{off}, allowed are {allowed:.1e}: it is not timed")
         worst = max(worst, error)
     return worst
 
@@ -114,7 +124,7 @@ def check(name: str, answer: Answer, truth: Answer, shape: Shape) -> float:
 def prepare(
     shape: Shape, tokens: int, names: list[str], device: torch.device, failed: dict[str, str]
 ) -> tuple[dict[str, Callable[[], Answer]], Row]:
-    """The variants that run at this size, each checked; `failed` holds those that cannot run at all."""
+    """The variants that run at this size, each checked; those of others that fail or are wrong join `failed`."""
     problem = make_problem(shape, tokens, device)
     truth = exact_answer(problem) if tokens <= CHECKED_IN_FP64 else own_answer(problem)
     runs, row = {}, Row({}, {}, {}, {})
@@ -123,19 +133,56 @@ def prepare(
         reason = failed.get(name) or why_not(variant, shape, tokens, device)
         if reason is None:
             try:
-                runs[name] = variant.make(problem)
-                answer = runs[name]()
-            except Exception as error:
+                run = variant.make(problem)
+                answer = run()
+                row.errors[name] = check(name, answer, truth, shape)
+            except (Exception, Mismatch) as error:
                 if variant.ours:
                     raise
-                runs.pop(name, None)
                 reason = failed[name] = one_line(error)
         if reason is not None:
             row.skipped[name] = reason
+            if name in failed:
+                check_device(name, reason, device)
             continue
-        row.errors[name] = check(name, answer, truth, shape)
+        runs[name] = run if variant.ours else guarded(name, run, device, failed)
         row.gives[name] = [field for field, x in answer._asdict().items() if x is not None]
     return runs, row
+
+
+def guarded(
+    name: str, run: Callable[[], Answer], device: torch.device, failed: dict[str, str]
+) -> Callable[[], Answer | None]:
+    """`run`, whose error is added to `failed` instead of ending the rounds of the others; then it runs no more."""
+
+    def attempt() -> Answer | None:
+        if name in failed:
+            return None
+        try:
+            return run()
+        except Exception as error:
+            failed[name] = one_line(error)
+        check_device(name, failed[name], device)
+        return None
+
+    return attempt
+
+
+def check_device(name: str, reason: str, device: torch.device) -> None:
+    """SystemExit if a variant left the GPU in a state in which nothing runs any more."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        raise SystemExit(f"{name} failed ({reason}) and left the GPU unusable: leave it out with --variants") from None
+    torch.cuda.empty_cache()
+
+
+def left_out(names: list[str], tokens: int, sizes: list[int]) -> dict[str, str]:
+    """Variants that are compiled at one of the sizes only, where this is another, and why they are left out."""
+    chosen = max((n for n in sizes if n <= COMPILED_UP_TO), default=min(sizes))
+    return {} if tokens == chosen else {name: f"only at {chosen:,}" for name in names if VARIANTS[name].one_size}
 
 
 def measure(
@@ -148,7 +195,12 @@ def measure(
     failed: dict[str, str],
 ) -> Row:
     runs, row = prepare(shape, tokens, names, device, failed)
-    row.measured.update(interleave(runs, rounds, f"{tokens:,} tokens", device, limit))
+    measured = interleave(runs, rounds, f"{tokens:,} tokens", device, limit)
+    for name, m in measured.items():
+        if name in failed:
+            row.skipped[name] = failed[name]
+        else:
+            row.measured[name] = m
     return row
 
 
@@ -177,12 +229,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device, shape = torch.device(args.device), Shape(*args.heads, args.head_size, DTYPES[args.dtype])
     failed: dict[str, str] = {}
-    if args.tokens[0] > CHECKED_IN_FP64:
-        prepare(shape, CHECKED_IN_FP64, args.variants, device, failed)
     results, text = {}, ""
-    for tokens in args.tokens:
-        results[tokens] = measure(shape, tokens, args.variants, device, args.rounds, args.limit, failed)
-        text = report(args, shape, device, results)
+    with says_when_interrupted(args.out):
+        if args.tokens[0] > CHECKED_IN_FP64:
+            names = [name for name in args.variants if not VARIANTS[name].one_size]
+            prepare(shape, CHECKED_IN_FP64, names, device, failed)
+        for tokens in args.tokens:
+            elsewhere = left_out(args.variants, tokens, args.tokens)
+            names = [name for name in args.variants if name not in elsewhere]
+            results[tokens] = measure(shape, tokens, names, device, args.rounds, args.limit, failed)
+            results[tokens].skipped.update(elsewhere)
+            text = report(args, shape, device, results)
     print(text)
 
 

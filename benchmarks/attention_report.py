@@ -44,7 +44,7 @@ def table(results: dict[int, Row], names: list[str]) -> str:
 def _cell(name: str, row: Row, notes: list[str]) -> str:
     if name in row.skipped:
         reason = row.skipped[name]
-        if reason.startswith("needs"):
+        if reason.startswith(("needs", "only at")):
             return reason
         note = f"{name}: {reason}"
         if note not in notes:
@@ -118,7 +118,9 @@ def plot(results: dict[int, Row], names: list[str], title: str, path: Path) -> N
             text = axes.annotate(name, (ends[name][0], height), (7, 0), textcoords="offset points", fontsize=8)
             text.set(color=colors[name], va="center", weight=weight)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    figure.savefig(unfinished, format="png", dpi=130)
+    unfinished.replace(path)
 
 
 def _apart(heights: dict[str, float], limits: tuple[float, float]) -> dict[str, float]:
@@ -156,7 +158,7 @@ def report(args: argparse.Namespace, shape: Shape, device: torch.device, results
     return text
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

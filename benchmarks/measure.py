@@ -3,6 +3,9 @@
 import json
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -21,8 +24,6 @@ from rhythm_kernels.analysis.measure import (
     ratios,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-
 __all__ = [
     "CPU",
     "FEWEST_ROUNDS",
@@ -37,8 +38,12 @@ __all__ = [
     "progress",
     "ratio",
     "ratios",
+    "says_when_interrupted",
     "write",
 ]
+
+ROOT = Path(__file__).resolve().parent.parent
+INTERRUPTED = 130  # the exit code of a program that SIGINT ended, as shells have it
 
 
 def environment(device: torch.device = CPU) -> dict[str, str]:
@@ -83,8 +88,29 @@ def _cpu_name() -> str:
     return f"CPU, {names[0] if names else platform.processor()}, {len(names) or '?'} cores seen"
 
 
+@contextmanager
+def says_when_interrupted(out: Path | None) -> Iterator[None]:
+    """Turns an interrupt (SIGINT) in its block into one line and exit code 130.
+
+    The line says whether results were written to `out` since the block began: a benchmark writes after each row.
+    """
+    before = _written_at(out)
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"{out}.md and {out}.json hold what was finished" if _written_at(out) != before else "nothing is kept"
+        print(f"interrupted: {kept}", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _written_at(out: Path | None) -> int | None:
+    """Nanoseconds; None without such results."""
+    path = Path(f"{out}.json")
+    return path.stat().st_mtime_ns if out is not None and path.exists() else None
+
+
 def write(out: Path, text: str, data: dict) -> None:
-    """OUT.md and OUT.json, whole or not at all: a run that is stopped leaves the last ones."""
+    """OUT.md and OUT.json, each whole or not at all: a run that is stopped leaves the last ones."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".md", text), (".json", json.dumps(data, indent=1) + "\n")):
         path = Path(f"{out}{suffix}")

@@ -30,6 +30,8 @@ On a GPU: times between two CUDA events with an L2 cache full of other data, in 
 launches are kernels and fills, with copies in brackets; the host waits where torch says that it does; GB/s is that of
 the inputs read once and the results written once, by the time inside kernels.
 
+The table and the files are written after each shape; an interrupt (SIGINT) ends the run with exit code 130.
+
 On a CPU that other work shares, set OMP_WAIT_POLICY=PASSIVE, as make does: threads that spin for each other can slow
 `torch` down tenfold, which flatters the extension.
 """
@@ -44,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Measured, environment, interleave, ratio, ratios, write
+from benchmarks.measure import Measured, environment, interleave, ratio, ratios, says_when_interrupted, write
 from rhythm_kernels import Rhythm, find_peaks, reference, segment_topq, token_credit
 
 K = 1024
@@ -347,13 +349,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = torch.device(args.device)
-    check_by_reference(args.calls, device)
-    for shape in args.shapes:
-        check_backends(shape, args.calls, device)
     results, text = {}, ""
-    for shape in args.shapes:
-        results[shape] = measure(shape, args.calls, device, args.rounds, args.limit)
-        text = report(args, device, results)
+    with says_when_interrupted(args.out):
+        check_by_reference(args.calls, device)
+        for shape in args.shapes:
+            check_backends(shape, args.calls, device)
+        for shape in args.shapes:
+            results[shape] = measure(shape, args.calls, device, args.rounds, args.limit)
+            text = report(args, device, results)
     print(text)
 
 

@@ -19,12 +19,15 @@ Before anything is timed, at --check-tokens, where maps are cheap: the old log-p
 the same bits, and WAAD and FAI of `coupled` and `groups` be the dense ones of `paper` to `EXACT` of the largest value
 (in bfloat16, where eager rounds scores, to `ROUNDED`).
 
+The files are written after each round; an interrupt (SIGINT) ends the run with exit code 130.
+
 How the trainer as a whole compares with TRL's is asked by benchmarks/trainer_against_trl.py.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +35,7 @@ from torch import Tensor
 
 from benchmarks.attention import EXACT, ROUNDED
 from benchmarks.forward import MODELS, load
-from benchmarks.measure import Measured, environment, interleave_long, ratios, write
+from benchmarks.measure import Measured, environment, interleave_long, ratios, says_when_interrupted, write
 from rhythm_kernels import GroupSchedule, Rhythm, shape_advantages, token_credit
 from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.heads import sampled_layers
@@ -189,6 +192,27 @@ def table(measured: dict[str, Measured]) -> str:
     return "\n".join(lines)
 
 
+def report(
+    args: argparse.Namespace,
+    where: dict[str, str],
+    weights: str,
+    dtype: torch.dtype,
+    error: float,
+    measured: dict[str, Measured],
+) -> str:
+    """Writes what `--out` asks for, and returns the text."""
+    head = ", ".join(f"{name} {value}" for name, value in where.items())
+    of_paper = len(measured["paper"].samples) if "paper" in measured else 0
+    rounds = f"medians of {len(measured['none'].samples)} interleaved rounds, {of_paper} of the paper's way"
+    what = f"{args.model}, {args.tokens:,} tokens ({weights}), {str(dtype).removeprefix('torch.')}"
+    text = f"{head}\n\n{what}, gradient checkpointing; {rounds}; largest error of the rhythm "
+    text += f"{error:.1e} of its largest value, at {args.check_tokens:,} tokens\n\n{table(measured)}\n"
+    if args.out is not None:
+        said = {"model": args.model, "weights": weights, "tokens": args.tokens, "error": error}
+        write(args.out, text, {**where, **said, **{name: m._asdict() for name, m in measured.items()}})
+    return text
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -197,7 +221,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check-tokens", type=int, default=1024, help="of the check against eager maps")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--paper-rounds", type=int, default=1, help="timed rounds of the paper's way; 0: not measured")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
     args = parser.parse_args(arguments)
     args.model = args.model or ("qwen3-1.7b" if args.device == "cuda" else "smollm2-135m")
     return args
@@ -207,24 +231,23 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = torch.device(args.device)
     dtype, allowed = (torch.bfloat16, ROUNDED) if device.type == "cuda" else (torch.float32, EXACT)
-    policy, weights = make_policy(args.model, dtype, device)
-    error = check(MicroStep(policy, args.check_tokens, device), allowed)
-    step = MicroStep(policy, args.tokens, device)
-    what = f"{args.model}, {args.tokens:,} tokens"
-    variants: dict[str, Callable] = {"none": step.none, "coupled": step.with_spans, "groups": step.with_groups}
-    measured = interleave_long(variants, args.rounds, what, device)
-    if args.paper_rounds:
-        measured |= interleave_long({"paper": step.paper}, args.paper_rounds, f"{what}, eager", device)
-
-    where = environment(device)
-    head = ", ".join(f"{name} {value}" for name, value in where.items())
-    rounds = f"medians of {len(measured['none'].samples)} interleaved rounds, {args.paper_rounds} of the paper's way"
-    arithmetic = str(dtype).removeprefix("torch.")
-    text = f"{head}\n\n{what} ({weights}), {arithmetic}, gradient checkpointing; {rounds}; largest error of the rhythm "
-    text += f"{error:.1e} of its largest value, at {args.check_tokens:,} tokens\n\n{table(measured)}\n"
-    if args.out is not None:
-        said = {"model": args.model, "weights": weights, "tokens": args.tokens, "error": error}
-        write(args.out, text, {**where, **said, **{name: m._asdict() for name, m in measured.items()}})
+    with says_when_interrupted(args.out):
+        policy, weights = make_policy(args.model, dtype, device)
+        error = check(MicroStep(policy, args.check_tokens, device), allowed)
+        step = MicroStep(policy, args.tokens, device)
+        tell = partial(report, args, environment(device), weights, dtype, error)
+        what = f"{args.model}, {args.tokens:,} tokens"
+        variants: dict[str, Callable] = {"none": step.none, "coupled": step.with_spans, "groups": step.with_groups}
+        measured = interleave_long(variants, args.rounds, what, device, after_round=tell)
+        if args.paper_rounds:
+            measured |= interleave_long(
+                {"paper": step.paper},
+                args.paper_rounds,
+                f"{what}, eager",
+                device,
+                after_round=lambda of_paper: tell(measured | of_paper),
+            )
+        text = tell(measured)
     print(text)
 
 

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# (rows, keys, warps, stages); the fastest is found once for each head size
+# (rows, keys, warps, stages); the fastest is found once for each head size and size class
 TILES = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3))
 CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in TILES]
 if triton.knobs.runtime.interpret:
     CONFIGS = CONFIGS[-1:]  # there is nothing to tune
+SIZE_CLASSES = (4096, 16_384)  # tokens up to which a sequence is short, and of middle length
 
 
 @triton.jit
@@ -63,8 +64,8 @@ def _visit(
     return acc, total, peak
 
 
-@triton.autotune(CONFIGS, key=["D"])
-@triton.jit
+@triton.autotune(CONFIGS, key=["D", "size_class"])
+@triton.jit(do_not_specialize=["size_class"])
 def forward_kernel(
     q,
     k,
@@ -84,11 +85,12 @@ def forward_kernel(
     heads,
     repeats,
     scale,
+    size_class,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_M rows of one head. The longest rows come first."""
+    """One program: BLOCK_M rows of one head. The longest rows come first. Only the tuner reads `size_class`."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -154,6 +156,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         heads,
         heads // k.shape[1],
         size**-0.5 * math.log2(math.e),
+        sum(tokens > most for most in SIZE_CLASSES),
         D=size,
     )
     return out, lse

@@ -72,7 +72,7 @@ def test_the_passes_of_flex_give_the_statistics(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [64, 1100])  # against fp64, and against `full`
-@pytest.mark.parametrize("name", ["maps", "band", "groups", "fused"])
+@pytest.mark.parametrize("name", ["band", "groups", "fused"])
 def test_a_wrong_result_is_refused(name, tokens, monkeypatch, capsys):
     right = VARIANTS[name]
 
@@ -88,7 +88,7 @@ def test_a_wrong_result_is_refused(name, tokens, monkeypatch, capsys):
 
     attention.prepare(SMALL, tokens, [name], CPU, {})
     monkeypatch.setitem(VARIANTS, name, right._replace(make=make_wrong))
-    off = f"fai of {name} at {tokens} tokens is off by 1.0e-03, allowed are 1.0e-04: nothing is timed"
+    off = f"fai of {name} at {tokens} tokens is off by 1.0e-03, allowed are 1.0e-04: it is not timed"
     with pytest.raises(SystemExit, match=off):
         attention.prepare(SMALL, tokens, [name], CPU, {})
     with pytest.raises(SystemExit, match="is off by 1.0e-03"):

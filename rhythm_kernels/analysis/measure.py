@@ -44,6 +44,7 @@ def interleave(
     label: str,
     device: torch.device = CPU,
     limit: float = float("inf"),
+    after_round: Callable[[dict[str, Measured]], object] | None = None,
 ) -> dict[str, Measured]:
     """Runs the variants in turn, so that a drifting machine hits all alike.
 
@@ -52,6 +53,7 @@ def interleave(
 
     Args:
         rounds: at most so many are timed; fewer, but at least `FEWEST_ROUNDS`, once `limit` seconds are over.
+        after_round: gets what is measured so far after each timed round, without `kernel_seconds`.
     """
     extra: dict[str, list[int]] = {name: [] for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -67,20 +69,21 @@ def interleave(
                 extra[name].append(extra_bytes(run, device))
             else:
                 seconds[name].append(_time(run, device))
+        if i >= 0 and after_round is not None:
+            after_round(_summed_up(seconds, extra, min))
     gc.unfreeze()
-    return {
-        name: Measured(
-            seconds=statistics.median(taken),
-            samples=tuple(taken),
-            extra_bytes=min(extra[name]),
-            kernel_seconds=_kernel_seconds(variants[name], device) if device.type == "cuda" else None,
-        )
-        for name, taken in seconds.items()
-    }
+    measured = _summed_up(seconds, extra, min)
+    if device.type != "cuda":
+        return measured
+    return {name: m._replace(kernel_seconds=_kernel_seconds(variants[name], device)) for name, m in measured.items()}
 
 
 def interleave_long(
-    variants: dict[str, Callable[[], object]], rounds: int, label: str, device: torch.device = CPU
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    label: str,
+    device: torch.device = CPU,
+    after_round: Callable[[dict[str, Measured]], object] | None = None,
 ) -> dict[str, Measured]:
     """As `interleave`, for runs of minutes: none is for warming up, and the same runs give time and memory."""
     extra: dict[str, list[int]] = {name: [] for name in variants}
@@ -89,8 +92,16 @@ def interleave_long(
         for name, run in variants.items():
             gc.collect()
             extra[name].append(extra_bytes(lambda run=run, name=name: seconds[name].append(_time(run, device)), device))
+        if after_round is not None:
+            after_round(_summed_up(seconds, extra, statistics.median))
+    return _summed_up(seconds, extra, statistics.median)
+
+
+def _summed_up(
+    seconds: dict[str, list[float]], extra: dict[str, list[int]], of_memory: Callable[[list[int]], float]
+) -> dict[str, Measured]:
     return {
-        name: Measured(statistics.median(taken), tuple(taken), int(statistics.median(extra[name])))
+        name: Measured(statistics.median(taken), tuple(taken), int(of_memory(extra[name])))
         for name, taken in seconds.items()
     }
 
