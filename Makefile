@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-verl test-gpu test-wheel bench bench-trainer docs kernels extension lint format build wheel help
+.PHONY: train test test-verl test-gpu gpu-bundle test-wheel bench bench-trainer docs kernels extension lint format build wheel help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
@@ -33,6 +33,7 @@ help:
 	@echo "make docs     the documentation, into build/site"
 	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one; make extension: the CUDA ones (nvcc)"
 	@echo "make test-gpu what needs a GPU most: tests, sanitizers, benchmarks, one report; ARGS=\"--half 2\": the rest"
+	@echo "make gpu-bundle  what make test-gpu needs on a machine without network or git: one archive, and what to run there"
 	@echo "make build    the environment and the extension"
 	@echo "make wheel    dist/*.whl, for every Python >= 3.10 and torch >= 2.11; with the CUDA ops where setup.py finds a toolkit"
 	@echo "make test-wheel  the wheel in a fresh environment with a newer torch (OTHER_TORCH=torch==...)"
@@ -81,6 +82,9 @@ extension: build
 # On a bare GPU machine nothing can be installed: it runs with the Python that is there, and builds the extension itself.
 test-gpu:
 	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_suite $(ARGS)
+
+gpu-bundle: build
+	$(PY) -m benchmarks.gpu_bundle $(ARGS)
 
 build: $(VENV)/.built
 

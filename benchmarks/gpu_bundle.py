@@ -1,0 +1,116 @@
+"""Packs what a GPU machine needs on which nothing can be installed, and prints the commands to run there.
+
+    python -m benchmarks.gpu_bundle [--build-with PYTHON] [--out build/gpu-bundle.tar.gz]
+
+The archive holds one folder, rhythm_kernels/: the files of HEAD, a file COMMIT that names it, since there is no .git,
+and the compiled extension for an H100 or H200 (sm_90a), in place.
+
+The extension is compiled from the same files, so it needs nvcc and the Python of an environment with a CUDA build of
+torch, but no GPU. Where neither is at hand the archive comes without it, and the suite's build step makes it there.
+setup.py does not look at an extension that lies in place: that step, if it runs, compiles anew, which takes half a
+minute of one core, divided among as many as five. If it fails, the carried extension stays.
+
+Refused with the reason: a tree that differs from HEAD, and an extension that cannot be built or loaded.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import commit_of
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP = "rhythm_kernels"  # the folder in the archive
+ARCHS = "90a"  # RHYTHM_KERNELS_CUDA_ARCHS, as setup.py has it
+TAIL = 20  # lines of a failing build
+
+
+def commit_to_pack() -> str:
+    """The commit of a checkout without changes; SystemExit if there are some, or no checkout."""
+    if not (ROOT / ".git").exists():
+        raise SystemExit(f"the files to pack are those of a commit, and {ROOT} is no git checkout")
+    commit = commit_of(ROOT)
+    if commit.endswith("-dirty"):
+        changes = run(["git", "status", "--short"], ROOT).rstrip()
+        raise SystemExit(f"the tree differs from commit {commit.removesuffix('-dirty')}, commit or stash:\n{changes}")
+    return commit
+
+
+def run(command: list[object], folder: Path, **environment: str) -> str:
+    """What it prints; SystemExit with the end of that if it fails."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode != 0:
+        end = "\n".join(done.stdout.splitlines()[-TAIL:])
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{end}")
+    return done.stdout
+
+
+def build_extension(folder: Path, python: str) -> None:
+    """Compiles the extension of the sources in `folder` in place, and loads it once."""
+    run([python, "setup.py", "build_ext", "--inplace"], folder, RHYTHM_KERNELS_CUDA_ARCHS=ARCHS)
+    shutil.rmtree(folder / "build", ignore_errors=True)
+    load = "from rhythm_kernels import _extension; _extension.require('cuda')"
+    run([python, "-B", "-c", load], folder)
+
+
+def pack(out: Path, commit: str, python: str | None) -> None:
+    """Writes the archive, whole or not at all. python: builds the extension; None: it is left out."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, files = Path(scratch) / TOP, Path(scratch) / "files.tar"
+        run(["git", "archive", f"--prefix={TOP}/", "--output", files, "HEAD"], ROOT)
+        run(["tar", "-xf", files], Path(scratch))
+        (folder / "COMMIT").write_text(f"{commit}\n")
+        if python is not None:
+            build_extension(folder, python)
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        with tarfile.open(unfinished, "w:gz") as archive:
+            archive.add(folder, TOP)
+        unfinished.replace(out)
+
+
+def instructions(out: Path) -> str:
+    suite = f"cd {TOP} && python3 -m benchmarks.gpu_suite"
+    return f"""
+Run on the GPU machine, where {out.name} lies in the current folder; DIR is the folder that comes back, as an absolute
+path. The first command takes at most 9 minutes and brings what is missed most; the second one adds the rest to DIR.
+
+    tar -xzf {out.name} && {suite} --half 1 --out DIR
+    {suite} --half 2 --out DIR
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = sys.executable if torch.version.cuda is not None and shutil.which("nvcc") else None
+    parser.add_argument(
+        "--build-with",
+        metavar="PYTHON",
+        default=here,
+        help="Python that builds the extension; default: this one, where its torch is a CUDA build and nvcc is found",
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-bundle.tar.gz")
+    args = parser.parse_args(arguments)
+    commit = commit_to_pack()
+    pack(args.out, commit, args.build_with)
+    extension = f"the extension for sm_{ARCHS}" if args.build_with else "no extension: the suite builds it there"
+    print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB, commit {commit}, {extension}")
+    print(instructions(args.out))
+
+
+if __name__ == "__main__":
+    main()
