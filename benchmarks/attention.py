@@ -95,7 +95,7 @@ def own_answer(p: Problem) -> Answer:
 
 
 class Mismatch(SystemExit):
-    """A variant's result is wrong: its time says nothing."""
+    """A variant's result is wrong. Ends the program where it is ours."""
 
 
 def check(name: str, answer: Answer, truth: Answer, shape: Shape) -> float:

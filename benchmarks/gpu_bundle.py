@@ -84,12 +84,13 @@ def pack(out: Path, commit: str, python: str | None) -> None:
 
 
 def instructions(out: Path) -> str:
-    suite = f"cd {TOP} && python3 -m benchmarks.gpu_suite"
+    """What to run on the GPU machine, each command by itself: the second one may find a fresh machine."""
+    suite = f"tar -xzf {out.name} -C /tmp && cd /tmp/{TOP} && python3 -m benchmarks.gpu_suite"
     return f"""
-Run on the GPU machine, where {out.name} lies in the current folder; DIR is the folder that comes back, as an absolute
-path. The first command takes at most 9 minutes and brings what is missed most; the second one adds the rest to DIR.
+Run on the GPU machine, in the folder that holds {out.name}; DIR is the absolute path of the folder that comes back.
+The first command takes at most 9 minutes and brings what is missed most; the second one adds the rest to DIR.
 
-    tar -xzf {out.name} && {suite} --half 1 --out DIR
+    {suite} --half 1 --out DIR
     {suite} --half 2 --out DIR
 """
 
