@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_suite import BUDGET, HALVES
 from benchmarks.measure import commit_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,12 +87,14 @@ def pack(out: Path, commit: str, python: str | None) -> None:
 def instructions(out: Path) -> str:
     """What to run on the GPU machine, each command by itself: the second one may find a fresh machine."""
     suite = f"tar -xzf {out.name} -C /tmp && cd /tmp/{TOP} && python3 -m benchmarks.gpu_suite"
+    commands = "\n".join(f"    {suite} --half {half} --out DIR" for half in HALVES)
     return f"""
 Run on the GPU machine, in the folder that holds {out.name}; DIR is the absolute path of the folder that comes back.
-The first command takes at most 9 minutes and brings what is missed most; the second one adds the rest to DIR.
+Each command takes at most {BUDGET // 60} minutes. The first one brings what is missed most, the second one the rest.
 
-    {suite} --half 1 --out DIR
-    {suite} --half 2 --out DIR
+{commands}
+
+Join what came back to two folders, here: python -m benchmarks.gpu_suite --merge FIRST SECOND --out BOTH
 """
 
 

@@ -81,6 +81,7 @@ class MicroStep:
         model = policy.model
         self.policy, self.world = policy, World(0, 1, device)
         self.batch = make_batch(model.config.vocab_size, tokens, device)
+        # fused on a GPU: a step then holds no copy of the second moments
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
         self.plain, self.coupled = make_config(tokens, credit="none"), make_config(tokens, credit="coupled")
         self.kept = make_config(tokens, credit="coupled", groups_per="batch", groups_every=2)

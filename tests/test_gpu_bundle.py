@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from benchmarks import gpu_bundle
+from benchmarks import gpu_bundle, gpu_suite
 from benchmarks.measure import commit_of
 
 SETUP = """
@@ -69,11 +69,11 @@ def test_the_archive_holds_the_commit_and_its_name(checkout, tmp_path, monkeypat
 
     said = capsys.readouterr().out
     assert f"commit {commit}, no extension: the suite builds it there" in said
-    assert [line.strip() for line in said.splitlines() if line.startswith("    ")] == [
-        "tar -xzf bundle.tar.gz -C /tmp && cd /tmp/rhythm_kernels && python3 -m benchmarks.gpu_suite "
-        f"--half {half} --out DIR"
-        for half in (1, 2)
-    ]
+    commands = [line.strip() for line in said.splitlines() if line.startswith("    ")]
+    begin = "tar -xzf bundle.tar.gz -C /tmp && cd /tmp/rhythm_kernels && python3 -m benchmarks.gpu_suite "
+    assert commands == [f"{begin}--half {half} --out DIR" for half in (1, 2)]
+    for command in (*commands, said.splitlines()[-2]):
+        gpu_suite.parse(command.split("benchmarks.gpu_suite ")[1].split(), gpu_suite.steps())
 
 
 def test_the_extension_is_built_from_the_files_of_the_commit(checkout, tmp_path, capsys):
