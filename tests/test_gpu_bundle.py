@@ -76,13 +76,18 @@ def test_the_archive_holds_the_commit_and_its_name(checkout, tmp_path, monkeypat
         gpu_suite.parse(command.split("benchmarks.gpu_suite ")[1].split(), gpu_suite.steps())
 
 
-def test_the_extension_is_built_from_the_files_of_the_commit(checkout, tmp_path, capsys):
+def test_the_extension_is_built_from_the_files_of_the_commit(checkout, tmp_path, monkeypatch, capsys):
     (checkout / "rhythm_kernels" / "_C.abi3.so").write_text("stale")
-    gpu_bundle.main(["--build-with", sys.executable, "--out", str(tmp_path / "bundle.tar.gz")])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").symlink_to(sys.executable)
+    gpu_bundle.main(["--build-with", "./python", "--out", str(tmp_path / "bundle.tar.gz")])
     folder, names = unpacked(tmp_path / "bundle.tar.gz", tmp_path)
     assert names == {*FILES, "COMMIT", "rhythm_kernels/_C.abi3.so"}
     assert (folder / "rhythm_kernels" / "_C.abi3.so").read_text() == "cpu cuda"
     assert "the extension for sm_90a" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu_bundle.main(["--build-with", "no/python"])
+    assert "--build-with must be a Python that runs, got 'no/python'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
