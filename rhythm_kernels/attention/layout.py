@@ -42,12 +42,6 @@ class Layout:
         """B, or S for packed sequences."""
         return len(self.bounds)
 
-    def output(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """For kernels that write every token of every sequence: 0 where padding is left unwritten."""
-        covered = sum(end - begin for _, begin, end in self.bounds)
-        make = torch.empty if covered == self.rows.numel() else torch.zeros
-        return make(shape, dtype=dtype, device=self.rows.device)
-
     def slice(self, part: slice) -> "Layout":
         """The layout of some rows of a batch that is not packed."""
         begin = part.indices(len(self.rows))[0]
@@ -60,22 +54,32 @@ class Layout:
         """|T(s)|: how many rows of R look at column s from the horizon (Eq. 10), and 1 for none. [B, T] int32."""
         return self.keep(("looking back", *horizon), lambda: _rows_looking_back(self, horizon))
 
+    def row_counts(self) -> Tensor:
+        """How many rows of R each sequence has. [sequences] int64."""
+        return self.keep("row counts", lambda: _sum_over_tokens(self.rows[:, None], self)[:, 0].contiguous())
+
     def next_row(self) -> Tensor:
         """[B, T + 1] int32: the first row of R at or behind each position; T if there is none."""
         return self.keep("next row", lambda: _next_row(self.rows))
 
-    def tiles(self, block: int, order: str = "position") -> Tensor:
+    def row_end(self) -> Tensor:
+        """[B, T + 1] int32: one past the last row of R before each position; 0 if there is none."""
+        return self.keep("row end", lambda: _row_end(self.rows))
+
+    def tiles(self, block: int, order: str = "position", padding: bool = False) -> Tensor:
         """Every sequence cut into tiles of `block` tokens from its own first token, on the layout's device.
 
         A tile never holds tokens of two sequences, and its place in its sequence does not depend on the batch.
 
         Args:
             order: "position"; "past": the tiles with the most tokens before them first; "future": behind them.
+            padding: also the tiles of padding, last, so that a kernel which writes its tiles writes every token.
 
         Returns:
-            int32 [tiles, 5]: (batch row, first token, the sequence's first token and end, the sequence's index).
+            int32 [tiles, 5]: (batch row, first token, the sequence's first token and end, the sequence's index); of
+            padding, where it begins and ends, and -1.
         """
-        return self.keep(("tiles", block, order), lambda: _tiles(self, block, order))
+        return self.keep(("tiles", block, order, padding), lambda: _tiles(self, block, order, padding))
 
     def keep(self, key: tuple | str, make: Callable[[], Kept]) -> Kept:
         """Returns what `make` returns, made once for this layout."""
@@ -166,18 +170,33 @@ def _next_row(rows: Tensor) -> Tensor:
     return row.flip(-1).cummin(-1).values.flip(-1).int().contiguous()
 
 
-def _tiles(layout: Layout, block: int, order: str) -> Tensor:
-    batch_row, begin, end = torch.tensor(layout.bounds, dtype=torch.int64, device="cpu").view(-1, 3).unbind(-1)
+def _row_end(rows: Tensor) -> Tensor:
+    behind = torch.arange(1, rows.shape[1] + 1, dtype=torch.int32, device=rows.device)
+    return pad(torch.where(rows, behind, 0), (1, 0)).cummax(-1).values.int()
+
+
+def _tiles(layout: Layout, block: int, order: str, padding: bool) -> Tensor:
+    stretches = [(*bounds, sequence) for sequence, bounds in enumerate(layout.bounds)]
+    if padding:
+        stretches += [(*bounds, -1) for bounds in _padding(layout)]
+    batch_row, begin, end, sequence = torch.tensor(stretches, dtype=torch.int64, device="cpu").view(-1, 4).unbind(-1)
     count = (end - begin + block - 1) // block
-    sequence = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
-    index = torch.arange(len(sequence), device="cpu") - (count.cumsum(0) - count)[sequence]
-    start = begin[sequence] + index * block
-    table = torch.stack([batch_row[sequence], start, begin[sequence], end[sequence], sequence], -1)
-    if order == "past":
-        table = table[(start - begin[sequence]).argsort(descending=True, stable=True)]
-    elif order == "future":
-        table = table[(end[sequence] - start).argsort(descending=True, stable=True)]
+    stretch = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
+    index = torch.arange(len(stretch), device="cpu") - (count.cumsum(0) - count)[stretch]
+    start = begin[stretch] + index * block
+    table = torch.stack([batch_row[stretch], start, begin[stretch], end[stretch], sequence[stretch]], -1)
+    if order != "position":
+        work = start - begin[stretch] if order == "past" else end[stretch] - start
+        table = table[torch.where(table[:, 4] < 0, -1, work).argsort(descending=True, stable=True)]
     return send(table.int(), layout.rows.device)
+
+
+def _padding(layout: Layout) -> list[tuple[int, int, int]]:
+    """(batch row, first position, one past the last position) of what no sequence covers."""
+    batch, tokens = layout.rows.shape
+    if layout.sequences != batch:  # packed
+        return []
+    return [(row, *ends) for row, begin, end in layout.bounds for ends in ((0, begin), (end, tokens))]
 
 
 def mean_over_rows(values: Tensor, layout: Layout) -> Tensor:
@@ -188,8 +207,8 @@ def mean_over_rows(values: Tensor, layout: Layout) -> Tensor:
     """
     finite = values.isfinite()
     units = torch.where(finite, values.double() / SPAN_UNIT, 0.0).round().long()
-    total, broken, count = (_sum_over_tokens(x, layout) for x in (units, ~finite, layout.rows[:, None]))
-    mean = total.double() * SPAN_UNIT / count.clamp(min=1)
+    total, broken = (_sum_over_tokens(x, layout) for x in (units, ~finite))
+    mean = total.double() * SPAN_UNIT / layout.row_counts().clamp(min=1)[:, None]
     return mean.masked_fill(broken > 0, torch.nan).float()
 
 

@@ -4,10 +4,11 @@ import torch
 import triton
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import Layout, mean_over_rows
+from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.attention.options import Options
 from rhythm_kernels.attention.triton_band import band_pass
 from rhythm_kernels.attention.triton_forward import forward_pass
+from rhythm_kernels.attention.triton_scores import aligned
 from rhythm_kernels.attention.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, MAX_TOKEN_STRIDE, Tiles, choose_tiles
 from rhythm_kernels.types import AttentionStats, GroupStats
 
@@ -19,16 +20,18 @@ def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
 
     Raises: ValueError for a device, head size, stride or dtype that these kernels do not run on; so do the others.
     """
-    tiles = _choose_tiles(q=q, k=k)
-    row_lse, distance = None if lse is None else lse.contiguous(), None
+    tiles, span = _choose_tiles(q=q, k=k), None
     with torch.cuda.device_of(q):
-        if lse is None or options.need_span:
-            row_lse, distance, _ = forward_pass(q, k, None, row_lse, layout, options, tiles.rows)
-        waad, fai = band_pass(q, k, row_lse, None, layout, options, tiles.band)
+        q, k = aligned(q), aligned(k)
         if lse is not None:
-            row_lse = torch.where(layout.rows[:, None], lse, 0.0)
-    span = mean_over_rows(distance, layout) if options.need_span else None
-    return AttentionStats(waad, fai, span, row_lse)
+            lse = lse.contiguous()
+        row_lse = lse
+        if lse is None or options.need_span:
+            row_lse, span, _ = forward_pass(q, k, None, lse, layout, options, tiles.rows)
+        if lse is None:
+            return AttentionStats(*band_pass(q, k, row_lse, None, layout, options, tiles.band), span, row_lse)
+        waad, fai, row_lse = band_pass(q, k, lse, None, layout, options, tiles.band, copy_lse=True)
+        return AttentionStats(waad, fai, span, row_lse)
 
 
 def group_stats(
@@ -37,6 +40,7 @@ def group_stats(
     """As in api.py, behind its checks; groups bool [sequences, HQ]."""
     tiles = _choose_tiles(q=q, k=k)
     with torch.cuda.device_of(q):
+        q, k = aligned(q), aligned(k)
         if lse is None:
             lse, *_ = forward_pass(q, k, None, None, layout, options, tiles.rows)
         return GroupStats(*band_pass(q, k, lse.contiguous(), (local, global_), layout, options, tiles.band))
@@ -46,10 +50,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options)
     """As in api.py, behind its checks."""
     tiles = _choose_tiles(q=q, k=k, v=v)
     with torch.cuda.device_of(q):
-        lse, distance, out = forward_pass(q, k, v, None, layout, options, tiles.forward)
-        waad, fai = band_pass(q, k, lse, None, layout, options, tiles.band)
-    span = mean_over_rows(distance, layout) if options.need_span else None
-    return out, AttentionStats(waad, fai, span, lse)
+        q, k = aligned(q), aligned(k)
+        lse, span, out = forward_pass(q, k, v, None, layout, options, tiles.forward)
+        return out, AttentionStats(*band_pass(q, k, lse, None, layout, options, tiles.band), span, lse)
 
 
 def unsupported(**inputs: Tensor) -> str | None:

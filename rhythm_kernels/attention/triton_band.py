@@ -3,6 +3,10 @@
 A program owns one tile of tokens of one query head. As rows, its tokens look at themselves and at the keys of their
 windows before the tile (WAAD); as columns, they are looked at by themselves and by the rows behind the tile (FAI). Each
 output is written by one program, in a fixed order. With known head groups, the programs of the other heads end at once.
+
+A program takes little more time than its loads wait for each other, so they form a short chain: the tile's line of
+`band_table`, with groups its head's flags, and then everything else at once. Only a window or a horizon that is longer
+than a tile is read in a loop.
 """
 
 import torch
@@ -26,24 +30,57 @@ from rhythm_kernels.attention.triton_scores import (
 )
 from rhythm_kernels.attention.triton_tiles import BandTile
 
-SUM_BLOCK = 256  # tokens a program of `sum_heads_kernel`
+TABLE_FIELDS = tl.constexpr(8)  # of a row of `band_table`
+SUM_HEADS = 32  # heads that `sum_heads_kernel` adds at a time
+STRIDES = ("stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt")
+GROUP_STRIDES = ("stride_ls", "stride_lh", "stride_gs", "stride_gh")
 
 
-@triton.jit(do_not_specialize=["tokens", "query_heads", "key_heads", "sliding_window", "window", "lo", "hi"])
+@triton.jit
+def _looked_at_before(
+    query, early, log_sum, at, s, start, window, near_end, factor, cap,
+    BLOCK_BEFORE: tl.constexpr, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """sum A (W - (t - s)) over the keys at..start that lie in the windows of the rows [BLOCK]."""
+    scores = scores_of(multiply(query, early), factor, cap, SCALE_FIRST, USE_SOFTCAP)
+    weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
+    j = tl.arange(0, BLOCK_BEFORE)
+    near = (window - s + at).to(tl.float32)[:, None] + j.to(tl.float32)[None, :]
+    distance = s[:, None] - tl.where(at + j < start, at + j, NOWHERE)[None, :]
+    return tl.sum(tl.where(is_within(distance, near_end), weights * near, 0.0), 1)
+
+
+@triton.jit
+def _received_behind(
+    late_query, key, late, late_lse, t, s, lo, horizon, factor, cap,
+    SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """A [BLOCK, BLOCK] of the rows t behind the tile that are `late`, where it lies within the horizon."""
+    scores = scores_of(multiply(late_query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
+    weights = weights_of(scores, factor, late_lse * LOG2E, SCALE_FIRST)
+    limit = tl.where(late, horizon, 0)[:, None]
+    return tl.where(is_within((t - lo)[:, None] - s[None, :], limit), weights, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *STRIDES, *GROUP_STRIDES, "tokens", "query_heads", "key_heads", "window", "near_end", "lo", "horizon"
+    ]
+)  # fmt: skip
 def band_kernel(
     q,
     k,
-    tiles,
+    tiles,  # [tiles, TABLE_FIELDS], of `band_table`
     rows,
-    next_row,  # [B, T + 1]
     counts,  # [B, T]
     sinks,
-    lse,  # [B, HQ, T]
+    lse,  # [B, HQ, T]; outside R it may hold anything
     local,  # [sequences, HQ]
     global_,  # [sequences, HQ]
-    waad,  # [B, HQ, T]; GROUPED: written for local heads only
-    fai,  # [B, HQ, T]; GROUPED: sums over T(s), written for global heads only
-    stride_qb,
+    waad,  # [B, HQ, T]; GROUPED: written for local heads only, in tiles with rows of R
+    fai,  # [B, HQ, T]; GROUPED: sums over T(s), written for global heads only, in tiles that rows of R look at
+    row_lse,  # [B, HQ, T]; COPY_LSE: lse in R, 0 elsewhere
+    stride_qb,  # of q and k: in UNITs
     stride_qh,
     stride_qt,
     stride_kb,
@@ -56,102 +93,142 @@ def band_kernel(
     tokens,
     query_heads,
     key_heads,
-    sliding_window,
     factor,
     cap,
     window,
+    near_end,  # WAAD counts the distances 0 .. near_end - 1
     lo,
-    hi,
+    horizon,  # FAI counts lo .. lo + horizon - 1
     SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_BEFORE: tl.constexpr,
+    LOOP_BEFORE: tl.constexpr,  # whether windows reach further than BLOCK_BEFORE
+    LOOP_BEHIND: tl.constexpr,  # whether rows further than BLOCK behind the tile look at it
     SCALE_FIRST: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
     USE_SINKS: tl.constexpr,
     GROUPED: tl.constexpr,
+    COPY_LSE: tl.constexpr,
 ):
     """Token tile and query head fixed."""
-    batch, start, first, last, sequence, head = load_place(tiles, query_heads)
-    is_local, is_global = True, True
-    if GROUPED:
-        is_local = tl.load(local + sequence * stride_ls + head * stride_lh) != 0
-        is_global = tl.load(global_ + sequence * stride_gs + head * stride_gh) != 0
-        if not (is_local | is_global):
-            return
+    batch, start, first, last, sequence, head = load_place(tiles, query_heads, TABLE_FIELDS)
+    row_end, after, after_end = load_reach(tiles + tl.program_id(0) // query_heads * TABLE_FIELDS)
     i = tl.arange(0, BLOCK)
     s = start + i  # the tile's tokens, as columns and as rows
+    inside = s < last
+    to = (batch * query_heads + head) * tokens + s
+    is_local, is_global = True, True
+    if GROUPED:
+        is_local = (tl.load(local + sequence * stride_ls + head * stride_lh) != 0) & (row_end > 0)
+        is_global = tl.load(global_ + sequence * stride_gs + head * stride_gh) != 0
+        is_global &= (row_end > 0) | (after_end > 0)
+        if not (is_local | is_global):
+            return
+        after_end = tl.where(is_global, after_end, 0)
+    else:
+        if (row_end == 0) & (after_end == 0):  # padding, and most of a prompt
+            nothing = tl.zeros([BLOCK], tl.float32)
+            tl.store(waad + to, nothing, mask=inside)
+            tl.store(fai + to, nothing, mask=inside)
+            if COPY_LSE:
+                tl.store(row_lse + to, nothing, mask=inside)
+            return
+
+    # everything that is read without a loop, before anything waits for it
     rows += batch * tokens
     lse += (batch * query_heads + head) * tokens
-    q += batch * stride_qb + head * stride_qh
-    k += batch * stride_kb + head // (query_heads // key_heads) * stride_kh
-    active = tl.load(rows + s, mask=s < last, other=0) != 0
-    log_sum = tl.load(lse + s, mask=active, other=0.0) * LOG2E
-    row_end = tl.max(tl.where(active, s + 1, 0))
-    window_end = tl.minimum(window, sliding_window)  # WAAD counts the distances 0 .. window_end - 1
-    horizon = tl.maximum(tl.minimum(hi, sliding_window - 1) - lo + 1, 0)  # FAI counts lo .. lo + horizon - 1
-
-    # rows behind the tile: from the first of R at a distance of lo to the last that is near enough
-    after = tl.load(next_row + batch * (tokens + 1) + tl.minimum(start + tl.maximum(lo, BLOCK), tokens))
-    after_end = tl.minimum(last, start + BLOCK + lo + horizon - 1)
+    stride_qt, stride_kt = stride_qt * UNIT, stride_kt * UNIT
+    q += (batch * stride_qb + head * stride_qh) * UNIT
+    k += (batch * stride_kb + head // (query_heads // key_heads) * stride_kh) * UNIT
+    before = tl.maximum(start - near_end + 1, first)
+    before_end = tl.where(row_end > 0, start, before)
     if GROUPED:
-        after_end = tl.where(is_global, after_end, 0)
-
-    key_end = tl.where((row_end > 0) | (after < after_end), last, 0)
-    key = load_tile(k + start.to(tl.int64) * stride_kt, stride_kt, start, key_end, SIZE, BLOCK_D, BLOCK)
+        before_end = tl.where(is_local, before_end, before)
+    k_before = k + before.to(tl.int64) * stride_kt
+    q_after = q + after.to(tl.int64) * stride_qt
+    t = after + i
+    key = load_tile(k + start.to(tl.int64) * stride_kt, stride_kt, start, last, SIZE, BLOCK_D, BLOCK)
     query = load_tile(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, BLOCK)
+    active = tl.load(rows + s, mask=inside, other=0) != 0
+    own_lse = tl.load(lse + s, mask=inside, other=0.0)
+    if not LOOP_BEFORE:
+        early = load_tile(k_before, stride_kt, before, before_end, SIZE, BLOCK_D, BLOCK_BEFORE)
+    if not LOOP_BEHIND:
+        late_query = load_tile(q_after, stride_qt, after, after_end, SIZE, BLOCK_D, BLOCK)
+        late = tl.load(rows + t, mask=t < after_end, other=0) != 0
+        late_lse = tl.load(lse + t, mask=t < after_end, other=0.0)
+    if USE_SINKS:
+        sink = tl.load(sinks + head)
+    if not GROUPED:
+        count = tl.load(counts + batch * tokens + s, mask=inside, other=1)
+
+    log_sum = own_lse * LOG2E
     scores = scores_of(multiply(query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
     weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
     distance = i[:, None] - i[None, :]  # tokens
-    to = (batch * query_heads + head) * tokens + s
 
     # selections come after exp2, since what is hidden may be NaN, and rows outside R go last
     if is_local:  # W x row sum - sum_s A (W - (t - s)) over t - s < W
         near = (window - i).to(tl.float32)[:, None] + i.to(tl.float32)[None, :]
-        nearness = tl.sum(tl.where(is_within(distance, window_end), weights * near, 0.0), 1)
-        before = tl.maximum(start - window_end + 1, first)
-        k_before = k + before.to(tl.int64) * stride_kt
-        for at in range(before, tl.where(row_end > 0, start, before), BLOCK_BEFORE):
-            early = load_tile(k_before, stride_kt, at, start, SIZE, BLOCK_D, BLOCK_BEFORE)
-            early_scores = scores_of(multiply(query, early), factor, cap, SCALE_FIRST, USE_SOFTCAP)
-            early_weights = weights_of(early_scores, factor, log_sum, SCALE_FIRST)
-            position = at + tl.arange(0, BLOCK_BEFORE)
-            early_near = (window - s + at).to(tl.float32)[:, None] + (position - at).to(tl.float32)[None, :]
-            early_distance = s[:, None] - tl.where(position < start, position, NOWHERE)[None, :]
-            nearness += tl.sum(tl.where(is_within(early_distance, window_end), early_weights * early_near, 0.0), 1)
-            k_before += BLOCK_BEFORE * stride_kt
+        nearness = tl.sum(tl.where(is_within(distance, near_end), weights * near, 0.0), 1)
+        if LOOP_BEFORE:
+            for at in range(before, before_end, BLOCK_BEFORE):
+                early = load_tile(k_before, stride_kt, at, start, SIZE, BLOCK_D, BLOCK_BEFORE)
+                nearness += _looked_at_before(
+                    query, early, log_sum, at, s, start, window, near_end, factor, cap,
+                    BLOCK_BEFORE, SCALE_FIRST, USE_SOFTCAP,
+                )  # fmt: skip
+                k_before += BLOCK_BEFORE * stride_kt
+        else:
+            nearness += _looked_at_before(
+                query, early, log_sum, before, s, start, window, near_end, factor, cap,
+                BLOCK_BEFORE, SCALE_FIRST, USE_SOFTCAP,
+            )  # fmt: skip
         row_sum = tl.full([BLOCK], 1.0, tl.float32)
         if USE_SINKS:
-            row_sum -= tl.exp2(tl.load(sinks + head) * LOG2E - log_sum)
-        tl.store(waad + to, tl.where(active, window * row_sum - nearness, 0.0), mask=s < last)
+            row_sum -= tl.exp2(sink * LOG2E - log_sum)
+        tl.store(waad + to, tl.where(active, window * row_sum - nearness, 0.0), mask=inside)
 
     if is_global:
         limit = tl.where(active, horizon, 0)[:, None]
         received = tl.where(is_within(distance - lo, limit), weights, 0.0)
-        q_after = q + after.to(tl.int64) * stride_qt
-        for at in range(after, after_end, BLOCK):
-            t = at + i
-            late = tl.load(rows + t, mask=t < last, other=0) != 0
-            late_log_sum = tl.load(lse + t, mask=late, other=0.0) * LOG2E
-            late_query = load_tile(q_after, stride_qt, at, after_end, SIZE, BLOCK_D, BLOCK)
-            late_scores = scores_of(multiply(late_query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
-            late_weights = weights_of(late_scores, factor, late_log_sum, SCALE_FIRST)
-            late_limit = tl.where(late, horizon, 0)[:, None]
-            received += tl.where(is_within((t - lo)[:, None] - s[None, :], late_limit), late_weights, 0.0)
-            q_after += BLOCK * stride_qt
+        if LOOP_BEHIND:
+            for at in range(after, after_end, BLOCK):
+                t = at + i
+                late = tl.load(rows + t, mask=t < after_end, other=0) != 0
+                late_lse = tl.load(lse + t, mask=t < after_end, other=0.0)
+                late_query = load_tile(q_after, stride_qt, at, after_end, SIZE, BLOCK_D, BLOCK)
+                received += _received_behind(
+                    late_query, key, late, late_lse, t, s, lo, horizon, factor, cap, SCALE_FIRST, USE_SOFTCAP
+                )
+                q_after += BLOCK * stride_qt
+        else:
+            received += _received_behind(
+                late_query, key, late, late_lse, t, s, lo, horizon, factor, cap, SCALE_FIRST, USE_SOFTCAP
+            )
         total = tl.sum(received, 0)
         if not GROUPED:
-            total /= tl.load(counts + batch * tokens + s, mask=s < last, other=1).to(tl.float32)
-        tl.store(fai + to, total, mask=s < last)
+            total /= count.to(tl.float32)
+        tl.store(fai + to, total, mask=inside)
+    if COPY_LSE:
+        tl.store(row_lse + to, tl.where(active, own_lse, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@triton.jit
+def load_reach(tile):
+    """(one past the last row of R in a tile, the first row of R behind it that looks at it, one past the last one)."""
+    return tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
+
+
+@triton.jit(do_not_specialize=[*GROUP_STRIDES, "tokens", "heads"])
 def sum_heads_kernel(
-    waad,  # [B, HQ, T]
+    waad,  # [B, HQ, T], of `band_kernel`
     fai,
+    tiles,  # [tiles, TABLE_FIELDS], of `band_table`
     local,  # [sequences, HQ]
     global_,
-    segments,  # [B, T]
     counts,  # [B, T]
     waad_sum,  # [B, T]
     fai_sum,
@@ -162,22 +239,25 @@ def sum_heads_kernel(
     tokens,
     heads,
     BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """Sums over the heads that are in the group of each token's sequence, in ascending order; FAI divided by counts."""
-    batch = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = t < tokens
-    sequence = tl.load(segments + batch * tokens + t, mask=inside, other=0)
+    """Sums a tile's tokens over the heads of their groups, in an order that only HQ decides; FAI divided by counts."""
+    batch, start, _, last, sequence, _ = load_place(tiles, 1, TABLE_FIELDS)
+    row_end, _, after_end = load_reach(tiles + tl.program_id(0) * TABLE_FIELDS)
+    t = start + tl.arange(0, BLOCK)
+    inside = t < last
+    count = tl.load(counts + batch * tokens + t, mask=inside, other=1).to(tl.float32)
     waad_total = tl.zeros([BLOCK], tl.float32)
     fai_total = tl.zeros([BLOCK], tl.float32)
-    for head in range(heads):
-        at = (batch * heads + head) * tokens + t
-        is_local = tl.load(local + sequence * stride_ls + head * stride_lh, mask=inside, other=0) != 0
-        is_global = tl.load(global_ + sequence * stride_gs + head * stride_gh, mask=inside, other=0) != 0
-        waad_total += tl.load(waad + at, mask=is_local, other=0.0)
-        fai_total += tl.load(fai + at, mask=is_global, other=0.0)
+    for begin in range(0, heads, HEADS):
+        head = begin + tl.arange(0, HEADS)
+        looks, is_seen = (head < heads) & (row_end > 0), (head < heads) & ((row_end > 0) | (after_end > 0))
+        is_local = tl.load(local + sequence * stride_ls + head * stride_lh, mask=looks, other=0) != 0
+        is_global = tl.load(global_ + sequence * stride_gs + head * stride_gh, mask=is_seen, other=0) != 0
+        at = (batch * heads + head)[:, None] * tokens + t[None, :]
+        waad_total += tl.sum(tl.load(waad + at, mask=is_local[:, None] & inside[None, :], other=0.0), 0)
+        fai_total += tl.sum(tl.load(fai + at, mask=is_global[:, None] & inside[None, :], other=0.0), 0)
     tl.store(waad_sum + batch * tokens + t, waad_total, mask=inside)
-    count = tl.load(counts + batch * tokens + t, mask=inside, other=1).to(tl.float32)
     tl.store(fai_sum + batch * tokens + t, fai_total / count, mask=inside)
 
 
@@ -189,55 +269,94 @@ def band_pass(
     layout: Layout,
     options: Options,
     tile: BandTile,
-) -> tuple[Tensor, Tensor]:
-    """(WAAD, FAI) [B, HQ, T] fp32 or, of groups (local, global_) bool [sequences, HQ], their sums [B, T]."""
-    tokens = q.shape[2]
-    waad, fai = (layout.output(q.shape[:3], torch.float32) for _ in range(2))
-    tiles = layout.tiles(tile.block, "position" if options.horizon[1] is not None else "future")
-    lo, hi = (tokens if bound is None else min(bound, tokens) for bound in options.horizon)
+    copy_lse: bool = False,
+) -> tuple[Tensor, ...]:
+    """(WAAD, FAI) [B, HQ, T] fp32 or, of groups (local, global_) bool [sequences, HQ], their sums [B, T].
+
+    q and k are `aligned`. copy_lse: without groups also lse [B, HQ, T], 0 outside R, where it may hold anything.
+    """
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    batch, heads, tokens, size = q.shape
+    waad, fai = empty(batch, heads, tokens), empty(batch, heads, tokens)
+    row_lse = empty(batch, heads, tokens) if copy_lse else None
+    lo, horizon = _horizon(options)
+    reach = min(lo, tokens), min(horizon, tokens)
+    order = "position" if options.horizon[1] is not None else "future"
+    tiles = layout.keep(("band", tile.block, order, *reach), lambda: band_table(layout, tile.block, order, *reach))
+    counts = layout.rows_looking_back(options.horizon)
     before = triton.next_power_of_2(max(options.window - 1, tile.least_before))
-    band_kernel[(len(tiles) * q.shape[1],)](
+    before = min(before, max(tile.block // 2, 16))
+    band_kernel[(len(tiles) * heads,)](
         tiles=tiles,
         rows=layout.rows,
-        next_row=layout.next_row(),
-        counts=layout.rows_looking_back(options.horizon),
+        counts=counts,
         lse=lse,
         waad=waad,
         fai=fai,
+        row_lse=row_lse,
         **_group_arguments(groups),
         **score_arguments(q, k, options),
-        BLOCK_D=padded_size(q.shape[-1]),
+        BLOCK_D=padded_size(size),
         window=options.window,
-        lo=lo,
-        hi=hi,
+        near_end=options.window if options.sliding_window is None else min(options.window, options.sliding_window),
+        lo=reach[0],
+        horizon=reach[1],
         BLOCK=tile.block,
-        BLOCK_BEFORE=min(before, max(tile.block // 2, 16)),
+        BLOCK_BEFORE=before,
+        LOOP_BEFORE=options.window - 1 > before,
+        LOOP_BEHIND=horizon - 1 + min(lo, tile.block) > tile.block,
         GROUPED=groups is not None,
+        COPY_LSE=copy_lse,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.max_registers,
     )
-    return (waad, fai) if groups is None else _sum_heads(waad, fai, groups, layout, options)
-
-
-def _sum_heads(
-    waad: Tensor, fai: Tensor, groups: tuple[Tensor, Tensor], layout: Layout, options: Options
-) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens = waad.shape
-    waad_sum, fai_sum = (torch.empty((batch, tokens), dtype=torch.float32, device=waad.device) for _ in range(2))
-    sum_heads_kernel[(batch, triton.cdiv(tokens, SUM_BLOCK))](
+    if groups is None:
+        return (waad, fai, row_lse) if copy_lse else (waad, fai)
+    waad_sum, fai_sum = empty(batch, tokens), empty(batch, tokens)
+    sum_heads_kernel[(len(tiles),)](
         waad=waad,
         fai=fai,
-        segments=layout.segments,
-        counts=layout.rows_looking_back(options.horizon),
+        tiles=tiles,
+        counts=counts,
         waad_sum=waad_sum,
         fai_sum=fai_sum,
         **_group_arguments(groups),
         tokens=tokens,
         heads=heads,
-        BLOCK=SUM_BLOCK,
+        BLOCK=tile.block,
+        HEADS=min(triton.next_power_of_2(heads), SUM_HEADS),
     )
     return waad_sum, fai_sum
+
+
+def band_table(layout: Layout, block: int, order: str, lo: int, horizon: int) -> Tensor:
+    """`Layout.tiles` with padding, and what no head changes. FAI counts the distances lo .. lo + horizon - 1.
+
+    Returns:
+        int32 [tiles, 8]: the five numbers of `Layout.tiles`; one past the tile's last row of R, or 0; the first row of
+        R behind the tile that looks at it and one past the last one, or 0, 0.
+    """
+    table = layout.tiles(block, order, padding=True)
+    batch, start, _, end, _ = table.long().unbind(-1)
+    tokens = layout.rows.shape[1]
+    last_row = layout.row_end()[batch, torch.minimum(start + block, end)]
+    row_end = torch.where(last_row > start, last_row, 0)
+    after = layout.next_row()[batch, (start + max(lo, block)).clamp(max=tokens)]
+    reached = torch.minimum(start + block + lo + horizon - 1, end) if horizon > 0 else torch.zeros_like(start)
+    after_end = layout.row_end()[batch, reached]
+    behind = torch.stack([after, after_end], -1) * (after < after_end)[:, None]
+    return torch.cat([table, row_end[:, None], behind], -1).int()
+
+
+def _horizon(options: Options) -> tuple[int, int]:
+    """(lo, how many distances from it FAI counts)."""
+    lo, hi = options.horizon
+    ends = [1 << 30, *([] if hi is None else [hi]), *([] if options.sliding_window is None else [options.sliding_window - 1])]
+    return lo, max(min(ends) - lo + 1, 0)
 
 
 def _group_arguments(groups: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | int | None]:

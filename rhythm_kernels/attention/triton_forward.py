@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import Layout
+from rhythm_kernels.attention.layout import SPAN_UNIT, Layout
 from rhythm_kernels.attention.options import Options
 from rhythm_kernels.attention.triton_scores import (
     LN2,
     LOG2E,
     LOWEST,
     NOWHERE,
+    aligned,
     is_within,
     load_parts,
     load_place,
@@ -24,9 +25,15 @@ from rhythm_kernels.attention.triton_scores import (
     score_arguments,
     scores_of,
     size_parts,
+    stride_arguments,
     weights_of,
 )
 from rhythm_kernels.attention.triton_tiles import Tile
+
+PLACE_FIELDS = tl.constexpr(5)  # of a row of Layout.tiles
+PER_TOKEN = tl.constexpr(1 / SPAN_UNIT)
+BROKEN = tl.constexpr(-(1 << 62))  # the sum of a tile with a distance that is not finite
+SPAN_BLOCK = 128  # tiles that a program of `span_kernel` adds at a time
 
 
 @triton.jit
@@ -49,7 +56,7 @@ def _key_tiles(
     SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     REST_D: tl.constexpr,
-    SIZE_V: tl.constexpr,
+    PADDED_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -90,14 +97,28 @@ def _key_tiles(
         if USE_SPAN:  # t - s = (t - start) - j: one FMA a score
             distance += (t - start).to(tl.float32) * tile_total - tl.sum(weights * j.to(tl.float32)[None, :], 1)
         if USE_OUT:
-            value = load_tile(v, stride_vt, start, end, SIZE_V, BLOCK_DV, BLOCK_N, WHOLE)
+            value = load_tile(v, stride_vt, start, end, PADDED_V, BLOCK_DV, BLOCK_N, WHOLE)
             output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
             v += BLOCK_N * stride_vt
         k += BLOCK_N * stride_kt
     return highest, total, distance, output
 
 
-@triton.jit(do_not_specialize=["tokens", "query_heads", "key_heads", "sliding_window"])
+@triton.jit
+def span_units(distance):
+    """Mean distances as int64 numbers of `SPAN_UNIT`, rounded to the nearest, halves to the even one; finite ones."""
+    units = distance * PER_TOKEN
+    below = tl.floor(units)
+    rest, number = units - below, below.to(tl.int64)
+    return number + ((rest > 0.5) | ((rest == 0.5) & (number % 2 != 0))).to(tl.int64)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh"),
+        *("stride_vt", "tokens", "query_heads", "key_heads", "sliding_window", "slots"),
+    ]
+)
 def forward_kernel(
     q,
     k,
@@ -106,9 +127,9 @@ def forward_kernel(
     rows,
     sinks,
     lse,  # [B, HQ, T], read with USE_LSE, else written
-    distance,  # [B, HQ, T]
+    totals,  # [HQ, slots]: the tiles' sums of their rows' mean distances, in `span_units`, or BROKEN
     out,  # [B, HQ, T, SIZE_V] contiguous
-    stride_qb,
+    stride_qb,  # in UNITs, as the others
     stride_qh,
     stride_qt,
     stride_kb,
@@ -121,6 +142,7 @@ def forward_kernel(
     query_heads,
     key_heads,
     sliding_window,
+    slots,
     factor,
     cap,
     SIZE: tl.constexpr,
@@ -128,6 +150,7 @@ def forward_kernel(
     REST_D: tl.constexpr,
     SIZE_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
@@ -139,11 +162,12 @@ def forward_kernel(
     USE_OUT: tl.constexpr,
 ):
     """Row tile fixed, its visible keys streamed through an online softmax."""
-    batch, row, first, last, sequence, head = load_place(tiles, query_heads)
+    batch, row, first, last, sequence, head = load_place(tiles, query_heads, PLACE_FIELDS)
     key_head = head // (query_heads // key_heads)
+    stride_qt, stride_kt, stride_vt = stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT
     t = row + tl.arange(0, BLOCK_M)
     in_response = tl.load(rows + batch * tokens + t, mask=t < last, other=0) != 0
-    active = t < last if USE_OUT else in_response
+    active = (t < last) & (sequence >= 0) if USE_OUT else in_response
     # keys begin..end are seen by some row; whole_begin..whole_end, whole tiles of them, by every active row
     begin = first
     whole_begin = first
@@ -156,15 +180,16 @@ def forward_kernel(
     whole_end = tl.minimum(whole_end, end)  # without an active row nothing is seen
     whole_begin = tl.minimum(whole_begin, whole_end)
 
-    q += batch * stride_qb + head * stride_qh + row.to(tl.int64) * stride_qt
-    k += batch * stride_kb + key_head * stride_kh
+    q += (batch * stride_qb + head * stride_qh) * UNIT + row.to(tl.int64) * stride_qt
+    k += (batch * stride_kb + key_head * stride_kh) * UNIT
     query = load_parts(q, stride_qt, row, end, SIZE, BLOCK_D, REST_D, BLOCK_M)
     at = (batch * query_heads + head) * tokens + t
     total = tl.zeros([BLOCK_M], tl.float32)
     looked_back = tl.zeros([BLOCK_M], tl.float32)
     output = total
+    PADDED_V: tl.constexpr = tl.cdiv(SIZE_V, UNIT) * UNIT  # zeros behind the head size
     if USE_OUT:
-        v += batch * stride_vb + key_head * stride_vh
+        v += (batch * stride_vb + key_head * stride_vh) * UNIT
         output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if USE_LSE:
         highest = tl.load(lse + at, mask=active, other=0.0) * LOG2E
@@ -178,17 +203,17 @@ def forward_kernel(
     if USE_WINDOW:
         highest, total, looked_back, output = _key_tiles(
             highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, begin, whole_begin,
-            t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
+            t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
             False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
         )  # fmt: skip
     highest, total, looked_back, output = _key_tiles(
         highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_begin, whole_end,
-        t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
+        t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
         True, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
     )  # fmt: skip
     highest, total, looked_back, output = _key_tiles(
         highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_end, end,
-        t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, SIZE_V, BLOCK_DV, BLOCK_N,
+        t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
         False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
     )  # fmt: skip
 
@@ -198,35 +223,85 @@ def forward_kernel(
         tl.store(lse + at, tl.where(in_response, row_lse, 0.0), mask=t < last)
         looked_back /= total
     if USE_SPAN:
-        tl.store(distance + at, tl.where(in_response, looked_back, 0.0), mask=t < last)
+        looked_back = tl.where(in_response, looked_back, 0.0)
+        is_finite = tl.abs(looked_back) < float("inf")
+        total_units = tl.sum(tl.where(is_finite, span_units(tl.where(is_finite, looked_back, 0.0)), 0), 0)
+        slot = first_slot(batch, first, sequence, tokens, BLOCK_M) + (row - first) // BLOCK_M
+        is_whole = tl.min(is_finite.to(tl.int32), 0) > 0
+        tl.store(totals + head * slots + slot, tl.where(is_whole, total_units, BROKEN), mask=sequence >= 0)
     if USE_OUT:
         d = tl.arange(0, BLOCK_DV)
         inside = (t < last)[:, None] & (d < SIZE_V)[None, :]
         tl.store(out + at[:, None] * SIZE_V + d[None, :], output / total[:, None], mask=inside)
 
 
+@triton.jit
+def first_slot(batch, begin, sequence, tokens, BLOCK_M: tl.constexpr):
+    """The slot of a sequence's first tile: each sequence has those of its tiles, and slots between may stay empty."""
+    return (batch * tokens + begin) // BLOCK_M + sequence
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "slots"])
+def span_kernel(
+    totals,  # [HQ, slots], of `forward_kernel`
+    bounds,  # [sequences, 3] int64
+    row_counts,  # [sequences] int64
+    span,  # [sequences, HQ]
+    tokens,
+    heads,
+    slots,
+    BLOCK_M: tl.constexpr,  # tokens of a tile
+    BLOCK: tl.constexpr,
+):
+    """Sequence and head fixed: the mean over R of the distance that a row looks back, as `mean_over_rows` has it."""
+    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    batch, begin, end = (tl.load(bounds + sequence * 3 + i) for i in tl.static_range(3))
+    row_count = tl.load(row_counts + sequence)
+    totals += head.to(tl.int64) * slots + first_slot(batch, begin, sequence, tokens, BLOCK_M)
+    i = tl.arange(0, BLOCK)
+    tiles = tl.cdiv(end - begin, BLOCK_M)
+    units, broken = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
+    for at in range(0, tiles, BLOCK):
+        total = tl.load(totals + at + i, mask=at + i < tiles, other=0)
+        broken |= (total == BROKEN).to(tl.int32)
+        units += total
+    mean = tl.sum(units, 0).to(tl.float64) / PER_TOKEN / tl.maximum(row_count, 1).to(tl.float64)
+    mean = tl.where(tl.max(broken, 0) > 0, float("nan"), mean.to(tl.float32))
+    tl.store(span + sequence.to(tl.int64) * heads + head, mean)
+
+
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, layout: Layout, options: Options, tile: Tile
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(lse, mean distance of each row or None, out or None); fp32 [B, HQ, T], 0 outside R, and [B, HQ, T, Dv].
+    """(lse [B, HQ, T], 0 outside R; span [sequences, HQ] or None; out [B, HQ, T, Dv], 0 in padding, or None).
 
-    A given lse comes back as it is.
+    q and k are `aligned`. lse and span are fp32. A given lse comes back as it is.
     """
-    row_lse = layout.output(q.shape[:3], torch.float32) if lse is None else lse
-    distance = layout.output(q.shape[:3], torch.float32) if options.need_span else None
-    out = None if v is None else layout.output((*q.shape[:3], v.shape[-1]), v.dtype)
-    size_v = 16 if v is None else v.shape[-1]
-    block_d, rest_d = size_parts(q.shape[-1])
-    tiles = layout.tiles(tile.block_m, "past")
-    forward_kernel[(len(tiles) * q.shape[1],)](
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    batch, query_heads, tokens, size = q.shape
+    row_lse = empty(batch, query_heads, tokens) if lse is None else lse
+    slots = batch * tokens // tile.block_m + layout.sequences + 1
+    totals = empty(query_heads, slots, dtype=torch.int64) if options.need_span else None
+    out, size_v = None, 16
+    if v is not None:
+        size_v = v.shape[-1]
+        out, v = empty(batch, query_heads, tokens, size_v, dtype=v.dtype), aligned(v)
+    block_d, rest_d = size_parts(size)
+    tiles = layout.tiles(tile.block_m, "past", padding=True)
+    forward_kernel[(len(tiles) * query_heads,)](
         v=v,
         tiles=tiles,
         rows=layout.rows,
         lse=row_lse,
-        distance=distance,
+        totals=totals,
         out=out,
-        **{f"stride_v{axis}": 0 if v is None else v.stride(i) for i, axis in enumerate("bht")},
         **score_arguments(q, k, options),
+        **stride_arguments("v", v),
+        sliding_window=tokens if options.sliding_window is None else min(options.sliding_window, tokens),
+        slots=slots,
         BLOCK_D=block_d,
         REST_D=rest_d,
         SIZE_V=size_v,
@@ -239,5 +314,24 @@ def forward_pass(
         USE_OUT=v is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.max_registers,
     )
-    return row_lse, distance, out
+    return row_lse, None if totals is None else _spans(totals, layout, tile), out
+
+
+def _spans(totals: Tensor, layout: Layout, tile: Tile) -> Tensor:
+    heads, slots = totals.shape
+    span = torch.empty((layout.sequences, heads), dtype=torch.float32, device=totals.device)
+    span_kernel[(layout.sequences * heads,)](
+        totals=totals,
+        bounds=layout.table,
+        row_counts=layout.row_counts(),
+        span=span,
+        tokens=layout.rows.shape[1],
+        heads=heads,
+        slots=slots,
+        BLOCK_M=tile.block_m,
+        BLOCK=SPAN_BLOCK,
+        num_warps=1,
+    )
+    return span

@@ -13,6 +13,8 @@ class Tile(NamedTuple):
     block_n: int
     warps: int
     stages: int
+    max_registers: int | None = None
+    """A thread's; None leaves them to the compiler."""
 
 
 class BandTile(NamedTuple):
@@ -23,7 +25,6 @@ class BandTile(NamedTuple):
     warps: int
     stages: int
     max_registers: int | None = None
-    """A thread's; None leaves them to the compiler."""
 
 
 class Tiles(NamedTuple):
