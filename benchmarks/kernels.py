@@ -20,7 +20,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -51,22 +50,6 @@ L2_BYTES = 6.65e12 / SMS / CLOCK
 REGISTERS, SHARED_MEMORY, WARPS = 64 << 10, 228 << 10, 64
 REGISTER_UNIT, RESERVED_SHARED = 256, 1 << 10  # registers a warp is given at a time; bytes taken of each program
 
-# What multiplies matrices in a kernel, and the constants whose product is the number of scores of one turn: the loops
-# in order of address (a forward without a window has no first one), then what lies outside them.
-TILE = ("BLOCK_M", "BLOCK_N")
-LOOPS = {
-    "forward_kernel": {"window's edge": TILE, "whole tiles": TILE, "diagonal": TILE, "outside": ()},
-    "band_kernel": {
-        "keys before": ("BLOCK", "BLOCK_BEFORE"),
-        "rows behind": ("BLOCK", "BLOCK"),
-        "own tile": ("BLOCK", "BLOCK"),
-    },
-    "sum_heads_kernel": {"all": ()},
-    "probe_scores_kernel": {"keys": ("BLOCK_M", "BLOCK_N"), "outside": ()},
-    "probe_errors_kernel": {"all": ()},
-    "probe_worst_kernel": {"all": ()},
-}
-
 
 def describe(launch: Launch) -> dict[str, Any]:
     """All that the tables and the tests show of a launch."""
@@ -93,18 +76,38 @@ def describe(launch: Launch) -> dict[str, Any]:
 
 
 def parts(launch: Launch, code: list[Instruction]) -> list[tuple[str, int | None, list[Instruction]]]:
-    """(name, scores of one turn or None, instructions) of each loop of LOOPS, and of the rest where it multiplies too.
+    """(name, scores of one turn or None, instructions) of each loop that multiplies matrices, in order of address, and
+    of what lies outside them where that multiplies too.
 
-    Raises: ValueError for a kernel whose loops LOOPS does not name.
+    Raises: ValueError for a kernel or a number of loops that `named_loops` does not know.
     """
     outside, *loops = sass.find_loops(code, lambda code: multiplies(launch, code))
-    *names, rest = LOOPS.get(launch.kernel, {"": ()}).items()
-    if launch.kernel not in LOOPS or len(loops) > len(names):
-        raise ValueError(f"LOOPS names {len(names)} loops of {launch.kernel}, found {len(loops)} in {launch.constants}")
-    found = [*zip(names[len(names) - len(loops) :], loops)]
+    names, rest = named_loops(launch)
+    if len(loops) != len(names):
+        raise ValueError(f"{launch.kernel} must have the loops {names}, found {len(loops)} in {launch.constants}")
+    found = [(*name, loop) for name, loop in zip(names, loops)]
     if multiplies(launch, outside) or not loops:
-        found.append((rest, outside))
-    return [(name, prod(launch.constants[x] for x in block) if block else None, code) for (name, block), code in found]
+        found.append((*rest, outside))
+    return found
+
+
+def named_loops(launch: Launch) -> tuple[list[tuple[str, int]], tuple[str, int | None]]:
+    """(name, scores of one turn) of the loops of a kernel that multiply matrices, and of what lies outside them."""
+    constants = launch.constants
+    if launch.kernel == "forward_kernel":
+        names = ["window's edge"] * constants["USE_WINDOW"] + ["whole tiles", "diagonal"]
+        return [(name, constants["BLOCK_M"] * constants["BLOCK_N"]) for name in names], ("outside", None)
+    if launch.kernel == "band_kernel":
+        block = constants["BLOCK"]
+        tiles = {"keys before": block * constants["BLOCK_BEFORE"], "rows behind": block * block}
+        loops = [*["keys before"] * constants["LOOP_BEFORE"], *["rows behind"] * constants["LOOP_BEHIND"]]
+        once = {"own tile": block * block} | {name: tiles[name] for name in tiles if name not in loops}
+        return [(name, tiles[name]) for name in loops], (", ".join(once), sum(once.values()))
+    if launch.kernel == "probe_scores_kernel":
+        return [("keys", constants["BLOCK_M"] * constants["BLOCK_N"])], ("outside", None)
+    if launch.kernel in ("sum_heads_kernel", "span_kernel", "probe_errors_kernel", "probe_worst_kernel"):
+        return [], ("all", None)
+    raise ValueError(f"named_loops does not know {launch.kernel}")
 
 
 def describe_loop(launch: Launch, name: str, scores: int | None, code: list[Instruction]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ TARGETS = (80, 90, 100)  # compute capabilities, times ten
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
 FEATURES = {"softcap": 30.0, "sinks": torch.zeros(QUERY_HEADS)}
 WINDOW = {"sliding_window": 4096}
+# WAAD and FAI that reach further than a tile
+FAR = {"window": 256}, {"horizon": (1, None)}, {"window": 256, "horizon": (1, None)}
 
 
 class Launch(NamedTuple):
@@ -125,7 +127,8 @@ def cases(target: int) -> list[Case]:
     """Calls that between them launch every kernel in each of the target's tiles, and on the H100 with every option."""
     found = [
         *[Case("attention", size, WINDOW) for size in (64, 128, 256)],
-        *[Case("attention_stats", size, options) for size, options in ((64, {}), (128, FEATURES), (256, FEATURES))],
+        *[Case("attention_stats", size, {}) for size in (64, 72)],
+        *[Case("attention_stats", size, FEATURES) for size in (128, 256)],
         Case("group_stats", 128, FEATURES, lse=True),
         *[Case("probe_output", size, options) for size, options in ((64, {}), (128, FEATURES), (256, {}))],
         Case("probe_output", 128, FEATURES, dtype=torch.float32),
@@ -136,7 +139,7 @@ def cases(target: int) -> list[Case]:
             Case("attention_stats", 64, FEATURES),
             Case("attention", 128, FEATURES | WINDOW),
             *[Case("attention_stats", 128, options, lse=True) for options in ({}, FEATURES)],
-            Case("attention_stats", 128, {"need_span": False, "window": 256, "horizon": (1, None)}, lse=True),
+            *[Case("attention_stats", 128, {"need_span": False, **far}, lse=True) for far in FAR],
             Case("attention_stats", 128, {"need_span": False}),
             Case("group_stats", 128, {}, lse=True),
             Case("attention", 192, {}, value_size=128),

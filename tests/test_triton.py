@@ -41,6 +41,7 @@ FEATURES = {
     "whole tiles": ((1, 1, 64, 16), 1, {}),
     "one more than whole tiles": ((1, 1, 65, 16), 1, {}),
     "grouped heads 9:3": ((1, 9, 40, 16), 3, {}),
+    "head size 72": ((1, 2, 50, 72), 1, {}),
     "head size 80": ((1, 2, 50, 80), 1, {}),
     "head size 96": ((1, 2, 50, 96), 1, {}),
     "head size 5": ((1, 2, 50, 5), 1, {}),

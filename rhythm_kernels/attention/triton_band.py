@@ -104,8 +104,8 @@ def band_kernel(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_BEFORE: tl.constexpr,
-    LOOP_BEFORE: tl.constexpr,  # whether windows reach further than BLOCK_BEFORE
-    LOOP_BEHIND: tl.constexpr,  # whether rows further than BLOCK behind the tile look at it
+    LOOP_BEFORE: tl.constexpr,  # else no window reaches further than BLOCK_BEFORE
+    LOOP_BEHIND: tl.constexpr,  # else no row looks at the tile from further behind it than BLOCK
     SCALE_FIRST: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
     USE_SINKS: tl.constexpr,
@@ -149,20 +149,22 @@ def band_kernel(
     k_before = k + before.to(tl.int64) * stride_kt
     q_after = q + after.to(tl.int64) * stride_qt
     t = after + i
-    key = load_tile(k + start.to(tl.int64) * stride_kt, stride_kt, start, last, SIZE, BLOCK_D, BLOCK)
-    query = load_tile(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, BLOCK)
+    # the small ones first: the compiler lets the store of a tile to shared memory wait in front of what follows
     active = tl.load(rows + s, mask=inside, other=0) != 0
     own_lse = tl.load(lse + s, mask=inside, other=0.0)
+    if not LOOP_BEHIND:
+        late = tl.load(rows + t, mask=t < after_end, other=0) != 0
+        late_lse = tl.load(lse + t, mask=t < after_end, other=0.0)
+        if not GROUPED:
+            count = tl.load(counts + batch * tokens + s, mask=inside, other=1)
+    if USE_SINKS:
+        sink = tl.load(sinks + head)
+    key = load_tile(k + start.to(tl.int64) * stride_kt, stride_kt, start, last, SIZE, BLOCK_D, BLOCK)
+    query = load_tile(q + start.to(tl.int64) * stride_qt, stride_qt, start, row_end, SIZE, BLOCK_D, BLOCK)
     if not LOOP_BEFORE:
         early = load_tile(k_before, stride_kt, before, before_end, SIZE, BLOCK_D, BLOCK_BEFORE)
     if not LOOP_BEHIND:
         late_query = load_tile(q_after, stride_qt, after, after_end, SIZE, BLOCK_D, BLOCK)
-        late = tl.load(rows + t, mask=t < after_end, other=0) != 0
-        late_lse = tl.load(lse + t, mask=t < after_end, other=0.0)
-    if USE_SINKS:
-        sink = tl.load(sinks + head)
-    if not GROUPED:
-        count = tl.load(counts + batch * tokens + s, mask=inside, other=1)
 
     log_sum = own_lse * LOG2E
     scores = scores_of(multiply(query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
@@ -210,6 +212,8 @@ def band_kernel(
             )
         total = tl.sum(received, 0)
         if not GROUPED:
+            if LOOP_BEHIND:
+                count = tl.load(counts + batch * tokens + s, mask=inside, other=1)
             total /= count.to(tl.float32)
         tl.store(fai + to, total, mask=inside)
     if COPY_LSE:
@@ -306,8 +310,8 @@ def band_pass(
         horizon=reach[1],
         BLOCK=tile.block,
         BLOCK_BEFORE=before,
-        LOOP_BEFORE=options.window - 1 > before,
-        LOOP_BEHIND=horizon - 1 + min(lo, tile.block) > tile.block,
+        LOOP_BEFORE=tile.in_turns or options.window - 1 > before,
+        LOOP_BEHIND=tile.in_turns or horizon - 1 + min(lo, tile.block) > tile.block,
         GROUPED=groups is not None,
         COPY_LSE=copy_lse,
         num_warps=tile.warps,

@@ -255,7 +255,8 @@ def span_kernel(
 ):
     """Sequence and head fixed: the mean over R of the distance that a row looks back, as `mean_over_rows` has it."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    batch, begin, end = (tl.load(bounds + sequence * 3 + i) for i in tl.static_range(3))
+    bounds += sequence * 3
+    batch, begin, end = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
     row_count = tl.load(row_counts + sequence)
     totals += head.to(tl.int64) * slots + first_slot(batch, begin, sequence, tokens, BLOCK_M)
     i = tl.arange(0, BLOCK)
@@ -314,12 +315,13 @@ def forward_pass(
         USE_OUT=v is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=tile.max_registers,
+        maxnreg=tile.max_registers if options.softcap is None else None,  # a soft cap takes more, and would spill
     )
-    return row_lse, None if totals is None else _spans(totals, layout, tile), out
+    return row_lse, None if totals is None else mean_spans(totals, layout, tile.block_m), out
 
 
-def _spans(totals: Tensor, layout: Layout, tile: Tile) -> Tensor:
+def mean_spans(totals: Tensor, layout: Layout, block_m: int) -> Tensor:
+    """[sequences, HQ] fp32 from what `forward_kernel` sums over tiles of block_m rows, int64 [HQ, slots]."""
     heads, slots = totals.shape
     span = torch.empty((layout.sequences, heads), dtype=torch.float32, device=totals.device)
     span_kernel[(layout.sequences * heads,)](
@@ -330,7 +332,7 @@ def _spans(totals: Tensor, layout: Layout, tile: Tile) -> Tensor:
         tokens=layout.rows.shape[1],
         heads=heads,
         slots=slots,
-        BLOCK_M=tile.block_m,
+        BLOCK_M=block_m,
         BLOCK=SPAN_BLOCK,
         num_warps=1,
     )

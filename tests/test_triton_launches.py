@@ -1,0 +1,142 @@
+"""How many kernels a layer's statistics launch on a GPU, and what they compute where a test can look at it alone."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from stats_cases import make_case, strided
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_calls import DEVICE, HALF
+
+from rhythm_kernels.attention import triton_backend
+from rhythm_kernels.attention.layout import SPAN_UNIT, make_layout, mean_over_rows
+from rhythm_kernels.attention.options import check_options
+from rhythm_kernels.attention.triton_forward import BROKEN, mean_spans, span_units
+from rhythm_kernels.attention.triton_scores import aligned
+
+TOKENS, HEADS = 60, 4
+MOST = 4
+PADDED = {"attention_mask": torch.arange(TOKENS) < torch.tensor([[TOKENS], [40]])}
+PACKED = {"cu_seqlens": torch.tensor([0, 13, 33, TOKENS], dtype=torch.int32)}
+
+
+class Launches(TorchDispatchMode):
+    """Names of torch's operators that work on a GPU: all but views and those that only take memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+        self._inside = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.arguments)
+        if not (self._inside or is_view or func._schema.name.startswith(("aten::empty", "aten::new_empty"))):
+            self.names.append(func._schema.name)
+        return func(*args, **kwargs or {})
+
+    def launcher(self, real):
+        """A kernel's launcher that counts as one launch, with all that the interpreter does for it."""
+
+        def launch(kernel, *args, **kwargs):
+            self.names.append(kernel.fn.__name__)
+            self._inside = True
+            try:
+                return real(kernel, *args, **kwargs)
+            finally:
+                self._inside = False
+
+        return launch
+
+
+CALLS = {
+    "statistics": ("statistics", {}),
+    "statistics, lse given": ("statistics", {"lse_given": True}),
+    "statistics, lse given in another order": ("statistics", {"lse_given": True, "order": "heads inside"}),
+    "statistics, lse given, no span": ("statistics", {"lse_given": True, "need_span": False}),
+    "groups": ("groups", {}),
+    "groups, lse given": ("groups", {"lse_given": True}),
+    "attention": ("attention", {}),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted where the kernels are interpreted")
+@pytest.mark.parametrize("call, options", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("kind", [{}, PADDED, PACKED], ids=["plain", "padded", "packed"])
+def test_a_layer_takes_few_launches(kind, call, options, monkeypatch):
+    """The first layer of a forward also makes what its layout alone decides."""
+    from triton.runtime.interpreter import GridExecutor
+
+    case = make_case((2 if kind is PADDED else 1, HEADS, TOKENS, 16), 2, dtype=HALF, **options, **kind)
+    q, k, lse = case.q, case.k, case.kwargs.get("lse")
+    layout = make_layout(*q.shape[::2], q.device, **kind)
+    groups = [(torch.arange(HEADS) % 2 == i).expand(layout.sequences, -1) for i in range(2)]
+    checked = check_options(
+        q, k, scale=None, window=10, horizon=(10, 50), sliding_window=None, softcap=None, sinks=None,
+        need_span=options.get("need_span", call != "groups"),
+    )  # fmt: skip
+    layer = {
+        "statistics": lambda: triton_backend.attention_stats(q, k, lse, layout, checked),
+        "groups": lambda: triton_backend.group_stats(q, k, lse, *groups, layout, checked),
+        "attention": lambda: triton_backend.attention(q, k, k, layout, checked),
+    }[call]
+
+    layer()
+    launches = Launches()
+    monkeypatch.undo()  # the poison of memory is no launch of the layer's
+    monkeypatch.setattr(GridExecutor, "__call__", launches.launcher(GridExecutor.__call__))
+    with launches:
+        layer()
+    assert 1 <= len(launches.names) <= MOST, launches.names
+
+
+@triton.jit
+def units_kernel(distance, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, span_units(tl.load(distance + i)))
+
+
+def test_distances_are_rounded_as_torch_rounds_them():
+    """Halves of the unit go to the even number, on both sides of 0 and up to the longest sequence."""
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.arange(-64, 64) * (SPAN_UNIT / 4)
+    random = torch.rand(128, generator=generator) * 2.0 ** torch.randint(-20, 20, (128,), generator=generator)
+    distance = torch.cat([halves, random]).to(DEVICE)
+    out = torch.empty(256, dtype=torch.int64, device=DEVICE)
+    units_kernel[(1,)](distance, out, BLOCK=256)
+    assert torch.equal(out, (distance.double() / SPAN_UNIT).round().long())
+
+
+@pytest.mark.parametrize("tile", [1, 8, 256])
+@pytest.mark.parametrize("kind", [{}, PADDED, PACKED], ids=["plain", "padded", "packed"])
+def test_the_mean_over_tiles_has_the_bits_of_the_mean_over_rows(kind, tile):
+    batch = 2 if kind is PADDED else 1
+    generator = torch.Generator().manual_seed(tile)
+    row_mask = torch.rand(batch, TOKENS, generator=generator) < 0.6
+    row_mask[-1, 33:] = False  # the last sequence of the packed ones has no row
+    kind = {name: x.to(DEVICE) for name, x in kind.items()}
+    layout = make_layout(batch, TOKENS, torch.device(DEVICE), row_mask.to(DEVICE), **kind)
+    distance = torch.rand(batch, HEADS, TOKENS, generator=generator).to(DEVICE) * TOKENS * layout.rows[:, None]
+    distance[0, 1, layout.rows[0].nonzero()[0]] = torch.nan
+    expected = mean_over_rows(distance, layout)
+    assert expected.isnan().sum() == 1
+
+    totals = torch.full((HEADS, batch * TOKENS // tile + layout.sequences + 1), 7, dtype=torch.int64, device=DEVICE)
+    for sequence, (row, begin, end) in enumerate(layout.bounds):
+        slot = (row * TOKENS + begin) // tile + sequence
+        for at in range(begin, end, tile):
+            units = (distance[row, :, at : min(at + tile, end)].double() / SPAN_UNIT).round()
+            totals[:, slot] = torch.where(units.isfinite().all(-1), units.nan_to_num().sum(-1).long(), BROKEN.value)
+            slot += 1
+    found = mean_spans(totals, layout, tile)
+    assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("size", [5, 8, 20, 72])
+@pytest.mark.parametrize("order", ["heads outside", "heads inside", "slice"])
+def test_what_cannot_be_read_16_bytes_at_a_time_is_copied(order, size):
+    x = strided(torch.randn(2, 3, 7, size).half(), order)
+    found = aligned(x)
+    assert (found is x) == (size % 8 == 0 and order != "slice")
+    assert found.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in found.stride()[:3])
+    assert torch.equal(found[..., :size], x)
+    assert found.shape[-1] - size in range(8) and (found[..., size:] == 0).all()
