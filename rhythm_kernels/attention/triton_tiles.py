@@ -66,8 +66,8 @@ TARGETS = {
     100: (
         Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
         Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 32, 8, 3), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=_BAND._replace(in_turns=True)),
+        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=_BAND._replace(in_turns=True)),
     ),
 }
 TARGETS[120] = TARGETS[80]
