@@ -31,6 +31,7 @@ from rhythm_kernels.attention.triton_scores import (
 from rhythm_kernels.attention.triton_tiles import BandTile
 
 TABLE_FIELDS = tl.constexpr(8)  # of a row of `band_table`
+FAR = 1 << 30  # tokens: a horizon without an end
 SUM_HEADS = 32  # heads that `sum_heads_kernel` adds at a time
 STRIDES = ("stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt")
 GROUP_STRIDES = ("stride_ls", "stride_lh", "stride_gs", "stride_gh")
@@ -357,10 +358,13 @@ def band_table(layout: Layout, block: int, order: str, lo: int, horizon: int) ->
 
 
 def _horizon(options: Options) -> tuple[int, int]:
-    """(lo, how many distances from it FAI counts)."""
+    """(lo, how many distances from it FAI counts), whatever the length of a sequence, so that it has the same kernel
+    alone and in any batch."""
     lo, hi = options.horizon
-    ends = [1 << 30, *([] if hi is None else [hi]), *([] if options.sliding_window is None else [options.sliding_window - 1])]
-    return lo, max(min(ends) - lo + 1, 0)
+    end = FAR if hi is None else hi + 1
+    if options.sliding_window is not None:
+        end = min(end, options.sliding_window)
+    return lo, max(end - lo, 0)
 
 
 def _group_arguments(groups: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | int | None]:

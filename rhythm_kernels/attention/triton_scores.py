@@ -148,9 +148,9 @@ def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | f
 def aligned(x: Tensor) -> Tensor:
     """x [B, H, T, D], or a copy that can be read 16 bytes at a time, with zeros behind a head size that is odd there.
 
-    The compiler reads what may begin anywhere one element at a time: 8 times the loads for 16 bits, with an address
-    for each. The copy is one launch, or two with zeros, and reads and writes x once. Slices of joint projections of
-    the models that exist are aligned.
+    The compiler reads what may begin anywhere one element at a time, with an address for each: twice the instructions
+    of a row pass, and hundreds of bytes of spills in the band. A copy, one launch (two with zeros), reads and writes x
+    once, and costs less than that (DESIGN.md). Slices of the joint projections of models that exist are aligned.
     """
     unit = unit_of(x)
     if x.shape[-1] % unit:
