@@ -734,6 +734,11 @@ def _factories() -> Iterator[None]:
         library._destroy()
 
 
+def is_pretended() -> bool:
+    """Whether the process is inside of `pretended_cuda()`."""
+    return torch.cuda.is_available is CUDA_FUNCTIONS["is_available"]
+
+
 @contextmanager
 def pretended_cuda() -> Iterator[torch.device]:
     """A context in which cuda:0 is there, and torch.cuda answers for it; what it changes in the process it puts back.

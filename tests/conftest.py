@@ -5,7 +5,7 @@ Fuzz tests draw new cases in each run; the seed is printed, and --hypothesis-see
 
 import os
 import random
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -16,11 +16,18 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser):
+    parser.addoption("--pretended-cuda", action="store_true", help="a GPU that is not there, for the tests marked gpu")
     parser.addoption("--forwards", type=int, default=420, help="forwards of random decoders in test_collect_fuzz.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis reads its option
 def pytest_configure(config):
+    if config.option.pretended_cuda:  # before modules of tests ask for the device
+        from benchmarks.pretended_cuda import pretended_cuda
+
+        device = ExitStack()
+        device.enter_context(pretended_cuda())
+        config.add_cleanup(device.close)
     if getattr(config.option, "hypothesis_seed", "absent") is None:  # there is no such option without hypothesis
         from hypothesis import settings
 
@@ -50,14 +57,15 @@ def pytest_terminal_summary(terminalreporter):
 def poisoned(make):
     def wrapped(*args, **kwargs):
         out = make(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and out.device.type != "meta" and not out.is_sparse:
+        memory = getattr(out, "held", out)  # of a tensor on a pretended device: so it launches nothing
+        if isinstance(memory, torch.Tensor) and memory.device.type != "meta" and not memory.is_sparse:
             with torch.no_grad():
-                if out.dtype.is_floating_point:
-                    out.fill_(float("nan"))
-                elif out.dtype == torch.bool:
-                    out.fill_(True)
-                elif not out.dtype.is_complex:
-                    out.fill_(torch.iinfo(out.dtype).max)
+                if memory.dtype.is_floating_point:
+                    memory.fill_(float("nan"))
+                elif memory.dtype == torch.bool:
+                    memory.fill_(True)
+                elif not memory.dtype.is_complex:
+                    memory.fill_(torch.iinfo(memory.dtype).max)
         return out
 
     return wrapped

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import extra_bytes
+from benchmarks.pretended_cuda import is_pretended
 from rhythm_kernels import (
     Rhythm,
     attention,
@@ -34,17 +35,22 @@ class Scale(NamedTuple):
     many_tokens: int
     long: tuple[int, ...]
     """Tokens for which memory must be linear."""
+    long_head_size: int
     slack: int
     """Bytes that a call may take beside 64 a row: tiles."""
     repeats: int
+    under_load: tuple[int, int]
+    """Tokens of a call that is repeated, and rows of the square matrices that are multiplied meanwhile; 0: none."""
     far: int
     """A stride, in elements; twice it is past int32 on a GPU."""
     large_batch: tuple[int, int, int, int]
     """[B, HQ, T, D] of q; more than 2^31 elements on a GPU."""
 
 
-CPU = Scale("cpu", 90, 130, (8192,), 200 << 20, 3, 2**13, (5, 4, 40, 16))
-GPU = Scale("cuda", 1031, 4096, (65536, 131072), 64 << 20, 1000, 2**30, (4100, 8, 512, 128))
+CPU = Scale("cpu", 90, 130, (8192,), 16, 200 << 20, 3, (100, 0), 2**13, (5, 4, 40, 16))
+GPU = Scale("cuda", 1031, 4096, (65536, 131072), 128, 64 << 20, 1000, (700, 4096), 2**30, (4100, 8, 512, 128))
+if is_pretended():
+    GPU = Scale("cuda", 70, 80, (1024,), 16, 1 << 20, 2, (40, 16), 2**13, (3, 4, 40, 16))
 every_scale = pytest.mark.parametrize(
     "scale", [pytest.param(CPU, id="cpu"), pytest.param(GPU, id="cuda", marks=[pytest.mark.gpu, cuda])]
 )
@@ -154,13 +160,14 @@ def every_result(q, k, v, lse, groups, **options) -> list[Tensor]:
 @pytest.mark.parametrize("horizon", [(10, 50), (1, None)], ids=["finite", "open"])
 def test_same_bits_under_load(horizon, scale):
     """Run after run, while products on another stream take SMs away and bring kernels out of step."""
-    q, k, v = random_inputs((4, 2), 700 if scale.device == "cuda" else 100, 64, scale.device)
+    tokens, side = scale.under_load
+    q, k, v = random_inputs((4, 2), tokens, 64, scale.device)
     groups = torch.tensor([True, False, True, False], device=scale.device)
     groups = groups, ~groups
     lse = attention_stats(q, k).lse
-    busy = torch.cuda.Stream() if scale.device == "cuda" else None
+    busy = torch.cuda.Stream() if side else None
     if busy is not None:
-        matrix = torch.randn(4096, 4096, device=scale.device, dtype=torch.bfloat16)
+        matrix = torch.randn(side, side, device=scale.device, dtype=torch.bfloat16)
         product = torch.empty_like(matrix)
         busy.wait_stream(torch.cuda.current_stream())
     first = every_result(q, k, v, lse, groups, horizon=horizon)
@@ -202,7 +209,7 @@ def test_nan_stays_in_its_sequence(bad, scale):
 def test_memory_is_linear(which, scale):
     """Beside its results a call takes some tiles and a few values a row, at any length."""
     for tokens in scale.long:
-        q, k, v = random_inputs((2, 1), tokens, 16 if scale.device == "cpu" else 128, scale.device)
+        q, k, v = random_inputs((2, 1), tokens, scale.long_head_size, scale.device)
         lse = attention_stats(q, k).lse
         local = torch.tensor([True, False], device=scale.device)
         run = {
