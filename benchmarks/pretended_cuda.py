@@ -37,7 +37,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
 
 from rhythm_kernels import _extension
-from rhythm_kernels.attention import triton_backend
+from rhythm_kernels.attention import triton_backend, triton_tiles
+from rhythm_kernels.attention.triton_tiles import BandTile, Tile, Tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda", 0)
@@ -286,11 +287,13 @@ def _dispatch(func, args: tuple, kwargs: dict[str, Any]):
         _check_waits(func, name, bound)
         work = name
 
-    run = ATTENTION.get(name)
+    run = GPU_ONLY.get(name)
     if run is not None:
         out = run(tree_map(_held, bound))
     else:
-        out = func(*tree_map(_held, args), **{key: _on_cpu(key, tree_map(_held, x)) for key, x in kwargs.items()})
+        out = func(
+            *tree_map(_held, args), **tree_map(_held, kwargs | {key: False for key in kwargs if key == "pin_memory"})
+        )
     given = {id(x.held): x for x in ours}
 
     def wrapped(x):
@@ -311,10 +314,6 @@ def _held(x):
     if isinstance(x, Pretended):
         return x.held
     return torch.device("cpu") if isinstance(x, torch.device) else x
-
-
-def _on_cpu(key: str, x):
-    return False if key == "pin_memory" else x
 
 
 def _has_work(x) -> bool:
@@ -475,7 +474,12 @@ def _varlen_backward(bound):
     return tuple(torch.cat([x[0].transpose(0, 1) for x in grads]) for grads in zip(*results))
 
 
-ATTENTION: dict[str, Callable[[dict[str, Any]], tuple]] = {
+def _histc(bound):
+    return torch.histc(bound["self"].float(), bound["bins"], bound["min"], bound["max"]).to(bound["self"].dtype)
+
+
+GPU_ONLY: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "aten::histc": _histc,
     "aten::_scaled_dot_product_flash_attention": _flash,
     "aten::_scaled_dot_product_flash_attention_backward": _attend_backward,
     "aten::_scaled_dot_product_efficient_attention": _efficient,
@@ -485,7 +489,7 @@ ATTENTION: dict[str, Callable[[dict[str, Any]], tuple]] = {
     "torch_attn::_varlen_attn": _varlen,
     "torch_attn::_varlen_attn_backward": _varlen_backward,
 }
-"""Operators that torch has for a GPU alone: what computes them from their arguments by name."""
+"""Operators that torch has for a GPU alone, or for more dtypes: what computes them from their arguments by name."""
 
 
 def _sdpa(real: Callable) -> Callable:
@@ -618,6 +622,10 @@ CUDA_FUNCTIONS: dict[str, Any] = {
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+# A GPU has small tiles for fp32; the interpreter's time goes by operations, not by elements.
+FP32 = Tiles(rows=Tile(64, 64, 1, 1), forward=Tile(64, 64, 1, 1), band=BandTile(64, 64, 1, 1))
 
 
 def _launcher(real: Callable) -> Callable:
@@ -772,6 +780,7 @@ def pretended_cuda() -> Iterator[torch.device]:
         enter(patch.object(builder, "create_dot", _dot(builder.create_dot)))
         enter(patch.object(executor, "__call__", _launcher(executor.__call__)))
         enter(patch.object(triton_backend, "INTERPRETING", False))
+        enter(patch.object(triton_tiles, "FP32", FP32))
         if served:
             enter(patch.object(_extension, "_DEVICE_TYPES", served | {"cuda"}))
         torch.__future__.set_swap_module_params_on_conversion(True)  # parameters of another class stay the same objects

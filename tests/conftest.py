@@ -36,6 +36,15 @@ def pytest_configure(config):
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(10**9))
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what no pretended GPU shows: a test marked gpu(not_pretended="why")."""
+    if config.option.pretended_cuda:
+        for item in items:
+            for mark in item.iter_markers("gpu"):
+                if "not_pretended" in mark.kwargs:
+                    item.add_marker(pytest.mark.skip(reason=f"not on a pretended GPU: {mark.kwargs['not_pretended']}"))
+
+
 def pytest_report_header(config):
     seed = getattr(config.option, "hypothesis_seed", None)
     return None if seed is None else f"hypothesis seed: {seed}"

@@ -45,12 +45,13 @@ class Scale(NamedTuple):
     """A stride, in elements; twice it is past int32 on a GPU."""
     large_batch: tuple[int, int, int, int]
     """[B, HQ, T, D] of q; more than 2^31 elements on a GPU."""
+    model_tokens: int = 120
 
 
 CPU = Scale("cpu", 90, 130, (8192,), 16, 200 << 20, 3, (100, 0), 2**13, (5, 4, 40, 16))
 GPU = Scale("cuda", 1031, 4096, (65536, 131072), 128, 64 << 20, 1000, (700, 4096), 2**30, (4100, 8, 512, 128))
 if is_pretended():
-    GPU = Scale("cuda", 70, 80, (1024,), 16, 1 << 20, 2, (40, 16), 2**13, (3, 4, 40, 16))
+    GPU = Scale("cuda", 40, 50, (512,), 16, 1 << 19, 2, (20, 16), 2**13, (3, 4, 20, 16), 48)
 every_scale = pytest.mark.parametrize(
     "scale", [pytest.param(CPU, id="cpu"), pytest.param(GPU, id="cuda", marks=[pytest.mark.gpu, cuda])]
 )
@@ -317,8 +318,9 @@ def test_selection_and_credit(scale):
 def test_collect(dtype, scale):
     """A model's forward keeps its bits; head groups that are known change no rhythm; in fp32 it is the eager maps'."""
     model = models.llama().to(scale.device, dtype)
-    ids = torch.randint(61, (2, 120), generator=torch.Generator().manual_seed(0)).to(scale.device)
-    rows = (torch.arange(120, device=scale.device) >= 40).expand(2, -1)
+    tokens = scale.model_tokens
+    ids = torch.randint(61, (2, tokens), generator=torch.Generator().manual_seed(0)).to(scale.device)
+    rows = (torch.arange(tokens, device=scale.device) >= tokens // 3).expand(2, -1)
     with torch.no_grad():
         plain = model(ids).logits
         with collect(model, response_mask=rows) as c:
@@ -332,7 +334,7 @@ def test_collect(dtype, scale):
     torch.testing.assert_close(of_groups.fai, rhythm.fai, rtol=2e-5, atol=2e-5)
     if dtype == torch.float32:
         maps = [attended.cpu() for attended in models.eager_maps(model, input_ids=ids)]
-        segments = torch.arange(2)[:, None].expand(2, 120)
+        segments = torch.arange(2)[:, None].expand(2, tokens)
         waad, fai, _ = models.dense_rhythm(maps, c.layers, rows.cpu(), segments, 2)
         torch.testing.assert_close(rhythm.waad.double().cpu(), waad, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(rhythm.fai.double().cpu(), fai, rtol=2e-5, atol=2e-5)
