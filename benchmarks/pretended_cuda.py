@@ -197,6 +197,11 @@ class Pretended(Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def numpy(self, *, force: bool = False):
+        if not force:
+            raise TypeError(f"can't convert {CUDA} device type tensor to numpy. Use Tensor.cpu() first")
+        return self.detach().cpu().numpy()
+
     def new_tensor(self, data, *, dtype=None, device=None, requires_grad=False) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or CUDA, requires_grad=requires_grad)
 

@@ -106,9 +106,10 @@ def coupled_credit(
         intros = intros | pad(back[:, steps:] == steps, (0, steps))
 
     sets = PREPLAN * t_loc + DOMINATED * dominated + ALONE * (t_glob & ~dominated) + INTRO * intros
-    # Eq. 18 of the eight cases, in fp64 and rounded once
+    # Eq. 18 of the eight cases, in fp64 and rounded once; of floats, since torch 2.11 compiles no bool times a number
     cases = range(INTRO + ALONE + DOMINATED + 1)
-    shares = [(1 - alpha) * bool(c & DOMINATED) + bool(c & ALONE) + alpha * bool(c & INTRO) for c in cases]
+    parts = [[float(case & part > 0) for part in (DOMINATED, ALONE, INTRO)] for case in cases]
+    shares = [(1 - alpha) * dominates + stands + alpha * introduces for dominates, stands, introduces in parts]
     table = torch.tensor([1 + (amp - 1) * share for share in shares], dtype=torch.float64, device=waad.device).float()
     gamma = rows.unpad(_void(table[sets.long() % len(cases)], mask, faults))
     if not with_sets:

@@ -28,9 +28,10 @@ def dense(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softc
 
 
 def varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, s_aux=None,
 ):  # fmt: skip
+    # transformers 5.17 leaves out lengths that it was not given
     return attend(q, k, v, cu_seqlens_q, softmax_scale, causal, window_size, softcap, s_aux)
 
 

@@ -24,6 +24,7 @@ from rhythm_kernels import (
     segment_topq,
     token_credit,
 )
+from rhythm_kernels.attention.triton_tiles import MAX_TOKEN_STRIDE
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -43,15 +44,29 @@ class Scale(NamedTuple):
     """Tokens of a call that is repeated, and rows of the square matrices that are multiplied meanwhile; 0: none."""
     far: int
     """A stride, in elements; twice it is past int32 on a GPU."""
+    far_tokens: tuple[int, int]
+    """Tokens, and elements from each to the next: on a GPU as many as the kernels take, and the last past int32."""
     large_batch: tuple[int, int, int, int]
     """[B, HQ, T, D] of q; more than 2^31 elements on a GPU."""
     model_tokens: int = 120
 
 
-CPU = Scale("cpu", 90, 130, (8192,), 16, 200 << 20, 3, (100, 0), 2**13, (5, 4, 40, 16))
-GPU = Scale("cuda", 1031, 4096, (65536, 131072), 128, 64 << 20, 1000, (700, 4096), 2**30, (4100, 8, 512, 128))
+CPU = Scale("cpu", 90, 130, (8192,), 16, 200 << 20, 3, (100, 0), 2**13, (5, 2**13), (5, 4, 40, 16))
+GPU = Scale(
+    "cuda",
+    1031,
+    4096,
+    (65536, 131072),
+    128,
+    64 << 20,
+    1000,
+    (700, 4096),
+    2**30,
+    (258, MAX_TOKEN_STRIDE),
+    (4100, 8, 512, 128),
+)
 if is_pretended():
-    GPU = Scale("cuda", 40, 50, (512,), 16, 1 << 19, 2, (20, 16), 2**13, (3, 4, 20, 16), 48)
+    GPU = Scale("cuda", 40, 50, (512,), 16, 1 << 19, 2, (20, 16), 2**13, (5, 2**13), (3, 4, 20, 16), 48)
 every_scale = pytest.mark.parametrize(
     "scale", [pytest.param(CPU, id="cpu"), pytest.param(GPU, id="cuda", marks=[pytest.mark.gpu, cuda])]
 )
@@ -252,12 +267,13 @@ def test_the_last_rows_of_a_long_sequence(scale):
 @every_scale
 @pytest.mark.parametrize("where", ["batch", "head", "token"])
 def test_strides_past_int32(where, scale):
-    """q, k and v at elements 0, `far` and 2 `far` of one allocation."""
-    shape, axis = (3, 3, 3, 16), ["batch", "head", "token"].index(where)
-    strides = [512, 128, 32, 1]
-    strides[axis] = scale.far
+    """q, k and v of one allocation, far apart in one dimension, have the bits that they have side by side."""
+    axis = ["batch", "head", "token"].index(where)
+    tokens, step = scale.far_tokens if where == "token" else (3, scale.far)
+    shape, strides = (3, 3, tokens, 16), [512, 128, 32, 1]
+    strides[axis] = step
     apart = 2048  # q, k and v lie between each other's far parts
-    store = torch.empty(2 * scale.far + 3 * apart, device=scale.device, dtype=torch.bfloat16)
+    store = torch.empty((shape[axis] - 1) * step + 3 * apart, device=scale.device, dtype=torch.bfloat16)
     case = stats_cases.make_case(shape, 3, dtype=torch.bfloat16)
     v = stats_cases.make_values(case, 16)
     distant = [store[apart * i :].as_strided(shape, strides).copy_(x) for i, x in enumerate((case.q, case.k, v))]
@@ -268,6 +284,16 @@ def test_strides_past_int32(where, scale):
         results.append(every_result(q, k, v, attention_stats(q, k).lse, (groups, ~groups)))
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
+
+
+@every_scale
+def test_token_strides_past_those_of_the_kernels(scale):
+    """On a GPU "auto" is the torch backend for them, whose bits are its own."""
+    case = stats_cases.make_case((1, 2, 2, 16), 2, dtype=torch.bfloat16)
+    step = MAX_TOKEN_STRIDE + 1
+    store = torch.empty(step + 32, device=scale.device, dtype=torch.bfloat16)
+    far = store.as_strided(case.q.shape, (32, 16, step, 1)).copy_(case.q)
+    stats_cases.assert_close_to_reference(attention_stats(far, case.k.to(scale.device)), case)
 
 
 @every_scale

@@ -263,13 +263,13 @@ def test_offsets_past_int32(far, tmp_path):
     ],
 )
 def test_head_size_too_large(q_size, v_size, dtype, text):
-    q, v = torch.zeros(1, 1, 4, q_size, dtype=dtype), torch.zeros(1, 1, 4, v_size, dtype=dtype)
+    q, v = (torch.zeros(1, 1, 4, size, dtype=dtype, device=DEVICE) for size in (q_size, v_size))
     with pytest.raises(ValueError, match=text):
         attention(q, q, v, backend="triton")
 
 
 def test_token_stride_too_large():
-    q = torch.zeros(1, dtype=HALF).as_strided((1, 1, 1, 1), (1, 1, MAX_TOKEN_STRIDE + 1, 1))
+    q = torch.zeros(1, dtype=HALF, device=DEVICE).as_strided((1, 1, 1, 1), (1, 1, MAX_TOKEN_STRIDE + 1, 1))
     with pytest.raises(
         ValueError, match=r"token strides up to 8388608 elements, got q of strides \(1, 1, 8388609, 1\)"
     ):

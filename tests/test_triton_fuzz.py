@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from stats_cases import make_values
 from stats_strategy import stats_case
@@ -16,8 +16,18 @@ from rhythm_kernels.attention.verify import rounding_of
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 300))
 
 
+# on a GPU each new shape compiles kernels: a failing case comes out as it was drawn
+PHASES = [phase for phase in Phase if DEVICE == "cpu" or phase not in (Phase.shrink, Phase.explain)]
+
+
 @pytest.mark.parametrize("call", CALLS)
-@settings(max_examples=FUZZ_CASES // 3, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(
+    max_examples=FUZZ_CASES // 3,
+    deadline=None,
+    phases=PHASES,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
 @given(
     case=stats_case(dtypes=(torch.float32, HALF) if DEVICE == "cpu" else (torch.float32, HALF, torch.bfloat16)),
     seed=st.integers(0, 999),
