@@ -16,17 +16,24 @@ CODE := rhythm_kernels train tests examples docs/site docs/pictures setup.py $(w
 OTHER_TORCH ?= torch==2.14.1
 WHEEL_TESTS := selection credit reference heads blockwise collect backend_lse group_schedule triton
 
+# The oldest versions that the package allows, and the transformers that GPU machines have beside them: 5.5, the oldest of
+# these, lacks half of the architectures in the tests. Triton 3.6's interpreter fails beside numpy 2.4.
+OLDEST ?= torch==2.11.0 triton==3.6.0 transformers==5.17.0 "numpy<2.4"
+
 # Two runs side by side, each with one thread, must not spin against each other.
 export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-verl test-gpu gpu-bundle test-wheel bench bench-trainer docs kernels extension lint format build wheel help
+.PHONY: train test test-pretended test-oldest test-verl test-gpu gpu-bundle test-wheel bench bench-trainer docs kernels
+.PHONY: extension lint format build wheel help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
 	@echo "make test     everything that CI runs"
 	@echo "make test-verl the plug-in for verl, in an environment of its own (part of make test)"
+	@echo "make test-pretended  the tests of a GPU on one that is not there (part of make test)"
+	@echo "make test-oldest  everything that needs no GPU with the oldest torch and Triton that the package allows"
 	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
 	@echo "make bench    time and memory of the statistics, alone and in a whole forward, and of selection, on this machine"
 	@echo "make bench-trainer  a training step with and without credit at 8,192 tokens, against TRL's trainer, and TRL's own; 90 min"
@@ -43,7 +50,11 @@ train: build
 
 test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs $(VENV)/.verl $(VENV)/.chromium
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
-	@$(MAKE) --no-print-directory test-verl
+	@$(MAKE) --no-print-directory test-pretended test-verl
+
+# In a process of its own, where all of torch believes in the GPU
+test-pretended: build
+	OMP_NUM_THREADS=1 $(PY) -m pytest --pretended-cuda -m gpu -n 2 $(shell grep -l mark.gpu tests/test_*.py) $(ARGS)
 
 test-verl: $(VENV)/.verl
 	@if [ -x $(VERL) ]; then OMP_NUM_THREADS=1 $(VERL) -m pytest tests/verl_plugin; fi
@@ -99,6 +110,17 @@ test-wheel: wheel
 	build/wheel/venv/bin/python -m pip install --quiet $(OTHER_TORCH) "$$(ls dist/*.whl)[test]"
 	cp -r tests train pyproject.toml build/wheel
 	cd build/wheel && OMP_NUM_THREADS=1 venv/bin/python -m pytest -m "not gpu" -n 2 --dist loadgroup $(WHEEL_TESTS:%=tests/test_%.py) $(ARGS)
+
+test-oldest: build/oldest/.installed
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
+
+# The extension lies in the tree already, and serves every torch from 2.11 (CXX=none)
+build/oldest/.installed: $(VENV)/.built
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) "setuptools>=77,<82" wheel ninja
+	CXX=none build/oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		$(OLDEST) --editable ".[train,test]"
+	@touch $@
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python >= 3.10 is needed, got {v.major}.{v.minor}: make PYTHON=...")'
