@@ -283,7 +283,7 @@ def _dispatch(func, args: tuple, kwargs: dict[str, Any]):
     bound = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
     there = _result_is_there(bound, tensors)
     if name in COPIES:
-        work = _copy(name, bound, ours, there)
+        work = _copy(name, bound, there)
     elif name == "aten::_local_scalar_dense":
         _wait("reading a number")
         work = COPY
@@ -292,13 +292,11 @@ def _dispatch(func, args: tuple, kwargs: dict[str, Any]):
         _check_waits(func, name, bound)
         work = name
 
-    run = GPU_ONLY.get(name)
-    if run is not None:
-        out = run(tree_map(_held, bound))
+    if name in GPU_ONLY:
+        out = GPU_ONLY[name](tree_map(_held, bound))
     else:
-        out = func(
-            *tree_map(_held, args), **tree_map(_held, kwargs | {key: False for key in kwargs if key == "pin_memory"})
-        )
+        options = kwargs | {"pin_memory": False} if "pin_memory" in kwargs else kwargs
+        out = func(*tree_map(_held, args), **tree_map(_held, options))
     given = {id(x.held): x for x in ours}
 
     def wrapped(x):
@@ -338,7 +336,7 @@ def _result_is_there(bound: dict[str, Any], tensors: list[Tensor]) -> bool:
     return any(isinstance(x, Pretended) for x in tensors)
 
 
-def _copy(name: str, bound: dict[str, Any], ours: list[Tensor], there: bool) -> str:
+def _copy(name: str, bound: dict[str, Any], there: bool) -> str:
     """Says what kind of work a copy is, and waits where it does."""
     if name == "aten::copy_":
         source, there = bound["src"], isinstance(bound["self"], Pretended)

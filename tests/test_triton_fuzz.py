@@ -14,8 +14,6 @@ from verify_cases import assert_same_probes, assumed, damaged, exact
 from rhythm_kernels.attention.verify import rounding_of
 
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 300))
-
-
 # on a GPU each new shape compiles kernels: a failing case comes out as it was drawn
 PHASES = [phase for phase in Phase if DEVICE == "cpu" or phase not in (Phase.shrink, Phase.explain)]
 
@@ -36,7 +34,13 @@ def test_fuzz(call, case, seed):
     check(call, case, seed)
 
 
-@settings(max_examples=FUZZ_CASES // 10, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(
+    max_examples=FUZZ_CASES // 10,
+    deadline=None,
+    phases=PHASES,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
 @given(
     case=stats_case(40, dtypes=(torch.float32, HALF) if DEVICE == "cpu" else (torch.float32, HALF, torch.bfloat16)),
     seed=st.integers(0, 999),
