@@ -75,6 +75,7 @@ class Work:
 
 _open: list[Work] = []
 _sync_mode = "default"
+_interprets = True  # whether Triton's kernels compute what they are for
 
 
 @contextmanager
@@ -645,7 +646,8 @@ def _launcher(real: Callable) -> Callable:
             raise ValueError(f"{name} cannot be launched on a grid of {grid}")
         if math.prod(grid):
             _launch(name)
-        real(executor, *map(_held_apart, args), **{key: _held_apart(x) for key, x in kwargs.items()})
+        if _interprets:
+            real(executor, *map(_held_apart, args), **{key: _held_apart(x) for key, x in kwargs.items()})
 
     return call
 
@@ -673,13 +675,13 @@ def _widened(x):
 
 
 def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> Pretended:
-    return Pretended(
-        torch.empty(size, dtype=dtype, device="cpu", memory_format=memory_format or torch.contiguous_format)
-    )
+    made = torch.empty(size, dtype=dtype, device="cpu", memory_format=memory_format or torch.contiguous_format)
+    return Pretended(made if _interprets else made.zero_())
 
 
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None) -> Pretended:
-    return Pretended(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+    made = torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+    return Pretended(made if _interprets else made.zero_())
 
 
 def _on_asked(make: Callable) -> Callable:
@@ -751,10 +753,14 @@ def is_pretended() -> bool:
 
 
 @contextmanager
-def pretended_cuda() -> Iterator[torch.device]:
+def pretended_cuda(interprets: bool = True) -> Iterator[torch.device]:
     """A context in which cuda:0 is there, and torch.cuda answers for it; what it changes in the process it puts back.
 
     The ops of csrc/ run on the CPU there, one launch each, where the extension is built.
+
+    Args:
+        interprets: False leaves out what Triton's kernels compute, which takes long: they are counted, and what they
+            would write is 0.
 
     Raises: RuntimeError where torch sees a GPU, or where Triton compiles kernels.
     """
@@ -782,6 +788,7 @@ def pretended_cuda() -> Iterator[torch.device]:
             enter(patch.object(module, "_foreach_supported_types", types))
         enter(patch.object(builder, "create_dot", _dot(builder.create_dot)))
         enter(patch.object(executor, "__call__", _launcher(executor.__call__)))
+        enter(patch.dict(globals(), _interprets=interprets))
         enter(patch.object(triton_backend, "INTERPRETING", False))
         enter(patch.object(triton_tiles, "FP32", FP32))
         if served:

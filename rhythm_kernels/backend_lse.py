@@ -193,8 +193,15 @@ def _fitted(call: _Call, shape: torch.Size, layout: Layout) -> Tensor | None:
             lse = lse.squeeze(-1)
         lse = lse[..., : shape[2]]
         return lse if lse.shape == shape else None
-    if lse.shape != (shape[1], sum(end - begin for _, begin, end in layout.bounds)):
+    tokens = sum(end - begin for _, begin, end in layout.bounds)
+    if lse.shape != (shape[1], tokens):
         return None
-    is_token = layout.first <= layout.last  # [B, T]; the tokens follow each other, batch row by batch row
-    place = is_token.flatten().cumsum(0).sub(1).clamp(min=0)
-    return lse[:, place].unflatten(1, is_token.shape).transpose(0, 1)
+    if tokens < layout.rows.numel():  # the tokens follow each other, batch row by batch row
+        lse = lse[:, layout.keep("places of tokens", lambda: _places(layout))]
+    return lse.unflatten(1, layout.rows.shape).transpose(0, 1)
+
+
+def _places(layout: Layout) -> Tensor:
+    """Where each token stands among those of all batch rows without padding, anything in padding: [B T] int64."""
+    is_token = layout.first <= layout.last
+    return is_token.flatten().cumsum(0).sub(1).clamp(min=0)

@@ -1,0 +1,240 @@
+"""Counts what the statistics launch on a GPU, and where the host waits for one. Needs no GPU.
+
+    TRITON_INTERPRET=1 python -m benchmarks.host_work [--out benchmarks/results/host-work]
+
+A small model, a Qwen3 of six layers in fp16, runs on a device that is pretended (`benchmarks/pretended_cuda.py`). The
+model's own launches and waits are subtracted. What comes with each sampled layer is the difference between four
+sampled layers and two, halved; the rest comes once a forward.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import environment, write
+from benchmarks.pretended_cuda import Wait, counted, pretended_cuda
+from rhythm_kernels import GroupSchedule, HeadGroups, collect
+from train.batch import Rollouts, micro_batches, pack
+from train.config import Config, Model
+from train.distributed import World
+from train.policy import Policy, build_model, read_batch
+from train.presets import load_preset
+from train.rollout import Completion
+from train.tasks.words import build_tokenizer
+from train.update import update_policy
+
+LENGTHS = (40, 3, 57, 28)  # of packed sequences, tokens
+TOKENS = sum(LENGTHS)
+FEW, MANY = [1, 3], [1, 2, 3, 4]  # sampled layers
+HEADS = 4
+PROMPT = 5
+NOT_OURS = ("benchmarks/", "rhythm_kernels/taps.py")
+"""Where the model's own waits seem to be: their innermost line in the project is that of the call of the model."""
+
+
+class Count(NamedTuple):
+    check: int
+    """Launches that hold a layer's output against its map."""
+    launches: int
+    """All launches beside the model's own."""
+    waits: list[Wait]
+
+
+class Launches(NamedTuple):
+    """What one way of collecting launches."""
+
+    check: float
+    """The check of a layer's output, a layer."""
+    statistics: float
+    """All else that comes with a layer."""
+    forward: float
+    """What comes once a forward: the sequences' bounds, the heads' groups, their mean."""
+
+
+def make_policy(device: torch.device, attention: str) -> Policy:
+    torch.manual_seed(0)
+    shape = Model(layers=6, hidden_size=64, heads=HEADS, key_heads=2, head_size=16, mlp_size=64)
+    model = build_model(shape, build_tokenizer(), context=2 * TOKENS).half().to(device)
+    model.set_attn_implementation(attention)
+    return Policy(model, 1.0).eval()
+
+
+def packed_inputs(device: torch.device) -> dict[str, Tensor | int | bool]:
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    cuts = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
+    bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cuts)
+    longest = dict.fromkeys(("max_length_q", "max_length_k"), max(LENGTHS))
+    ids = torch.arange(TOKENS)[None] % 20
+    return {"input_ids": ids.to(device), "position_ids": positions.to(device), "use_cache": False, **bounds, **longest}
+
+
+def padded_inputs(device: torch.device) -> dict[str, Tensor | bool]:
+    ids = torch.arange(3 * TOKENS).view(3, TOKENS) % 20
+    mask = torch.arange(TOKENS) < torch.tensor([[TOKENS], [90], [7]])
+    return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device), "use_cache": False}
+
+
+# ---- a forward -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def count(decoder: nn.Module, inputs: dict, layers: list[int], groups: HeadGroups | None = None, **options) -> Count:
+    """One forward under `collect`, from its context to its rhythm."""
+    with counted() as plain:
+        decoder(**inputs)
+    collecting = sys.modules["rhythm_kernels.collect"]
+    real, checks = collecting.probe_output, []
+
+    def probe_output(*args):
+        with counted() as work:
+            found = real(*args)
+        checks.append(work.launches.total())
+        return found
+
+    with patch.object(collecting, "probe_output", probe_output), counted() as work:
+        with collect(decoder, layers=layers, groups=groups, **options) as c:
+            decoder(**inputs)
+        c.rhythm()
+    ours = [wait for wait in work.waits if not wait.where.startswith(NOT_OURS)]
+    return Count(sum(checks), work.launches.total() - plain.launches.total(), ours)
+
+
+def groups_of(layers: list[int]) -> HeadGroups:
+    """The first two heads of each layer, and the last."""
+    place = torch.arange(HEADS).expand(len(layers), -1)
+    return HeadGroups(place < 2, place == HEADS - 1)
+
+
+def launches_of(decoder: nn.Module, inputs: dict, known: bool, **options) -> Launches:
+    few, many = (count(decoder, inputs, some, groups_of(some) if known else None, **options) for some in (FEW, MANY))
+    check = (many.check - few.check) / (len(MANY) - len(FEW))
+    layer = (many.launches - few.launches) / (len(MANY) - len(FEW))
+    return Launches(check, layer - check, few.launches - layer * len(FEW))
+
+
+# ---- a step of the trainer -------------------------------------------------------------------------------------------
+
+
+def make_batch(device: torch.device) -> Rollouts:
+    prompts = [[1 + place % 15 for place in range(PROMPT)] for _ in range(2)]
+    completions = [Completion([3] * (20 + 4 * row), [-1.0] * (20 + 4 * row), "stop") for row in range(8)]
+    return pack(prompts, completions, 4, device)
+
+
+class Waits(NamedTuple):
+    """The host's waits in a pass over micro-batches."""
+
+    between: list[Wait]
+    """Between the first micro-batch and the last."""
+    around: list[Wait]
+    """Before and after."""
+
+
+def waits_of(run: Callable[[Callable[[int], None]], object]) -> Waits:
+    marks: list[int] = []
+    with counted() as work:
+        run(lambda tokens: marks.append(len(work.waits)))
+    if len(marks) < 3:
+        raise ValueError(f"a pass must have at least three micro-batches, got {len(marks)}")
+    first, last = marks[0], marks[-1]
+    return Waits(work.waits[first:last], work.waits[:first] + work.waits[last:])
+
+
+def trainer_waits(device: torch.device) -> dict[str, Waits]:
+    policy, batch, world = make_policy(device, "packed"), make_batch(device), World(0, 1, device)
+    config: Config = load_preset("countdown-smoke").change(
+        prompts_per_step=2, num_generations=4, gradient_steps=1, num_iterations=2, micro_batch_tokens=60
+    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, eps=1.0)  # in fp16 a smaller one is 0
+    advantages = torch.ones(len(batch.ids), device=device)
+    old = []
+
+    def read(schedule: GroupSchedule) -> Waits:
+        def run(progress) -> None:
+            micros = micro_batches(batch, range(len(batch.lengths)), config.grpo.micro_batch_tokens, world)
+            old.append(read_batch(policy, batch, micros, config, schedule, progress=progress))
+
+        return waits_of(run)
+
+    def update(progress) -> None:
+        update_policy(policy, optimizer, batch, old[-1], advantages, config, world, progress=progress)
+
+    schedule = GroupSchedule(2)
+    return {
+        "old log-probs, spans of each sequence": read(GroupSchedule(1)),
+        "old log-probs, a calibration": read(schedule),
+        "old log-probs, known groups": read(schedule),
+        "update of two optimizer steps": waits_of(update),
+    }
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    launches: dict[str, Launches]
+    forwards: dict[str, list[Wait]]
+    passes: dict[str, Waits]
+
+
+def measure(device: torch.device) -> Found:
+    packed, padded = make_policy(device, "packed").decoder, make_policy(device, "sdpa").decoder
+    inputs, batch, bounds = packed_inputs(device), padded_inputs(device), torch.tensor([0, *LENGTHS]).cumsum(0)
+    launches = {}
+    for name, known in (("spans", False), ("known groups", True)):
+        launches[f"{name}, packed, log-sum-exp of the model"] = launches_of(packed, inputs, known)
+        launches[f"{name}, packed, row pass"] = launches_of(packed, inputs, known, lse="own")
+        launches[f"{name}, padded, row pass"] = launches_of(padded, batch, known)
+    forwards = {
+        "packed, bounds known to the host": count(packed, inputs, FEW, cu_seqlens=bounds).waits,
+        "packed, bounds on the device": count(packed, inputs, FEW).waits,
+        "padded, a mask [B, T] and one [B, 1, T, T]": count(padded, batch, FEW).waits,
+    }
+    return Found(launches, forwards, trainer_waits(device))
+
+
+def report(where: dict[str, str], found: Found) -> str:
+    ways = [f"| {name} | {x.check:g} | {x.statistics:g} | {x.forward:g} |" for name, x in found.launches.items()]
+    forwards = [f"| {name} | {len(waits)} |" for name, waits in found.forwards.items()]
+    passes = [f"| {name} | {len(x.between)} | {len(x.around)} |" for name, x in found.passes.items()]
+    every = [*found.forwards.values(), *(part for x in found.passes.values() for part in x)]
+    places = sorted({f"- {wait.where}: {wait.what}" for waits in every for wait in waits})
+    lines = [
+        *(", ".join(f"{name} {value}" for name, value in where.items() if name != "threads"), ""),
+        *("Launches on a GPU:", ""),
+        *(
+            "| collect | the check, a layer | the statistics, a layer | once a forward |",
+            "|---|---|---|---|",
+            *ways,
+            "",
+        ),
+        *("Waits of the host for the device in a forward under `collect`:", ""),
+        *("| forward | waits |", "|---|---|", *forwards, ""),
+        *("In a pass of the trainer:", ""),
+        *("| pass | between the first micro-batch and the last | around |", "|---|---|---|", *passes, ""),
+        *("Where the host waits:", "", *places),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write OUT.md and OUT.json")
+    args = parser.parse_args()
+    with pretended_cuda(interprets=False) as device:
+        found = measure(device)
+    where = environment()
+    text = report(where, found)
+    print(text)
+    if args.out:
+        write(args.out, text, where | found._asdict())
+
+
+if __name__ == "__main__":
+    main()
