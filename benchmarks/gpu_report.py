@@ -45,7 +45,12 @@ class Report:
         return "gpu-" + re.sub(r"[^a-z0-9]+", "-", self.where["device"].lower()).strip("-")
 
     def add(self, outcome: Outcome, folder: Path, out: Path) -> None:
-        """Takes a step's outcome and what it wrote into `folder`; its picture goes to `out`."""
+        """Takes a step's outcome and what it wrote into `folder`; its picture goes to `out`.
+
+        A step for which there was no time, or nothing to run it with, replaces none that ran.
+        """
+        if not ran(outcome) and outcome.name in self.done:
+            return
         written = folder / f"{outcome.name}.json"
         text = data = picture = None
         if written.exists():
@@ -60,14 +65,17 @@ class Report:
     def take(self, other: "Report", source: Path, out: Path) -> None:
         """Takes the steps of another report of the same device, versions and commit; they replace those of one name.
 
-        Raises: ValueError for a report of anything else.
+        Raises: ValueError for a report of anything else, and for changes that no commit holds.
         """
         for key in sorted(self.where.keys() | other.where.keys()):
             mine, theirs = self.where.get(key), other.where.get(key)
             if mine != theirs:
                 raise ValueError(f"reports must be of one {key}, got {theirs!r} in {source} beside {mine!r}")
-        self.done |= other.done
-        self.logs |= other.logs
+        if self.done and self.where.get("commit", "").endswith("-dirty"):
+            raise ValueError(f"reports must be of one commit, got {self.where['commit']} twice: its changes may differ")
+        newer = [name for name, done in other.done.items() if ran(done) or name not in self.done]
+        self.done |= {name: other.done[name] for name in newer}
+        self.logs |= {name: other.logs[name] for name in newer if name in other.logs}
         self.left_out |= other.left_out
         if source.resolve() != out.resolve():
             for done in other.done.values():
@@ -83,6 +91,10 @@ class Report:
         unfinished = out / f"{self.name}.log.unfinished"
         unfinished.write_text("".join(self.logs.values()))
         unfinished.replace(out / f"{self.name}.log")
+
+
+def ran(step: Outcome | Done) -> bool:
+    return step.seconds > 0
 
 
 def load(folder: Path) -> Report | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE = 10.0  # seconds between the request to stop and the end
+GRACE = 20.0  # seconds between the request to stop and the end; pytest waits 10 for workers that hang, then reports
 TAIL = 40  # lines of a failing step's output in the report
 LOG_BYTES = (500_000, 1_000_000)  # of a step's output in the log: its beginning and its end
 
@@ -56,7 +56,8 @@ def run(step: Step, seconds: float, out: Path) -> Outcome:
             status = "passed" if process.wait(max(seconds, 0)) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "out of time"
-            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)  # also what runs under a sanitizer or in a worker
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:

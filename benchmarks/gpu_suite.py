@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 from benchmarks.gpu_report import Report, load
@@ -39,18 +40,14 @@ DENSE = ("maps", "eager")
 OURS = ("sdpa", "triton", "full", "band", "groups", "fused")
 
 
-def steps(capability: tuple[int, int] | None = None) -> list[Step]:
-    """Returns both halves, each in the order of what is missed most when time runs out.
-
-    capability: of the GPU, for which alone the extension is then compiled; (9, 0) is an H100.
-    """
+def steps() -> list[Step]:
+    """Returns both halves, each in the order of what is missed most when time runs out."""
     pytest = [PYTHON, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--durations=5"]
     cores = os.cpu_count() or 1
     workers = max(1, min(8, cores // 2))
     if importlib.util.find_spec("xdist"):  # references and compilations take most of the tests' time
         pytest += ["-n", str(workers), "--dist", "loadgroup"]
     threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
-    archs = {} if capability is None else {"RHYTHM_KERNELS_CUDA_ARCHS": arch_of(capability)}
     attention = [PYTHON, "-m", "benchmarks.attention", "--rounds", "20", "--limit", "8", "--out", "{out}"]
     selection = [PYTHON, "-m", "benchmarks.selection", "--rounds", "20", "--limit", "4", "--out", "{out}"]
     forward = [PYTHON, "-m", "benchmarks.forward", "--rounds", "5", "--limit", "40", "--out", "{out}"]
@@ -67,7 +64,7 @@ def steps(capability: tuple[int, int] | None = None) -> list[Step]:
 
     memcheck = [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *kernels]
     return [
-        Step("build", 1, [PYTHON, "setup.py", "build_ext", "--inplace"], 30, 120, {"MAX_JOBS": str(cores), **archs}),
+        Step("build", 1, [PYTHON, "-m", "benchmarks.gpu_build"], 30, 120, {"MAX_JOBS": str(cores)}),
         Step("gpu-tests", 1, [*pytest, "-m", "gpu", *runnable(gpu_tests())], 60, 150, threads),
         Step("memcheck", 1, memcheck, 50, 90, no_cache),
         Step("ceilings", 1, [PYTHON, "-m", "benchmarks.ceilings", "--out", "{out}"], 15, 40),
@@ -92,12 +89,6 @@ def ptxas_steps(planned: list[Step], ptxas: Path) -> list[Step]:
     ]
 
 
-def arch_of(capability: tuple[int, int]) -> str:
-    """As setup.py takes it: "90a" of (9, 0), whose own instructions need the letter."""
-    number = f"{capability[0]}{capability[1]}"
-    return f"{number}a" if capability >= (9, 0) else number
-
-
 def gpu_tests() -> list[Path]:
     files = sorted((ROOT / "tests").glob("test_*.py"))
     return [file for file in files if "mark.gpu" in file.read_text() and file != ARCHITECTURES]
@@ -117,29 +108,52 @@ def sanitizer_path() -> str | None:
 
 
 def missing_modules(path: Path) -> set[str]:
-    """The packages that a test file, or a file beside it that it imports, needs and that are not installed."""
+    """The packages that a file, or what it imports of this project, needs and that are not installed."""
     missing, seen, todo = set(), set(), [path]
     while todo:
         file = todo.pop()
+        if file in seen:
+            continue
         seen.add(file)
         for name in imported(file):
-            beside = path.parent / f"{name}.py"
-            if beside.exists():
-                todo += [beside] if beside not in seen else []
-            elif not (ROOT / name).exists() and importlib.util.find_spec(name) is None:
-                missing.add(name)
+            package = name.partition(".")[0]
+            todo += [found for folder in (path.parent, ROOT) for found in files_of(folder, name)]
+            own = any((folder / x).exists() for folder in (path.parent, ROOT) for x in (package, f"{package}.py"))
+            if not own and importlib.util.find_spec(package) is None:
+                missing.add(package)
     return missing
 
 
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The files that importing "a.b" runs, as far as they lie in this folder: a.py or a/__init__.py, and so on."""
+    parts = name.split(".")
+    paths = [folder.joinpath(*parts[: n + 1]) for n in range(len(parts))]
+    return [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
+
+
+@cache
 def imported(file: Path) -> set[str]:
-    """The top-level modules that a file imports when it is imported itself."""
+    """The modules that a file imports when it is imported itself; for "from a import b" both a and a.b."""
     names = set()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def why_not(step: Step) -> str:
+    """The reason why a step cannot run here; empty if it can."""
+    if step.name.startswith(SANITIZED) and sanitizer_path() is None:
+        return "compute-sanitizer is not installed"
+    module = step.command[step.command.index("-m") + 1] if "-m" in step.command else ""
+    if module == "pytest":  # without files, it would run all there are
+        return "" if any(x.endswith(".py") for x in step.command) else "none of its test files can be imported"
+    if not module.startswith("benchmarks."):
+        return ""
+    missing = missing_modules(ROOT.joinpath(*module.split(".")).with_suffix(".py"))
+    return f"{', '.join(sorted(missing))} not installed" if missing else ""
 
 
 def runnable(files: list[Path]) -> list[str]:
@@ -177,8 +191,8 @@ def run_all(chosen: list[Step], report: Report, budget: float, out: Path) -> lis
     with tempfile.TemporaryDirectory() as scratch:
         for step in chosen:
             left = budget - (time.perf_counter() - begin) - GRACE
-            if step.name.startswith(SANITIZED) and sanitizer_path() is None:
-                outcome = Outcome(step.name, "left out", 0.0, "compute-sanitizer is not installed")
+            if reason := why_not(step):
+                outcome = Outcome(step.name, "left out", 0.0, reason)
             elif left < step.estimate / 2:  # a shorter one behind it may still fit
                 why = f"{max(left, 0):.0f} s of {budget:.0f} s are left, and it takes about {step.estimate} s"
                 outcome = Outcome(step.name, "out of time", 0.0, why)
@@ -226,11 +240,13 @@ def parse(arguments: list[str] | None, planned: list[Step]) -> argparse.Namespac
 
 
 def choose(args: argparse.Namespace, planned: list[Step]) -> list[Step]:
-    if args.ptxas is not None:
-        return ptxas_steps(planned, args.ptxas.resolve())
     if args.only:
         return [step for step in planned if step.name in args.only]
-    return [step for step in planned if step.half == args.half]
+    # a second machine has no extension yet, unless it came along
+    build = [step for step in planned if step.name == "build"]
+    if args.ptxas is not None:
+        return build + ptxas_steps(planned, args.ptxas.resolve())
+    return build + [step for step in planned if step.half == args.half and step not in build]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -265,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"--out: {error}; name another folder", file=sys.stderr)
         return 2
     report.left_out = left_out_tests()
-    chosen = choose(args, steps(torch.cuda.get_device_capability()))
+    chosen = choose(args, steps())
     outcomes = run_all(chosen, report, args.budget, args.out)
     print((args.out / f"{report.name}.md").read_text())
     return 0 if all(x.status in ("passed", "left out") for x in outcomes) else 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import gpu_kernels, gpu_report, gpu_run, gpu_suite
+from benchmarks import gpu_build, gpu_kernels, gpu_report, gpu_run, gpu_suite
 from benchmarks.gpu_run import Outcome, Step
 
 TINY = ["--device", "cpu", "--rounds", "1", "--heads", "2", "1", "--head-size", "16", "--tokens", "64"]
@@ -30,7 +30,8 @@ def python(name: str, code: str, estimate: int = 1) -> Step:
 def test_each_half_fits_its_budget_and_the_first_has_what_matters_most():
     halves = {half: [step for step in gpu_suite.steps() if step.half == half] for half in gpu_suite.HALVES}
     for steps in halves.values():
-        assert sum(step.estimate for step in steps) <= gpu_suite.BUDGET - gpu_run.GRACE
+        build = 0 if steps[0].name == "build" else gpu_suite.steps()[0].estimate  # each half begins with it
+        assert build + sum(step.estimate for step in steps) <= gpu_suite.BUDGET - gpu_run.GRACE
         assert all(step.estimate <= step.limit <= gpu_suite.BUDGET for step in steps)
     first = ["build", "gpu-tests", "memcheck", "ceilings", "attention", "selection", "forward", "trainer"]
     assert [step.name for step in halves[1]] == first
@@ -54,18 +55,82 @@ def test_the_commands_name_what_is_there():
     assert (gpu_run.ROOT / "setup.py").exists()
 
 
+def test_a_bare_machine_leaves_nothing_out(monkeypatch):
+    absent = {"vllm", "trl", "datasets", "math_verify", "reasoning_gym", "pebble", "gguf"}
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
+    assert gpu_suite.missing_modules(gpu_run.ROOT / "train" / "rewards.py") == {"pebble"}
+    assert gpu_suite.left_out_tests() == {}
+    assert {gpu_suite.why_not(step) for step in gpu_suite.steps()} <= {"", "compute-sanitizer is not installed"}
+    absent.add("transformers")
+    reasons = {step.name: gpu_suite.why_not(step) for step in gpu_suite.steps()}
+    assert reasons["trainer"] == "transformers not installed"
+    assert reasons["architectures"] == "none of its test files can be imported" and reasons["gpu-tests"] == ""
+
+
+# ---- the build -------------------------------------------------------------------------------------------------------
+
+
 def test_the_extension_is_compiled_for_the_card_alone():
     for capability, arch in {(9, 0): "90a", (8, 0): "80", (10, 0): "100a", (8, 9): "89"}.items():
-        [build, *_] = gpu_suite.steps(capability)
-        assert build.environment["RHYTHM_KERNELS_CUDA_ARCHS"] == arch
-    assert "RHYTHM_KERNELS_CUDA_ARCHS" not in gpu_suite.steps()[0].environment
+        assert gpu_build.arch_of(capability) == arch
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path) -> list[str]:
+    """The architectures of each call of setup.py, in a folder without .git on a machine with an H100."""
+    found: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
+    run = gpu_build.subprocess.run
+    monkeypatch.setattr(
+        gpu_build.subprocess,
+        "run",
+        lambda command, **options: (
+            found.append(options["env"]["RHYTHM_KERNELS_CUDA_ARCHS"])
+            if "setup.py" in command
+            else run(command, **options)
+        ),
+    )
+    monkeypatch.delenv("RHYTHM_KERNELS_CUDA_ARCHS", raising=False)
+    return found
+
+
+def test_an_extension_that_came_along_and_runs_is_used(built, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_build, "PROBE", "")
+    gpu_build.main()
+    assert built == [] and capsys.readouterr().out == "the extension that came along runs\n"
+
+
+def test_an_extension_that_does_not_run_is_built_anew_and_has_to_run_then(built, monkeypatch, tmp_path, capsys):
+    once = tmp_path / "once"
+    probe = f"import pathlib; p = pathlib.Path({str(once)!r}); there = p.exists(); p.touch(); assert there, 'too old'"
+    monkeypatch.setattr(gpu_build, "PROBE", probe)
+    gpu_build.main()
+    assert built == ["90a"] and "(AssertionError: too old): building one" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_build, "PROBE", "raise RuntimeError('no kernel image')")
+    with pytest.raises(SystemExit, match="built for 90a does not run: RuntimeError: no kernel image"):
+        gpu_build.main()
+
+
+def test_a_checkouts_extension_is_always_built(built, monkeypatch, tmp_path):
+    (tmp_path / ".git").touch()
+    monkeypatch.setattr(gpu_build, "PROBE", "")
+    gpu_build.main()
+    assert built == ["90a"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_probe_asks_the_gpu():
+    assert re.search("CUDA|NVIDIA|cuda", gpu_build.why_not())
 
 
 def test_the_dry_run_lists_every_step(capsys):
     for half in gpu_suite.HALVES:
         assert gpu_suite.main(["--dry-run", "--half", str(half)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        names = [step.name for step in gpu_suite.steps() if step.half == half]
+        names = [step.name for step in gpu_suite.steps() if step.half == half or step.name == "build"]
         assert [line.split(":")[0] for line in lines[: len(names)]] == names
         assert not any("beyond the budget" in line for line in lines)
     assert gpu_suite.main(["--dry-run", "--only", "racecheck", "--budget", "20"]) == 0
@@ -74,7 +139,8 @@ def test_the_dry_run_lists_every_step(capsys):
 
 def test_another_assembler_repeats_the_first_tests_and_memcheck(capsys):
     assert gpu_suite.main(["--dry-run", "--ptxas", sys.executable]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == [
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        "build",
         "gpu-tests-ptxas",
         "memcheck-ptxas",
     ]
@@ -98,7 +164,13 @@ def test_a_file_whose_imports_are_missing_is_left_out(tmp_path, monkeypatch):
     (tests / "test_triton_b.py").write_text("import pytest  # pytest.mark." + "gpu\n")
     (tests / "helper.py").write_text("import torch\nfrom absent_package.part import y\n")
     monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
-    assert gpu_suite.left_out_tests() == {"test_triton_a.py": ["absent_package"]}
+    (tests / "test_triton_c.py").write_text("from own import part\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "part.py").write_text("import another_absent_package\n")
+    assert gpu_suite.left_out_tests() == {
+        "test_triton_a.py": ["absent_package"],
+        "test_triton_c.py": ["another_absent_package"],
+    }
     assert gpu_suite.runnable(gpu_suite.triton_tests()) == ["tests/test_triton_b.py"]
     assert gpu_suite.runnable(gpu_suite.gpu_tests()) == ["tests/test_triton_b.py"]
 
@@ -131,6 +203,20 @@ def test_a_step_out_of_time_says_what_it_has_so_far(tmp_path):
     code = "import time\ntry:\n    print('one of two'); time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
     stopped = gpu_run.run(python("step", code), 5, tmp_path)
     assert stopped.status == "out of time" and stopped.tail == "one of two\nkept"
+
+
+def test_tests_that_hang_in_workers_leave_what_failed_in_the_report(tmp_path):
+    """A worker that does not answer is waited for by pytest, and the failures are printed after that."""
+    begun = tmp_path / "begun"
+    (tmp_path / "test_it.py").write_text(
+        "import pathlib, signal, time\ndef test_wrong(): assert 1 == 2, 'the reason'\n"
+        "def test_hangs():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(120)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-n", "1", str(tmp_path)]
+    stopped = gpu_run.run(Step("tests", 1, command, 1, 60), 12, tmp_path / "tests")
+    assert begun.exists(), stopped.tail
+    assert stopped.status == "out of time" and "AssertionError: the reason" in stopped.tail
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
@@ -167,7 +253,6 @@ def test_a_long_log_keeps_its_ends(tmp_path, monkeypatch):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     where = {"device": "NVIDIA Pretended 80GB", "torch": "2.11.0", "commit": "abc1234"}
     monkeypatch.setattr(gpu_suite, "environment", lambda device: where)
     monkeypatch.setattr(gpu_suite, "sanitizer_path", lambda: None)
@@ -175,7 +260,7 @@ def pretended_gpu(monkeypatch):
 
 
 def plan(monkeypatch, *steps: Step) -> None:
-    monkeypatch.setattr(gpu_suite, "steps", lambda capability=None: list(steps))
+    monkeypatch.setattr(gpu_suite, "steps", lambda: list(steps))
 
 
 def test_the_report_holds_what_passed_and_what_did_not(pretended_gpu, monkeypatch, tmp_path, capsys):
@@ -235,6 +320,26 @@ def test_a_later_call_replaces_the_steps_that_it_runs_and_keeps_the_others(prete
     ]
     log = (tmp_path / f"{NAME}.log").read_text()
     assert log == "==== gpu-tests: passed ====\n2 passed\n==== selection: passed ====\none\n"
+
+
+def test_a_step_that_finds_no_time_takes_nothing_away(pretended_gpu, monkeypatch, tmp_path, capsys):
+    plan(monkeypatch, python("gpu-tests", "print('2 passed')"))
+    assert gpu_suite.main(["--out", str(tmp_path / "first")]) == 0
+    assert gpu_suite.main(["--out", str(tmp_path / "first"), "--budget", "0"]) == 1
+    assert gpu_suite.main(["--out", str(tmp_path / "second"), "--budget", "0"]) == 1
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    assert gpu_suite.main(["--merge", *folders, "--out", str(tmp_path / "both")]) == 0
+    for folder in ("first", "both"):
+        data = json.loads((tmp_path / folder / f"{NAME}.json").read_text())
+        assert [(step["status"], step["tail"]) for step in data["steps"]] == [("passed", "2 passed")]
+        assert "2 passed" in (tmp_path / folder / f"{NAME}.log").read_text()
+
+
+def test_reports_of_changes_that_no_commit_holds_are_not_joined(tmp_path, capsys):
+    where = {"device": "Some GPU", "commit": "abc1234-dirty"}
+    folders = [str(report_in(tmp_path / name, where, "forward")) for name in ("first", "second")]
+    assert gpu_suite.main(["--merge", *folders, "--out", str(tmp_path / "both")]) == 2
+    assert "got abc1234-dirty twice: its changes may differ" in capsys.readouterr().err
 
 
 def report_in(folder: Path, where: dict[str, str], *names: str) -> Path:
