@@ -32,7 +32,8 @@ def arch_of(capability: tuple[int, int]) -> str:
 def why_not() -> str:
     """The reason why the extension does not run on this GPU; empty if it runs. Each call loads it anew."""
     done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True)
-    return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    said = done.stderr.strip() or f"exit code {done.returncode}"
+    return "" if done.returncode == 0 else said.splitlines()[-1]
 
 
 def main() -> None:

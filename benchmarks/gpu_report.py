@@ -71,8 +71,9 @@ class Report:
             mine, theirs = self.where.get(key), other.where.get(key)
             if mine != theirs:
                 raise ValueError(f"reports must be of one {key}, got {theirs!r} in {source} beside {mine!r}")
-        if self.done and self.where.get("commit", "").endswith("-dirty"):
-            raise ValueError(f"reports must be of one commit, got {self.where['commit']} twice: its changes may differ")
+        commit = other.where.get("commit", "")
+        if commit.endswith("-dirty"):
+            raise ValueError(f"reports must be of one commit, got {commit} in {source}, whose changes may be others")
         newer = [name for name, done in other.done.items() if ran(done) or name not in self.done]
         self.done |= {name: other.done[name] for name in newer}
         self.logs |= {name: other.logs[name] for name in newer if name in other.logs}

@@ -4,11 +4,11 @@
     python -m benchmarks.gpu_suite --dry-run        # lists the steps, with what they take; needs no GPU
     python -m benchmarks.gpu_suite --merge DIR ... --out DIR        # one report of several; needs no GPU
 
-Runs on a bare machine: torch (2.11 or later), triton, transformers and pytest; nvcc for the extension's CUDA ops. The
-first half has what is missed most, and so has the beginning of each half. Each step is a process with its own time
-limit. One that fails, or for which no time is left, is recorded, and the others go on. After each step the report is
-written: gpu-<device>.json, .md, .log and pictures, at most eight files. Steps of an earlier report in the folder, of
-the same device, versions and commit, stay in it.
+Runs on a bare machine: torch (2.11 or later), triton, transformers and pytest; nvcc for the extension's CUDA ops. Both
+halves begin with the build; the first has what is missed most, and so has the beginning of each. Each step is a process
+with its own time limit. One that fails, or for which no time is left, is recorded, and the others go on. After each
+step the report is written: gpu-<device>.json, .md, .log and pictures, at most eight files. Steps of an earlier report
+in the folder, of the same device, versions and commit, stay in it, and so does one that finds no time in a later call.
 
 Exit code: 0 if every step passed, 1 if one did not, 2 without a GPU or with arguments that do not fit.
 """

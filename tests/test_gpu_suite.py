@@ -112,6 +112,9 @@ def test_an_extension_that_does_not_run_is_built_anew_and_has_to_run_then(built,
     monkeypatch.setattr(gpu_build, "PROBE", "raise RuntimeError('no kernel image')")
     with pytest.raises(SystemExit, match="built for 90a does not run: RuntimeError: no kernel image"):
         gpu_build.main()
+    monkeypatch.setattr(gpu_build, "PROBE", "import os; os._exit(7)")
+    with pytest.raises(SystemExit, match="does not run: exit code 7"):
+        gpu_build.main()
 
 
 def test_a_checkouts_extension_is_always_built(built, monkeypatch, tmp_path):
@@ -335,11 +338,16 @@ def test_a_step_that_finds_no_time_takes_nothing_away(pretended_gpu, monkeypatch
         assert "2 passed" in (tmp_path / folder / f"{NAME}.log").read_text()
 
 
-def test_reports_of_changes_that_no_commit_holds_are_not_joined(tmp_path, capsys):
+def test_reports_of_changes_that_no_commit_holds_are_not_joined(pretended_gpu, monkeypatch, tmp_path, capsys):
     where = {"device": "Some GPU", "commit": "abc1234-dirty"}
     folders = [str(report_in(tmp_path / name, where, "forward")) for name in ("first", "second")]
     assert gpu_suite.main(["--merge", *folders, "--out", str(tmp_path / "both")]) == 2
-    assert "got abc1234-dirty twice: its changes may differ" in capsys.readouterr().err
+    assert f"got abc1234-dirty in {folders[0]}, whose changes may be others" in capsys.readouterr().err
+    plan(monkeypatch, python("gpu-tests", ""))
+    monkeypatch.setattr(gpu_suite, "environment", lambda device: pretended_gpu | {"commit": "abc1234-dirty"})
+    assert gpu_suite.main(["--out", str(tmp_path / "third")]) == 0
+    assert gpu_suite.main(["--out", str(tmp_path / "third")]) == 2
+    assert "whose changes may be others; name another folder" in capsys.readouterr().err
 
 
 def report_in(folder: Path, where: dict[str, str], *names: str) -> Path:
