@@ -7,8 +7,7 @@ and the compiled extension for an H100 or H200 (sm_90a), in place.
 
 The extension is compiled from the same files, so it needs nvcc and the Python of an environment with a CUDA build of
 torch, but no GPU. Where neither is at hand the archive comes without it, and the suite's build step makes it there.
-setup.py does not look at an extension that lies in place: that step, if it runs, compiles anew, which takes half a
-minute of one core, divided among as many as five. If it fails, the carried extension stays.
+That step tries a carried extension on the GPU first, and compiles one only if it does not run.
 
 Refused with the reason: a tree that differs from HEAD, and an extension that cannot be built or loaded.
 """
