@@ -93,6 +93,8 @@ Each command takes at most {BUDGET // 60} minutes. The first one brings what is 
 
 {commands}
 
+A third one, with --ptxas in the place of --half, repeats tests and memcheck with the assembler of nvcc's toolkit.
+
 Join what came back to two folders, here: python -m benchmarks.gpu_suite --merge FIRST SECOND --out BOTH
 """
 

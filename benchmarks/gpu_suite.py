@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -105,6 +106,16 @@ def triton_tests() -> list[Path]:
 def sanitizer_path() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
+
+
+def toolkit_ptxas() -> Path:
+    """Returns the path of the ptxas in the toolkit of nvcc, which may be a script that calls another nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return Path("ptxas")
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    top = re.search(r"^#\$ TOP=(.+)$", subprocess.run(command, capture_output=True, text=True).stderr, re.MULTILINE)
+    return Path(top[1].strip() if top else Path(nvcc).parent.parent, "bin", "ptxas").resolve()
 
 
 def missing_modules(path: Path) -> set[str]:
@@ -228,13 +239,16 @@ def parse(arguments: list[str] | None, planned: list[Step]) -> argparse.Namespac
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--half", type=int, choices=HALVES, default=1, help="1: the most valuable steps; 2: the rest")
     which.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"of {', '.join(names)}")
-    which.add_argument("--ptxas", type=Path, help="run gpu-tests and memcheck with this ptxas in Triton's place")
+    help_ = "run gpu-tests and memcheck with this ptxas instead of Triton's; without PATH, with that beside nvcc"
+    which.add_argument("--ptxas", type=Path, nargs="?", const=Path(), metavar="PATH", help=help_)
     which.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="run nothing: join reports, later ones win")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps together")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the report")
     parser.add_argument("--dry-run", action="store_true", help="list the steps and what could not run")
     args = parser.parse_args(arguments)
-    if args.ptxas is not None and not output_of(str(args.ptxas), "--version"):
+    if args.ptxas == Path():
+        args.ptxas = toolkit_ptxas()
+    if args.ptxas is not None and not output_of(str(args.ptxas), "--version"):  # Triton would take its own, silently
         parser.error(f"--ptxas must be an assembler that runs, got {args.ptxas}")
     return args
 

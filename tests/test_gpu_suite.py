@@ -154,6 +154,22 @@ def test_another_assembler_repeats_the_first_tests_and_memcheck(capsys):
     assert "--ptxas must be an assembler that runs, got /not/there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("says", ["#$ TOP={toolkit}/bin/..", "nothing"], ids=["a script", "the toolkit's own"])
+def test_without_a_path_the_assembler_is_that_of_the_toolkit(tmp_path, monkeypatch, says):
+    toolkit, scripts = tmp_path / "cuda", tmp_path / ("scripts" if "TOP" in says else "cuda/bin")
+    for path, text in (
+        (toolkit / "bin" / "ptxas", "echo ptxas"),
+        (scripts / "nvcc", f"echo '{says.format(toolkit=toolkit)}' >&2"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scripts}:/usr/bin:/bin")
+    assert gpu_suite.toolkit_ptxas() == toolkit / "bin" / "ptxas"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_suite.toolkit_ptxas() == Path("ptxas")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     assert gpu_suite.main([]) == 2
