@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY := PASSIVE
 ROUNDS ?= 5
 
 .PHONY: train test test-pretended test-oldest test-verl test-gpu gpu-bundle test-wheel bench bench-trainer docs kernels
-.PHONY: extension lint format build wheel help
+.PHONY: host-work extension lint format build wheel help
 
 help:
 	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
@@ -39,6 +39,7 @@ help:
 	@echo "make bench-trainer  a training step with and without credit at 8,192 tokens, against TRL's trainer, and TRL's own; 90 min"
 	@echo "make docs     the documentation, into build/site"
 	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one; make extension: the CUDA ones (nvcc)"
+	@echo "make host-work  launches and waits of the host around the kernels, counted without a GPU"
 	@echo "make test-gpu what needs a GPU most: tests, sanitizers, benchmarks, one report; ARGS=\"--half 2\": the rest"
 	@echo "make gpu-bundle  what make test-gpu needs on a machine without network or git: one archive, and what to run there"
 	@echo "make build    the environment and the extension"
@@ -86,6 +87,9 @@ docs: $(VENV)/.docs
 
 kernels: build
 	$(PY) -m benchmarks.kernels $(ARGS)
+
+host-work: build
+	TRITON_INTERPRET=1 $(PY) -m benchmarks.host_work $(ARGS)
 
 extension: build
 	$(PY) -m benchmarks.extension $(ARGS)
