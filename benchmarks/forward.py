@@ -141,12 +141,12 @@ Result = tuple[Tensor, Rhythm | None, dict[int, AttentionStats]]
 
 
 class Notes(NamedTuple):
-    """What the variants that collect say beside their result, by their names."""
+    """Notes on the variants that collect, by their names."""
 
     check_seconds: dict[str, list[float]]
-    """What the check of the layers' outputs took, for each call."""
+    """The time of the check of the layers' outputs, in each call."""
     sources: dict[str, str]
-    """Where the log-sum-exp came from."""
+    """The places where the log-sum-exp came from."""
 
 
 def make_variants(model: nn.Module, ids: Tensor, notes: Notes | None = None) -> dict[str, Callable[[], Result]]:

@@ -24,7 +24,7 @@ assert selected == [[True, False, True]], selected
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """As setup.py takes it: "90a" of (9, 0), an H100, whose own instructions need the letter."""
+    """Returns the name that setup.py takes: "90a" of (9, 0), an H100, whose own instructions need the letter."""
     number = f"{capability[0]}{capability[1]}"
     return f"{number}a" if capability >= (9, 0) else number
 

@@ -44,7 +44,7 @@ def commit_to_pack() -> str:
 
 
 def run(command: list[object], folder: Path, **environment: str) -> str:
-    """What it prints; SystemExit with the end of that if it fails."""
+    """Returns what a command prints; SystemExit with the end of that if it fails."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
@@ -84,7 +84,7 @@ def pack(out: Path, commit: str, python: str | None) -> None:
 
 
 def instructions(out: Path) -> str:
-    """What to run on the GPU machine, each command by itself: the second one may find a fresh machine."""
+    """Returns the commands for the GPU machine, each complete by itself: the second one may find a fresh machine."""
     suite = f"tar -xzf {out.name} -C /tmp && cd /tmp/{TOP} && python3 -m benchmarks.gpu_suite"
     commands = "\n".join(f"    {suite} --half {half} --out DIR" for half in HALVES)
     return f"""

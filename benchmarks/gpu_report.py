@@ -31,7 +31,7 @@ class Done(NamedTuple):
 
 
 class Report:
-    """What is known of one device, under one set of versions and one commit."""
+    """The steps that ran on one device, under one set of versions and one commit."""
 
     def __init__(self, where: dict[str, str]):
         self.where = where
@@ -151,7 +151,7 @@ def markdown(report: Report) -> str:
 
 
 def counted_rows(results: dict[str, dict]) -> list[dict[str, dict]]:
-    """Of each benchmark that counts the work of its variants: its rows, by their size or shape."""
+    """Returns the rows of each benchmark that counts the work of its variants, by their size or shape."""
     found = []
     for name, result in results.items():
         if name.startswith("attention"):
@@ -162,7 +162,7 @@ def counted_rows(results: dict[str, dict]) -> list[dict[str, dict]]:
 
 
 def floors(rows: dict[str, dict], ceilings: dict[str, float]) -> str:
-    """Of each variant of a benchmark, by column: the fraction of its floor, by the time inside its kernels."""
+    """Returns a table of the fraction of its floor that each variant reaches, by the time inside its kernels."""
     names = sorted({name for row in rows.values() for name in row["work"]})
     lines = ["| fraction of the floor | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for name in names:

@@ -47,14 +47,14 @@ class Count(NamedTuple):
 
 
 class Launches(NamedTuple):
-    """What one way of collecting launches."""
+    """The launches of one way of collecting."""
 
     check: float
     """The check of a layer's output, a layer."""
     statistics: float
     """All else that comes with a layer."""
     forward: float
-    """What comes once a forward: the sequences' bounds, the heads' groups, their mean."""
+    """Those that come once a forward: the sequences' bounds, the heads' groups, their mean."""
 
 
 def make_policy(device: torch.device, attention: str) -> Policy:
