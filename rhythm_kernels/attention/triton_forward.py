@@ -187,7 +187,8 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     looked_back = tl.zeros([BLOCK_M], tl.float32)
     output = total
-    PADDED_V: tl.constexpr = tl.cdiv(SIZE_V, UNIT) * UNIT  # zeros behind the head size
+    # zeros behind the head size; tl.cdiv of constants is no constant before Triton 3.7
+    PADDED_V: tl.constexpr = (SIZE_V + UNIT - 1) // UNIT * UNIT
     if USE_OUT:
         v += (batch * stride_vb + key_head * stride_vh) * UNIT
         output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
