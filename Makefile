@@ -16,8 +16,8 @@ CODE := rhythm_kernels train tests examples docs/site docs/pictures setup.py $(w
 OTHER_TORCH ?= torch==2.14.1
 WHEEL_TESTS := selection credit reference heads blockwise collect backend_lse group_schedule triton
 
-# The oldest versions that the package allows, and the transformers that GPU machines have beside them: 5.5, the oldest of
-# these, lacks half of the architectures in the tests. Triton 3.6's interpreter fails beside numpy 2.4.
+# The oldest torch and Triton that the package allows, with a transformers of their time. Triton 3.6's interpreter fails
+# beside numpy 2.4.
 OLDEST ?= torch==2.11.0 triton==3.6.0 transformers==5.17.0 "numpy<2.4"
 
 # Two runs side by side, each with one thread, must not spin against each other.

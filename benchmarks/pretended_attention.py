@@ -1,4 +1,4 @@
-"""What a pretended CUDA device computes on the CPU in the place of operators that torch has for a GPU alone.
+"""Computes on the CPU what operators give that torch has for a GPU alone, for a pretended CUDA device.
 
 Each takes the arguments of its operator by name, and returns what it returns. Shapes: query [B, HQ, T, D], key and
 value [B, H, S, D]; of variable-length attention [T, heads, D].

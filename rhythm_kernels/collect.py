@@ -52,7 +52,7 @@ MASKED = ("eager", "sdpa")
 UNKNOWN = ("position_bias", "indices", "block_indices")
 """Arguments of attention functions that change a map in a way that the statistics do not follow."""
 LSE = ("auto", "model", "own")
-"""Whose log-sum-exp the statistics take."""
+"""The choices of the log-sum-exp that the statistics take: see `collect`."""
 
 
 def collect(
@@ -158,7 +158,7 @@ class Collector:
         statistics computed it."""
         self.layout: Layout | None = None
         self.findings = Findings()
-        """What `check()`, `seconds` and `check_seconds` read; it may outlive the statistics, which take more memory."""
+        """Holds what `check()` and `seconds` read. It is small, and may be kept longer than the statistics."""
         self.decoder = decoder_of(model)
         every = layers_of(self.decoder)
         self.layers = _chosen_layers(self.decoder, every, layers)

@@ -1,4 +1,4 @@
-"""What is known of a forward only when the device has run it: whether its layers attend as assumed, and times."""
+"""Keeps what only the device knows of a forward, once it has run: whether its layers attend as assumed, and times."""
 
 import torch
 from torch import Tensor

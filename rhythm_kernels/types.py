@@ -46,3 +46,4 @@ class Rhythm(NamedTuple):
     spans: torch.Tensor | None = None
     """[B, L, HQ] or [L, HQ] fp32, tokens: the spans that the groups come from; None if the groups were given."""
     groups: HeadGroups | None = None
+    """The groups of which WAAD and FAI are means. On a GPU they mean nothing where a span, and so a signal, is NaN."""

@@ -32,7 +32,7 @@ def attentions_of(model) -> list[torch.nn.Module]:
 
 @contextmanager
 def inputs_kept(model):
-    """What the attention of each layer is given inside this block: {layer: [B, T, hidden]}."""
+    """Records what the attention of each layer is given inside this block: {layer: [B, T, hidden]}."""
     given = {}
 
     def keep(module, args, kwargs):

@@ -135,7 +135,7 @@ class Interrupting:
 
 
 def interrupted(main, arguments: list[str], out, capsys) -> dict:
-    """What a run that has to be interrupted leaves in OUT.json."""
+    """Returns OUT.json as a run that has to be interrupted leaves it."""
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--out", str(out)])
     assert stop.value.code == INTERRUPTED
@@ -247,7 +247,7 @@ def test_an_interrupt_before_the_first_row_keeps_nothing(tmp_path, capsys):
 
 
 def python(code: str) -> str:
-    """What code prints in a Python in which the packages of ABSENT are not there."""
+    """Returns what code prints in a Python in which the packages of ABSENT are not there."""
     without = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}, None))\n"
     command = [sys.executable, "-c", without + code]
     done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -1,4 +1,4 @@
-"""What is packed for a GPU machine: the files of a commit, its name, and an extension built from the same files."""
+"""The archive for a GPU machine: the files of a commit, its name, and an extension built from the same files."""
 
 import subprocess
 import sys

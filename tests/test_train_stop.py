@@ -49,7 +49,12 @@ def lines(folder: Path) -> int:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_continues_bit_for_bit(tmp_path, number):
     changes = {"max_steps": 30, "save_steps": 100}
-    run = subprocess.Popen(command(*flags_of(tmp_path / "run", **changes)), env=environment(), stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        command(*flags_of(tmp_path / "run", **changes)),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup has it ignored, and so would the run
+    )
     wait_until(lambda: lines(tmp_path / "run") > 3, run)
     run.send_signal(number)
     said = run.communicate()[1].decode()

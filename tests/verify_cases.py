@@ -17,7 +17,7 @@ Found = list[tuple[str, Deviation]]
 
 
 def assumed(case: StatsCase) -> tuple[Layout, Options]:
-    """What the probes take beside tensors, on the device."""
+    """Returns the arguments of the probes beside tensors, on the device."""
     q, k = on_device(case.q), on_device(case.k)
     layout = make_layout(len(q), q.shape[2], q.device, **{name: on_device(case.kwargs.get(name)) for name in MASKS})
     options = {name: on_device(case.kwargs.get(name)) for name in MAP}
@@ -48,7 +48,7 @@ def damaged(out: Tensor, lse: Tensor, layout: Layout, seed: int, error: float) -
 
 
 def found_by(backend: str, case: StatsCase, v: Tensor, out: Tensor, lse: Tensor | None, rounding: Rounding) -> Found:
-    """What the probes of a backend find in an output and its log-sum-exp, and in the log-sum-exp alone."""
+    """Returns what the probes of a backend find in an output and its log-sum-exp, and in the log-sum-exp alone."""
     layout, options = assumed(case)
     q, k, v, out, lse = (on_device(x) for x in (case.q, case.k, v, out, lse))
     found = probe_output(q, k, v, out, lse, layout, options, rounding, backend)

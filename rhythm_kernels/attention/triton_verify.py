@@ -337,7 +337,7 @@ def probe_errors_kernel(
 
 @triton.jit
 def _excess(error, allowed):
-    """What is not finite where the map is finite is a mismatch; where the map is not, nothing can be said."""
+    """Returns the error over what is allowed: infinity if it is not finite where the map is; 0 where the map is not."""
     excess = tl.where(error == error, error / allowed, float("inf"))
     return tl.where(allowed < float("inf"), excess, 0.0)
 
@@ -394,7 +394,7 @@ def probe(
     rounding: Rounding | None,
     wanted: Tensor | None = None,
 ) -> list[tuple[str, Deviation]]:
-    """As `verify.probe_output`; without v, out and rounding as `verify.probe_lse`, of the heads wanted [S, HQ]."""
+    """Does the work of `verify.probe_output`; without v, out, rounding that of `probe_lse`, for heads wanted [S, HQ]."""
     rounding = rounding or Rounding(0.0, 0.0, 0.0, 0.0, 0.0)  # which a log-sum-exp does not depend on
     rows = verify.probed_rows(layout, verify.END_ROWS if v is None else verify.PROBES)
     chunks, first_chunk = layout.keep(("chunks", CHUNK), lambda: _chunks(layout))
