@@ -1,9 +1,11 @@
 """The work around the kernels on a GPU: few launches a layer, and no wait of the host inside a pass."""
 
 import pytest
+import torch
 
-from benchmarks.host_work import Found, measure, report
+from benchmarks.host_work import LENGTHS, Found, make_policy, measure, packed_inputs, report
 from benchmarks.pretended_cuda import pretended_cuda
+from rhythm_kernels import collect
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +40,21 @@ def test_the_report_names_each_place(found):
     text = report({"device": "none"}, found)
     for wait in found.forwards["packed, bounds on the device"]:
         assert wait.where in text
+
+
+@pytest.mark.parametrize("moved, is_sound", [(0, True), (1, False)], ids=["right", "off by one"])
+def test_known_bounds_are_checked_without_a_wait(moved, is_sound):
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
+    bounds[1:-2] += moved
+    with pretended_cuda() as device, torch.no_grad():
+        decoder, inputs = make_policy(device, "packed").decoder, packed_inputs(device)
+        with collect(decoder, layers=[2], cu_seqlens=bounds) as c:
+            decoder(**inputs)
+        rhythm = c.rhythm()
+        for signal in (rhythm.waad.cpu(), rhythm.fai.cpu()):
+            assert signal.isfinite().all() if is_sound else signal.isnan().all()
+        if is_sound:
+            c.findings.check()
+            return
+        with pytest.raises(ValueError, match="layer 2 does not attend as collect assumes: the output of token 43"):
+            c.findings.check()

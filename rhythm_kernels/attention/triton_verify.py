@@ -394,7 +394,7 @@ def probe(
     rounding: Rounding | None,
     wanted: Tensor | None = None,
 ) -> list[tuple[str, Deviation]]:
-    """Does the work of `verify.probe_output`; without v, out, rounding that of `probe_lse`, for heads wanted [S, HQ]."""
+    """Does the work of `verify.probe_output`; of `verify.probe_lse` for heads wanted [S, HQ], without v, rounding."""
     rounding = rounding or Rounding(0.0, 0.0, 0.0, 0.0, 0.0)  # which a log-sum-exp does not depend on
     rows = verify.probed_rows(layout, verify.END_ROWS if v is None else verify.PROBES)
     chunks, first_chunk = layout.keep(("chunks", CHUNK), lambda: _chunks(layout))
