@@ -66,7 +66,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def exact_answer(p: Problem) -> Answer:
     """Everything, in fp64 on a CPU."""
-    q, k, v, local, global_ = (x.cpu() for x in (p.q, p.k, p.v, p.local, p.global_))
+    q, k, v, local_heads, global_heads = (x.cpu() for x in (p.q, p.k, p.v, p.local_heads, p.global_heads))
     segments = torch.zeros(1, q.shape[2], dtype=torch.int64)
     rows = segments == 0
     weights, lse = reference.attention_map(q, k, segments)
@@ -77,8 +77,8 @@ def exact_answer(p: Problem) -> Answer:
         fai=fai,
         span=reference.span(weights, rows, segments, 1),
         lse=lse,
-        group_waad=waad[:, local].sum(1),
-        group_fai=fai[:, global_].sum(1),
+        group_waad=waad[:, local_heads].sum(1),
+        group_fai=fai[:, global_heads].sum(1),
         column_mean=reference.fai(weights, rows, segments, (0, None)),
     )
 
@@ -88,8 +88,8 @@ def own_answer(p: Problem) -> Answer:
     full = of_stats(attention_stats(p.q, p.k, **OPTIONS))
     return full._replace(
         out=F.scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=True),
-        group_waad=full.waad[:, p.local].sum(1),
-        group_fai=full.fai[:, p.global_].sum(1),
+        group_waad=full.waad[:, p.local_heads].sum(1),
+        group_fai=full.fai[:, p.global_heads].sum(1),
         column_mean=attention_stats(p.q, p.k, lse=p.lse, need_span=False, window=1, horizon=(0, None)).fai,
     )
 

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import available_bytes
 from rhythm_kernels import AttentionStats, attention, attention_stats, group_heads
-from rhythm_kernels.attention.api import run_group_stats, run_stats
-from rhythm_kernels.attention.layout import Layout, make_layout
-from rhythm_kernels.attention.options import Options, check_options
+from rhythm_kernels.statistics.api import run_group_stats, run_stats
+from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.options import Options, check_options
 
 WINDOW, HORIZON = 10, (10, 50)
 OPTIONS = {"window": WINDOW, "horizon": HORIZON}
@@ -37,9 +37,9 @@ class Problem(NamedTuple):
     """[1, H, N, D]"""
     lse: Tensor
     """[1, HQ, N] fp32."""
-    local: Tensor
+    local_heads: Tensor
     """[HQ] bool: 30 % of the heads, of the shortest spans."""
-    global_: Tensor
+    global_heads: Tensor
     """[HQ] bool: 30 % of the heads, of the longest spans."""
     layout: Layout
 
@@ -90,7 +90,7 @@ def make_problem(shape: Shape, tokens: int, device: torch.device) -> Problem:
     q, k, v = (x.to(dtype) for x in (q, k, v))
     stats = attention_stats(q, k, **OPTIONS)
     groups = group_heads(stats.span)
-    return Problem(q, k, v, stats.lse, groups.local[0], groups.global_[0], make_layout(1, tokens, device))
+    return Problem(q, k, v, stats.lse, groups.local_heads[0], groups.global_heads[0], make_layout(1, tokens, device))
 
 
 # ---- the variants ----------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def make_groups(p: Problem) -> Callable[[], Answer]:
     options = checked_options(p, need_span=False)
 
     def run() -> Answer:
-        waad, fai = run_group_stats(p.q, p.k, p.lse, p.local, p.global_, p.layout, options)
+        waad, fai = run_group_stats(p.q, p.k, p.lse, p.local_heads, p.global_heads, p.layout, options)
         return Answer(group_waad=waad, group_fai=fai)
 
     return run

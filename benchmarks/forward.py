@@ -48,8 +48,8 @@ from benchmarks.measure import (
     write,
 )
 from rhythm_kernels import AttentionStats, HeadGroups, Rhythm, collect, sampled_layers
-from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.signals import rhythm_of
+from rhythm_kernels.statistics.layout import make_layout
 
 # what transformers' config takes, from the models' config.json
 MODELS = {

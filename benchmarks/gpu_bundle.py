@@ -63,7 +63,7 @@ def build_extension(folder: Path, python: str) -> None:
     """Compiles the extension of the sources in `folder` in place, and loads it once."""
     run([python, "setup.py", "build_ext", "--inplace"], folder, RHYTHM_KERNELS_CUDA_ARCHS=ARCHS)
     shutil.rmtree(folder / "build", ignore_errors=True)
-    load = "from rhythm_kernels import _extension; _extension.require('cuda')"
+    load = "from rhythm_kernels.credit import extension; extension.require('cuda')"
     run([python, "-B", "-c", load], folder)
 
 

@@ -16,9 +16,9 @@ from rhythm_kernels import (
     segment_topq,
     token_credit,
 )
-from rhythm_kernels.attention.layout import make_layout
-from rhythm_kernels.attention.options import check_options
-from rhythm_kernels.attention.verify import probe_output, rounding_of
+from rhythm_kernels.statistics.layout import make_layout
+from rhythm_kernels.statistics.options import check_options
+from rhythm_kernels.statistics.verify import probe_output, rounding_of
 
 TOKENS = 300
 QUERY_HEADS, KEY_HEADS = 4, 2
@@ -35,7 +35,7 @@ def run_all(device: str) -> None:
 def run_attention(device: str) -> None:
     bounds = torch.tensor([0, 77, 77, TOKENS], dtype=torch.int32, device=device)
     some, sinks = torch.rand(1, TOKENS, device=device) < 0.7, torch.zeros(QUERY_HEADS, device=device)
-    packed = {"cu_seqlens": bounds, "row_mask": some, "softcap": 20.0, "sinks": sinks}
+    packed = {"cu_seqlens": bounds, "response_mask": some, "softcap": 20.0, "sinks": sinks}
     windowed = {"sliding_window": 40, "horizon": (1, None)}
     # small heads first: threads report reads out of shared memory's bounds for them
     for dtype, size, options, is_misaligned in (
@@ -62,7 +62,7 @@ def run_attention_once(device: str, dtype: torch.dtype, size: int, options: dict
     attention_stats(q, k, lse=stats.lse, need_span=False, **options)  # which checks the log-sum-exp
     group_stats(q, k, heads, ~heads, lse=stats.lse, **options)
     out, _ = attention(q, k, v, **options)
-    layout = make_layout(1, TOKENS, q.device, options.get("row_mask"), cu_seqlens=options.get("cu_seqlens"))
+    layout = make_layout(1, TOKENS, q.device, options.get("response_mask"), cu_seqlens=options.get("cu_seqlens"))
     of_map = ("scale", "sliding_window", "softcap", "sinks")
     checked = check_options(
         q, k, **{name: options.get(name) for name in of_map}, window=10, horizon=(10, 50), need_span=False
@@ -98,8 +98,8 @@ def run_selection_once(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) 
     find_peaks(values, mask, min_quantile=0.5, **options)
     rhythm = Rhythm(waad=values, fai=values.flip(-1))
     for strategy in ("local", "global", "coupled"):
-        token_credit(strategy, mask=mask, rhythm=rhythm, k=40, **options)
-    coupled_sets(rhythm, mask, k=40, **options)
+        token_credit(strategy, mask, rhythm, max_lookback=40, **options)
+    coupled_sets(mask, rhythm, max_lookback=40, **options)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ TOKENS = sum(LENGTHS)
 FEW, MANY = [1, 3], [1, 2, 3, 4]  # sampled layers
 HEADS = 4
 PROMPT = 5
-NOT_OURS = ("benchmarks/", "rhythm_kernels/taps.py")
+NOT_OURS = ("benchmarks/", "rhythm_kernels/listen/taps.py")
 """Where the model's own waits seem to be: their innermost line in the project is that of the call of the model."""
 
 
@@ -88,7 +88,7 @@ def count(decoder: nn.Module, inputs: dict, layers: list[int], groups: HeadGroup
     """One forward under `collect`, from its context to its rhythm."""
     with counted() as plain:
         decoder(**inputs)
-    collecting = sys.modules["rhythm_kernels.collect"]
+    collecting = sys.modules["rhythm_kernels.listen.collect"]
     real, checks = collecting.probe_output, []
 
     def probe_output(*args):

@@ -30,8 +30,8 @@ from benchmarks import sass
 from benchmarks.launches import TARGETS, Launch, compile_launches
 from benchmarks.measure import environment, progress
 from benchmarks.sass import WARP_LANES, Instruction
-from rhythm_kernels.attention import triton_backend
-from rhythm_kernels.attention.triton_tiles import BandTile, Tile, Tiles, choose_tiles
+from rhythm_kernels.statistics import triton_backend
+from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, Tiles, choose_tiles
 
 # One SM of an H100 SXM, a cycle. 132 of them at 1.83 GHz make the data sheet's 989e12 FLOP/s (bf16, dense).
 SMS, CLOCK = 132, 1.83e9

@@ -36,9 +36,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
 
 from benchmarks.pretended_attention import GPU_ONLY
-from rhythm_kernels import _extension
-from rhythm_kernels.attention import triton_backend, triton_tiles
-from rhythm_kernels.attention.triton_tiles import BandTile, Tile, Tiles
+from rhythm_kernels.credit import extension
+from rhythm_kernels.statistics import triton_backend, triton_tiles
+from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, Tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda", 0)
@@ -654,7 +654,7 @@ def pretended_cuda(interprets: bool = True) -> Iterator[torch.device]:
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("Triton compiles kernels in this process: set TRITON_INTERPRET=1 before it is imported")
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    served = _extension._DEVICE_TYPES
+    served = extension._DEVICE_TYPES
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -677,7 +677,7 @@ def pretended_cuda(interprets: bool = True) -> Iterator[torch.device]:
         enter(patch.object(triton_backend, "INTERPRETING", False))
         enter(patch.object(triton_tiles, "FP32", FP32))
         if served:
-            enter(patch.object(_extension, "_DEVICE_TYPES", served | {"cuda"}))
+            enter(patch.object(extension, "_DEVICE_TYPES", served | {"cuda"}))
         torch.__future__.set_swap_module_params_on_conversion(True)  # parameters of another class stay the same objects
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         stack.callback(_set_sync_mode, "default")

@@ -129,10 +129,10 @@ class Call(NamedTuple):
 def credit(strategy: str) -> Call:
     def run(b: Batch, backend: str) -> Tensor:
         rhythm = Rhythm(waad=b.waad, fai=b.fai)
-        return token_credit(strategy, mask=b.mask, rhythm=rhythm, q=Q, cu_seqlens=b.cu_seqlens, backend=backend)
+        return token_credit(strategy, b.mask, rhythm, top_fraction=Q, cu_seqlens=b.cu_seqlens, backend=backend)
 
     signals = 2 if strategy == "coupled" else 1
-    return Call(run, lambda b: reference.gamma(strategy, b.mask, b.waad, b.fai, q=Q), 4 * signals + 1 + 4)
+    return Call(run, lambda b: reference.gamma(strategy, b.mask, b.waad, b.fai, top_fraction=Q), 4 * signals + 1 + 4)
 
 
 def topq(b: Batch, backend: str) -> Tensor:
@@ -331,7 +331,7 @@ def report(args: argparse.Namespace, device: torch.device, results: dict[str, Ro
             }
             for shape, row in results.items()
         }
-        write(args.out, text, {**where, "q": Q, "min_quantile": MIN_QUANTILE, "shapes": shapes})
+        write(args.out, text, {**where, "top_fraction": Q, "min_quantile": MIN_QUANTILE, "shapes": shapes})
     return text
 
 

@@ -37,14 +37,14 @@ from benchmarks.attention import EXACT, ROUNDED
 from benchmarks.forward import MODELS, load
 from benchmarks.measure import Measured, environment, interleave_long, ratios, says_when_interrupted, write
 from rhythm_kernels import GroupSchedule, Rhythm, shape_advantages, token_credit
-from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.signals import rhythm_of
+from rhythm_kernels.statistics.layout import make_layout
 from rhythm_kernels.types import AttentionStats
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config
 from train.distributed import World, shard
-from train.policy import Policy, TokenStats, activation_checkpointing, credit_options, read_batch
+from train.policy import Policy, TokenStats, activation_checkpointing, read_batch
 from train.rollout import Completion
 from train.update import make_optimizer, update_policy
 
@@ -83,22 +83,22 @@ class MicroStep:
         self.policy, self.world = policy, World(0, 1, device)
         self.batch = make_batch(model.config.vocab_size, tokens, device)
         self.plain, self.coupled = make_config(tokens, credit="none"), make_config(tokens, credit="coupled")
-        self.kept = make_config(tokens, credit="coupled", groups_per="batch", groups_every=2)
+        self.kept = make_config(tokens, credit="coupled", credit_group_by="batch", credit_groups_every=2)
         self.optimizer = make_optimizer(self.policy, self.plain)
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE
-        self.layers = sampled_layers(model.config.num_hidden_layers, self.coupled.credit.sampled_layers)
+        self.layers = sampled_layers(model.config.num_hidden_layers, self.coupled.credit.layers)
         self.micros = micro_batches(self.batch, [0], tokens, self.world)
         read_batch(self.policy, self.batch, self.micros, self.kept, schedule := GroupSchedule(2))
         self.calibrated = schedule.state_dict()
 
     def update(self, old: TokenStats, rhythm: Rhythm | None, config: Config) -> None:
         gamma = token_credit(
-            config.credit.credit,
-            mask=self.batch.response_mask[None],
-            rhythm=rhythm,
+            config.credit.strategy,
+            self.batch.response_mask[None],
+            rhythm,
             cu_seqlens=self.batch.cu_seqlens,
-            **credit_options(config.credit),
+            **config.credit.credit_arguments,
         )
         advantages = shape_advantages(torch.ones_like(gamma), gamma)[0]
         one = config.change(num_iterations=1)

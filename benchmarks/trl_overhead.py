@@ -157,8 +157,8 @@ def dense_gamma(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         row, segment = rows[b : b + 1], torch.zeros_like(ids[b : b + 1])
         of_layers = [maps[layer][b : b + 1].double() for layer in reference.sampled_layers(len(maps))]
         groups = reference.group_heads(torch.cat([reference.span(one, row, segment, 1) for one in of_layers]))
-        waad = torch.cat([reference.waad(one, row) for one in of_layers])[groups.local].mean(0)
-        fai = torch.cat([reference.fai(one, row, segment) for one in of_layers])[groups.global_].mean(0)
+        waad = torch.cat([reference.waad(one, row) for one in of_layers])[groups.local_heads].mean(0)
+        fai = torch.cat([reference.fai(one, row, segment) for one in of_layers])[groups.global_heads].mean(0)
         gammas.append(reference.gamma("coupled", row, waad[None], fai[None])[:, cut:])
     return torch.cat(gammas)
 

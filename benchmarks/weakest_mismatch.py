@@ -4,7 +4,7 @@
 
 Random q, k and v, 512 tokens, 8 query and 2 key heads of 64, in each dtype, by the eager formula and by torch's fused
 attention, with scores of several standard deviations. The map that is assumed is wrong by a little. The table has the
-deviation over the limit of `rhythm_kernels/attention/verify.py`, above 1 where it is found: the least of some draws,
+deviation over the limit of `rhythm_kernels/statistics/verify.py`, above 1 where it is found: the least of some draws,
 for sound calls the largest.
 """
 
@@ -19,9 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from benchmarks.measure import environment, write
-from rhythm_kernels.attention.layout import Layout, make_layout
-from rhythm_kernels.attention.options import check_options
-from rhythm_kernels.attention.verify import probe_output, rounding_of
+from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.options import check_options
+from rhythm_kernels.statistics.verify import probe_output, rounding_of
 
 TOKENS, QUERY_HEADS, KEY_HEADS, SIZE = 512, 8, 2, 64
 SCALE = SIZE**-0.5

@@ -7,20 +7,25 @@
 #include <torch/csrc/stable/library.h>
 
 // B rows of T tokens, S sequences: the rows, or what cu_seqlens int32 [S+1] cuts out of one row. Signals are float32
-// [B,T], mask is bool [B,T]. Codes are those of csrc/rows/credit.h.
+// [B,T], response_mask is bool [B,T]. Codes are those of csrc/rows/credit.h.
 STABLE_TORCH_LIBRARY_FRAGMENT(rhythm_kernels, m) {
   // selected bool [B,T], has_nan bool [S]
-  m.def("segment_topq(Tensor values, Tensor mask, Tensor? cu_seqlens, float q, bool largest) -> (Tensor, Tensor)");
+  m.def(
+      "segment_topq(Tensor values, Tensor response_mask, Tensor? cu_seqlens, float top_fraction, bool largest) -> "
+      "(Tensor, Tensor)");
   // peaks bool [B,T]
-  m.def("find_peaks(Tensor values, Tensor mask, Tensor? cu_seqlens, float min_quantile) -> Tensor");
+  m.def("find_peaks(Tensor values, Tensor response_mask, Tensor? cu_seqlens, float min_quantile) -> Tensor");
   // gamma float32 [B,T], faults uint8 [S]
   m.def(
-      "topq_credit(Tensor values, Tensor mask, Tensor? cu_seqlens, bool of_delta, float q, float amp, bool largest) "
+      "topq_credit(Tensor values, Tensor response_mask, Tensor? cu_seqlens, bool of_delta, float top_fraction, float "
+      "amplification, bool largest) "
       "-> (Tensor, Tensor)");
   // gamma float32 [B,T], faults uint8 [S], and with_sets: memberships uint8 [B,T], steps back to the intro int32 [B,T]
   m.def(
-      "coupled_credit(Tensor waad, Tensor fai, Tensor mask, Tensor? cu_seqlens, float q, float amp, float alpha, "
-      "int k, bool largest, float? tau_waad, float? tau_delta, bool with_sets) -> (Tensor, Tensor, Tensor, Tensor)");
+      "coupled_credit(Tensor waad, Tensor fai, Tensor response_mask, Tensor? cu_seqlens, float top_fraction, float "
+      "amplification, float shared_fraction, "
+      "int max_lookback, bool largest, float? tau_waad, float? tau_delta, bool with_sets) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 // Importing the module loads the library, and with it the registrations above. HAS_CUDA: the CUDA kernels are in it.

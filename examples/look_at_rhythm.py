@@ -53,8 +53,8 @@ response = torch.arange(ids.shape[1], device=ids.device)[None] >= prompt_ids.sha
 with torch.no_grad(), collect(model, response_mask=response) as c:
     model(ids, use_cache=False)
 rhythm = c.rhythm()
-gamma = token_credit("coupled", mask=response, rhythm=rhythm)
-sets = coupled_sets(rhythm, response)
+gamma = token_credit("coupled", response, rhythm)
+sets = coupled_sets(response, rhythm)
 peaks = {"WAAD": find_peaks(rhythm.waad, response), "FAI": find_peaks(rhythm.fai, response)}
 
 near, far = (rhythm.spans[0][group[0]].mean() for group in rhythm.groups)

@@ -70,7 +70,7 @@ def train(model, tokenizer, args):
         # under torch.no_grad(), keep gamma and the log-probs, and let each update run a forward without collect.
         with collect(model, response_mask=response) as c:
             logits = model(ids, attention_mask=attention_mask.long(), use_cache=False).logits
-        gamma = token_credit("coupled", mask=response, rhythm=c.rhythm())  # [B, T]
+        gamma = token_credit("coupled", response, c.rhythm())  # [B, T]
         per_token = shape_advantages(advantages, gamma)  # [B, T]
 
         # Token t is predicted at t - 1. The ratio to the sampling policy is 1 here, and its gradient that of log p.

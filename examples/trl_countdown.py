@@ -4,7 +4,7 @@
     accelerate launch --num_processes 8 examples/trl_countdown.py --model Qwen/Qwen3-4B-Base --use_vllm
 
 The three lines that end in `# rhythm` are all that differs from plain GRPO. Every field of the config is a flag:
---credit global, --credit_q 0.2, --learning_rate 2e-6, ... A trial on a CPU, with a small model:
+--credit global, --credit_top_fraction 0.2, --learning_rate 2e-6, ... A trial on a CPU, with a small model:
 
     python examples/trl_countdown.py --model PATH --use_cpu --bf16 false --max_steps 2 --problems 8 \\
         --num_generations 4 --steps_per_generation 1 --max_completion_length 32 --report_to none

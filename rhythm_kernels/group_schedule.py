@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.checks import check_float, check_int, check_tensor
+from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.heads import group_heads
+from rhythm_kernels.tensor_checks import check_tensor
 from rhythm_kernels.types import HeadGroups
 
 
@@ -29,7 +30,7 @@ class GroupSchedule:
         while training:
             for micro_batch in step:
                 with torch.no_grad(), collect(
-                    model, response_mask=mask, groups=schedule.groups, groups_per="batch"
+                    model, response_mask=mask, groups=schedule.groups, group_by="batch"
                 ) as c:
                     model(...)
                 rhythm = c.rhythm()
@@ -46,17 +47,17 @@ class GroupSchedule:
 
     Args:
         every: steps from one calibration to the next.
-        local, global_: fractions of local and global heads, as in `group_heads` and `collect`.
+        local_fraction, global_fraction: fractions of local and global heads, as in `group_heads` and `collect`.
 
     Raises:
         TypeError, ValueError: wrong arguments.
     """
 
-    def __init__(self, every: int = 1, *, local: float = 0.3, global_: float = 0.3):
+    def __init__(self, every: int = 1, *, local_fraction: float = 0.3, global_fraction: float = 0.3):
         self.every = check_int("every", every, 1)
         self._fractions = {
-            "local": check_float("local", local, 0.0, 1.0),
-            "global_": check_float("global_", global_, 0.0, 1.0),
+            "local_fraction": check_float("local_fraction", local_fraction, 0.0, 1.0),
+            "global_fraction": check_float("global_fraction", global_fraction, 0.0, 1.0),
         }
         self.load_state_dict({"age": 0, "spans": None})
 
@@ -114,8 +115,8 @@ class GroupSchedule:
             return None
         return GroupDrift(
             spearman(before_spans, self._spans),
-            overlap(before.local, self._groups.local),
-            overlap(before.global_, self._groups.global_),
+            overlap(before.local_heads, self._groups.local_heads),
+            overlap(before.global_heads, self._groups.global_heads),
         )
 
     def state_dict(self) -> dict[str, int | Tensor | None]:

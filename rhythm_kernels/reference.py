@@ -113,7 +113,7 @@ def attention_stats(
     scale: float | None = None,
     window: int = 10,
     horizon: Horizon = (10, 50),
-    row_mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sliding_window: int | None = None,
@@ -124,7 +124,7 @@ def attention_stats(
     """The contract of `rhythm_kernels.attention_stats`, dense, in `dtype`."""
     batch, _, tokens, _ = q.shape
     segments = segment_ids(batch, tokens, attention_mask, cu_seqlens)
-    rows = segments >= 0 if row_mask is None else (segments >= 0) & row_mask
+    rows = segments >= 0 if response_mask is None else (segments >= 0) & response_mask
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
     attention, lse = attention_map(
         q, k, segments, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks, dtype=dtype
@@ -137,17 +137,19 @@ def attention_stats(
     )
 
 
-def group_sums(waad_h: Tensor, fai_h: Tensor, local: Tensor, global_: Tensor, segments: Tensor) -> GroupStats:
+def group_sums(
+    waad_h: Tensor, fai_h: Tensor, local_heads: Tensor, global_heads: Tensor, segments: Tensor
+) -> GroupStats:
     """The sums over the heads of a token's group, before the mean of Eq. 8. [B, HQ, T] -> [B, T].
 
-    local, global_: [HQ], or [sequences, HQ] where each sequence has its own groups.
+    local_heads, global_heads: [HQ], or [sequences, HQ] where each sequence has its own groups.
     """
 
     def total(values: Tensor, group: Tensor) -> Tensor:
         member = group[segments.clamp(min=0)] if group.ndim == 2 else group.expand(*segments.shape, -1)  # [B, T, HQ]
         return torch.where(member.mT, values, 0.0).sum(1)
 
-    return GroupStats(waad=total(waad_h, local), fai=total(fai_h, global_))
+    return GroupStats(waad=total(waad_h, local_heads), fai=total(fai_h, global_heads))
 
 
 # ---- layers and heads ------------------------------------------------------------------------------------------------
@@ -162,13 +164,15 @@ def sampled_layers(num_layers: int, count: int = 5) -> list[int]:
     return sorted({min(math.floor(x + 0.5), num_layers - 1) for x in spaced})
 
 
-def group_heads(spans: Tensor, local: float = 0.3, global_: float = 0.3) -> HeadGroups:
-    """Eq. 8: the ceil(local n) heads of the lowest and the ceil(global n) of the highest span; ties to the lower head.
+def group_heads(spans: Tensor, local_fraction: float = 0.3, global_fraction: float = 0.3) -> HeadGroups:
+    """Eq. 8: the ceil(local_fraction n) heads of the lowest span, and the ceil(global_fraction n) of the highest.
+
+    Ties go to the lower head.
 
     The local heads are taken first, so that the groups are disjoint also when all spans are equal.
     """
     flat = spans.flatten().tolist()
-    take = [math.ceil(fraction * len(flat) - 1e-9) for fraction in (local, global_)]
+    take = [math.ceil(fraction * len(flat) - 1e-9) for fraction in (local_fraction, global_fraction)]
     ascending = sorted(range(len(flat)), key=lambda head: (flat[head], head))
     low = ascending[: take[0]]
     high = sorted(ascending[take[0] :], key=lambda head: (-flat[head], head))[: take[1]]
@@ -179,12 +183,15 @@ def group_heads(spans: Tensor, local: float = 0.3, global_: float = 0.3) -> Head
 # ---- selection and credit --------------------------------------------------------------------------------------------
 
 
-def segment_topq(values: Tensor, mask: Tensor, q: float, largest: bool = True) -> Tensor:
-    """TopQ: the ceil(q n) largest (smallest) of a row's n masked positions; ties to the lower position; never a NaN."""
-    out = torch.zeros_like(mask)
+def segment_topq(values: Tensor, response_mask: Tensor, top_fraction: float, largest: bool = True) -> Tensor:
+    """TopQ: the ceil(top_fraction n) largest (smallest) of a row's n masked positions, never a NaN.
+
+    Ties go to the lower position.
+    """
+    out = torch.zeros_like(response_mask)
     for b in range(len(values)):
-        positions = mask[b].nonzero().flatten().tolist()
-        count = math.ceil(q * len(positions) - 1e-9)
+        positions = response_mask[b].nonzero().flatten().tolist()
+        count = math.ceil(top_fraction * len(positions) - 1e-9)
         sign = -1 if largest else 1
         numbers = [p for p in positions if not math.isnan(values[b, p])]
         ranked = sorted(numbers, key=lambda p: (sign * values[b, p].item(), p))
@@ -192,16 +199,16 @@ def segment_topq(values: Tensor, mask: Tensor, q: float, largest: bool = True) -
     return out
 
 
-def find_peaks(values: Tensor, mask: Tensor, min_quantile: float = 0.0) -> Tensor:
+def find_peaks(values: Tensor, response_mask: Tensor, min_quantile: float = 0.0) -> Tensor:
     """Strict local maxima inside runs of consecutive masked positions; a plateau counts at its first position.
 
     As in scipy.signal.find_peaks, a plateau that touches an end of its run is no peak. Of the peaks, those stay that
     reach the ceil(p n)-th smallest of the row's n masked values (p = min_quantile; 0: all stay). Comparisons with NaN
     are false, and NaN is the largest value when values are put in order.
     """
-    out = torch.zeros_like(mask)
+    out = torch.zeros_like(response_mask)
     for b in range(len(values)):
-        x, inside = values[b].tolist(), mask[b].tolist()
+        x, inside = values[b].tolist(), response_mask[b].tolist()
         floor = lower_quantile([v for v, m in zip(x, inside, strict=True) if m], min_quantile)
         for first in range(1, len(x)):
             last = first
@@ -219,10 +226,10 @@ def lower_quantile(values: list[float], p: float) -> float | None:
     return sorted(values, key=lambda v: (math.isnan(v), v))[rank - 1] if rank > 0 else None
 
 
-def delta(waad_t: Tensor, mask: Tensor) -> Tensor:
+def delta(waad_t: Tensor, response_mask: Tensor) -> Tensor:
     """Eq. 13: Delta_t = |WAAD_t - WAAD_{t+1}| for t and t+1 in R, else 0. [B, T]."""
     out = torch.zeros_like(waad_t)
-    both = mask[:, :-1] & mask[:, 1:]
+    both = response_mask[:, :-1] & response_mask[:, 1:]
     out[:, :-1] = torch.where(both, (waad_t[:, :-1] - waad_t[:, 1:]).abs(), 0.0)
     return out
 
@@ -230,24 +237,24 @@ def delta(waad_t: Tensor, mask: Tensor) -> Tensor:
 def coupled_sets(
     waad_t: Tensor,
     fai_t: Tensor,
-    mask: Tensor,
-    q: float = 0.4,
-    k: int = 3,
+    response_mask: Tensor,
+    top_fraction: float = 0.4,
+    max_lookback: int = 3,
     largest: bool = True,
     tau_waad: float | None = None,
     tau_delta: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 15, 17: (T_glob, D, I(D)), each [B, T] bool."""
-    change = delta(waad_t, mask)
-    anchors = segment_topq(fai_t, mask, q, largest)
-    dominated, intros = torch.zeros_like(mask), torch.zeros_like(mask)
-    for b in range(len(mask)):
-        positions = mask[b].nonzero().flatten().tolist()
-        peaks = segment_topq(change[b : b + 1], mask[b : b + 1], q)[0]
+    change = delta(waad_t, response_mask)
+    anchors = segment_topq(fai_t, response_mask, top_fraction, largest)
+    dominated, intros = torch.zeros_like(response_mask), torch.zeros_like(response_mask)
+    for b in range(len(response_mask)):
+        positions = response_mask[b].nonzero().flatten().tolist()
+        peaks = segment_topq(change[b : b + 1], response_mask[b : b + 1], top_fraction)[0]
         low = tau_waad if tau_waad is not None else lower_quantile([waad_t[b, p].item() for p in positions], 0.5)
         high = tau_delta if tau_delta is not None else min(change[b][peaks].tolist(), default=math.inf)
         for t in anchors[b].nonzero().flatten().tolist():
-            before = [u for u in range(t - k, t) if u >= 0 and mask[b, u]]
+            before = [u for u in range(t - max_lookback, t) if u >= 0 and response_mask[b, u]]
             if not before or waad_t[b, t].item() > low:
                 continue
             intro = max(before, key=lambda u: (change[b, u].item(), u))
@@ -258,31 +265,37 @@ def coupled_sets(
 
 def gamma(
     strategy: str,
-    mask: Tensor,
+    response_mask: Tensor,
     waad_t: Tensor | None = None,
     fai_t: Tensor | None = None,
     *,
     entropy: Tensor | None = None,
     draw: Tensor | None = None,
-    q: float = 0.4,
-    amp: float = 1.5,
-    alpha: float = 0.5,
-    k: int = 3,
+    top_fraction: float = 0.4,
+    amplification: float = 1.5,
+    shared_fraction: float = 0.5,
+    max_lookback: int = 3,
     largest: bool = True,
     tau_waad: float | None = None,
     tau_delta: float | None = None,
 ) -> Tensor:
     """Eq. 14, 16, 18 and the baselines: the factor of each token's advantage, [B, T] fp32; 1 outside R."""
     if strategy == "coupled":
-        anchors, dominated, intros = coupled_sets(waad_t, fai_t, mask, q, k, largest, tau_waad, tau_delta)
-        share = (anchors & ~dominated).double() + (1 - alpha) * dominated.double() + alpha * intros.double()
+        anchors, dominated, intros = coupled_sets(
+            waad_t, fai_t, response_mask, top_fraction, max_lookback, largest, tau_waad, tau_delta
+        )
+        share = (
+            (anchors & ~dominated).double()
+            + (1 - shared_fraction) * dominated.double()
+            + shared_fraction * intros.double()
+        )
     elif strategy == "none":
-        share = torch.zeros(mask.shape, dtype=torch.float64)
+        share = torch.zeros(response_mask.shape, dtype=torch.float64)
     else:
-        signal = {"local": lambda: delta(waad_t, mask), "global": lambda: fai_t, "random": lambda: draw}
+        signal = {"local": lambda: delta(waad_t, response_mask), "global": lambda: fai_t, "random": lambda: draw}
         signal["entropy"] = lambda: entropy
-        share = segment_topq(signal[strategy](), mask, q, largest).double()
-    return (1 + (amp - 1) * share).float()
+        share = segment_topq(signal[strategy](), response_mask, top_fraction, largest).double()
+    return (1 + (amplification - 1) * share).float()
 
 
 def shape_advantages(advantages: Tensor, gamma_t: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from math import nan
 import torch
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import Layout
-from rhythm_kernels.checks import can_look, check_choice, check_tensor
+from rhythm_kernels.checks import check_choice
 from rhythm_kernels.heads import group_heads, rank_heads
+from rhythm_kernels.options import GROUP_BY
+from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.tensor_checks import can_look, check_tensor
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
-
-GROUPS_PER = ("sequence", "batch")
 
 
 def rhythm_of(
@@ -19,9 +19,9 @@ def rhythm_of(
     layout: Layout,
     *,
     groups: HeadGroups | None = None,
-    groups_per: str = "sequence",
-    local: float = 0.3,
-    global_: float = 0.3,
+    group_by: str = "sequence",
+    local_fraction: float = 0.3,
+    global_fraction: float = 0.3,
 ) -> Rhythm:
     """WAAD of the local heads' mean map and FAI of the global heads' (Eq. 8-10), by linearity from per-head values.
 
@@ -29,13 +29,13 @@ def rhythm_of(
         stats: of each sampled layer, which are added in ascending order: of each head, or sums over the `groups`.
         layout: where the sequences of the batch are.
         groups: [L, HQ] or [sequences, L, HQ]; made from the spans if None, which sums do not have.
-        groups_per: "sequence": each sequence has its own groups, from its own spans; "batch": one grouping from the
+        group_by: "sequence": each sequence has its own groups, from its own spans; "batch": one grouping from the
             spans over all of R in the batch.
 
     Raises: TypeError, ValueError: wrong groups, or none for sums; a span that is NaN. A GPU is not waited for: there
     the rhythm of that span's sequence is NaN.
     """
-    check_choice("groups_per", groups_per, GROUPS_PER)
+    check_choice("group_by", group_by, GROUP_BY)
     layers = [stats[index] for index in sorted(stats)]
     summed = isinstance(layers[0], GroupStats)
     spans, broken = None, None
@@ -45,14 +45,14 @@ def rhythm_of(
         raise ValueError("groups must be those that the statistics were summed over, got None")
     else:
         spans = torch.stack([layer.span for layer in layers], 1)  # [sequences, L, HQ]
-        if groups_per == "batch":
+        if group_by == "batch":
             spans = _pool(spans, layout)
         if can_look(spans):
-            groups = group_heads(spans, local=local, global_=global_)
+            groups = group_heads(spans, local_fraction=local_fraction, global_fraction=global_fraction)
         else:
-            groups, broken = rank_heads(spans, local, global_), spans.isnan().flatten(-2).any(-1)
+            groups, broken = rank_heads(spans, local_fraction, global_fraction), spans.isnan().flatten(-2).any(-1)
     waad, fai = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("waad", "fai"))
-    rhythm = Rhythm(_mean(waad, groups.local, layout), _mean(fai, groups.global_, layout), spans, groups)
+    rhythm = Rhythm(_mean(waad, groups.local_heads, layout), _mean(fai, groups.global_heads, layout), spans, groups)
     if broken is None:
         return rhythm
     unknown = broken.expand(layout.sequences)[layout.segments]  # [B, T]
@@ -62,7 +62,7 @@ def rhythm_of(
 def check_groups(groups: HeadGroups, layers: int, heads: int, sequences: int) -> None:
     if not isinstance(groups, HeadGroups):
         raise TypeError(f"groups must be HeadGroups, got {type(groups).__name__}")
-    for name, group in zip(("groups.local", "groups.global_"), groups, strict=True):
+    for name, group in zip(("groups.local_heads", "groups.global_heads"), groups, strict=True):
         per_sequence = isinstance(group, Tensor) and group.ndim == 3
         check_tensor(name, group, [sequences, layers, heads] if per_sequence else [layers, heads], [torch.bool])
 

@@ -30,9 +30,9 @@ class GroupStats(NamedTuple):
 class HeadGroups(NamedTuple):
     """The heads with the shortest and the longest spans, for the whole batch or for each sequence (Eq. 8)."""
 
-    local: torch.Tensor
+    local_heads: torch.Tensor
     """[L, HQ] or [B, L, HQ] bool."""
-    global_: torch.Tensor
+    global_heads: torch.Tensor
     """[L, HQ] or [B, L, HQ] bool."""
 
 

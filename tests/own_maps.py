@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from rhythm_kernels.taps import Call, decoder_of, layers_of, tap_of
+from rhythm_kernels.listen.taps import Call, decoder_of, layers_of, tap_of
 
 
 class OwnMaps:

@@ -80,7 +80,7 @@ def make_values(case: StatsCase, size: int, seed: int = 0, order: str = "heads o
 
 
 def make_groups(case: StatsCase, seed: int = 0, per_sequence: bool = True) -> tuple[Tensor, Tensor]:
-    """Random disjoint (local, global_), each [S, HQ] or [HQ] bool; a group is often empty in a sequence or in all."""
+    """Random disjoint (local_heads, global_heads), each [S, HQ] or [HQ] bool; often empty in a sequence or in all."""
     shape = (sequences_of(case), case.q.shape[1]) if per_sequence else (case.q.shape[1],)
     generator = torch.Generator().manual_seed(seed)
     group = torch.randint(3, shape, generator=generator)
@@ -102,8 +102,8 @@ def sequences_of(case: StatsCase) -> int:
 def rows_of(case: StatsCase) -> Tensor:
     """R, [B, T] bool."""
     valid = segments_of(case) >= 0
-    row_mask = case.kwargs.get("row_mask")
-    return valid if row_mask is None else valid & row_mask
+    response_mask = case.kwargs.get("response_mask")
+    return valid if response_mask is None else valid & response_mask
 
 
 def reference_stats(case: StatsCase, dtype: torch.dtype = torch.float64) -> AttentionStats:
@@ -182,12 +182,14 @@ def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
     assert not wrong, f"error and tolerance: {wrong}"
 
 
-def assert_groups_close(stats: GroupStats, case: StatsCase, local: Tensor, global_: Tensor) -> None:
+def assert_groups_close(stats: GroupStats, case: StatsCase, local_heads: Tensor, global_heads: Tensor) -> None:
     """Shapes, exact zeros, and errors against fp64 of at most `tolerances` for each head of the token's group."""
     exact, segments = reference_stats(case), segments_of(case)
-    sums = reference.group_sums(exact.waad, exact.fai, local, global_, segments)
+    sums = reference.group_sums(exact.waad, exact.fai, local_heads, global_heads, segments)
     one = torch.ones_like(exact.waad)
-    members = reference.group_sums(one, one, local, global_, segments)  # how many heads each token's groups have
+    members = reference.group_sums(
+        one, one, local_heads, global_heads, segments
+    )  # how many heads each token's groups have
     allowed = tolerances(case, exact)
     for name, x, true, heads in zip(stats._fields, stats, sums, members, strict=True):
         assert x.dtype == torch.float32, (name, x.dtype)
@@ -216,7 +218,7 @@ def assert_attention_close(out: Tensor, stats: AttentionStats, case: StatsCase, 
 
     eager = reference.attention_out(reference_map(case, torch.float32).to(v.dtype), v)
     eager_error = (eager.double() - exact).abs()
-    every_row = case._replace(kwargs=case.options("row_mask"))
+    every_row = case._replace(kwargs=case.options("response_mask"))
     slip = weight_slip(case, reference_stats(every_row).lse) + torch.finfo(v.dtype).eps
     allowed = slip * reference.attention_out(exact_map, v.abs())
     if eager_error.numel():

@@ -34,9 +34,9 @@ def stats_case(draw, max_tokens: int = 80, dtypes=(torch.float32, torch.float16)
     generator = torch.Generator().manual_seed(seed)
     if rows == "response":
         prompt = draw(st.integers(0, tokens))
-        kwargs["row_mask"] = (torch.arange(tokens) >= prompt).expand(batch, tokens).clone()
+        kwargs["response_mask"] = (torch.arange(tokens) >= prompt).expand(batch, tokens).clone()
     elif rows != "all":
-        kwargs["row_mask"] = torch.rand(batch, tokens, generator=generator) < (0.6 if rows == "holes" else 0.03)
+        kwargs["response_mask"] = torch.rand(batch, tokens, generator=generator) < (0.6 if rows == "holes" else 0.03)
 
     lo = draw(st.integers(0, 12))
     kwargs["horizon"] = (lo, draw(st.none() | st.integers(lo, lo + 60)))

@@ -74,7 +74,7 @@ def made_up(tokens: int = TOKENS, window: tuple[int, int] | None = (40, 90)) -> 
         pair = [torch.rand(n, n).pow(8).tril().mul(0.9) for _ in range(2)]
         return MeanMaps(*pair, begin, end, size)
 
-    sets = coupled_sets(rhythm, mask)
+    sets = coupled_sets(mask, rhythm)
     reading = Reading(
         ids=torch.arange(tokens),
         response=response,
@@ -87,7 +87,7 @@ def made_up(tokens: int = TOKENS, window: tuple[int, int] | None = (40, 90)) -> 
         fai_peaks=peaks(fai),
         receiver_peaks=peaks(receiver_fai),
         sets=type(sets)(*(each[0] for each in sets)),
-        gamma=token_credit("coupled", mask=mask, rhythm=rhythm)[0],
+        gamma=token_credit("coupled", mask, rhythm)[0],
         layers=list(range(LAYERS)),
         spans=spans,
         kurtosis=torch.rand(LAYERS, HEADS, dtype=torch.float64) * 50,
@@ -287,7 +287,9 @@ def check_readout(browser: Browser, answer: ShownAnswer) -> None:
     ):
         assert value(browser, name) == pytest.approx(float(values[t]), rel=1e-3, abs=1e-6), name
     words = browser.text("[data-value=sets]")
-    assert ("preplan" in words) == bool(reading.sets.t_loc[t]) and ("anchor" in words) == bool(reading.sets.t_glob[t])
+    assert ("preplan" in words) == bool(reading.sets.preplan[t]) and ("anchor" in words) == bool(
+        reading.sets.anchors[t]
+    )
     assert ("dominated" in words) == bool(reading.sets.dominated[t])
     assert ("WAAD peak" in words) == bool(reading.waad_peaks[t])
 
@@ -427,9 +429,9 @@ def test_maps_tell_rows_columns_and_weights(browser, answer, path):
     maps = answer.maps[0]
     row, column = (int(word) for word in (text.split()[1], text.split("token ")[1].split()[0]))
     assert (row, column) == (100, 50)
-    local, global_ = (float(text.split(f"{name} ")[1].split(",")[0]) for name in ("local", "global"))
-    assert local == pytest.approx(float(maps.local[row, column]), rel=1e-3)
-    assert global_ == pytest.approx(float(maps.global_[row, column]), rel=1e-3)
+    local_value, global_value = (float(text.split(f"{name} ")[1].split(",")[0]) for name in ("local", "global"))
+    assert local_value == pytest.approx(float(maps.local_map[row, column]), rel=1e-3)
+    assert global_value == pytest.approx(float(maps.global_map[row, column]), rel=1e-3)
     assert at(browser) == row
     check_readout(browser, answer)
 
@@ -462,8 +464,8 @@ def test_heads_tell_their_span_and_groups(browser, answer, path):
             assert ("receiver" in text) == bool(reading.receivers[layer, head])
     for place, layer in enumerate(SAMPLED):
         for head in range(HEADS):
-            assert (", local" in found[layer, head]) == bool(reading.groups.local[place, head])
-            assert (", global" in found[layer, head]) == bool(reading.groups.global_[place, head])
+            assert (", local" in found[layer, head]) == bool(reading.groups.local_heads[place, head])
+            assert (", global" in found[layer, head]) == bool(reading.groups.global_heads[place, head])
 
 
 def test_arrows_lead_to_intros_where_they_are_in_view(browser, answer, path):

@@ -41,8 +41,8 @@ class Dense:
         self.maps = [each.double() for each in eager_maps(model, input_ids=ids[None])]
         self.waad, self.credit_fai, (self.groups,) = dense_rhythm(self.maps, sampled, self.rows, self.segments, 1)
         stacked = torch.stack([self.maps[layer][0] for layer in sampled])  # [l, HQ, T, T]
-        self.local, self.global_ = (stacked[group].mean(0) for group in self.groups)
-        self.fai = self._fai(self.global_)
+        self.local_map, self.global_map = (stacked[group].mean(0) for group in self.groups)
+        self.fai = self._fai(self.global_map)
         every = [dense_stats(each, self.rows, self.segments, 1, horizon=TO_THE_END) for each in self.maps]
         self.columns = torch.cat([fai for _, fai, _ in every])  # [L, HQ, T]
         self.spans = torch.cat([span for *_, span in every])
@@ -100,8 +100,8 @@ def test_selections_are_those_of_the_reference(name):
         assert torch.equal(peaks[None], reference.find_peaks(values[None], rows, 0.6)) and peaks.any()
     waad, fai = found.waad[None], found.credit_fai[None]
     anchors, dominated, intros = reference.coupled_sets(waad, fai, rows)
-    assert torch.equal(found.sets.t_loc[None], reference.segment_topq(reference.delta(waad, rows), rows, 0.4))
-    assert torch.equal(found.sets.t_glob[None], anchors)
+    assert torch.equal(found.sets.preplan[None], reference.segment_topq(reference.delta(waad, rows), rows, 0.4))
+    assert torch.equal(found.sets.anchors[None], anchors)
     assert torch.equal(found.sets.dominated[None], dominated)
     assert torch.equal(found.sets.intros[None], intros)
     named = found.sets.intro_of[found.sets.dominated]
@@ -275,9 +275,9 @@ def test_mean_maps_equal_whole_ones(monkeypatch, name, begin, end, bins, size):
     found = read(model, ids, response, receivers=4)
     dense = Dense(model, ids, response, found.sampled)
     maps = mean_maps(model, ids[None], found.sampled, found.groups, begin=begin, end=end, bins=bins)
-    assert (maps.begin, maps.end, maps.bin) == (begin, end, size) and maps.local.dtype == torch.float32
-    close(maps.local, binned(dense.local, begin, end, size))
-    close(maps.global_, binned(dense.global_, begin, end, size))
+    assert (maps.begin, maps.end, maps.bin) == (begin, end, size) and maps.local_map.dtype == torch.float32
+    close(maps.local_map, binned(dense.local_map, begin, end, size))
+    close(maps.global_map, binned(dense.global_map, begin, end, size))
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "GptOss", "Cohere2"])
@@ -289,16 +289,16 @@ def test_mean_maps_know_soft_caps_sinks_and_windows(name):
     layers = [2, 3]
     maps = mean_maps(model, ids[None], layers, HeadGroups(chosen[0], chosen[1]))
     whole = torch.stack([eager_maps(model, input_ids=ids[None])[layer][0].double() for layer in layers])
-    close(maps.local, whole[chosen[0]].mean(0), atol=1e-5)
-    close(maps.global_, whole[chosen[1]].mean(0), atol=1e-5)
+    close(maps.local_map, whole[chosen[0]].mean(0), atol=1e-5)
+    close(maps.global_map, whole[chosen[1]].mean(0), atol=1e-5)
 
 
 def test_a_group_without_heads_has_an_empty_map():
     model, ids, _ = sequence("llama")
     groups = HeadGroups(torch.zeros(1, 6, dtype=torch.bool), torch.ones(1, 6, dtype=torch.bool))
     maps = mean_maps(model, ids[None], [2], groups)
-    assert maps.local.eq(0).all()
-    torch.testing.assert_close(maps.global_.sum(-1), torch.ones(TOKENS))
+    assert maps.local_map.eq(0).all()
+    torch.testing.assert_close(maps.global_map.sum(-1), torch.ones(TOKENS))
 
 
 @pytest.mark.parametrize("window", [{"begin": -1}, {"begin": 96}, {"end": 97}, {"begin": 5, "end": 5}, {"bins": 0}])

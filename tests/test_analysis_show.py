@@ -111,8 +111,8 @@ def test_the_numbers_of_the_page_are_those_of_the_reading(tiny, answered):
 
     flags = torch.frombuffer(bytearray(base64.b64decode(data["flags"])), dtype=torch.uint8)
     for bit, members in (
-        (page.T_LOC, reading.sets.t_loc),
-        (page.T_GLOB, reading.sets.t_glob),
+        (page.PREPLAN, reading.sets.preplan),
+        (page.ANCHORS, reading.sets.anchors),
         (page.DOMINATED, reading.sets.dominated),
         (page.INTRO, reading.sets.intros),
         (page.WAAD_PEAK, reading.waad_peaks),
@@ -126,8 +126,8 @@ def test_the_numbers_of_the_page_are_those_of_the_reading(tiny, answered):
     assert (back == expected).all() and back.max() <= 3
     members = np.frombuffer(base64.b64decode(data["members"]), np.uint8).reshape(6, 4)
     assert ((members & page.RECEIVER) != 0).sum() == 16
-    assert ((members[reading.sampled] & page.LOCAL) != 0).tolist() == reading.groups.local.tolist()
-    assert ((members[reading.sampled] & page.GLOBAL) != 0).tolist() == reading.groups.global_.tolist()
+    assert ((members[reading.sampled] & page.LOCAL) != 0).tolist() == reading.groups.local_heads.tolist()
+    assert ((members[reading.sampled] & page.GLOBAL) != 0).tolist() == reading.groups.global_heads.tolist()
 
 
 def test_the_maps_of_the_page_are_those_of_the_model(answered):
@@ -139,8 +139,8 @@ def test_the_maps_of_the_page_are_those_of_the_model(answered):
     ]
     for each, maps in zip(data["maps"], shown.maps, strict=True):
         row, column = np.tril_indices(each["bins"])
-        np.testing.assert_allclose(floats(each["local"]), maps.local.numpy()[row, column], atol=1e-6)
-        np.testing.assert_allclose(floats(each["global"]), maps.global_.numpy()[row, column], atol=1e-6)
+        np.testing.assert_allclose(floats(each["local"]), maps.local_map.numpy()[row, column], atol=1e-6)
+        np.testing.assert_allclose(floats(each["global"]), maps.global_map.numpy()[row, column], atol=1e-6)
 
 
 def test_the_files_of_numbers_hold_the_reading(answered):
@@ -161,9 +161,9 @@ def test_the_files_of_numbers_hold_the_reading(answered):
         "kurtosis",
     ):
         assert np.array_equal(arrays[name], getattr(reading, name).numpy()), name
-    assert np.array_equal(arrays["sets_t_glob"], reading.sets.t_glob.numpy())
-    assert np.array_equal(arrays["groups_global"], reading.groups.global_.numpy())
-    assert np.array_equal(arrays["map_local"], shown.maps[0].local.numpy())
+    assert np.array_equal(arrays["sets_anchors"], reading.sets.anchors.numpy())
+    assert np.array_equal(arrays["groups_global"], reading.groups.global_heads.numpy())
+    assert np.array_equal(arrays["map_local"], shown.maps[0].local_map.numpy())
     assert arrays["window_bounds"].tolist() == [20, 90, 1]
     about = json.loads((folder / "reading.json").read_text(encoding="utf-8"))
     assert about["texts"] == shown.texts and about["tokens"] == reading.tokens and about["sampled"] == reading.sampled
@@ -197,7 +197,7 @@ def test_a_long_answer_has_maps_in_bins(tiny, tmp_path):
     arguments = [tiny, "--prompt", PROMPT, "--response", "ten words in all " * 25, "--out", str(tmp_path)]
     shown = show.show(show.parse(arguments))
     (maps,) = shown.maps
-    assert maps.bin == 2 and len(maps.local) == -(-shown.reading.tokens // 2)
+    assert maps.bin == 2 and len(maps.local_map) == -(-shown.reading.tokens // 2)
 
 
 @pytest.mark.parametrize(

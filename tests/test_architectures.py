@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES, LATENT, SIZES
 from models import dense_stats
 
 from rhythm_kernels import collect, reference, sampled_layers
-from rhythm_kernels.taps import decoder_of, softmax_layers, tap_of
+from rhythm_kernels.listen.taps import decoder_of, softmax_layers, tap_of
 
 TOKENS = 40
 # transformers ends rows of these at the batch's own padding, or has them begin behind it: no packed rows

@@ -16,8 +16,8 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import collect, reference
-from rhythm_kernels.attention.layout import make_layout
-from rhythm_kernels.backend_lse import EFFICIENT, FUSED_OPS, LseReader, row_pass
+from rhythm_kernels.listen.backend_lse import EFFICIENT, FUSED_OPS, LseReader, row_pass
+from rhythm_kernels.statistics.layout import make_layout
 
 TOKENS = 70
 CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"

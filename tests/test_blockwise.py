@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rhythm_kernels import attention, attention_stats, group_stats
-from rhythm_kernels.attention import api, blockwise
-from rhythm_kernels.attention.layout import make_layout, mean_over_rows
+from rhythm_kernels.statistics import api, blockwise
+from rhythm_kernels.statistics.layout import make_layout, mean_over_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL_TILES = {"ROW_TILE": 7, "TILE_BYTES": 1, "BAND_TILE": 5, "BAND_BYTES": 1}  # one row, or one item, at a time
@@ -28,8 +28,8 @@ def run(case):
     return attention_stats(case.q, case.k, **case.kwargs, backend="torch")
 
 
-def run_groups(case, local, global_):
-    return group_stats(case.q, case.k, local, global_, **case.options("need_span"), backend="torch")
+def run_groups(case, local_heads, global_heads):
+    return group_stats(case.q, case.k, local_heads, global_heads, **case.options("need_span"), backend="torch")
 
 
 def run_attention(case, v):
@@ -95,7 +95,7 @@ def test_several_tiles_of_a_long_sequence(lse_given):
 
 def test_attention_over_several_tiles_of_a_batch():
     mask = torch.arange(330) >= torch.tensor([[0], [123]])
-    case = make_case((2, 9, 330, 64), 3, attention_mask=mask, row_mask=torch.arange(330).expand(2, -1) >= 200)
+    case = make_case((2, 9, 330, 64), 3, attention_mask=mask, response_mask=torch.arange(330).expand(2, -1) >= 200)
     v = make_values(case, 64)
     assert_attention_close(*run_attention(case, v), case, v)
 
@@ -103,7 +103,7 @@ def test_attention_over_several_tiles_of_a_batch():
 @pytest.mark.parametrize("lse_given", [False, True])
 def test_each_row_alone_in_r(lse_given):
     """Wherever it lies in a tile, and at the far end of the window and the horizon of another one."""
-    case = make_case((96, 1, 96, 8), 1, row_mask=torch.eye(96).bool(), lse_given=lse_given, need_span=False)
+    case = make_case((96, 1, 96, 8), 1, response_mask=torch.eye(96).bool(), lse_given=lse_given, need_span=False)
     assert_close_to_reference(run(case), case)
 
 
@@ -129,7 +129,7 @@ def test_one_group_for_all_sequences_is_the_same_group_for_each():
 
 
 def test_rows_outside_r_have_an_output():
-    case = make_case((2, 4, 150, 16), 2, row_mask=torch.rand(2, 150) < 0.1)
+    case = make_case((2, 4, 150, 16), 2, response_mask=torch.rand(2, 150) < 0.1)
     v = make_values(case, 16)
     everywhere, _ = attention(case.q, case.k, v)
     assert torch.equal(run_attention(case, v)[0], everywhere)
@@ -187,13 +187,13 @@ def test_a_nan_stays_in_its_sequence_in_groups_and_output(kind, what):
 @pytest.mark.parametrize("lse_given", [False, True])
 def test_a_nan_in_a_head_outside_the_groups_changes_no_bit(lse_given):
     case = make_case((2, 6, 70, 8), 3, lse_given=lse_given)
-    local, global_ = torch.zeros(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
-    local[0, 0], local[1, :2], global_[:, 5] = True, True, True
-    clean = run_groups(case, local, global_)
+    local_heads, global_heads = torch.zeros(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
+    local_heads[0, 0], local_heads[1, :2], global_heads[:, 5] = True, True, True
+    clean = run_groups(case, local_heads, global_heads)
     case.q[0, 1:5], case.q[1, 2:5], case.k[:, 1] = torch.nan, torch.nan, torch.nan
     if lse_given:
         case.kwargs["lse"][:, 2:5] = torch.nan
-    assert all(map(torch.equal, run_groups(case, local, global_), clean))
+    assert all(map(torch.equal, run_groups(case, local_heads, global_heads), clean))
 
 
 @pytest.mark.parametrize("lse_given", [False, True])
@@ -202,17 +202,17 @@ def test_what_is_not_asked_for_is_not_computed(lse_given, monkeypatch):
     """In floating-point operations of matrix products: heads outside the groups, and the tiles before R."""
     monkeypatch.setattr(api, "probe_lse", lambda *args: None)  # it looks at a few rows of every head
 
-    def cost(local=0, global_=0, **options):
+    def cost(local_heads=0, global_heads=0, **options):
         case = make_case((1, 8, 256, 16), 2, lse_given=lse_given, **options)
-        groups = [torch.arange(8) < count for count in (local, global_)]
+        groups = [torch.arange(8) < count for count in (local_heads, global_heads)]
         with FlopCounterMode(display=False) as counter:
             run_groups(case, *groups)
         return counter.get_total_flops()
 
     assert cost() == 0
-    one, all_heads = cost(local=1, global_=1), cost(local=8, global_=8)
+    one, all_heads = cost(local_heads=1, global_heads=1), cost(local_heads=8, global_heads=8)
     assert 0 < 8 * one == all_heads
-    assert 2 * cost(4, 4, row_mask=torch.arange(256)[None] >= 192) < cost(4, 4)
+    assert 2 * cost(4, 4, response_mask=torch.arange(256)[None] >= 192) < cost(4, 4)
 
 
 def test_same_input_same_bits():
@@ -224,11 +224,11 @@ def test_same_input_same_bits():
 def test_autocast_changes_no_bit():
     """A trainer's forward often runs under it, and matrix products would be rounded to 16 bits."""
     case = make_case((2, 4, 90, 16), 2)
-    local, global_ = make_groups(case, 3)
+    local_heads, global_heads = make_groups(case, 3)
     v = make_values(case, 8)
-    expected = run(case), run_groups(case, local, global_), run_attention(case, v)
+    expected = run(case), run_groups(case, local_heads, global_heads), run_attention(case, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(case), run_groups(case, local, global_), run_attention(case, v)
+        found = run(case), run_groups(case, local_heads, global_heads), run_attention(case, v)
     for got, wanted in zip((*found[0], *found[1], found[2][0]), (*expected[0], *expected[1], expected[2][0])):
         assert torch.equal(got, wanted)
 
@@ -353,8 +353,8 @@ HEADS = torch.ones(4, dtype=torch.bool)
         (Q, K, {"horizon": 50}, TypeError, r"horizon must be \(lo, hi\)"),
         (Q, K, {"horizon": (50, 10)}, ValueError, r"horizon\[1\] must be at least 50, got 10"),
         (Q, K, {"horizon": (-1, 10)}, ValueError, r"horizon\[0\] must be at least 0, got -1"),
-        (Q, K, {"row_mask": ONES.long()}, TypeError, "row_mask must be torch.bool, got torch.int64"),
-        (Q, K, {"row_mask": ONES[:1]}, ValueError, r"row_mask must have shape \[2, 8\], got \[1, 8\]"),
+        (Q, K, {"response_mask": ONES.long()}, TypeError, "response_mask must be torch.bool, got torch.int64"),
+        (Q, K, {"response_mask": ONES[:1]}, ValueError, r"response_mask must have shape \[2, 8\], got \[1, 8\]"),
         (Q, K, {"attention_mask": ONES.float()}, TypeError, "attention_mask must be torch.bool or"),
         (Q, K, {"attention_mask": 2 * ONES.long()}, ValueError, "attention_mask must hold only 0 and 1"),
         (Q, K, {"attention_mask": ONES & (torch.arange(8) != 3)}, ValueError, "row 0 has a hole"),
@@ -395,7 +395,7 @@ def test_bad_input(q, k, options, error, text):
         ({"v": K[..., ::2]}, ValueError, "v must be contiguous in its last dimension, got strides"),
         ({"v": K.to("meta")}, ValueError, "v must be on cpu, got meta"),
         ({"window": 0}, ValueError, "window must be between 1 and 256, got 0"),
-        ({"row_mask": ONES.long()}, TypeError, "row_mask must be torch.bool, got torch.int64"),
+        ({"response_mask": ONES.long()}, TypeError, "response_mask must be torch.bool, got torch.int64"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, got 'cuda'"),
     ],
 )
@@ -407,12 +407,12 @@ def test_bad_input_of_attention(options, error, text):
 @pytest.mark.parametrize(
     "options, error, text",
     [
-        ({"local": [0, 1]}, TypeError, "local must be a tensor, got list"),
-        ({"local": HEADS.long()}, TypeError, "local must be torch.bool, got torch.int64"),
-        ({"local": HEADS[:3]}, ValueError, r"local must have shape \[4\], got \[3\]"),
-        ({"global_": HEADS.expand(3, 4)}, ValueError, r"global_ must have shape \[2, 4\], got \[3, 4\]"),
-        ({"global_": HEADS.expand(1, 2, 4)}, ValueError, r"global_ must have shape \[4\], got \[1, 2, 4\]"),
-        ({"global_": HEADS.to("meta")}, ValueError, "global_ must be on cpu, got meta"),
+        ({"local_heads": [0, 1]}, TypeError, "local_heads must be a tensor, got list"),
+        ({"local_heads": HEADS.long()}, TypeError, "local_heads must be torch.bool, got torch.int64"),
+        ({"local_heads": HEADS[:3]}, ValueError, r"local_heads must have shape \[4\], got \[3\]"),
+        ({"global_heads": HEADS.expand(3, 4)}, ValueError, r"global_heads must have shape \[2, 4\], got \[3, 4\]"),
+        ({"global_heads": HEADS.expand(1, 2, 4)}, ValueError, r"global_heads must have shape \[4\], got \[1, 2, 4\]"),
+        ({"global_heads": HEADS.to("meta")}, ValueError, "global_heads must be on cpu, got meta"),
         ({"lse": torch.zeros(2, 4, 7)}, ValueError, r"lse must have shape \[2, 4, 8\], got \[2, 4, 7\]"),
         ({"horizon": (50, 10)}, ValueError, r"horizon\[1\] must be at least 50, got 10"),
         ({"backend": 1}, ValueError, "backend must be one of auto, triton, torch, got 1"),
@@ -420,11 +420,11 @@ def test_bad_input_of_attention(options, error, text):
 )
 def test_bad_input_of_groups(options, error, text):
     with pytest.raises(error, match=text):
-        group_stats(Q, K, **{"local": HEADS, "global_": HEADS} | options)
+        group_stats(Q, K, **{"local_heads": HEADS, "global_heads": HEADS} | options)
 
 
 def test_packed_groups_are_one_for_each_sequence():
     bounds = torch.tensor([0, 3, 8])
-    with pytest.raises(ValueError, match=r"local must have shape \[2, 4\], got \[1, 4\]"):
+    with pytest.raises(ValueError, match=r"local_heads must have shape \[2, 4\], got \[1, 4\]"):
         group_stats(Q[:1], K[:1], HEADS[None], HEADS, cu_seqlens=bounds)
     assert group_stats(Q[:1], K[:1], HEADS.expand(2, 4), HEADS, cu_seqlens=bounds).waad.shape == (1, 8)

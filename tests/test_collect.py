@@ -11,11 +11,11 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import AttentionStats, GroupStats, HeadGroups, Rhythm, collect, reference
-from rhythm_kernels.attention.layout import make_layout
 from rhythm_kernels.signals import rhythm_of
+from rhythm_kernels.statistics.layout import make_layout
 
 TOKENS = 70
-collect_module = sys.modules["rhythm_kernels.collect"]  # the package has a function of this name
+collect_module = sys.modules["rhythm_kernels.listen.collect"]  # the package has a function of this name
 
 
 @pytest.fixture(params=[llama, qwen3], ids=["llama", "qwen3"])
@@ -40,13 +40,13 @@ def close(got, expected, label):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("groups_per", ["sequence", "batch"])
-def test_padded_batches(make, attention, side, groups_per):
+@pytest.mark.parametrize("group_by", ["sequence", "batch"])
+def test_padded_batches(make, attention, side, group_by):
     model = make(attention)
     ids, real, response = batch_inputs(side)
     inputs = {"input_ids": ids, "attention_mask": real.long()}
     maps = eager_maps(model, **inputs)
-    with torch.no_grad(), collect(model, response_mask=response, groups_per=groups_per) as c:
+    with torch.no_grad(), collect(model, response_mask=response, group_by=group_by) as c:
         model(**inputs)
     assert c.layers == reference.sampled_layers(6) == sorted(c.stats)
     segments = reference.segment_ids(3, TOKENS, real)
@@ -56,13 +56,13 @@ def test_padded_batches(make, attention, side, groups_per):
         close(c.stats[layer].fai, fai, f"fai of layer {layer}")
         close(c.stats[layer].span, span, f"span of layer {layer}")
     rhythm = c.rhythm()
-    waad, fai, groups = dense_rhythm(maps, c.layers, response, segments, 3, per_batch=groups_per == "batch")
+    waad, fai, groups = dense_rhythm(maps, c.layers, response, segments, 3, per_batch=group_by == "batch")
     close(rhythm.waad, waad, "waad")
     close(rhythm.fai, fai, "fai")
     for b, group in enumerate(groups):
         for got, expected in zip(rhythm.groups, group, strict=True):
-            assert torch.equal(got[b] if groups_per == "sequence" else got, expected)
-    assert rhythm.spans.shape == ((3, 3, 6) if groups_per == "sequence" else (3, 6))
+            assert torch.equal(got[b] if group_by == "sequence" else got, expected)
+    assert rhythm.spans.shape == ((3, 3, 6) if group_by == "sequence" else (3, 6))
     assert c.seconds > 0
 
 
@@ -79,7 +79,7 @@ def test_sharp_attention_is_held_to_the_same_tolerance(make, attention, side, mo
         model(ids, attention_mask=real.long())
     for (q, k, lse, _, options, _), stats in zip(calls, c.stats.values(), strict=True):
         kwargs = {"scale": options.scale, "sliding_window": options.sliding_window, "need_span": True}
-        kwargs |= {"attention_mask": real, "row_mask": response}
+        kwargs |= {"attention_mask": real, "response_mask": response}
         case = StatsCase(q, k, kwargs if lse is None else kwargs | {"lse": lse})
         assert (lse is None) == (attention == "eager")
         assert_close_to_reference(stats, case)
@@ -102,18 +102,18 @@ def test_packed_sequences(make):
     close(rhythm.waad, waad, "waad")
     close(rhythm.fai, fai, "fai")
     for s, group in enumerate(groups):
-        assert torch.equal(rhythm.groups.local[s], group.local)
-        assert torch.equal(rhythm.groups.global_[s], group.global_)
+        assert torch.equal(rhythm.groups.local_heads[s], group.local_heads)
+        assert torch.equal(rhythm.groups.global_heads[s], group.global_heads)
     assert rhythm.spans.shape == (4, 3, 6)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("groups_per", ["sequence", "batch"])
-def test_given_groups_need_no_spans(make, attention, groups_per):
+@pytest.mark.parametrize("group_by", ["sequence", "batch"])
+def test_given_groups_need_no_spans(make, attention, group_by):
     model = make(attention)
     ids, real, response = batch_inputs("left")
     maps = eager_maps(model, input_ids=ids, attention_mask=real.long())
-    with torch.no_grad(), collect(model, response_mask=response, groups_per=groups_per) as first:
+    with torch.no_grad(), collect(model, response_mask=response, group_by=group_by) as first:
         model(ids, attention_mask=real)
     groups = first.rhythm().groups
     with torch.no_grad(), collect(model, response_mask=response, groups=groups) as second:
@@ -121,7 +121,7 @@ def test_given_groups_need_no_spans(make, attention, groups_per):
     rhythm = second.rhythm()
     # only the band of each map is computed, and heads are summed within a layer: the same numbers, rounded elsewhere
     segments = reference.segment_ids(3, TOKENS, real)
-    waad, fai, _ = dense_rhythm(maps, second.layers, response, segments, 3, per_batch=groups_per == "batch")
+    waad, fai, _ = dense_rhythm(maps, second.layers, response, segments, 3, per_batch=group_by == "batch")
     close(rhythm.waad, waad, "waad")
     close(rhythm.fai, fai, "fai")
     assert rhythm.spans is None and rhythm.groups is not groups
@@ -152,7 +152,7 @@ def test_given_groups_of_packed_sequences(make):
     close(second.rhythm().waad, first.rhythm().waad.double(), "waad")
     close(second.rhythm().fai, first.rhythm().fai.double(), "fai")
     wrong = collect(model, groups=HeadGroups(*(group[:3] for group in groups)))
-    with pytest.raises(ValueError, match=r"groups.local must have shape \[4, 3, 6\], got \[3, 3, 6\]"), wrong:
+    with pytest.raises(ValueError, match=r"groups.local_heads must have shape \[4, 3, 6\], got \[3, 3, 6\]"), wrong:
         model(**inputs)
 
 
@@ -202,8 +202,8 @@ def test_a_span_that_is_nan_is_named_or_makes_its_sequence_nan(monkeypatch):
     with pytest.raises(ValueError, match="spans must not hold NaN, got 1 of 6"):
         rhythm_of(stats, layout)
     monkeypatch.setattr(sys.modules["rhythm_kernels.signals"], "can_look", lambda tensor: False)  # as on a GPU
-    for groups_per, broken in (("sequence", [False, True]), ("batch", [True, True])):
-        rhythm = rhythm_of(stats, layout, groups_per=groups_per)
+    for group_by, broken in (("sequence", [False, True]), ("batch", [True, True])):
+        rhythm = rhythm_of(stats, layout, group_by=group_by)
         for found in (rhythm.waad, rhythm.fai):
             assert torch.equal(found.isnan(), torch.tensor(broken)[:, None].expand(2, 5))
 
@@ -343,10 +343,10 @@ def test_what_cannot_be_collected_is_refused():
         collect(model, response_mask=response.long())
     with pytest.raises(ValueError, match="layers must be between -6 and 5, got 6"):
         collect(model, layers=[6])
-    with pytest.raises(ValueError, match="groups_per must be one of sequence, batch, got 'token'"):
-        collect(model, groups_per="token")
+    with pytest.raises(ValueError, match="group_by must be one of sequence, batch, got 'token'"):
+        collect(model, group_by="token")
     groups = HeadGroups(torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"groups.local must have shape \[3, 6\], got \[2, 6\]"):
+    with pytest.raises(ValueError, match=r"groups.local_heads must have shape \[3, 6\], got \[2, 6\]"):
         collect(model, groups=groups)
     with pytest.raises(TypeError, match="groups must be HeadGroups, got tuple"):
         collect(model, groups=(1, 2))

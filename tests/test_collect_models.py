@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import collect, reference, sampled_layers
-from rhythm_kernels.taps import layers_of
+from rhythm_kernels.listen.taps import layers_of
 
 TOKENS = 44
 MISMATCH = "does not attend as collect assumes"
@@ -297,7 +297,7 @@ def test_an_attention_keeps_the_eager_function_that_it_names():
         del module.eager_attention_forward
     from transformers.models.llama4 import modeling_llama4
 
-    from rhythm_kernels.taps import _eager_function
+    from rhythm_kernels.listen.taps import _eager_function
 
     assert _eager_function(modeling_llama4.Llama4VisionAttention) is modeling_llama4.vision_eager_attention_forward
     assert _eager_function(modeling_llama4.Llama4TextAttention) is modeling_llama4.eager_attention_forward

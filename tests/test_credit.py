@@ -9,8 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rhythm_kernels import (
     Rhythm,
-    _extension,
-    composed,
     coupled_sets,
     find_peaks,
     reference,
@@ -18,7 +16,8 @@ from rhythm_kernels import (
     shape_advantages,
     token_credit,
 )
-from rhythm_kernels.credit import STRATEGIES
+from rhythm_kernels.credit import composed, extension
+from rhythm_kernels.options import STRATEGIES
 
 NAN = float("nan")
 
@@ -41,11 +40,11 @@ def signals(draw):
 
 knobs = st.fixed_dictionaries(
     {
-        "q": st.sampled_from([0.0, 0.2, 0.4, 0.7, 1.0]),
+        "top_fraction": st.sampled_from([0.0, 0.2, 0.4, 0.7, 1.0]),
         "largest": st.booleans(),
         "tau_waad": st.sampled_from([None, None, 0.1, 1.0]),
         "tau_delta": st.sampled_from([None, None, 0.0, 0.1, 1.0]),
-        "k": st.integers(1, 8),
+        "max_lookback": st.integers(1, 8),
     }
 )
 
@@ -59,15 +58,17 @@ def test_coupled_equals_the_reference(given_signals, options, alpha, amp):
     waad, fai, mask = given_signals
     rhythm = Rhythm(waad, fai)
     expected = reference.coupled_sets(waad, fai, mask, **options)
-    t_loc = reference.segment_topq(reference.delta(waad, mask), mask, options["q"])
-    factors = reference.gamma("coupled", mask, waad, fai, alpha=alpha, amp=amp, **options)
+    preplan = reference.segment_topq(reference.delta(waad, mask), mask, options["top_fraction"])
+    factors = reference.gamma("coupled", mask, waad, fai, shared_fraction=alpha, amplification=amp, **options)
     for backend in BACKENDS:
-        sets = coupled_sets(rhythm, mask, backend=backend, **options)
-        for name, got, want in zip(("t_glob", "dominated", "intros"), sets[1:4], expected, strict=True):
+        sets = coupled_sets(mask, rhythm, backend=backend, **options)
+        for name, got, want in zip(("anchors", "dominated", "intros"), sets[1:4], expected, strict=True):
             assert torch.equal(got, want), (backend, name)
-        assert torch.equal(sets.t_loc, t_loc)
-        check_intros(sets, reference.delta(waad, mask), mask, options["k"])
-        gamma = token_credit("coupled", mask=mask, rhythm=rhythm, alpha=alpha, amp=amp, backend=backend, **options)
+        assert torch.equal(sets.preplan, preplan)
+        check_intros(sets, reference.delta(waad, mask), mask, options["max_lookback"])
+        gamma = token_credit(
+            "coupled", mask, rhythm, shared_fraction=alpha, amplification=amp, backend=backend, **options
+        )
         assert torch.equal(gamma, factors), backend
         assert gamma[~mask].eq(1).all()
 
@@ -90,10 +91,12 @@ def check_intros(sets, delta, mask, k):
 )
 def test_other_strategies_equal_the_reference(given_signals, strategy, q, largest, amp):
     waad, fai, mask = given_signals
-    inputs = {"rhythm": Rhythm(waad, fai), "entropy": fai, "q": q, "largest": largest, "amp": amp}
-    expected = reference.gamma(strategy, mask, waad, fai, entropy=fai, q=q, largest=largest, amp=amp)
+    inputs = {"rhythm": Rhythm(waad, fai), "entropy": fai, "top_fraction": q, "largest": largest, "amplification": amp}
+    expected = reference.gamma(
+        strategy, mask, waad, fai, entropy=fai, top_fraction=q, largest=largest, amplification=amp
+    )
     for backend in BACKENDS:
-        assert torch.equal(token_credit(strategy, mask=mask, backend=backend, **inputs), expected), backend
+        assert torch.equal(token_credit(strategy, response_mask=mask, backend=backend, **inputs), expected), backend
 
 
 @settings(max_examples=500, deadline=None)
@@ -107,10 +110,10 @@ def test_packed_sequences_have_the_credit_that_they_have_alone(given_signals, op
         for w, f, m in zip(*(unpacked(x, cu_seqlens) for x in (waad, fai, mask)), strict=True)
     ]
     for backend in BACKENDS:
-        inputs = {"mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "backend": backend, **options}
+        inputs = {"response_mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "backend": backend, **options}
         gamma = token_credit(strategy, cu_seqlens=cu_seqlens, **inputs)
         assert torch.equal(gamma, torch.cat(alone, -1)), backend
-    sets = coupled_sets(Rhythm(waad, fai), mask, cu_seqlens=cu_seqlens, **options)
+    sets = coupled_sets(mask, Rhythm(waad, fai), cu_seqlens=cu_seqlens, **options)
     ends = zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])
     for begin, end in ends:  # positions are those of the packed row
         named = sets.intro_of[0, begin:end]
@@ -163,14 +166,14 @@ def test_long_sequences_equal_the_reference(tokens):
     waad, fai = torch.rand(2, tokens, generator=generator) * 10, torch.rand(2, tokens, generator=generator) ** 4
     waad[1], fai[1] = waad[1].round(), (fai[1] * 8).round()  # ties
     mask = torch.rand(2, tokens, generator=generator) < 0.9
-    t_glob, dominated, intros = expected = reference.coupled_sets(waad, fai, mask)
+    anchors, dominated, intros = expected = reference.coupled_sets(waad, fai, mask)
     assert dominated.any(-1).all()
-    share = (t_glob & ~dominated).double() + 0.5 * dominated.double() + 0.5 * intros.double()
+    share = (anchors & ~dominated).double() + 0.5 * dominated.double() + 0.5 * intros.double()
     for backend in BACKENDS:
-        sets = coupled_sets(Rhythm(waad, fai), mask, backend=backend)
+        sets = coupled_sets(mask, Rhythm(waad, fai), backend=backend)
         for got, want in zip(sets[1:4], expected, strict=True):
             assert torch.equal(got, want), backend
-        gamma = token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), backend=backend)
+        gamma = token_credit("coupled", mask, Rhythm(waad, fai), backend=backend)
         assert torch.equal(gamma, (1 + 0.5 * share).float()), backend
 
 
@@ -210,27 +213,27 @@ def test_compiles_into_one_graph(backend, compiler):
     def credit(waad, fai, mask, cuts):
         rhythm, row = Rhythm(waad, fai), Rhythm(fai[:1], fai[:1])
         gammas = [
-            token_credit(strategy, mask=mask, rhythm=rhythm, entropy=fai, backend=backend)
+            token_credit(strategy, mask, rhythm, entropy=fai, backend=backend)
             for strategy in ("none", "entropy", "local", "global", "coupled")
         ]
         if backend != "torch":  # reads cu_seqlens on the host
-            gammas += [token_credit("coupled", mask=mask[:1], rhythm=row, cu_seqlens=cuts, backend=backend)]
+            gammas += [token_credit("coupled", mask[:1], row, cu_seqlens=cuts, backend=backend)]
         return gammas
 
-    none, entropy, local, global_, coupled, *packed = torch.compile(credit, fullgraph=True, backend=compiler)(
+    none, entropy, of_local, of_global, coupled, *packed = torch.compile(credit, fullgraph=True, backend=compiler)(
         waad, fai, mask, cuts
     )
     sound = mask & torch.tensor([True, False, True])[:, None]
-    for gamma in (local, coupled):
+    for gamma in (of_local, coupled):
         assert torch.equal(gamma.isnan(), mask & ~sound)
         assert gamma[1, ~mask[1]].eq(1).all()
     finite = Rhythm(waad.nan_to_num(), fai)
-    for strategy, gamma in (("local", local), ("coupled", coupled)):
-        want = token_credit(strategy, mask=mask, rhythm=finite)
+    for strategy, gamma in (("local", of_local), ("coupled", coupled)):
+        want = token_credit(strategy, mask, finite)
         assert torch.equal(gamma[[0, 2]], want[[0, 2]])
-    assert torch.equal(none, torch.ones_like(waad)) and torch.equal(entropy, global_)
+    assert torch.equal(none, torch.ones_like(waad)) and torch.equal(entropy, of_global)
     for gamma in packed:
-        want = token_credit("coupled", mask=mask[:1], rhythm=Rhythm(fai[:1], fai[:1]), cu_seqlens=cuts)
+        want = token_credit("coupled", mask[:1], Rhythm(fai[:1], fai[:1]), cu_seqlens=cuts)
         assert torch.equal(gamma, want)
 
 
@@ -238,10 +241,10 @@ def test_compiles_into_one_graph(backend, compiler):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_options_and_shapes_may_change_in_a_compiled_graph(backend, dynamic):
     def credit(waad, fai, mask, **options):
-        return token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), backend=backend, **options)
+        return token_credit("coupled", mask, Rhythm(waad, fai), backend=backend, **options)
 
     def local(waad, mask, q):
-        gamma = token_credit("local", mask=mask, rhythm=Rhythm(waad), q=q, backend=backend)
+        gamma = token_credit("local", mask, Rhythm(waad), top_fraction=q, backend=backend)
         return gamma, segment_topq(waad, mask, q, backend=backend), find_peaks(waad, mask, backend=backend)
 
     torch._dynamo.reset()
@@ -253,7 +256,13 @@ def test_options_and_shapes_may_change_in_a_compiled_graph(backend, dynamic):
         (0.2, 2, 0, 1, 1, 30),
     ):
         few = waad[:, :tokens], fai[:, :tokens], mask[:, :tokens]
-        options = {"q": q, "amp": amp, "alpha": alpha, "k": k, "tau_waad": tau}
+        options = {
+            "top_fraction": q,
+            "amplification": amp,
+            "shared_fraction": alpha,
+            "max_lookback": k,
+            "tau_waad": tau,
+        }
         assert torch.equal(compiled[0](*few, **options), credit(*few, **options))
         for got, want in zip(compiled[1](few[0], few[2], q), local(few[0], few[2], q), strict=True):
             assert torch.equal(got, want)
@@ -265,7 +274,13 @@ def test_the_default_dtype_does_not_matter(backend, dtype):
     waad, fai, mask, _ = example()
 
     def gammas():
-        inputs = {"mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "amp": 1.3, "backend": backend}
+        inputs = {
+            "response_mask": mask,
+            "rhythm": Rhythm(waad, fai),
+            "entropy": fai,
+            "amplification": 1.3,
+            "backend": backend,
+        }
         return [token_credit(strategy, **inputs) for strategy in STRATEGIES]
 
     expected = gammas()
@@ -282,8 +297,8 @@ def test_fake_tensors_are_not_looked_into():
     waad, fai, mask, cuts = example()
     with FakeTensorMode() as mode:
         waad, fai, mask, cuts = (mode.from_tensor(x) for x in (waad, fai, mask, cuts))
-        assert token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai)).shape == (3, 50)
-        assert coupled_sets(Rhythm(waad[:1], fai[:1]), mask[:1], cu_seqlens=cuts).intros.shape == (1, 50)
+        assert token_credit("coupled", mask, Rhythm(waad, fai)).shape == (3, 50)
+        assert coupled_sets(mask[:1], Rhythm(waad[:1], fai[:1]), cu_seqlens=cuts).intros.shape == (1, 50)
 
 
 def test_cu_seqlens_that_int32_does_not_hold_stay_wrong():
@@ -291,7 +306,7 @@ def test_cu_seqlens_that_int32_does_not_hold_stay_wrong():
     waad, fai, mask, _ = example()
 
     def credit(waad, fai, mask, cuts):
-        return token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), cu_seqlens=cuts, backend="extension")
+        return token_credit("coupled", mask, Rhythm(waad, fai), cu_seqlens=cuts, backend="extension")
 
     compiled = torch.compile(credit, fullgraph=True, backend="aot_eager")
     row = waad[:1], fai[:1], mask[:1]
@@ -317,16 +332,16 @@ def test_every_output_is_written(backend):
 
 
 def test_without_the_extension(monkeypatch):
-    monkeypatch.setattr(_extension, "_DEVICE_TYPES", frozenset())
-    monkeypatch.setattr(_extension, "_warned", set())
+    monkeypatch.setattr(extension, "_DEVICE_TYPES", frozenset())
+    monkeypatch.setattr(extension, "_warned", set())
     waad, fai, mask, _ = example()
     with pytest.warns(UserWarning, match="on cpu, the slower torch implementation") as caught:
         for _ in range(2):
-            gamma = token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai))
+            gamma = token_credit("coupled", mask, Rhythm(waad, fai))
     assert len(caught) == 1
     assert torch.equal(gamma, reference.gamma("coupled", mask, waad, fai))
     with pytest.raises(RuntimeError, match='backend="extension" has no ops for cpu'):
-        token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), backend="extension")
+        token_credit("coupled", mask, Rhythm(waad, fai), backend="extension")
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
@@ -334,7 +349,7 @@ def test_without_the_extension(monkeypatch):
 
 def every_credit(waad, fai, mask, cu_seqlens=None, **options) -> list[torch.Tensor]:
     """gamma of every strategy."""
-    inputs = {"mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "cu_seqlens": cu_seqlens, **options}
+    inputs = {"response_mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "cu_seqlens": cu_seqlens, **options}
     return [token_credit(strategy, **inputs) for strategy in ("none", "entropy", "local", "global", "coupled")]
 
 
@@ -355,17 +370,20 @@ def test_cuda_equals_cpu_without_synchronizing(shape, levels):
     packed = [x.reshape(1, -1) for x in (waad, fai, mask)]
     for tensors in ((waad, fai, mask, None), (*packed, cuts)):
         on_device = [x if x is None else x.cuda() for x in tensors]
-        for options in ({}, {"largest": False, "q": 0.7, "k": 8, "tau_waad": 0.4, "tau_delta": 0.2}):
+        for options in (
+            {},
+            {"largest": False, "top_fraction": 0.7, "max_lookback": 8, "tau_waad": 0.4, "tau_delta": 0.2},
+        ):
             torch.cuda.set_sync_debug_mode("error")
             try:
                 gammas = every_credit(*on_device, **options)
-                token_credit("random", mask=on_device[2], seed=3)
-                sets = coupled_sets(Rhythm(*on_device[:2]), on_device[2], cu_seqlens=on_device[3])
+                token_credit("random", response_mask=on_device[2], seed=3)
+                sets = coupled_sets(on_device[2], Rhythm(*on_device[:2]), cu_seqlens=on_device[3])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             for got, want in zip(gammas, every_credit(*tensors, **options), strict=True):
                 assert torch.equal(got.cpu(), want)
-            for got, want in zip(sets, coupled_sets(Rhythm(*tensors[:2]), tensors[2], cu_seqlens=tensors[3])):
+            for got, want in zip(sets, coupled_sets(tensors[2], Rhythm(*tensors[:2]), cu_seqlens=tensors[3])):
                 assert torch.equal(got.cpu(), want)
 
 
@@ -379,7 +397,7 @@ def test_a_cuda_graph_repeats_it(packed, tokens):
     cuts = torch.tensor([0, tokens // 9, tokens], dtype=torch.int32, device="cuda") if packed else None
 
     def credit(waad, fai, mask, cuts):
-        return token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai), cu_seqlens=cuts)
+        return token_credit("coupled", mask, Rhythm(waad, fai), cu_seqlens=cuts)
 
     credit(waad, fai, mask, cuts)  # loads the kernel
     graph = torch.cuda.CUDAGraph()
@@ -398,17 +416,17 @@ def test_a_cuda_graph_repeats_it(packed, tokens):
 def test_what_a_gpu_cannot_raise_comes_out_as_nan():
     waad, fai, mask, cuts = example("cuda")
     fai[1, 7], mask[1, 7] = float("inf"), True
-    gamma = token_credit("coupled", mask=mask, rhythm=Rhythm(waad, fai))
+    gamma = token_credit("coupled", mask, Rhythm(waad, fai))
     assert torch.equal(gamma.isnan(), mask & (torch.arange(3, device="cuda") == 1)[:, None])
     row = Rhythm(waad[:1], waad[:1])
     for bad in ([3, 50], [0, 40], [0, 60], [0, -1, 50], [0, 30, 20, 50], [0]):
         cuts = torch.tensor(bad, dtype=torch.int32, device="cuda")
-        gamma = token_credit("coupled", mask=mask[:1], rhythm=row, cu_seqlens=cuts, backend="extension")
+        gamma = token_credit("coupled", mask[:1], row, cu_seqlens=cuts, backend="extension")
         assert gamma.isnan().all(), bad
         selected, has_nan = segment_topq(row.waad, mask[:1], 1.0, cu_seqlens=cuts, return_nan=True)
         assert not selected.any() and has_nan.all()
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 50"):
-            token_credit("coupled", mask=mask[:1], rhythm=row, cu_seqlens=cuts, backend="torch")
+            token_credit("coupled", mask[:1], row, cu_seqlens=cuts, backend="torch")
 
 
 # ---- on a CPU --------------------------------------------------------------------------------------------------------
@@ -417,7 +435,7 @@ def test_what_a_gpu_cannot_raise_comes_out_as_nan():
 def test_random_is_seeded_and_selects_the_right_number():
     mask = torch.ones(3, 50, dtype=torch.bool)
     mask[1, 10:] = False
-    first, again, other = (token_credit("random", mask=mask, seed=s) for s in (3, 3, 4))
+    first, again, other = (token_credit("random", response_mask=mask, seed=s) for s in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert (first == 1.5).sum(-1).tolist() == [20, 4, 20]
 
@@ -425,17 +443,15 @@ def test_random_is_seeded_and_selects_the_right_number():
 def test_signals_outside_the_response_do_not_matter():
     mask = torch.tensor([[False, True, True, True, False]])
     waad = torch.tensor([[NAN, 3.0, 1.0, 2.0, NAN]])
-    clean = token_credit("coupled", mask=mask, rhythm=Rhythm(waad.nan_to_num(9), waad.nan_to_num(9)), q=0.6)
-    assert torch.equal(token_credit("coupled", mask=mask, rhythm=Rhythm(waad, waad), q=0.6), clean)
+    clean = token_credit("coupled", mask, Rhythm(waad.nan_to_num(9), waad.nan_to_num(9)), top_fraction=0.6)
+    assert torch.equal(token_credit("coupled", mask, Rhythm(waad, waad), top_fraction=0.6), clean)
 
 
 def test_half_precision_signals_are_compared_as_they_are():
     waad = torch.rand(2, 30).bfloat16()
     mask = torch.ones(2, 30, dtype=torch.bool)
     wide = Rhythm(waad.float(), waad.float())
-    assert torch.equal(
-        token_credit("coupled", mask=mask, rhythm=Rhythm(waad, waad)), token_credit("coupled", mask=mask, rhythm=wide)
-    )
+    assert torch.equal(token_credit("coupled", mask, Rhythm(waad, waad)), token_credit("coupled", mask, wide))
 
 
 MASK = torch.ones(2, 4, dtype=torch.bool)
@@ -446,8 +462,8 @@ VALUES = torch.rand(2, 4)
     "strategy, options, error, text",
     [
         ("both", {}, ValueError, "strategy must be one of none, random, .*, got 'both'"),
-        ("none", {"mask": MASK.float()}, TypeError, "mask must be torch.bool, got torch.float32"),
-        ("none", {"mask": MASK[0]}, ValueError, r"mask must have shape \[B, T\], got \[4\]"),
+        ("none", {"response_mask": MASK.float()}, TypeError, "response_mask must be torch.bool, got torch.float32"),
+        ("none", {"response_mask": MASK[0]}, ValueError, r"response_mask must have shape \[B, T\], got \[4\]"),
         ("local", {}, ValueError, "rhythm.waad is needed by this strategy, got None"),
         ("local", {"rhythm": (VALUES, VALUES)}, TypeError, "rhythm must be a Rhythm, got tuple"),
         ("global", {"rhythm": Rhythm(waad=VALUES)}, ValueError, "rhythm.fai is needed"),
@@ -456,21 +472,26 @@ VALUES = torch.rand(2, 4)
         ("entropy", {"entropy": VALUES[:1]}, ValueError, r"entropy must have shape \[2, 4\], got \[1, 4\]"),
         ("entropy", {"entropy": VALUES.double()}, TypeError, "entropy must be .*, got torch.float64"),
         ("local", {"rhythm": Rhythm(waad=VALUES * NAN)}, ValueError, "finite in R, got NaN or infinity in 2 sequence"),
-        ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "k": 0}, ValueError, "k must be between 1 and .*, got 0"),
+        (
+            "coupled",
+            {"rhythm": Rhythm(VALUES, VALUES), "max_lookback": 0},
+            ValueError,
+            "max_lookback must be .*, got 0",
+        ),
         ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "tau_waad": NAN}, ValueError, "tau_waad must be finite"),
-        ("random", {"q": 1.2}, ValueError, "q must be finite and between 0.0 and 1.0, got 1.2"),
-        ("random", {"q": NAN}, ValueError, "q must be finite"),
-        ("random", {"amp": -1.0}, ValueError, "amp must be"),
-        ("random", {"alpha": 2.0}, ValueError, "alpha must be"),
+        ("random", {"top_fraction": 1.2}, ValueError, "top_fraction must be finite and between 0.0 and 1.0, got 1.2"),
+        ("random", {"top_fraction": NAN}, ValueError, "top_fraction must be finite"),
+        ("random", {"amplification": -1.0}, ValueError, "amplification must be"),
+        ("random", {"shared_fraction": 2.0}, ValueError, "shared_fraction must be"),
         ("random", {"seed": 1.5}, TypeError, "seed must be an int, got float"),
         ("random", {"seed": 2**64}, ValueError, "seed must be between 0 and"),
-        ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "k": 2**63}, ValueError, "k must be between 1 and"),
+        ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "max_lookback": 2**63}, ValueError, "max_lookback must be"),
         ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "tau_waad": 10**400}, ValueError, "tau_waad must be finite"),
     ],
 )
 def test_bad_input(strategy, options, error, text):
     with pytest.raises(error, match=text):
-        token_credit(strategy, **{"mask": MASK, **options})
+        token_credit(strategy, **{"response_mask": MASK, **options})
 
 
 def test_shape_advantages():

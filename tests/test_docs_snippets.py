@@ -36,10 +36,10 @@ def test_gamma_is_that_of_the_sequence_alone(names, row):
     mask = names["response"][row, kept][None]
     with torch.no_grad(), names["collect"](names["model"], response_mask=mask) as c:
         names["model"](names["ids"][row, kept][None])
-    alone = names["token_credit"]("coupled", mask=mask, rhythm=c.rhythm())
+    alone = names["token_credit"]("coupled", response_mask=mask, rhythm=c.rhythm())
     assert torch.equal(names["gamma"][row, kept], alone[0])
 
 
 def test_the_groups_serve_the_steps_between(names):
-    assert names["schedule"].groups.local.any() and names["drift"] is None
+    assert names["schedule"].groups.local_heads.any() and names["drift"] is None
     assert names["rhythm"].spans is None

@@ -24,7 +24,7 @@ from rhythm_kernels import (
     segment_topq,
     token_credit,
 )
-from rhythm_kernels.attention.triton_tiles import MAX_TOKEN_STRIDE
+from rhythm_kernels.statistics.triton_tiles import MAX_TOKEN_STRIDE
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -107,11 +107,11 @@ CASES = {
     "head size 256": (1, 2, 1, 256, 256, lambda n: {}),
     "head sizes 192 and 128": (1, 4, 4, 192, 128, lambda n: {}),
     "padded": (3, 2, 1, 128, 128, lambda n: {"attention_mask": padded(n)}),
-    "packed": (1, 4, 2, 128, 128, lambda n: {"cu_seqlens": packed(n), "row_mask": response(n, n // 5)}),
+    "packed": (1, 4, 2, 128, 128, lambda n: {"cu_seqlens": packed(n), "response_mask": response(n, n // 5)}),
     "sliding window": (1, 4, 2, 128, 128, lambda n: {"sliding_window": n // 8}),
     "softcap": (1, 4, 2, 128, 128, lambda n: {"softcap": 5.0}),
     "sinks": (1, 4, 2, 128, 128, lambda n: {"sinks": torch.tensor([1.5, -3.0, 0.0, 6.0])}),
-    "open horizon": (1, 4, 2, 128, 128, lambda n: {"horizon": (1, None), "row_mask": response(n, n // 2)}),
+    "open horizon": (1, 4, 2, 128, 128, lambda n: {"horizon": (1, None), "response_mask": response(n, n // 2)}),
 }
 DTYPES = [(torch.bfloat16, name) for name in CASES]
 DTYPES += [(dtype, name) for dtype in (torch.float16, torch.float32) for name in ("plain", "packed", "softcap")]
@@ -127,11 +127,11 @@ def check_all_calls(known, value_size: int, device: str) -> None:
     for some in (case, band):
         stats_cases.assert_close_to_reference(attention_stats(q, k, **options_on(device, some)), some)
 
-    local, global_ = stats_cases.make_groups(case)
-    groups = to(device, local), to(device, global_)
+    local_heads, global_heads = stats_cases.make_groups(case)
+    groups = to(device, local_heads), to(device, global_heads)
     for some in (case, known):
         sums = group_stats(q, k, *groups, **options_on(device, some))
-        stats_cases.assert_groups_close(sums, some, local, global_)
+        stats_cases.assert_groups_close(sums, some, local_heads, global_heads)
 
     v = stats_cases.make_values(case, value_size)
     out, stats = attention(q, k, to(device, v), **options_on(device, case))
@@ -252,7 +252,7 @@ def test_the_last_rows_of_a_long_sequence(scale):
     distance = position[-rows:, None] - position
     scores = (q[:, :, -rows:].double() @ k.double().mT / 8).masked_fill_(distance < 0, -torch.inf)
     weights = scores.softmax(-1)
-    out, stats = attention(q, k, v, row_mask=(position >= tokens - rows)[None])
+    out, stats = attention(q, k, v, response_mask=(position >= tokens - rows)[None])
     counted = (distance >= 10) & (distance <= 50)
     fai = (weights * counted).sum(-2) / counted.sum(-2).clamp(min=1)
     unit = 2.0**-18  # of a weight: fp32 scores, and fp32 sums over all keys
@@ -334,8 +334,8 @@ def test_selection_and_credit(scale):
             got = segment_topq(*on_device[1:], q, return_nan=True, **there)
             for x, y in zip(got, segment_topq(broken, inside, q, return_nan=True, **own), strict=True):
                 assert torch.equal(x.cpu(), y)
-            got = token_credit("coupled", mask=on_device[2], rhythm=Rhythm(on_device[0], on_device[0]), q=q, **there)
-            want = token_credit("coupled", mask=inside, rhythm=Rhythm(finite, finite), q=q, **own)
+            got = token_credit("coupled", on_device[2], Rhythm(on_device[0], on_device[0]), top_fraction=q, **there)
+            want = token_credit("coupled", inside, Rhythm(finite, finite), top_fraction=q, **own)
             assert torch.equal(got.cpu(), want)
         got = find_peaks(*on_device[1:], min_quantile=0.5, **there)
         assert torch.equal(got.cpu(), find_peaks(broken, inside, min_quantile=0.5, **own))

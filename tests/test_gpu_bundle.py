@@ -25,7 +25,7 @@ def require(device_type):
 FILES = {
     "setup.py": SETUP,
     "rhythm_kernels/__init__.py": "",
-    "rhythm_kernels/_extension.py": LOADER,
+    "rhythm_kernels/credit/extension.py": LOADER,
     "csrc/ops.cpp": "cpu cuda",
     ".gitignore": "ignored\nbuild/\n*.so\n",
 }

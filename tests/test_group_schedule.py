@@ -67,8 +67,8 @@ def test_groups_are_made_at_every_third_step():
     groups = [group_heads(spans_of(step, 2, 5)) for step in (0, 3)]
     assert drifts[3] == GroupDrift(
         spearman(spans_of(0, 2, 5), spans_of(3, 2, 5)),
-        overlap(groups[0].local, groups[1].local),
-        overlap(groups[0].global_, groups[1].global_),
+        overlap(groups[0].local_heads, groups[1].local_heads),
+        overlap(groups[0].global_heads, groups[1].global_heads),
     )
 
 
@@ -101,15 +101,15 @@ def test_spans_are_pooled_over_tokens():
     pooled = (spans.double() * tokens[:, None, None]).sum(0) / 60
     states = []
     for per_pass in (False, True):
-        schedule = GroupSchedule(every=2, local=0.25, global_=0.5)
+        schedule = GroupSchedule(every=2, local_fraction=0.25, global_fraction=0.5)
         for part in (slice(0, 3), slice(3, 4), slice(4, 7)):
             given, weights = spans[part], tokens[part]
             if per_pass:
                 given = ((given.double() * weights[:, None, None]).sum(0) / weights.sum()).float()
             schedule.add(given, weights.int() if per_pass else weights)
         schedule.advance()
-        expected = group_heads(pooled, local=0.25, global_=0.5)
-        assert all(map(torch.equal, schedule.groups, expected)) and expected.local.sum() == 3
+        expected = group_heads(pooled, local_fraction=0.25, global_fraction=0.5)
+        assert all(map(torch.equal, schedule.groups, expected)) and expected.local_heads.sum() == 3
         states.append(schedule.state_dict()["spans"])
         torch.testing.assert_close(states[-1].double(), pooled, rtol=2**-22, atol=0)
     assert torch.equal(states[0], pooled.float())
@@ -140,7 +140,11 @@ def test_a_restored_schedule_goes_on_as_if_nothing_had_happened(stop):
     [
         (lambda s: GroupSchedule(every=0), ValueError, "every must be at least 1, got 0"),
         (lambda s: GroupSchedule(every=2.0), TypeError, "every must be an int, got float: 2.0"),
-        (lambda s: GroupSchedule(local=2), ValueError, "local must be finite and between 0.0 and 1.0, got 2"),
+        (
+            lambda s: GroupSchedule(local_fraction=2),
+            ValueError,
+            "local_fraction must be finite and between 0.0 and 1.0, got 2",
+        ),
         (lambda s: s.add([1.0], ONE), TypeError, "spans must be a tensor, got list"),
         (lambda s: s.add(torch.ones(4), ONE), ValueError, r"spans must have shape \[B, L, HQ\], got \[4\]"),
         (lambda s: s.add(torch.ones(2, 4).long(), ONE), TypeError, "spans must be torch.float32"),

@@ -18,13 +18,14 @@ def test_sampled_layers_equal_the_reference(num_layers):
 
 def test_layers_can_be_named():
     assert sampled_layers(8, [5, -1, 0]) == [0, 5, 7]
+    assert sampled_layers(3, "all") == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     "layers, error, text",
     [
         (0, ValueError, "layers must be at least 1, got 0"),
-        ("all", TypeError, "layers must be an int or a list of layer indices, got 'all'"),
+        ("some", TypeError, "layers must be .*, got 'some'"),
         ([], TypeError, "got \\[\\]"),
         ([8], ValueError, "layers must be between -8 and 7, got 8"),
         ([1.0], TypeError, "layers must be an int, got float: 1.0"),
@@ -45,14 +46,20 @@ def test_groups_equal_the_reference(shape, fractions, random):
     spans = torch.tensor([random.choice([0.0, 1.0, 1.5, 2.0, 7.0]) for _ in range(shape[0] * shape[1])]).view(shape)
     if sum(math.ceil(fraction * spans.numel() - 1e-9) for fraction in fractions) > spans.numel():
         with pytest.raises(ValueError, match="disjoint"):  # rounding up leaves too few heads
-            group_heads(spans, local=fractions[0], global_=fractions[1])
+            group_heads(spans, local_fraction=fractions[0], global_fraction=fractions[1])
         return
-    groups = group_heads(spans, local=fractions[0], global_=fractions[1])
+    groups = group_heads(spans, local_fraction=fractions[0], global_fraction=fractions[1])
     expected = reference.group_heads(spans, *fractions)
-    assert torch.equal(groups.local, expected.local) and torch.equal(groups.global_, expected.global_)
-    assert not (groups.local & groups.global_).any()
-    stacked = group_heads(torch.stack([spans, spans.flip(-1)]), local=fractions[0], global_=fractions[1])
-    assert torch.equal(stacked.local[0], groups.local) and torch.equal(stacked.global_[0], groups.global_)
+    assert torch.equal(groups.local_heads, expected.local_heads) and torch.equal(
+        groups.global_heads, expected.global_heads
+    )
+    assert not (groups.local_heads & groups.global_heads).any()
+    stacked = group_heads(
+        torch.stack([spans, spans.flip(-1)]), local_fraction=fractions[0], global_fraction=fractions[1]
+    )
+    assert torch.equal(stacked.local_heads[0], groups.local_heads) and torch.equal(
+        stacked.global_heads[0], groups.global_heads
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,8 +70,13 @@ def test_groups_equal_the_reference(shape, fractions, random):
         (torch.ones(2, 2, dtype=torch.long), {}, TypeError, "spans must be torch.float32"),
         (torch.tensor([[1.0, float("nan")]]), {}, ValueError, "spans must not hold NaN, got 1 of 2"),
         (torch.ones(1, 1), {}, ValueError, "disjoint"),
-        (torch.ones(2, 2), {"local": 1.5}, ValueError, "local must be finite and between 0.0 and 1.0, got 1.5"),
-        (torch.ones(2, 2), {"global_": "half"}, TypeError, "global_ must be a float, got str"),
+        (
+            torch.ones(2, 2),
+            {"local_fraction": 1.5},
+            ValueError,
+            "local_fraction must be finite and between 0.0 and 1.0, got 1.5",
+        ),
+        (torch.ones(2, 2), {"global_fraction": "half"}, TypeError, "global_fraction must be a float, got str"),
     ],
 )
 def test_bad_spans(spans, options, error, text):

@@ -18,7 +18,7 @@ def test_the_library_example_runs():
     assert gamma.shape == per_token.shape == (4, 300)
     assert gamma[~response].eq(1).all() and gamma[response].gt(1).any()
     assert torch.equal(per_token[1], torch.full((300,), -0.4))
-    assert names["schedule"].groups.local.any() and names["c"].rhythm().spans is None
+    assert names["schedule"].groups.local_heads.any() and names["c"].rhythm().spans is None
 
 
 def test_the_tree_names_what_is_there():

@@ -59,10 +59,12 @@ def test_the_rhythm_of_an_answer_equals_the_dense_one(answered):
     waad, fai, (groups,) = dense_rhythm(maps, c.layers, response, segments, 1)
     torch.testing.assert_close(rhythm.waad.double(), waad, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(rhythm.fai.double(), fai, rtol=2e-5, atol=2e-5)
-    assert torch.equal(rhythm.groups.local[0], groups.local) and torch.equal(rhythm.groups.global_[0], groups.global_)
-    assert groups.local.sum() == groups.global_.sum() == 14  # ceil(0.3 x 5 x 9)
+    assert torch.equal(rhythm.groups.local_heads[0], groups.local_heads) and torch.equal(
+        rhythm.groups.global_heads[0], groups.global_heads
+    )
+    assert groups.local_heads.sum() == groups.global_heads.sum() == 14  # ceil(0.3 x 5 x 9)
     for strategy in ("local", "global", "coupled"):
-        gamma = token_credit(strategy, mask=response, rhythm=rhythm)
+        gamma = token_credit(strategy, response, rhythm)
         assert torch.equal(gamma, reference.gamma(strategy, response, rhythm.waad, rhythm.fai))
         assert gamma[response].gt(1).any() and gamma[~response].eq(1).all()
 
@@ -73,7 +75,7 @@ def test_local_heads_look_near_and_global_heads_far(answered):
         model(ids)
     rhythm = c.rhythm()
     spans = rhythm.spans[0]
-    near, far = spans[rhythm.groups.local[0]], spans[rhythm.groups.global_[0]]
+    near, far = spans[rhythm.groups.local_heads[0]], spans[rhythm.groups.global_heads[0]]
     assert near.max() <= far.min()
     assert far.mean() > 2 * near.mean()  # 133 and 50 tokens
     assert (rhythm.waad[response] > 0).all() and (rhythm.waad <= 10).all()
@@ -125,9 +127,9 @@ def test_every_sampled_layer_of_2048_tokens(smollm2, monkeypatch):
             check(getattr(heads.stats[layer], name), expected, name, f"layer {layer}")
     for c in (heads, band):
         rhythm = c.rhythm()
-        assert torch.equal(rhythm.groups.local.view_as(groups.local), groups.local)
-        assert torch.equal(rhythm.groups.global_.view_as(groups.global_), groups.global_)
-        for name, group, index in (("waad", groups.local, 0), ("fai", groups.global_, 1)):
+        assert torch.equal(rhythm.groups.local_heads.view_as(groups.local_heads), groups.local_heads)
+        assert torch.equal(rhythm.groups.global_heads.view_as(groups.global_heads), groups.global_heads)
+        for name, group, index in (("waad", groups.local_heads, 0), ("fai", groups.global_heads, 1)):
             of_heads = torch.stack([exact[layer][index][0] for layer in layers])  # [L, HQ, T]
             check(getattr(rhythm, name), of_heads[group].mean(0, keepdim=True), name, "the group")
     assert band.rhythm().spans is None

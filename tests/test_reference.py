@@ -102,19 +102,19 @@ def test_group_sums_by_hand():
     sums = reference.group_sums(waad, fai, ~one | one, one, tensor([[0, 0, 1]]))
     exactly(sums.waad, [[11, 22, 33]])
     exactly(sums.fai, [[4, 5, 6]])
-    local, global_ = tensor([[True, False], [False, True]]), tensor([[False, False], [True, False]])
-    sums = reference.group_sums(waad, fai, local, global_, tensor([[0, 0, 1]]))
+    local_heads, global_heads = tensor([[True, False], [False, True]]), tensor([[False, False], [True, False]])
+    sums = reference.group_sums(waad, fai, local_heads, global_heads, tensor([[0, 0, 1]]))
     exactly(sums.waad, [[1, 2, 30]])
     exactly(sums.fai, [[0, 0, 6]])
 
 
 def test_only_response_rows_count():
     rows = tensor([[False, True, False, True]])
-    stats = reference.attention_stats(*uniform(4), window=1, horizon=(1, None), row_mask=rows)
+    stats = reference.attention_stats(*uniform(4), window=1, horizon=(1, None), response_mask=rows)
     exactly(stats.waad, [[[0, 1 / 2, 0, 3 / 4]]])
     exactly(stats.span, [[(1 / 2 + 3 / 2) / 2]])
     exactly(stats.fai, [[[(1 / 2 + 1 / 4) / 2, 1 / 4, 1 / 4, 0]]])
-    empty = reference.attention_stats(*uniform(4), row_mask=torch.zeros(1, 4, dtype=torch.bool))
+    empty = reference.attention_stats(*uniform(4), response_mask=torch.zeros(1, 4, dtype=torch.bool))
     assert all(x.eq(0).all() for x in empty)
 
 
@@ -139,11 +139,11 @@ def test_sampled_layers(num_layers, count, expected):
 def test_group_heads_breaks_ties_to_the_lower_head():
     spans = tensor([[3.0, 1.0, 1.0], [3.0, 2.0, 0.5]])
     groups = reference.group_heads(spans)  # ceil(0.3 x 6) = 2 of each
-    assert groups.local.tolist() == [[False, True, False], [False, False, True]]
-    assert groups.global_.tolist() == [[True, False, False], [True, False, False]]
+    assert groups.local_heads.tolist() == [[False, True, False], [False, False, True]]
+    assert groups.global_heads.tolist() == [[True, False, False], [True, False, False]]
     equal = reference.group_heads(torch.ones(2, 2), 0.5, 0.5)
-    assert equal.local.tolist() == [[True, True], [False, False]]
-    assert equal.global_.tolist() == [[False, False], [True, True]]
+    assert equal.local_heads.tolist() == [[True, True], [False, False]]
+    assert equal.global_heads.tolist() == [[False, False], [True, True]]
 
 
 def test_topq_counts_and_ties():
@@ -182,12 +182,12 @@ def test_coupled_credit_by_hand():
     fai = tensor([[0.9, 0.1, 0.8, 0.1, 0.1, 0.2, 0.1, 0.7, 0.1, 0.6]])
     mask = torch.ones(1, 10, dtype=torch.bool)
     # Delta: 4 8 0 0 5 0 4 0 0 0; T_loc = {1, 4, 0, 6}, so tau_Delta = 4; lower median of WAAD = 2
-    anchors, dominated, intros = reference.coupled_sets(waad, fai, mask, q=0.4, k=2)
+    anchors, dominated, intros = reference.coupled_sets(waad, fai, mask, top_fraction=0.4, max_lookback=2)
     assert anchors[0].nonzero().flatten().tolist() == [0, 2, 7, 9]
     # 0: no token before; 2: low, 1 or 0 before, 1 larger; 7: low, 6 before; 9: low, but 8 and 7 change nothing
     assert dominated[0].nonzero().flatten().tolist() == [2, 7]
     assert intros[0].nonzero().flatten().tolist() == [1, 6]
-    gamma = reference.gamma("coupled", mask, waad, fai, k=2, alpha=0.25, amp=1.5)
+    gamma = reference.gamma("coupled", mask, waad, fai, max_lookback=2, shared_fraction=0.25, amplification=1.5)
     exactly(gamma, [[1.5, 1.125, 1.375, 1, 1, 1, 1.125, 1.375, 1, 1.5]])
 
 
@@ -195,10 +195,10 @@ def test_intro_is_the_latest_on_a_tie_and_counts_once():
     waad = tensor([[0.0, 4.0, 8.0, 8.0, 8.0]])  # Delta 4 4 0 0 0
     fai = tensor([[0.0, 0.0, 5.0, 5.0, 0.0]])
     mask = torch.ones(1, 5, dtype=torch.bool)
-    _, dominated, intros = reference.coupled_sets(waad, fai, mask, q=0.4, k=3, tau_waad=8.0)
+    _, dominated, intros = reference.coupled_sets(waad, fai, mask, top_fraction=0.4, max_lookback=3, tau_waad=8.0)
     assert dominated[0].tolist() == [False, False, True, True, False]
     assert intros[0].tolist() == [False, True, False, False, False]
-    gamma = reference.gamma("coupled", mask, waad, fai, k=3, tau_waad=8.0, alpha=0.5)
+    gamma = reference.gamma("coupled", mask, waad, fai, max_lookback=3, tau_waad=8.0, shared_fraction=0.5)
     exactly(gamma, [[1, 1.25, 1.25, 1.25, 1]])
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from rhythm_kernels import _extension, reference
-from rhythm_kernels.selection import find_peaks, segment_topq
+from rhythm_kernels import reference
+from rhythm_kernels.credit import extension
+from rhythm_kernels.credit.selection import find_peaks, segment_topq
 
 BACKENDS = ("extension", "torch")
 SHARES = (0.0, 0.2, 0.4, 0.7, 1.0)
@@ -94,7 +95,7 @@ def packed_batches(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_the_extension_is_built():
     """Every test below that names the extension means it."""
-    assert _extension.available("cpu"), _extension.HOW_TO_BUILD
+    assert extension.available("cpu"), extension.HOW_TO_BUILD
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -370,11 +371,11 @@ CUTS = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
         (VALUES.long(), MASK, TypeError, "values must be .*got torch.int64"),
         (VALUES.tolist(), MASK, TypeError, "values must be a tensor, got list"),
         (VALUES[0], MASK, ValueError, r"values must have shape \[B, T\], got \[3\]"),
-        (VALUES, MASK.int(), TypeError, "mask must be torch.bool, got torch.int32"),
-        (VALUES, None, TypeError, "mask must be a tensor, got NoneType"),
-        (VALUES, MASK[:1], ValueError, r"mask must have shape \[2, 3\], got \[1, 3\]"),
-        (VALUES, MASK.T, ValueError, r"mask must have shape \[2, 3\], got \[3, 2\]"),
-        (VALUES, MASK.to("meta"), ValueError, "mask must be on cpu, got meta"),
+        (VALUES, MASK.int(), TypeError, "response_mask must be torch.bool, got torch.int32"),
+        (VALUES, None, TypeError, "response_mask must be a tensor, got NoneType"),
+        (VALUES, MASK[:1], ValueError, r"response_mask must have shape \[2, 3\], got \[1, 3\]"),
+        (VALUES, MASK.T, ValueError, r"response_mask must have shape \[2, 3\], got \[3, 2\]"),
+        (VALUES, MASK.to("meta"), ValueError, "response_mask must be on cpu, got meta"),
     ],
 )
 def test_bad_tensors_are_named(values, mask, error, message, backend):
@@ -390,7 +391,7 @@ def test_bad_tensors_are_named(values, mask, error, message, backend):
     [(NAN, ValueError, "nan"), (-0.1, ValueError, "-0.1"), (1.5, ValueError, "1.5"), ("0.4", TypeError, "'0.4'")],
 )
 def test_bad_shares_are_named(share, error, shown_value, backend):
-    with pytest.raises(error, match=f"^q must be .*got .*{shown_value}"):
+    with pytest.raises(error, match=f"^top_fraction must be .*got .*{shown_value}"):
         segment_topq(VALUES, MASK, share, backend=backend)
     with pytest.raises(error, match=f"^min_quantile must be .*got .*{shown_value}"):
         find_peaks(VALUES, MASK, min_quantile=share, backend=backend)
@@ -432,10 +433,10 @@ def test_bad_options_are_named():
     ("arguments", "message"),
     [
         ((VALUES.double(), MASK, None), "values must be Float, got Double"),
-        ((VALUES, MASK.byte(), None), "mask must be Bool, got Byte"),
-        ((VALUES, MASK[0], None), r"mask must have shape \[B, T\], got \[3\]"),
-        ((VALUES[0], MASK, None), r"values must have the shape of mask, \[2, 3\], got \[3\]"),
-        ((VALUES, MASK[:, :2], None), r"values must have the shape of mask, \[2, 2\], got \[2, 3\]"),
+        ((VALUES, MASK.byte(), None), "response_mask must be Bool, got Byte"),
+        ((VALUES, MASK[0], None), r"response_mask must have shape \[B, T\], got \[3\]"),
+        ((VALUES[0], MASK, None), r"values must have the shape of response_mask, \[2, 3\], got \[3\]"),
+        ((VALUES, MASK[:, :2], None), r"values must have the shape of response_mask, \[2, 2\], got \[2, 3\]"),
         ((VALUES, MASK, CUTS), "cu_seqlens needs a batch of one row, got B = 2"),
         ((VALUES[:1], MASK[:1], CUTS.long()), "cu_seqlens must be Int, got Long"),
         ((VALUES[:1], MASK[:1], CUTS[:0]), r"cu_seqlens must have shape \[S \+ 1\], got \[0\]"),
@@ -453,7 +454,7 @@ def test_the_ops_check_for_themselves(arguments, message):
 
 @pytest.mark.parametrize("share", [NAN, -0.1, 1.1])
 def test_the_ops_check_shares_for_themselves(share):
-    with pytest.raises(ValueError, match=rf"segment_topq: q must be in \[0, 1\], got {share}"):
+    with pytest.raises(ValueError, match=rf"segment_topq: top_fraction must be in \[0, 1\], got {share}"):
         torch.ops.rhythm_kernels.segment_topq(VALUES, MASK, None, share, True)
     with pytest.raises(ValueError, match=rf"find_peaks: min_quantile must be in \[0, 1\], got {share}"):
         torch.ops.rhythm_kernels.find_peaks(VALUES, MASK, None, share)
@@ -464,9 +465,9 @@ def test_the_ops_check_shares_for_themselves(share):
 
 def test_without_the_extension(monkeypatch):
     """auto warns once and goes on with torch; an explicit request fails and says what to do."""
-    monkeypatch.setattr(_extension, "_DEVICE_TYPES", frozenset())
-    monkeypatch.setattr(_extension, "_REASON", "rhythm_kernels._C cannot be loaded (not here)")
-    monkeypatch.setattr(_extension, "_warned", set())
+    monkeypatch.setattr(extension, "_DEVICE_TYPES", frozenset())
+    monkeypatch.setattr(extension, "_REASON", "rhythm_kernels._C cannot be loaded (not here)")
+    monkeypatch.setattr(extension, "_warned", set())
     values, mask = example("cpu")
     with pytest.warns(UserWarning, match=r"not here.*on cpu, the slower torch implementation") as caught:
         selected = [segment_topq(values, mask, 0.4), segment_topq(values, mask, 0.4)]

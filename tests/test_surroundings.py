@@ -31,7 +31,7 @@ def everything() -> dict[str, torch.Tensor]:
     sinks, heads = random(4), torch.tensor([True, False, True, False], device="cpu")
     found = {}
     for name, options in {
-        "padded": {"attention_mask": padding, "row_mask": where(2, TOKENS)},
+        "padded": {"attention_mask": padding, "response_mask": where(2, TOKENS)},
         "capped": {"softcap": 3.0, "sinks": sinks, "sliding_window": 9, "horizon": (1, None)},
     }.items():
         stats = rk.attention_stats(q, k, **options)
@@ -48,7 +48,7 @@ def everything() -> dict[str, torch.Tensor]:
 
     spans = packed.span.view(3, 2, 2)
     groups = rk.group_heads(spans)
-    found |= {"local": groups.local, "global": groups.global_}
+    found |= {"local": groups.local_heads, "global": groups.global_heads}
     schedule = rk.GroupSchedule(2)
     schedule.add(spans, torch.tensor([20, 1, 49], device="cpu"))
     schedule.advance()
@@ -57,12 +57,12 @@ def everything() -> dict[str, torch.Tensor]:
     mask, waad, fai = where(2, TOKENS), random(2, TOKENS).abs() * 9, random(2, TOKENS).abs()
     rhythm = rk.Rhythm(waad, fai)
     for strategy in ("none", "random", "entropy", "local", "global", "coupled"):
-        gamma = rk.token_credit(strategy, mask=mask, rhythm=rhythm, entropy=waad, seed=3)
+        gamma = rk.token_credit(strategy, mask, rhythm, entropy=waad, seed=3)
         found |= {f"gamma {strategy}": gamma}
-        one = {"mask": mask[:1], "rhythm": rk.Rhythm(waad[:1], fai[:1]), "entropy": waad[:1]}
+        one = {"response_mask": mask[:1], "rhythm": rk.Rhythm(waad[:1], fai[:1]), "entropy": waad[:1]}
         found[f"packed gamma {strategy}"] = rk.token_credit(strategy, cu_seqlens=cuts, seed=3, **one)
     found["shaped"] = rk.shape_advantages(random(2), gamma)
-    found |= {f"sets {name}": x for name, x in rk.coupled_sets(rhythm, mask)._asdict().items()}
+    found |= {f"sets {name}": x for name, x in rk.coupled_sets(mask, rhythm)._asdict().items()}
     found["peaks"], found["top"] = rk.find_peaks(waad, mask), rk.segment_topq(waad, mask, 0.3)
     return found
 
@@ -315,7 +315,7 @@ def on_mps(*shape, dtype=torch.float32):
         lambda: rk.attention_stats(on_mps(1, 2, 4, 8), on_mps(1, 2, 4, 8)),
         lambda: rk.group_heads(on_mps(2, 4)),
         lambda: rk.GroupSchedule().add(on_mps(1, 2, 4), torch.tensor([3])),
-        lambda: rk.token_credit("entropy", mask=on_mps(1, 4, dtype=torch.bool), entropy=on_mps(1, 4)),
+        lambda: rk.token_credit("entropy", response_mask=on_mps(1, 4, dtype=torch.bool), entropy=on_mps(1, 4)),
         lambda: rk.segment_topq(on_mps(1, 4), on_mps(1, 4, dtype=torch.bool), 0.4),
         lambda: rk.find_peaks(on_mps(1, 4), on_mps(1, 4, dtype=torch.bool)),
     ],

@@ -3,14 +3,14 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import train
+from rhythm_kernels import options
 from train.__main__ import main, parse
-from train.config import Config, flag_name
+from train.config import Config, flag_name, settings_of
 from train.presets import PRESETS, load_preset
 
 SOURCES = Path(train.__file__).parent
@@ -20,7 +20,7 @@ SOURCES = Path(train.__file__).parent
     "flags, message",
     [
         (["--credit", "attention"], "--credit must be one of none, random, entropy, local, global, coupled"),
-        (["--credit-q", "1.5"], "--credit-q must be at most 1, got 1.5"),
+        (["--credit-top-fraction", "1.5"], "--credit-top-fraction must be finite and between 0.0 and 1.0, got 1.5"),
         (["--learning-rate", "0"], "--learning-rate must be above 0 and finite, got 0.0"),
         (["--learning-rate", "nan"], "--learning-rate must be above 0 and finite, got nan"),
         (["--learning-rate", "fast"], "--learning-rate must be float, got 'fast'"),
@@ -29,17 +29,19 @@ SOURCES = Path(train.__file__).parent
         (["--gradient-steps", "3"], "--gradient-steps must divide --prompts-per-step, got 3"),
         (["--key-heads", "3"], "--key-heads must divide --heads, got 3, with --heads 4"),
         (["--head-size", "7"], "--head-size must be even, got 7"),
-        (["--horizon", "50", "10"], "--horizon must be two numbers, LO <= HI, got (50, 10)"),
-        (["--horizon", "10"], "--horizon must be two numbers, LO <= HI, got (10,)"),
-        (["--groups-every", "0"], "--groups-every must be at least 1, got 0"),
+        (["--credit-horizon", "50", "10"], "--credit-horizon[1] must be at least 50, got 10"),
+        (["--credit-horizon", "1", "2", "3"], "--credit-horizon must be (lo, hi) in tokens"),
+        (["--credit-groups-every", "0"], "--credit-groups-every must be at least 1, got 0"),
         (
-            ["--groups-every", "3"],
-            "--groups-per must be batch where groups serve later steps, got 'sequence', with --groups-every 3",
+            ["--credit-groups-every", "3"],
+            "--credit-group-by must be batch where groups serve later steps, got 'sequence'",
         ),
         (["--seeds", "1", "1"], "--seeds must be different numbers, at least one, got (1, 1)"),
         (["--misses", "0", "0"], "--misses must hold a positive odd, got (0.0, 0.0)"),
         (["--seeds", "18446688743710"], "--seeds must be at most 2147483647, got (18446688743710,)"),
-        (["--window", "99999999999"], "--window must be at most 2147483647"),
+        (["--credit-window", "999"], "--credit-window must be between 1 and 256, got 999"),
+        (["--credit-layers", "some"], "--credit-layers must be an int"),
+        (["--credit-tau-waad", "low"], "--credit-tau-waad must be a float"),
         (["--model", "m", "--layers", "3"], "--layers would have no effect: --model names a trained model"),
         (["--model", "m", "--misses", "1"], "--misses would have no effect: --model names a trained model"),
         (["--train-data", "tinyzero", "--model", "m", "--largest", "9"], "--largest would have no effect"),
@@ -50,10 +52,10 @@ SOURCES = Path(train.__file__).parent
         ),
         (["--vllm-importance-sampling-cap", "3"], "--vllm-importance-sampling-cap would have no effect"),
         (
-            ["--credit", "none", "--credit-amp", "2"],
-            "--credit-amp would have no effect: --credit none selects no token",
+            ["--credit", "none", "--credit-amplification", "2"],
+            "--credit-amplification would have no effect: --credit none selects no token",
         ),
-        (["--credit", "local", "--credit-alpha", "0.3"], "--credit-alpha would have no effect"),
+        (["--credit", "local", "--credit-shared-fraction", "0.3"], "--credit-shared-fraction would have no effect"),
         (["--preset", "countdown-huge"], "--preset must be one of"),
         (["--resume", "nowhere"], "--resume must be a run's folder, got 'nowhere'"),
         (["--resume", "nowhere", "--max-steps", "3"], "but also got --max-steps"),
@@ -72,7 +74,7 @@ def test_bad_values_are_refused_by_name(flags, message, capsys, tmp_path, monkey
 def test_python_callers_get_the_same_errors():
     with pytest.raises(ValueError, match=re.escape("--epsilon must be above 0 and finite, got -0.2")):
         Config().change(epsilon=-0.2)
-    with pytest.raises(ValueError, match=re.escape("--credit-largest must be bool, got 1")):
+    with pytest.raises(ValueError, match=re.escape("--credit-largest must be a bool, got int: 1")):
         Config().change(credit_largest=1)
     with pytest.raises(ValueError, match=re.escape("no such flag: --epsilom")):
         Config().change(epsilom=0.2)
@@ -80,7 +82,7 @@ def test_python_callers_get_the_same_errors():
 
 def test_flags_reach_their_fields():
     config, folder = parse(["--max-steps", "7", "--seeds", "3", "4", "--no-credit-largest", "--misses", "1", "2"])
-    assert (config.grpo.max_steps, config.run.seeds, config.credit.credit_largest) == (7, (3, 4), False)
+    assert (config.grpo.max_steps, config.run.seeds, config.credit.largest) == (7, (3, 4), False)
     assert config.demonstrations.misses == (1.0, 2.0) and folder is None
     assert config.preset == "countdown-tiny"
 
@@ -92,18 +94,19 @@ def test_configuration_comes_back_from_json(preset):
 
 
 def test_no_field_name_occurs_twice():
-    names = [f.name for _, group in Config().groups() for f in fields(group)]
+    names = [name for _, group in Config().groups() for name in settings_of(group)]
     assert len(names) == len(set(names))
 
 
 def test_every_flag_is_read():
     code = "".join(path.read_text() for path in SOURCES.rglob("*.py") if path.name != "config.py")
     code += (SOURCES / "samples.html.jinja").read_text()
+    code += Path(options.__file__).read_text()
     unread = [
-        flag_name(f.name)
+        flag_name(name)
         for _, group in Config().groups()
-        for f in fields(group)
-        if not re.search(rf"\.{f.name}\b", code)
+        for name, f in settings_of(group).items()
+        if not re.search(rf'\.{f.name}\b|"{f.name}"', code)
     ]
     assert not unread
 

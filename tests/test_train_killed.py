@@ -84,7 +84,7 @@ def live(kills: int, seed: int, **changes) -> dict:
 def test_a_run_that_is_killed_over_and_over_continues_bit_for_bit(tmp_path, record_property):
     seed = random.SystemRandom().randrange(10**9)
     changes = {"cache": str(tmp_path / "cache"), "max_steps": 72, "save_steps": 2, "prompts_per_step": 4}
-    changes |= {"groups_every": 3, "groups_per": "batch", "sample_answers": 0}
+    changes |= {"credit_groups_every": 3, "credit_group_by": "batch", "sample_answers": 0}
     assert live(0, seed, **changes, output=str(tmp_path / "whole"))["status"] == 0
     killed = live(KILLS, seed, **changes, output=str(tmp_path / "run"))
     print(f"seed {seed}: killed at {killed['moments']}")

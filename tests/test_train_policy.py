@@ -7,10 +7,8 @@ from train_cases import ALONE, TOKENIZER, all_micros, encode, make_batch, make_p
 import train.policy
 from rhythm_kernels import GroupSchedule, collect
 from train.batch import pack
-from train.config import Credit
 from train.distributed import World, settle, weights_of, whole, whole_weights
 from train.policy import (
-    Policy,
     check_head,
     load_policy,
     needs_old_log_probs,
@@ -145,11 +143,11 @@ def test_groups_of_a_calibration_serve_the_next_steps(policy, batch, monkeypatch
 
     def step(batch):
         spans.clear()
-        stats = read(policy, batch, tokens=tokens, schedule=schedule, groups_per="batch", groups_every=2)
+        stats = read(policy, batch, tokens=tokens, schedule=schedule, credit_group_by="batch", credit_groups_every=2)
         return stats, [span is not None for span in spans]
 
     first, computed = step(batch)
-    whole = collect_whole(policy, batch, groups_per="batch")
+    whole = collect_whole(policy, batch, group_by="batch")
     assert all(computed) and len(computed) == len(all_micros(batch, tokens)) and first.drift is None
     assert all(map(torch.equal, schedule.groups, whole.groups))
     second, computed = step(few)
@@ -185,10 +183,10 @@ def test_then_the_forward_ends_after_the_last_sampled_layer():
     for index, layer in enumerate(policy.decoder.layers):
         layer.register_forward_hook(lambda *_, index=index: called.append(index))
     head = policy.model.lm_head.register_forward_hook(lambda *_: called.append("head"))
-    short = read(policy, batch, tokens=10_000, gradient_steps=1, sampled_layers=5)
+    short = read(policy, batch, tokens=10_000, gradient_steps=1, credit_layers=5)
     assert called == list(range(7)) and short.log_probs is None and short.entropy is None
     head.remove()
-    whole = read(policy, batch, tokens=10_000, gradient_steps=3, sampled_layers=5)
+    whole = read(policy, batch, tokens=10_000, gradient_steps=3, credit_layers=5)
     assert called[7:] == list(range(9)) and policy.decoder.config.num_hidden_layers == 9
     assert short.rhythm.waad.equal(whole.rhythm.waad) and short.rhythm.fai.equal(whole.rhythm.fai)
     nothing = read_batch(policy, batch, all_micros(batch), settings(gradient_steps=1, credit="none"), GroupSchedule())
@@ -249,8 +247,3 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(policy, batch, tmp_path
         assert torch.equal(tensor, before[name]), name
         assert not torch.equal(tensor, tensor.bfloat16().float()) or "norm" in name
     World.leave()
-
-
-def test_credit_reads_the_fields_that_it_names():
-    assert set(train.policy.credit_options(Credit())) == {"q", "amp", "alpha", "k", "largest"}
-    assert isinstance(make_policy(), Policy)

@@ -19,9 +19,10 @@ import train.loop
 import train.policy
 import train.setup
 from rhythm_kernels import collect, group_heads
+from rhythm_kernels.options import STRATEGIES
 from train.checkpoint import MODEL, list_checkpoints
 from train.command import run as run_command
-from train.config import STRATEGIES, Config
+from train.config import Config
 from train.distributed import World
 from train.launch import claim, launch
 from train.metrics import UNVERIFIED, MetricsLog, learning_warnings, read_metrics
@@ -67,7 +68,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent.parent)}
 
 
-EVERY_THIRD = {"groups_every": 3, "groups_per": "batch"}
+EVERY_THIRD = {"credit_groups_every": 3, "credit_group_by": "batch"}
 
 
 def digit_share(completion: str, answer: str) -> float:
@@ -136,7 +137,13 @@ def test_every_credit_runs(smoke, tmp_path, credit):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss_type": "grpo", "scale_rewards": "none", "num_iterations": 2, "temperature": 0.8, "groups_per": "batch"},
+        {
+            "loss_type": "grpo",
+            "scale_rewards": "none",
+            "num_iterations": 2,
+            "temperature": 0.8,
+            "credit_group_by": "batch",
+        },
         {"loss_type": "dr_grpo", "gradient_steps": 4, "credit_largest": False, "credit": "local", "operators": "+-*/"},
         {"numbers": 3, "largest": 5, "dtype": "bfloat16", "sample_answers": 0, "credit": "entropy", "sft_steps": 2},
         {"max_steps": 0},
@@ -145,7 +152,7 @@ def test_every_credit_runs(smoke, tmp_path, credit):
             "gradient_checkpointing": True,
             "scale_rewards": "batch",
             "layers": 6,
-            "sampled_layers": 2,
+            "credit_layers": 2,
         },
         {"gradient_steps": 1, "credit": "none", "attention": "sdpa", "mask_truncated_completions": True},
         {"beta": 0.05, "vllm_importance_sampling_correction": True, "weight_decay": 0.1, "final_learning_rate": 1.0},

@@ -10,8 +10,8 @@ from stats_cases import StatsCase, assert_attention_close, assert_close_to_refer
 from triton_calls import CALLS, DEVICE, HALF, check, outputs, run, run_attention, run_groups
 
 from rhythm_kernels import attention, attention_stats
-from rhythm_kernels.attention import triton_backend
-from rhythm_kernels.attention.triton_tiles import MAX_TOKEN_STRIDE, choose_tiles
+from rhythm_kernels.statistics import triton_backend
+from rhythm_kernels.statistics.triton_tiles import MAX_TOKEN_STRIDE, choose_tiles
 
 
 def response(tokens: int, begin: int) -> torch.Tensor:
@@ -48,11 +48,11 @@ FEATURES = {
     "left and right padding": ((3, 2, 60, 16), 1, {"attention_mask": padded(60, (25, 60), (0, 33), (0, 60))}),
     "a row of padding only": ((2, 2, 40, 16), 1, {"attention_mask": padded(40, (0, 0), (0, 40))}),
     "packed, two empty": ((1, 2, 90, 16), 1, {"cu_seqlens": packed(0, 0, 33, 34, 34, 90)}),
-    "response": ((1, 2, 90, 16), 1, {"row_mask": response(90, 50)}),
-    "holes": ((1, 2, 110, 16), 1, {"row_mask": holes(110)}),
-    "no row": ((1, 2, 70, 16), 1, {"row_mask": torch.zeros(1, 70, dtype=torch.bool)}),
-    "last row only": ((1, 2, 70, 16), 1, {"row_mask": response(70, 69)}),
-    "packed, holes": ((1, 2, 110, 16), 1, {"cu_seqlens": packed(0, 50, 110), "row_mask": holes(110)}),
+    "response": ((1, 2, 90, 16), 1, {"response_mask": response(90, 50)}),
+    "holes": ((1, 2, 110, 16), 1, {"response_mask": holes(110)}),
+    "no row": ((1, 2, 70, 16), 1, {"response_mask": torch.zeros(1, 70, dtype=torch.bool)}),
+    "last row only": ((1, 2, 70, 16), 1, {"response_mask": response(70, 69)}),
+    "packed, holes": ((1, 2, 110, 16), 1, {"cu_seqlens": packed(0, 50, 110), "response_mask": holes(110)}),
     "sliding window": ((1, 2, 90, 16), 1, {"sliding_window": 7}),
     "sliding window 1": ((1, 2, 40, 16), 1, {"sliding_window": 1}),
     "softcap": ((1, 2, 70, 16), 1, {"softcap": 2.0}),
@@ -66,14 +66,14 @@ FEATURES = {
     "all options": (
         (1, 4, 100, 40),
         2,
-        {"sliding_window": 37, "softcap": 5.0, "sinks": torch.arange(4.0), "row_mask": holes(100), "scale": 0.4},
+        {"sliding_window": 37, "softcap": 5.0, "sinks": torch.arange(4.0), "response_mask": holes(100), "scale": 0.4},
     ),
-    "open horizon": ((1, 2, 100, 16), 1, {"horizon": (1, None), "row_mask": response(100, 40)}),
+    "open horizon": ((1, 2, 100, 16), 1, {"horizon": (1, None), "response_mask": response(100, 40)}),
     "horizon of one": ((1, 2, 60, 16), 1, {"horizon": (0, 0)}),
     "horizon past the end": ((1, 2, 60, 16), 1, {"horizon": (59, 10**12)}),
     "horizon past the window": ((1, 2, 60, 16), 1, {"horizon": (10, 50), "sliding_window": 5}),
     "window 1": ((1, 2, 60, 16), 1, {"window": 1}),
-    "window 256": ((1, 1, 300, 16), 1, {"window": 256, "row_mask": response(300, 250)}),
+    "window 256": ((1, 1, 300, 16), 1, {"window": 256, "response_mask": response(300, 250)}),
     "large scores": ((1, 2, 60, 16), 1, {"scale": 30.0}),
     "scale 0": ((1, 2, 60, 16), 1, {"scale": 0.0}),
 }
@@ -93,7 +93,7 @@ def test_feature(shape, key_heads, options, call):
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_shipped_tiles(target, head_size, call, monkeypatch):
     monkeypatch.setattr(triton_backend, "_tiles_for", lambda *_: choose_tiles(target, head_size, 32, 16))
-    options = {"row_mask": holes(200), "sliding_window": 150, "softcap": 8.0, "sinks": torch.ones(2), "window": 40}
+    options = {"response_mask": holes(200), "sliding_window": 150, "softcap": 8.0, "sinks": torch.ones(2), "window": 40}
     check(call, make_case((1, 2, 200, head_size), 1, dtype=HALF, **options))
 
 
@@ -145,10 +145,10 @@ def test_nan_span_stays_in_its_sequence():
 
 def test_nan_outside_the_groups_changes_no_bit():
     case = make_case((1, 4, 60, 16), 2, lse_given=True)
-    local, global_ = torch.tensor([True, False, False, False]), torch.tensor([False, False, True, False])
-    clean = run_groups(case, local, global_)
+    local_heads, global_heads = torch.tensor([True, False, False, False]), torch.tensor([False, False, True, False])
+    clean = run_groups(case, local_heads, global_heads)
     case.q[:, [1, 3]] = torch.nan
-    for x, y in zip(clean, run_groups(case, local, global_), strict=True):
+    for x, y in zip(clean, run_groups(case, local_heads, global_heads), strict=True):
         assert torch.equal(x, y)
 
 
@@ -185,7 +185,7 @@ def test_strides_change_no_bit(order):
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("horizon", [(10, 50), (1, None)])
 def test_same_input_same_bits(horizon, call):
-    case = make_case((1, 4, 90, 32), 2, dtype=HALF, horizon=horizon, sinks=torch.ones(4), row_mask=holes(90))
+    case = make_case((1, 4, 90, 32), 2, dtype=HALF, horizon=horizon, sinks=torch.ones(4), response_mask=holes(90))
     first, *others = [outputs(call, case) for _ in range(3)]
     for other in others:
         for name, x in first.items():

@@ -16,7 +16,7 @@ import triton
 
 from benchmarks import kernels, launches
 from benchmarks.sass import Instruction
-from rhythm_kernels.attention.triton_scores import size_parts
+from rhythm_kernels.statistics.triton_scores import size_parts
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program; sm_86 and sm_89 run sm_80's tiles

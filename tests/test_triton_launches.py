@@ -8,11 +8,11 @@ from stats_cases import make_case, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_calls import DEVICE, HALF
 
-from rhythm_kernels.attention import triton_backend
-from rhythm_kernels.attention.layout import SPAN_UNIT, make_layout, mean_over_rows
-from rhythm_kernels.attention.options import check_options
-from rhythm_kernels.attention.triton_forward import BROKEN, mean_spans, span_units
-from rhythm_kernels.attention.triton_scores import aligned
+from rhythm_kernels.statistics import triton_backend
+from rhythm_kernels.statistics.layout import SPAN_UNIT, make_layout, mean_over_rows
+from rhythm_kernels.statistics.options import check_options
+from rhythm_kernels.statistics.triton_forward import BROKEN, mean_spans, span_units
+from rhythm_kernels.statistics.triton_scores import aligned
 
 TOKENS, HEADS = 60, 4
 MOST = 4
@@ -111,10 +111,10 @@ def test_distances_are_rounded_as_torch_rounds_them():
 def test_the_mean_over_tiles_has_the_bits_of_the_mean_over_rows(kind, tile):
     batch = 2 if kind is PADDED else 1
     generator = torch.Generator().manual_seed(tile)
-    row_mask = torch.rand(batch, TOKENS, generator=generator) < 0.6
-    row_mask[-1, 33:] = False  # the last sequence of the packed ones has no row
+    response_mask = torch.rand(batch, TOKENS, generator=generator) < 0.6
+    response_mask[-1, 33:] = False  # the last sequence of the packed ones has no row
     kind = {name: x.to(DEVICE) for name, x in kind.items()}
-    layout = make_layout(batch, TOKENS, torch.device(DEVICE), row_mask.to(DEVICE), **kind)
+    layout = make_layout(batch, TOKENS, torch.device(DEVICE), response_mask.to(DEVICE), **kind)
     distance = torch.rand(batch, HEADS, TOKENS, generator=generator).to(DEVICE) * TOKENS * layout.rows[:, None]
     distance[0, 1, layout.rows[0].nonzero()[0]] = torch.nan
     expected = mean_over_rows(distance, layout)

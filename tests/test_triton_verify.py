@@ -9,9 +9,9 @@ from triton_calls import DEVICE, HALF, on_device
 from verify_cases import assert_same_probes, assumed, damaged, exact, found_by
 
 from benchmarks.pretended_cuda import counted, pretended_cuda
-from rhythm_kernels.attention import triton_verify, verify
-from rhythm_kernels.attention.layout import make_layout
-from rhythm_kernels.attention.verify import probe_lse, probe_output, probed_rows, rounding_of
+from rhythm_kernels.statistics import triton_verify, verify
+from rhythm_kernels.statistics.layout import make_layout
+from rhythm_kernels.statistics.verify import probe_lse, probe_output, probed_rows, rounding_of
 
 DTYPES = [torch.float32, HALF] if DEVICE == "cpu" else [torch.float32, HALF, torch.bfloat16]
 
@@ -34,11 +34,11 @@ CASES = {
     "plain": ((1, 2, 90, 32), 2, 32, {}),
     "one token": ((1, 2, 1, 16), 1, 16, {}),
     "no token": ((2, 2, 0, 16), 1, 16, {}),
-    "several chunks": ((1, 1, 600, 16), 1, 16, {"row_mask": since(600, 200)}),
+    "several chunks": ((1, 1, 600, 16), 1, 16, {"response_mask": since(600, 200)}),
     "more rows than a tile has": ((1, 10, 40, 16), 2, 16, {}),
     "head size 5, values of 40": ((1, 2, 50, 5), 1, 40, {}),
     "head size 80": ((1, 2, 50, 80), 1, 24, {}),
-    "window": ((1, 2, 300, 16), 1, 16, {"sliding_window": 7, "row_mask": since(300, 250)}),
+    "window": ((1, 2, 300, 16), 1, 16, {"sliding_window": 7, "response_mask": since(300, 250)}),
     "window 1": ((1, 2, 40, 16), 1, 16, {"sliding_window": 1}),
     "soft cap": ((1, 2, 60, 16), 1, 16, {"softcap": 2.0, "scale": 2.0}),
     "soft cap far above the scores": ((1, 2, 60, 16), 1, 16, {"softcap": 50.0, "scale": 0.01}),
@@ -53,11 +53,11 @@ CASES = {
         (1, 2, 90, 16),
         1,
         16,
-        {"cu_seqlens": packed(30, 30, 30), "row_mask": padded(90, (20, 70)) & ~padded(90, (30, 60))},
+        {"cu_seqlens": packed(30, 30, 30), "response_mask": padded(90, (20, 70)) & ~padded(90, (30, 60))},
     ),
     "packed, longer than a chunk": ((1, 2, 600, 8), 1, 8, {"cu_seqlens": packed(270, 60, 270), "sliding_window": 260}),
     "many short": ((1, 1, 50, 16), 1, 16, {"cu_seqlens": packed(*[3, 8, 1, 6, 7] * 2)}),
-    "no row": ((1, 2, 50, 16), 1, 16, {"row_mask": torch.zeros(1, 50, dtype=torch.bool)}),
+    "no row": ((1, 2, 50, 16), 1, 16, {"response_mask": torch.zeros(1, 50, dtype=torch.bool)}),
     "scale 0": ((1, 2, 50, 16), 1, 16, {"scale": 0.0}),
     "negative scale": ((1, 2, 50, 16), 1, 16, {"scale": -0.5}),
     "large scores": ((1, 2, 50, 16), 1, 16, {"scale": 30.0}),
@@ -70,7 +70,7 @@ CASES = {
             "softcap": 5.0,
             "sinks": torch.arange(4.0),
             "cu_seqlens": packed(280, 20),
-            "row_mask": since(300, 100),
+            "response_mask": since(300, 100),
         },
     ),
 }
@@ -150,7 +150,7 @@ def test_values_and_outputs_of_any_strides_and_dtypes():
 def test_weights_keep_the_bits_of_fp32_beside_values_of_16_bits():
     """2,000 keys of a weight that fp16 rounds to 0 beside one of 1: an eighth of a unit of the output each."""
     tokens = 2000
-    case = make_case((1, 1, tokens, 16), 1, dtype=HALF, scale=1.0, row_mask=since(tokens, tokens - 1))
+    case = make_case((1, 1, tokens, 16), 1, dtype=HALF, scale=1.0, response_mask=since(tokens, tokens - 1))
     case.q.zero_()
     case.k.zero_()
     case.q[..., 0], case.k[0, 0, 0, 0] = 1.0, 17.0
@@ -213,7 +213,7 @@ def test_three_launches_and_no_wait(name, monkeypatch):
     out, lse = exact(case, v)
     rounding = rounding_of(torch.bfloat16)
     on_cpu = found_by("torch", case, v, out, lse, rounding)
-    bounds = [options.get(name) for name in ("row_mask", "attention_mask", "cu_seqlens")]
+    bounds = [options.get(name) for name in ("response_mask", "attention_mask", "cu_seqlens")]
     with pretended_cuda():
         q, k, v, out, lse, sinks = moved(case.q, case.k, v, out, lse, options.get("sinks"))
         layout = make_layout(len(q), q.shape[2], q.device, *moved(*bounds))

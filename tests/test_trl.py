@@ -63,11 +63,11 @@ pytestmark = pytest.mark.xdist_group("trl")
 @WAYS
 @pytest.mark.parametrize("strategy", ["coupled", "local", "global", "entropy"])
 def test_advantages_are_the_dense_ones(tmp_path, way, strategy):
-    trainer = make_trainer(tmp_path, Recording, credit=strategy, credit_q=0.3, **TWO_LAYERS, **way)
+    trainer = make_trainer(tmp_path, Recording, credit=strategy, credit_top_fraction=0.3, **TWO_LAYERS, **way)
     before = weights_of(trainer)
     trainer.train()
     assert ("old_per_token_logps" in trainer.generations[0][1]) == (way is OLD_PASS)
-    assert_expected(trainer, strategy=strategy, q=0.3)
+    assert_expected(trainer, strategy=strategy, top_fraction=0.3)
     assert_trained(trainer, before)
 
 
@@ -158,7 +158,7 @@ def test_credit_of_one_leaves_the_loss_as_it_is(tmp_path, loss_type):
     weights = []
     for kind, config, credit in ((GRPOTrainer, GRPOConfig, {}), (RhythmGRPOTrainer, RhythmGRPOConfig, {})):
         if kind is RhythmGRPOTrainer:
-            credit = {"credit": "coupled", "credit_amp": 1.0, **TWO_LAYERS}
+            credit = {"credit": "coupled", "credit_amplification": 1.0, **TWO_LAYERS}
         options = {"loss_type": loss_type, "off_policy_mask_threshold": 0.5, "max_steps": 2, **OLD_PASS}
         trainer = make_trainer(tmp_path, kind, config=config, **credit, **options)
         trainer.train()
@@ -246,15 +246,15 @@ def test_an_evaluation_is_left_alone(tmp_path):
 
 
 @WAYS
-def test_groups_serve_several_generation_batches(tmp_path, way):
+def test_groups_serve_several_generation_batches(tmp_path, monkeypatch, way):
     trainer = make_trainer(tmp_path, Recording, max_steps=1, credit_groups_every=3, **TWO_LAYERS, **way)
-    given, collect = [], trainer._credit.collect
+    given, collect = [], integration.collect
 
-    def spy(model, mask, groups=None):
+    def spy(model, groups=None, **options):
         given.append(groups)
-        return collect(model, mask, groups)
+        return collect(model, groups=groups, **options)
 
-    object.__setattr__(trainer._credit, "collect", spy)
+    monkeypatch.setattr(integration, "collect", spy)
     trainer.args.max_steps = 4 * trainer._generate_every // trainer.args.gradient_accumulation_steps
     trainer.train()
     assert len(trainer.generations) == 4
@@ -262,7 +262,9 @@ def test_groups_serve_several_generation_batches(tmp_path, way):
     weights, batch = trainer.generations[0]
     maps, rows, segments = dense_parts(weights, batch)
     _, _, dense = dense_rhythm(maps, LAYERS, rows, segments, len(rows), per_batch=True, horizon=tuple(HORIZON))
-    assert torch.equal(given[2].local, dense[0].local) and torch.equal(given[2].global_, dense[0].global_)
+    assert torch.equal(given[2].local_heads, dense[0].local_heads) and torch.equal(
+        given[2].global_heads, dense[0].global_heads
+    )
     drifts = [record for record in trainer.state.log_history if "groups/spearman" in record]
     assert len(drifts) == 1 and {"groups/local_overlap", "groups/global_overlap"} < drifts[0].keys()
 
@@ -350,11 +352,11 @@ def test_a_checkpoint_without_the_state_is_told_of(tmp_path, monkeypatch):
 
 def test_a_state_of_other_layers_is_not_used(tmp_path, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "credit_groups_every": 8, **ONE_STEP}
-    make_trainer(tmp_path, credit_layer_indices=[1, 2], **options).train()
+    make_trainer(tmp_path, credit_layers=[1, 2], **options).train()
     told = []
     monkeypatch.setattr(logging.get_logger(integration.__name__), "warning", told.append)
     for layers, age in (([1, 2], 3), ([2, 3], 1)):
-        resumed = make_trainer(tmp_path / "resumed", credit_layer_indices=layers, **options | {"max_steps": 3})
+        resumed = make_trainer(tmp_path / "resumed", credit_layers=layers, **options | {"max_steps": 3})
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert resumed._schedule.state_dict()["age"] == age
     assert len(told) == 1 and "has the spans of layers [1, 2], not [2, 3]" in told[0]
@@ -362,7 +364,7 @@ def test_a_state_of_other_layers_is_not_used(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "[]", '{"age": 1}', '{"age": 1, "spans": [["x"]], "draws": 1, "layers": [1, 2]}'])
 def test_a_damaged_state_is_named(tmp_path, text):
-    trainer = make_trainer(tmp_path, credit_layer_indices=[1, 2])
+    trainer = make_trainer(tmp_path, credit_layers=[1, 2])
     (tmp_path / integration.STATE_FILE).write_text(text)
     with pytest.raises(ValueError, match=f"{integration.STATE_FILE} must be what a checkpoint of rhythm credit holds"):
         trainer._load_optimizer_and_scheduler(str(tmp_path))
@@ -374,19 +376,22 @@ def test_a_damaged_state_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"credit": "couple"}, "credit: strategy must be one of"),
-        ({"credit_q": 1.5}, "credit_q: q must be finite and between 0.0 and 1.0, got 1.5"),
-        ({"credit_amp": -1.0}, "credit_amp: "),
-        ({"credit_alpha": 2.0}, "credit_alpha: "),
-        ({"credit_k": 0}, "credit_k: "),
-        ({"credit_sampled_layers": 0}, "credit_sampled_layers: layers must be at least 1, got 0"),
-        ({"credit_layer_indices": []}, "credit_layer_indices: "),
-        ({"credit_window": 0}, "credit_window: "),
-        ({"credit_horizon": [9, 3]}, "credit_horizon: "),
-        ({"credit_local": 0.6, "credit_global": 0.6}, "credit_local, credit_global: "),
-        ({"credit_groups_per": "token"}, "credit_groups_per: "),
-        ({"credit_groups_every": 0}, "credit_groups_every: "),
-        ({"credit_seed": -1}, "credit_seed: "),
+        ({"credit": "couple"}, "credit must be one of"),
+        ({"credit_top_fraction": 1.5}, "credit_top_fraction must be .*, got 1.5"),
+        ({"credit_amplification": -1.0}, "credit_amplification must be"),
+        ({"credit_shared_fraction": 2.0}, "credit_shared_fraction must be"),
+        ({"credit_max_lookback": 0}, "credit_max_lookback must be"),
+        ({"credit_layers": 0}, "credit_layers must be at least 1, got 0"),
+        ({"credit_layers": []}, "credit_layers must be"),
+        ({"credit_window": 0}, "credit_window must be"),
+        ({"credit_horizon": [9, 3]}, r"credit_horizon\[1\] must be"),
+        (
+            {"credit_local_fraction": 0.6, "credit_global_fraction": 0.6},
+            "credit_local_fraction and global_fraction must",
+        ),
+        ({"credit_group_by": "token"}, "credit_group_by must be"),
+        ({"credit_groups_every": 0}, "credit_groups_every must be"),
+        ({"credit_seed": -1}, "credit_seed must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -396,18 +401,28 @@ def test_bad_options_name_their_field(tmp_path, changes, message):
 
 
 def test_a_wrong_type_names_its_field(tmp_path):
-    with pytest.raises(TypeError, match="credit_horizon: horizon must be"):
+    with pytest.raises(TypeError, match="credit_horizon must be"):
         make_config(tmp_path, credit_horizon=[1, 2, 3])
-    with pytest.raises(TypeError, match="credit_q: q must be a float"):
-        make_config(tmp_path, credit_q="0.4")
+    with pytest.raises(TypeError, match="credit_top_fraction must be a float"):
+        make_config(tmp_path, credit_top_fraction="0.4")
 
 
 def test_options_from_a_command_line(tmp_path):
-    line = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--credit", "global", "--credit_q", "0.2"]
-    line += ["--no_credit_largest", "--credit_horizon", "4", "--credit_layer_indices", "1", "2"]
+    line = [
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "--bf16",
+        "False",
+        "--credit",
+        "global",
+        "--credit_top_fraction",
+        "0.2",
+    ]
+    line += ["--no_credit_largest", "--credit_horizon", "4", "--credit_layers", "1", "2"]
     (config,) = TrlParser(RhythmGRPOConfig).parse_args_and_config(line)
     options = config.credit_options
-    assert (options.strategy, options.q, options.largest) == ("global", 0.2, False)
+    assert (options.strategy, options.top_fraction, options.largest) == ("global", 0.2, False)
     assert options.horizon == (4, None) and options.layers == (1, 2)
     again = RhythmGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert again.credit_options == integration.CreditOptions()  # the same defaults
@@ -521,7 +536,7 @@ def test_the_decoder_of_the_text_is_read(tmp_path):
 
 def test_layers_that_the_model_lacks_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="layers"):
-        make_trainer(tmp_path, credit_layer_indices=[7])
+        make_trainer(tmp_path, credit_layers=[7])
 
 
 # ---- more than one process -------------------------------------------------------------------------------------------

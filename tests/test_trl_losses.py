@@ -52,7 +52,7 @@ def test_gspo_token_is_gspo_where_all_tokens_have_one_advantage(tmp_path, loss_t
     options = {"loss_type": loss_type, "epsilon": 0.02, "epsilon_high": 5.0 if loss_type == "cispo" else 0.02}
     plain = {"kind": GRPOTrainer, "config": GRPOConfig, **options, **OFF_POLICY}
     wanted = weights_of(run(tmp_path, importance_sampling_level="sequence", **plain))
-    changes = {"credit": credit, "credit_amp": 1.0, **GSPO, **options, **OFF_POLICY, **TWO_LAYERS}
+    changes = {"credit": credit, "credit_amplification": 1.0, **GSPO, **options, **OFF_POLICY, **TWO_LAYERS}
     for name, value in weights_of(run(tmp_path, RhythmGRPOTrainer, **changes)).items():
         torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-4)
     token = weights_of(run(tmp_path, **plain))

@@ -26,10 +26,10 @@ from benchmarks.weakest_mismatch import (
     visible,
 )
 from rhythm_kernels import attention_stats, collect, group_stats, reference
-from rhythm_kernels.attention.layout import make_layout
-from rhythm_kernels.attention.options import check_options
-from rhythm_kernels.attention.verify import FEWEST, PROBES, probe_lse, probe_output, probed_rows, rounding_of
-from rhythm_kernels.backend_lse import FUSED_OPS
+from rhythm_kernels.listen.backend_lse import FUSED_OPS
+from rhythm_kernels.statistics.layout import make_layout
+from rhythm_kernels.statistics.options import check_options
+from rhythm_kernels.statistics.verify import FEWEST, PROBES, probe_lse, probe_output, probed_rows, rounding_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 modules = [sys.modules[f"rhythm_kernels.{name}"] for name in ("findings", "signals", "attention.api")]
@@ -210,7 +210,7 @@ def test_each_sequence_has_its_first_and_last_row_of_r_probed():
 
 def test_a_long_batch_is_probed_in_parts(monkeypatch):
     """Sequences of all lengths, a head at a time: the same worst row."""
-    verify = sys.modules["rhythm_kernels.attention.verify"]
+    verify = sys.modules["rhythm_kernels.statistics.verify"]
     q, k, v = draw(torch.float32)
     layout = make_layout(1, TOKENS, q.device, cu_seqlens=torch.tensor([0, 9, 9, 40, 200, TOKENS]))
     seen = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
@@ -247,18 +247,20 @@ def test_a_wrong_log_sum_exp_is_refused(kind):
     q, k, _ = draw(torch.float32, 3.0)
     rows = torch.arange(TOKENS)[None] >= 50
     lse = attention_stats(q, k).lse
-    right = attention_stats(q, k, lse=lse, need_span=False, row_mask=rows)
+    right = attention_stats(q, k, lse=lse, need_span=False, response_mask=rows)
     assert right.waad.isfinite().all()
     refused = (
         r"lse must be the natural log-sum-exp of each row's scores, a sink included, got \S+ for token \d+ of row 0"
     )
     wrong = WRONG_LSE[kind](lse)
     with pytest.raises(ValueError, match=refused):
-        attention_stats(q, k, lse=wrong, need_span=False, row_mask=rows)
+        attention_stats(q, k, lse=wrong, need_span=False, response_mask=rows)
     heads = torch.arange(QUERY_HEADS) < 3
     with pytest.raises(ValueError, match=refused):
-        group_stats(q, k, heads, ~heads, lse=wrong, row_mask=rows)
-    group_stats(q, k, heads, heads, lse=torch.where(heads[:, None], lse, wrong), row_mask=rows)  # others are not read
+        group_stats(q, k, heads, ~heads, lse=wrong, response_mask=rows)
+    group_stats(
+        q, k, heads, heads, lse=torch.where(heads[:, None], lse, wrong), response_mask=rows
+    )  # others are not read
 
 
 def test_a_log_sum_exp_without_its_sink_is_refused():
@@ -326,7 +328,7 @@ def test_on_a_gpu_a_wrong_log_sum_exp_gives_nan():
 def test_on_a_gpu_a_mismatch_gives_nan_and_check_says_which():
     torch.manual_seed(1)
     model, ids = llama("sdpa"), torch.randint(0, 61, (1, 60))
-    with torch.no_grad(), collect(model, groups_per="batch") as sound:
+    with torch.no_grad(), collect(model, group_by="batch") as sound:
         model(ids)
     groups = sound.rhythm().groups
     sound.check()
@@ -395,7 +397,7 @@ def test_dropout_in_attention_is_checked_without_it_and_changes_no_draw(attentio
 def test_a_wrong_log_sum_exp_of_the_models_own_kernel_is_refused(kind, monkeypatch):
     torch.manual_seed(1)
     model, ids = llama("sdpa", initializer_range=0.3), torch.randint(0, 61, (1, 60))
-    reader = sys.modules["rhythm_kernels.backend_lse"].LseReader
+    reader = sys.modules["rhythm_kernels.listen.backend_lse"].LseReader
     read = reader.lse
 
     def wrong(self, *args):

@@ -32,9 +32,9 @@ def run(case: StatsCase):
     return on_cpu(attention_stats(on_device(case.q), on_device(case.k), **kwargs, backend="triton"))
 
 
-def run_groups(case: StatsCase, local, global_):
+def run_groups(case: StatsCase, local_heads, global_heads):
     kwargs = {name: on_device(x) for name, x in case.options("need_span").items()}
-    inputs = [on_device(x) for x in (case.q, case.k, local, global_)]
+    inputs = [on_device(x) for x in (case.q, case.k, local_heads, global_heads)]
     return on_cpu(group_stats(*inputs, **kwargs, backend="triton"))
 
 

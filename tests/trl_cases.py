@@ -21,7 +21,7 @@ TOKENIZER = build_tokenizer()
 PROMPTS = ["3 5 ? 8 >", "1 7 10 ? 2 >", "2 2 2 9 ? 30 >", "4 ? 4 >"]  # of four lengths
 HORIZON = [2, 6]
 LAYERS = reference.sampled_layers(4, 2)
-TWO_LAYERS = {"credit_sampled_layers": 2, "credit_horizon": HORIZON}
+TWO_LAYERS = {"credit_layers": 2, "credit_horizon": HORIZON}
 OLD_PASS = {"gradient_accumulation_steps": 1, "steps_per_generation": 2}  # two optimizer steps a generation batch
 ONE_STEP = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
 WAYS = pytest.mark.parametrize("way", [OLD_PASS, ONE_STEP], ids=["old pass", "loss"])

@@ -5,13 +5,13 @@ from stats_cases import StatsCase, segments_of
 from torch import Tensor
 from triton_calls import on_device
 
-from rhythm_kernels.attention import verify
-from rhythm_kernels.attention.layout import Layout, make_layout
-from rhythm_kernels.attention.options import Options, check_options
-from rhythm_kernels.attention.verify import Deviation, Rounding, probe_lse, probe_output, probed_rows
 from rhythm_kernels.reference import attention_map
+from rhythm_kernels.statistics import verify
+from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.options import Options, check_options
+from rhythm_kernels.statistics.verify import Deviation, Rounding, probe_lse, probe_output, probed_rows
 
-MASKS = ("row_mask", "attention_mask", "cu_seqlens")
+MASKS = ("response_mask", "attention_mask", "cu_seqlens")
 MAP = ("scale", "sliding_window", "softcap", "sinks")
 Found = list[tuple[str, Deviation]]
 

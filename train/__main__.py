@@ -7,7 +7,6 @@ import sys
 # Before torch starts its thread pools: waiting threads must not spin on cores that the other seeds need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", default=None, help=f"one of {', '.join(PRESETS)}; the default is the first")
     parser.add_argument("--resume", default=None, metavar="FOLDER", help="continue the run in this folder")
-    add_flags(parser, [f.name for _, group in Config().groups() for f in fields(group)])
+    add_flags(parser, list(Config().flat()))
     return parser
 
 

@@ -9,11 +9,12 @@ import argparse
 import json
 import typing
 from collections.abc import Collection, Iterator
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 
+from rhythm_kernels.options import CreditOptions, flat_name, from_flat, read_text
+
 MOST = 2**31 - 1  # of a whole number without a limit of its own: larger ones overflow somewhere behind the start
-STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
 
 
 class BadSetting(ValueError):
@@ -137,23 +138,6 @@ class GRPO:
 
 
 @dataclass(frozen=True)
-class Credit:
-    """token credit"""
-
-    credit: str = flag("coupled", "what multiplies a token's positive advantage", choices=STRATEGIES)
-    credit_q: float = flag(0.4, "share of the tokens selected", least=0, most=1)
-    credit_amp: float = flag(1.5, "factor on the selected tokens", above=0)
-    credit_alpha: float = flag(0.5, "share of a dominated anchor's credit that moves to its opening", least=0, most=1)
-    credit_k: int = flag(3, "tokens before an anchor in which its opening may lie", least=1)
-    credit_largest: bool = flag(True, "select the largest values, or the smallest (the paper's ablation)")
-    sampled_layers: int = flag(5, "layers of the middle third whose attention is read; 0: all", least=0)
-    window: int = flag(10, "WAAD clips distances at this many tokens", least=1)
-    horizon: tuple[int, ...] = flag((10, 50), "FAI counts attention from this many tokens later to that many", least=1)
-    groups_per: str = flag("sequence", "rank heads per sequence or over the batch", choices=("sequence", "batch"))
-    groups_every: int = flag(1, "steps that a ranking of the heads serves; above 1 it is that of a batch", least=1)
-
-
-@dataclass(frozen=True)
 class Run:
     """the run"""
 
@@ -180,7 +164,7 @@ class Config:
     demonstrations: Demonstrations = Demonstrations()
     rollout: Rollout = Rollout()
     grpo: GRPO = GRPO()
-    credit: Credit = Credit()
+    credit: CreditOptions = field(default_factory=CreditOptions)
     run: Run = Run()
 
     def groups(self) -> Iterator[tuple[str, object]]:
@@ -188,18 +172,17 @@ class Config:
 
     def change(self, **values) -> "Config":
         """A checked copy with these fields changed, wherever they live; strings are parsed as on the command line."""
-        unknown = set(values) - {f.name for _, group in self.groups() for f in fields(group)}
+        unknown = set(values) - {name for _, group in self.groups() for name in settings_of(group)}
         if unknown:
             raise BadSetting(f"no such flag: {', '.join(flag_name(name) for name in sorted(unknown))}")
         changed = {}
         for name, group in self.groups():
-            mine = {f.name: _parse(f, values[f.name]) for f in fields(group) if f.name in values}
-            changed[name] = replace(group, **mine)
+            changed[name] = _change(group, values)
         return replace(self, **changed).check()
 
     def check(self) -> "Config":
-        for _, group in self.groups():
-            for f in fields(group):
+        for name, group in self.groups():
+            for f in fields(group) if name != "credit" else ():  # which has checked itself
                 _check_limits(f, getattr(group, f.name))
         model, rollout, grpo, credit, run = self.model, self.rollout, self.grpo, self.credit, self.run
         _require(model.heads % model.key_heads == 0, "key_heads", "divide --heads", model.key_heads, heads=model.heads)
@@ -212,14 +195,12 @@ class Config:
             grpo.gradient_steps,
             prompts_per_step=rollout.prompts_per_step,
         )
-        horizon = credit.horizon
-        _require(len(horizon) == 2 and horizon[0] <= horizon[-1], "horizon", "be two numbers, LO <= HI", horizon)
         _require(
-            credit.groups_every == 1 or credit.groups_per == "batch",
-            "groups_per",
+            credit.groups_every == 1 or credit.group_by == "batch",
+            "credit_group_by",
             "be batch where groups serve later steps",
-            credit.groups_per,
-            groups_every=credit.groups_every,
+            credit.group_by,
+            credit_groups_every=credit.groups_every,
         )
         _require(bool(model.model) or self.data.train_data == "words", "model", "be given where problems are read", "")
         _require(
@@ -234,18 +215,21 @@ class Config:
     def settings(self) -> dict[str, object]:
         """What the results of a run depend on, flat: all but where it writes and how it reports."""
         only_here = {f.name for f in fields(Run)} - {"seeds", "eval_steps"}
-        flat = {f.name: getattr(group, f.name) for _, group in self.groups() for f in fields(group)}
-        return json.loads(json.dumps({name: value for name, value in flat.items() if name not in only_here}))
+        return json.loads(json.dumps({name: value for name, value in self.flat().items() if name not in only_here}))
+
+    def flat(self) -> dict[str, object]:
+        """Every setting by the name of its flag."""
+        groups = [group for _, group in self.groups()]
+        return {name: getattr(group, f.name) for group in groups for name, f in settings_of(group).items()}
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps({"preset": self.preset, **self.flat()}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
-        values = json.loads(text)
-        config = cls(preset=values.pop("preset"))
-        flat = {name: value for group in values.values() for name, value in group.items()}
-        missing = {f.name for _, group in config.groups() for f in fields(group)} - set(flat)
+        flat = json.loads(text)
+        config = cls(preset=flat.pop("preset"))
+        missing = set(config.flat()) - set(flat)
         if missing:
             raise BadSetting(f"the saved configuration lacks {', '.join(map(flag_name, sorted(missing)))}")
         return config.change(**flat)
@@ -258,6 +242,26 @@ class Config:
             raise BadSetting(f"{path} is no configuration of a run: {error}") from error
 
 
+def settings_of(group: object) -> dict[str, Field]:
+    """The fields of a group by the names of their settings; a run draws with its own seeds."""
+    if isinstance(group, CreditOptions):
+        return {flat_name(f.name): f for f in fields(group) if f.name != "seed"}
+    return {f.name: f for f in fields(group)}
+
+
+def _change(group: object, values: dict[str, object]) -> object:
+    """A copy of a group with what `values` has of its settings."""
+    settings = {name: f for name, f in settings_of(group).items() if name in values}
+    if not isinstance(group, CreditOptions):
+        return replace(group, **{name: _parse(f, values[name]) for name, f in settings.items()})
+    before = {name: getattr(group, f.name) for name, f in settings_of(group).items()}
+    try:
+        return from_flat(before | {name: read_text(f, values[name]) for name, f in settings.items()})
+    except (TypeError, ValueError) as error:
+        name, _, rest = str(error).partition(" ")
+        raise BadSetting(f"{flag_name(name)} {rest}") from error
+
+
 def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
@@ -265,18 +269,19 @@ def flag_name(field_name: str) -> str:
 def add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
     """A flag for each of these fields, in their groups."""
     for _, group in Config().groups():
-        mine = [f for f in fields(group) if f.name in names]
-        section = parser.add_argument_group(type(group).__doc__) if mine else None
-        for f in mine:
+        mine = {name: f for name, f in settings_of(group).items() if name in names}
+        title = "token credit" if isinstance(group, CreditOptions) else type(group).__doc__
+        section = parser.add_argument_group(title) if mine else None
+        for name, f in mine.items():
             text = f.metadata["help"].replace("%", "%%")
             if f.type is bool:
-                section.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction, help=text)
+                section.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, help=text)
                 continue
+            several = isinstance(f.default, tuple) or name == "credit_layers"
             shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            name = " ".join(f.metadata["choices"]) if "choices" in f.metadata else f.name.upper()
-            several = {"nargs": "+"} if isinstance(f.default, tuple) else {}
+            metavar = "N" if several else " ".join(f.metadata["choices"]) if "choices" in f.metadata else name.upper()
             section.add_argument(
-                flag_name(f.name), help=f"{text} [{shown}]", metavar=name if not several else "N", **several
+                flag_name(name), help=f"{text} [{shown}]", metavar=metavar, nargs="+" if several else None
             )
 
 
@@ -308,11 +313,15 @@ ACTS_WHERE = (
         "it caps the weights of --vllm-importance-sampling-correction",
     ),
     (
-        ["credit_q", "credit_amp", "credit_largest"],
-        lambda c: c.credit.credit != "none",
+        ["credit_top_fraction", "credit_amplification", "credit_largest"],
+        lambda c: c.credit.strategy != "none",
         "--credit none selects no token",
     ),
-    (["credit_alpha"], lambda c: c.credit.credit == "coupled", "it is of --credit coupled"),
+    (
+        ["credit_shared_fraction", "credit_max_lookback", "credit_tau_waad", "credit_tau_delta"],
+        lambda c: c.credit.strategy == "coupled",
+        "only --credit coupled reads it",
+    ),
 )
 """(fields, whether they act, why not), for those that do not always."""
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 
@@ -65,7 +64,7 @@ def launch_here(config: Config, folder: Path | None) -> int:
             status = run_side_by_side(config, list(runs.values()))
             if status:
                 return status
-        plot_learning_curve(runs, folder / "learning_curve.png", f"{config.preset}, {config.credit.credit} credit")
+        plot_learning_curve(runs, folder / "learning_curve.png", f"{config.preset}, {config.credit.strategy} credit")
     if not os.environ.get(PARENT):
         report(config, folder, runs, time.time() - began)
     return 0
@@ -82,7 +81,7 @@ def launch_rank(config: Config, folder: Path | None) -> int:
         train(config, folder)
     if world.is_first:
         runs = {f"seed {config.run.seeds[0]}": folder}
-        plot_learning_curve(runs, folder / "learning_curve.png", f"{config.preset}, {config.credit.credit} credit")
+        plot_learning_curve(runs, folder / "learning_curve.png", f"{config.preset}, {config.credit.strategy} credit")
         report(config, folder, runs, time.time() - began)
     world.barrier()
     World.leave()
@@ -97,7 +96,7 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
             yield folder
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(config.run.output or f"runs/{config.preset}-{config.credit.credit}-{stamp}")
+    folder = Path(config.run.output or f"runs/{config.preset}-{config.credit.strategy}-{stamp}")
     try:
         if holds_other_files(folder):
             raise BadSetting(f"--output must be a new folder or a run's, got {str(folder)!r}, which holds other files")
@@ -125,11 +124,9 @@ def has_begun(folder: Path) -> bool:
 
 def check_same(config: Config, folder: Path) -> None:
     before = Config.load(folder / CONFIG)
+    there, now = before.flat(), config.flat()
     changed = [
-        f"{flag_name(f.name)} {getattr(old, f.name)!r} there, {getattr(new, f.name)!r} now"
-        for (_, old), (_, new) in zip(before.groups(), config.groups(), strict=True)
-        for f in fields(new)
-        if getattr(old, f.name) != getattr(new, f.name)
+        f"{flag_name(name)} {there[name]!r} there, {now[name]!r} now" for name in now if there[name] != now[name]
     ]
     if changed:
         raise BadSetting(f"--output {str(folder)!r} holds a run with other settings: {'; '.join(changed)}")
@@ -225,13 +222,15 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float):
     if steps:
         share = sum(record["time/statistics"] for record in steps) / sum(record["step_time"] for record in steps)
         say(f"\nstep time {mean(record['step_time'] for record in steps):.2f} s, statistics {share:.2%} of it")
-    drifts = [record for record in steps if "groups/spearman" in record]
+    drifts = [record for record in steps if "rhythm/groups_spearman" in record]
     if drifts:
         names = ("spearman", "local_overlap", "global_overlap")
-        spearman, local, global_ = (mean(record[f"groups/{name}"] for record in drifts) for name in names)
+        spearman, local_share, global_share = (
+            mean(record[f"rhythm/groups_{name}"] for record in drifts) for name in names
+        )
         say(
             f"from one ranking of the heads to the next: Spearman {spearman:.3f}, "
-            f"{local:.1%} of the local and {global_:.1%} of the global heads stay"
+            f"{local_share:.1%} of the local and {global_share:.1%} of the global heads stay"
         )
     say(f"{seconds / 60:.1f} minutes; in {folder}: learning_curve.png; for each seed samples.html, checkpoints/,")
     say("metrics.jsonl and tensorboard/")

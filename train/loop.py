@@ -23,7 +23,7 @@ from train.console import Phases, bar
 from train.evaluate import evaluate
 from train.loss import group_advantages
 from train.metrics import UNVERIFIED, learning_warnings, memory_metrics, rollout_metrics
-from train.policy import TokenStats, credit_options, read_batch, read_log_probs
+from train.policy import TokenStats, read_batch, read_log_probs
 from train.rewards import Score, count_errors, describe_errors
 from train.rollout import Sampling
 from train.samples import write_held_out_samples, write_samples
@@ -114,13 +114,13 @@ def train_step(run: TrainingRun, number: int) -> Step:
 
     with phase("credit"):
         gamma = token_credit(
-            credit.credit,
-            mask=batch.response_mask[None],
-            rhythm=old.rhythm,
+            credit.strategy,
+            batch.response_mask[None],
+            old.rhythm,
             entropy=None if old.entropy is None else old.entropy[None],
             seed=draw,
             cu_seqlens=batch.cu_seqlens,
-            **credit_options(credit),
+            **credit.credit_arguments,
         )
         shaped = shape_advantages(advantages[batch.sequence_of][None], gamma)[0]  # [N]
 

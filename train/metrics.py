@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from rhythm_kernels import coupled_sets, find_peaks
+from rhythm_kernels import CreditOptions, coupled_sets, find_peaks
 from train.batch import Rollouts
-from train.config import Credit
 from train.distributed import World
 from train.policy import TokenStats
 
@@ -126,7 +125,13 @@ class Gathered:
 
 
 def rollout_metrics(
-    batch: Rollouts, rewards: Tensor, num_generations: int, old: TokenStats, gamma: Tensor, credit: Credit, world: World
+    batch: Rollouts,
+    rewards: Tensor,
+    num_generations: int,
+    old: TokenStats,
+    gamma: Tensor,
+    credit: CreditOptions,
+    world: World,
 ) -> dict[str, float]:
     """Of one step's answers over all ranks; rewards [B], gamma [N]."""
     mask, found = batch.response_mask, Gathered(world.device)
@@ -153,19 +158,20 @@ def rollout_metrics(
         _rhythm_metrics(found, batch, old, known, credit)
     metrics = found.reduce(world)
     metrics["completions/min_length"] *= -1
-    return metrics | {f"groups/{name}": value for name, value in (old.drift._asdict() if old.drift else {}).items()}
+    return metrics | {
+        f"rhythm/groups_{name}": value for name, value in (old.drift._asdict() if old.drift else {}).items()
+    }
 
 
-def _rhythm_metrics(found: Gathered, batch: Rollouts, old: TokenStats, known: Tensor, credit: Credit) -> None:
+def _rhythm_metrics(found: Gathered, batch: Rollouts, old: TokenStats, known: Tensor, credit: CreditOptions) -> None:
     mask = batch.response_mask
     packed = {"cu_seqlens": batch.cu_seqlens}
-    options = {"q": credit.credit_q, "k": credit.credit_k, "largest": credit.credit_largest}
-    sets = coupled_sets(old.rhythm, mask[None], **options, **packed)
+    sets = coupled_sets(mask[None], old.rhythm, **credit.set_arguments, **packed)
     peaks = find_peaks(old.rhythm.waad, mask[None], **packed)[0]
     found.mean("rhythm/waad_mean", old.rhythm.waad[0], mask)
     found.mean("rhythm/fai_mean", old.rhythm.fai[0], mask)
-    found.share("rhythm/dominated_anchors", sets.dominated, sets.t_glob)
-    found.share("rhythm/anchors_that_are_preplan", sets.t_loc & sets.t_glob, sets.t_glob)
+    found.share("rhythm/dominated_anchors", sets.dominated, sets.anchors)
+    found.share("rhythm/anchors_that_are_preplan", sets.preplan & sets.anchors, sets.anchors)
     found.mean("rhythm/entropy_at_waad_peaks", old.entropy, peaks & known)
 
 

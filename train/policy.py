@@ -24,10 +24,9 @@ import train.attention  # noqa: F401  registers "packed"
 from rhythm_kernels import GroupDrift, GroupSchedule, Rhythm, collect, sampled_layers
 from rhythm_kernels.fit import broken_weight
 from train.batch import MicroBatch, Rollouts
-from train.config import BadSetting, Config, Credit, Model
+from train.config import BadSetting, Config, Model
 from train.distributed import World, shard
 
-RHYTHM_STRATEGIES = ("local", "global", "coupled")  # the ones that read attention statistics
 MOST_LOGITS = 2**26  # held at a time, 256 MiB in float32
 
 
@@ -110,21 +109,10 @@ class TokenStats(NamedTuple):
     """Most that the statistics of one micro-batch held."""
 
 
-def credit_options(credit: Credit) -> dict[str, float | int | bool]:
-    """What `token_credit` takes beside the strategy and the signals."""
-    return {
-        "q": credit.credit_q,
-        "amp": credit.credit_amp,
-        "alpha": credit.credit_alpha,
-        "k": credit.credit_k,
-        "largest": credit.credit_largest,
-    }
-
-
 def needs_old_log_probs(config: Config) -> bool:
     """False where a batch has one optimizer step only: its own log-probabilities are then the old ones."""
     grpo = config.grpo
-    return grpo.num_iterations * grpo.gradient_steps > 1 or config.credit.credit == "entropy"
+    return grpo.num_iterations * grpo.gradient_steps > 1 or config.credit.reads_entropy
 
 
 @torch.no_grad()
@@ -159,12 +147,12 @@ def read_batch(
         everything: also what this run's training does not need.
     """
     credit, log_probs = config.credit, everything or needs_old_log_probs(config)
-    has_rhythm = everything or credit.credit in RHYTHM_STRATEGIES
+    has_rhythm = everything or credit.reads_attention
     if not log_probs and not has_rhythm:
         return TokenStats(None, None)
     decoder, n = policy.decoder, len(batch.ids)
     count = decoder.config.num_hidden_layers
-    layers = sampled_layers(count, credit.sampled_layers or list(range(count)))
+    layers = sampled_layers(count, credit.layers)
     found, entropy, waad, fai = torch.zeros(4, n, dtype=torch.float32, device=batch.ids.device)
     findings, most = [], 0
     rows = batch.per_sequence(batch.response_mask.long())
@@ -173,13 +161,10 @@ def read_batch(
         if has_rhythm and not micro.is_surplus:
             collected = collect(
                 decoder,
-                layers=layers,
-                window=credit.window,
-                horizon=credit.horizon,
                 response_mask=batch.response_mask[micro.place][None],
                 cu_seqlens=micro.bounds,
                 groups=schedule.groups,
-                groups_per=credit.groups_per,
+                **credit.collect_arguments,
             )
         with collected or nullcontext(), nullcontext() if log_probs else _ending_after(decoder, layers[-1]):
             chosen, entropies = policy(micro, head=log_probs, entropy=True)

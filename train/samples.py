@@ -9,7 +9,7 @@ from torch import Tensor
 from rhythm_kernels import GroupSchedule, token_credit
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config
-from train.policy import TokenStats, credit_options, read_batch
+from train.policy import TokenStats, read_batch
 from train.rollout import Sampling
 from train.setup import TrainingRun
 from train.tasks import Problem
@@ -33,12 +33,12 @@ def write_held_out_samples(run: TrainingRun, path: Path) -> None:
     micros = micro_batches(batch, range(len(problems)), config.grpo.micro_batch_tokens, world)
     old = read_batch(run.policy, batch, micros, config, GroupSchedule(), everything=True)
     gamma = token_credit(
-        config.credit.credit,
-        mask=batch.response_mask[None],
-        rhythm=old.rhythm,
+        config.credit.strategy,
+        batch.response_mask[None],
+        old.rhythm,
         entropy=old.entropy[None],
         cu_seqlens=batch.cu_seqlens,
-        **credit_options(config.credit),
+        **config.credit.credit_arguments,
     )[0]
     texts = run.prompts.decode(completions)
     rewards = torch.tensor([score.reward for score in run.rewards.score(texts, problems)]) * batch.finished.cpu()

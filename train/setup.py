@@ -103,7 +103,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
     optimizer = make_optimizer(policy, config)
     stream = ProblemStream(train, seed)
-    schedule = GroupSchedule(config.credit.groups_every)
+    schedule = GroupSchedule(**config.credit.schedule_arguments)
     step, metrics_bytes = 0, 0
     checkpoints = list_checkpoints(folder)
     if checkpoints:

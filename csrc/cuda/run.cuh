@@ -34,18 +34,18 @@ inline cudaStream_t current_stream(int32_t device_index) {
 
 struct Device {
   template <class Row>
-  static void run(const char* op, const Row& row, const Sequences& sequences, const Tensor& mask) {
+  static void run(const char* op, const Row& row, const Sequences& sequences, const Tensor& response_mask) {
     if (sequences.count == 0) {
       return;
     }
-    const int32_t index = mask.get_device_index();
+    const int32_t index = response_mask.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(index);
     int shared_bytes = 0;
     check_cuda(op, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     const Plan plan = plan_launch(Row::kScratch, sequences, shared_bytes);
     std::optional<Tensor> workspace;
     if (plan.workspace_words > 0) {
-      workspace = torch::stable::new_empty(mask, {plan.workspace_words}, ScalarType::Int);
+      workspace = torch::stable::new_empty(response_mask, {plan.workspace_words}, ScalarType::Int);
     }
     // the most that is possible, and not what this call needs: another thread may be about to launch with more
     check_cuda(op, cudaFuncSetAttribute(row_kernel<Row>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));

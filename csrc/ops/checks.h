@@ -54,30 +54,33 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
       torch::headeronly::toString(tensor.scalar_type()));
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& mask) {
-  const std::string wanted = device_of(mask);
+inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& response_mask) {
+  const std::string wanted = device_of(response_mask);
   const std::string found = device_of(tensor);
-  check(wanted == found, op, ": ", name, " must be on the device of mask, ", wanted, ", got ", found);
+  check(wanted == found, op, ": ", name, " must be on the device of response_mask, ", wanted, ", got ", found);
 }
 
-// A batch's mask [B,T], its sequences, and what keeps them alive.
+// A batch's response_mask [B,T], its sequences, and what keeps them alive.
 struct Batch {
-  Tensor mask;  // contiguous
+  Tensor response_mask;  // contiguous
   std::optional<Tensor> cu_seqlens;
   Sequences sequences;
 
-  const uint8_t* mask_ptr() const { return static_cast<const uint8_t*>(mask.const_data_ptr()); }
+  const uint8_t* response_mask_ptr() const { return static_cast<const uint8_t*>(response_mask.const_data_ptr()); }
 };
 
-// mask bool [B,T]; cu_seqlens int32 [S+1] with B = 1. T is an int32, so that positions and counts in a row are too.
-// The device that runs the rows looks at what cu_seqlens holds.
-inline Batch check_batch(const char* op, const Tensor& mask, const std::optional<Tensor>& cu_seqlens) {
-  check_dtype(op, "mask", mask, ScalarType::Bool);
-  check(mask.dim() == 2, op, ": mask must have shape [B, T], got ", shape_of(mask));
-  const int64_t tokens = mask.size(1);
+// response_mask bool [B,T]; cu_seqlens int32 [S+1] with B = 1. T is an int32, so that positions and counts in a row are
+// too. The device that runs the rows looks at what cu_seqlens holds.
+inline Batch check_batch(const char* op, const Tensor& response_mask, const std::optional<Tensor>& cu_seqlens) {
+  check_dtype(op, "response_mask", response_mask, ScalarType::Bool);
+  check(response_mask.dim() == 2, op, ": response_mask must have shape [B, T], got ", shape_of(response_mask));
+  const int64_t tokens = response_mask.size(1);
   check(
-      tokens <= std::numeric_limits<int32_t>::max(), op, ": mask must have fewer than 2^31 tokens a row, got ", tokens);
-  Batch batch{torch::stable::contiguous(mask), std::nullopt, {mask.size(0), tokens, nullptr}};
+      tokens <= std::numeric_limits<int32_t>::max(),
+      op,
+      ": response_mask must have fewer than 2^31 tokens a row, got ",
+      tokens);
+  Batch batch{torch::stable::contiguous(response_mask), std::nullopt, {response_mask.size(0), tokens, nullptr}};
   if (!cu_seqlens.has_value()) {
     return batch;
   }
@@ -87,8 +90,8 @@ inline Batch check_batch(const char* op, const Tensor& mask, const std::optional
       op,
       ": cu_seqlens must have shape [S + 1], got ",
       shape_of(*cu_seqlens));
-  check(mask.size(0) == 1, op, ": cu_seqlens needs a batch of one row, got B = ", mask.size(0));
-  check_device(op, "cu_seqlens", *cu_seqlens, mask);
+  check(response_mask.size(0) == 1, op, ": cu_seqlens needs a batch of one row, got B = ", response_mask.size(0));
+  check_device(op, "cu_seqlens", *cu_seqlens, response_mask);
   batch.cu_seqlens = torch::stable::contiguous(*cu_seqlens);
   const auto* cuts = static_cast<const int32_t*>(batch.cu_seqlens->const_data_ptr());
   batch.sequences = {cu_seqlens->size(0) - 1, tokens, cuts};
@@ -99,15 +102,16 @@ inline Batch check_batch(const char* op, const Tensor& mask, const std::optional
 inline Tensor check_signal(const char* op, const char* name, const Tensor& values, const Batch& batch) {
   check_dtype(op, name, values, ScalarType::Float);
   check(
-      values.dim() == 2 && values.size(0) == batch.mask.size(0) && values.size(1) == batch.mask.size(1),
+      values.dim() == 2 && values.size(0) == batch.response_mask.size(0) &&
+          values.size(1) == batch.response_mask.size(1),
       op,
       ": ",
       name,
-      " must have the shape of mask, ",
-      shape_of(batch.mask),
+      " must have the shape of response_mask, ",
+      shape_of(batch.response_mask),
       ", got ",
       shape_of(values));
-  check_device(op, name, values, batch.mask);
+  check_device(op, name, values, batch.response_mask);
   return torch::stable::contiguous(values);
 }
 
@@ -118,16 +122,16 @@ inline void check_fraction(const char* op, const char* name, double value) {
 
 // Outputs.
 
-inline Tensor new_like_mask(const Batch& batch, ScalarType dtype) {
-  return torch::stable::new_empty(batch.mask, batch.mask.sizes(), dtype);
+inline Tensor new_like_response_mask(const Batch& batch, ScalarType dtype) {
+  return torch::stable::new_empty(batch.response_mask, batch.response_mask.sizes(), dtype);
 }
 
 inline Tensor new_per_sequence(const Batch& batch, ScalarType dtype) {
-  return torch::stable::new_empty(batch.mask, {batch.sequences.count}, dtype);
+  return torch::stable::new_empty(batch.response_mask, {batch.sequences.count}, dtype);
 }
 
 inline Tensor new_none(const Batch& batch, ScalarType dtype) {
-  return torch::stable::new_empty(batch.mask, {0}, dtype);
+  return torch::stable::new_empty(batch.response_mask, {0}, dtype);
 }
 
 // Where cu_seqlens is wrong no sequence exists that would write, and on a GPU that is seen too late for an error.

@@ -12,9 +12,9 @@
 
 namespace rhythm_kernels {
 
-// 1 + (amp - 1) share, in fp64 and rounded once, as in Python.
-inline float factor_of(double amp, double share) {
-  const double raised = (amp - 1.0) * share;
+// 1 + (amplification - 1) share, in fp64 and rounded once, as in Python.
+inline float factor_of(double amplification, double share) {
+  const double raised = (amplification - 1.0) * share;
   return static_cast<float>(1.0 + raised);
 }
 
@@ -34,30 +34,30 @@ inline float round_towards(double tau, double towards) {
 template <class Device>
 std::tuple<Tensor, Tensor> topq_credit(
     const Tensor& values,
-    const Tensor& mask,
+    const Tensor& response_mask,
     const std::optional<Tensor>& cu_seqlens,
     bool of_delta,
-    double q,
-    double amp,
+    double top_fraction,
+    double amplification,
     bool largest) {
   const char* op = "topq_credit";
-  const Batch batch = check_batch(op, mask, cu_seqlens);
+  const Batch batch = check_batch(op, response_mask, cu_seqlens);
   const Tensor signal = check_signal(op, "values", values, batch);
-  check_fraction(op, "q", q);
-  check(std::isfinite(amp), op, ": amp must be finite, got ", amp);
-  Tensor gamma = new_like_mask(batch, ScalarType::Float);
+  check_fraction(op, "top_fraction", top_fraction);
+  check(std::isfinite(amplification), op, ": amplification must be finite, got ", amplification);
+  Tensor gamma = new_like_response_mask(batch, ScalarType::Float);
   Tensor faults = new_per_sequence(batch, ScalarType::Byte);
   fill_if_packed(batch, gamma, std::nan(""));
   const TopQCredit row{
       pointer<float>(signal),
-      batch.mask_ptr(),
+      batch.response_mask_ptr(),
       pointer<float>(gamma),
       pointer<uint8_t>(faults),
-      q,
-      factor_of(amp, 1),
+      top_fraction,
+      factor_of(amplification, 1),
       of_delta,
       largest};
-  Device::run(op, row, batch.sequences, batch.mask);
+  Device::run(op, row, batch.sequences, batch.response_mask);
   return {gamma, faults};
 }
 
@@ -65,30 +65,30 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> coupled_credit(
     const Tensor& waad,
     const Tensor& fai,
-    const Tensor& mask,
+    const Tensor& response_mask,
     const std::optional<Tensor>& cu_seqlens,
-    double q,
-    double amp,
-    double alpha,
-    int64_t k,
+    double top_fraction,
+    double amplification,
+    double shared_fraction,
+    int64_t max_lookback,
     bool largest,
     std::optional<double> tau_waad,
     std::optional<double> tau_delta,
     bool with_sets) {
   const char* op = "coupled_credit";
-  const Batch batch = check_batch(op, mask, cu_seqlens);
+  const Batch batch = check_batch(op, response_mask, cu_seqlens);
   const Tensor waad_signal = check_signal(op, "waad", waad, batch);
   const Tensor fai_signal = check_signal(op, "fai", fai, batch);
-  check_fraction(op, "q", q);
-  check_fraction(op, "alpha", alpha);
-  check(std::isfinite(amp), op, ": amp must be finite, got ", amp);
-  check(k >= 1, op, ": k must be at least 1, got ", k);
+  check_fraction(op, "top_fraction", top_fraction);
+  check_fraction(op, "shared_fraction", shared_fraction);
+  check(std::isfinite(amplification), op, ": amplification must be finite, got ", amplification);
+  check(max_lookback >= 1, op, ": max_lookback must be at least 1, got ", max_lookback);
   check(!tau_waad || std::isfinite(*tau_waad), op, ": tau_waad must be finite, got ", tau_waad.value_or(0));
   check(!tau_delta || std::isfinite(*tau_delta), op, ": tau_delta must be finite, got ", tau_delta.value_or(0));
-  Tensor gamma = new_like_mask(batch, ScalarType::Float);
+  Tensor gamma = new_like_response_mask(batch, ScalarType::Float);
   Tensor faults = new_per_sequence(batch, ScalarType::Byte);
-  Tensor sets = with_sets ? new_like_mask(batch, ScalarType::Byte) : new_none(batch, ScalarType::Byte);
-  Tensor intros = with_sets ? new_like_mask(batch, ScalarType::Int) : new_none(batch, ScalarType::Int);
+  Tensor sets = with_sets ? new_like_response_mask(batch, ScalarType::Byte) : new_none(batch, ScalarType::Byte);
+  Tensor intros = with_sets ? new_like_response_mask(batch, ScalarType::Int) : new_none(batch, ScalarType::Int);
   fill_if_packed(batch, gamma, std::nan(""));
   if (with_sets) {  // a sequence without credit has none either
     torch::stable::zero_(sets);
@@ -97,23 +97,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupled_credit(
   CoupledCredit row{
       pointer<float>(waad_signal),
       pointer<float>(fai_signal),
-      batch.mask_ptr(),
+      batch.response_mask_ptr(),
       pointer<float>(gamma),
       pointer<uint8_t>(faults),
       with_sets ? pointer<uint8_t>(sets) : nullptr,
       with_sets ? pointer<int32_t>(intros) : nullptr,
-      q,
-      static_cast<int32_t>(std::min<int64_t>(k, std::numeric_limits<int32_t>::max())),
+      top_fraction,
+      static_cast<int32_t>(std::min<int64_t>(max_lookback, std::numeric_limits<int32_t>::max())),
       largest,
       tau_waad ? rank_of(key_of(round_towards(*tau_waad, -1)), /*largest=*/false) : kOutside,
       tau_delta ? key_of(round_towards(*tau_delta, 1)) : kOutside,
       {}};
   for (uint32_t sets_of_t = 0; sets_of_t < kFactors; ++sets_of_t) {
-    const double dominated = (1 - alpha) * ((sets_of_t & kDominated) != 0);
-    const double intro = alpha * ((sets_of_t & kIntro) != 0);
-    row.factors[sets_of_t] = factor_of(amp, dominated + ((sets_of_t & kAlone) != 0) + intro);
+    const double dominated = (1 - shared_fraction) * ((sets_of_t & kDominated) != 0);
+    const double intro = shared_fraction * ((sets_of_t & kIntro) != 0);
+    row.factors[sets_of_t] = factor_of(amplification, dominated + ((sets_of_t & kAlone) != 0) + intro);
   }
-  Device::run(op, row, batch.sequences, batch.mask);
+  Device::run(op, row, batch.sequences, batch.response_mask);
   return {gamma, faults, sets, intros};
 }
 

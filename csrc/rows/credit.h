@@ -37,9 +37,10 @@ RK_HOST_DEVICE uint32_t delta_key(const uint32_t* keys, int32_t t, int32_t token
 
 // Reads a signal's keys; whether all of R is finite.
 template <class Team>
-RK_HOST_DEVICE bool load_signal(Team& team, const float* values, const uint8_t* mask, int32_t tokens, uint32_t* keys) {
+RK_HOST_DEVICE bool load_signal(
+    Team& team, const float* values, const uint8_t* response_mask, int32_t tokens, uint32_t* keys) {
   const int32_t broken = team.sum(tokens, [=](int32_t t) {
-    const uint32_t key = key_at(values, mask, t);
+    const uint32_t key = key_at(values, response_mask, t);
     keys[t] = key;
     return key != kOutside && !is_finite(key);
   });
@@ -55,16 +56,16 @@ RK_HOST_DEVICE void report(
   }
 }
 
-// amp on TopQ of a signal or of its Delta: the local and the global strategy (Eq. 14, 16), random, entropy.
+// amplification on TopQ of a signal or of its Delta: the local and the global strategy (Eq. 14, 16), random, entropy.
 struct TopQCredit {
   static constexpr int kScratch = 2;
 
   const float* values;
-  const uint8_t* mask;
+  const uint8_t* response_mask;
   float* gamma;
   uint8_t* faults;  // of each sequence
-  double q;
-  float amp;
+  double top_fraction;
+  float amplification;
   bool of_delta;
   bool largest;
 
@@ -72,7 +73,7 @@ struct TopQCredit {
   RK_HOST_DEVICE void operator()(Team& team, const Sequence& sequence, uint32_t* keys) const {
     const int32_t tokens = sequence.tokens;
     float* row_gamma = gamma + sequence.begin;
-    const bool finite = load_signal(team, values + sequence.begin, mask + sequence.begin, tokens, keys);
+    const bool finite = load_signal(team, values + sequence.begin, response_mask + sequence.begin, tokens, keys);
     const uint32_t fault = (finite ? 0u : kFirstSignal) | (sequence.exists ? 0u : kNoSequence);
     report(team, sequence, keys, fault, faults, row_gamma);
     if (fault != 0) {
@@ -82,10 +83,10 @@ struct TopQCredit {
     const int32_t n = team.sum(tokens, [=](int32_t t) { return keys[t] != kOutside; });
     const bool delta = of_delta;
     const bool take_largest = largest;
-    const float raised = amp;
+    const float raised = amplification;
     team.for_each(
         tokens, [=](int32_t t) { ranks[t] = rank_of(delta ? delta_key(keys, t, tokens) : keys[t], take_largest); });
-    const Threshold taken = select(team, tokens, selection_count(q, n), [=](int32_t t) { return ranks[t]; });
+    const Threshold taken = select(team, tokens, selection_count(top_fraction, n), [=](int32_t t) { return ranks[t]; });
     team.for_each(tokens, [=](int32_t t) { row_gamma[t] = taken.takes(ranks[t], t) ? raised : 1.0f; });
   }
 };
@@ -97,13 +98,13 @@ struct CoupledCredit {
 
   const float* waad;
   const float* fai;
-  const uint8_t* mask;
+  const uint8_t* response_mask;
   float* gamma;
   uint8_t* faults;  // of each sequence
   uint8_t* sets;    // Membership of each token; or null
   int32_t* intros;  // of each token: how many positions before it its intro is, 0 outside D; or null
-  double q;
-  int32_t k;
+  double top_fraction;
+  int32_t max_lookback;
   bool largest;
   uint32_t low;   // rank of tau_waad among the smallest; kOutside: the lower median
   uint32_t high;  // key of tau_delta; kOutside: the smallest Delta of T_loc
@@ -112,16 +113,16 @@ struct CoupledCredit {
   template <class Team>
   RK_HOST_DEVICE void operator()(Team& team, const Sequence& sequence, uint32_t* scratch) const {
     const int32_t tokens = sequence.tokens;
-    const uint8_t* row_mask = mask + sequence.begin;
+    const uint8_t* in_response = response_mask + sequence.begin;
     float* row_gamma = gamma + sequence.begin;
     const bool largest_fai = largest;
-    const int32_t steps_back = k;
+    const int32_t steps_back = max_lookback;
     uint32_t* waad_keys = scratch;
     uint32_t* deltas = scratch + tokens;
     uint32_t* fai_keys = deltas + tokens;
 
-    const bool waad_finite = load_signal(team, waad + sequence.begin, row_mask, tokens, waad_keys);
-    const bool fai_finite = load_signal(team, fai + sequence.begin, row_mask, tokens, fai_keys);
+    const bool waad_finite = load_signal(team, waad + sequence.begin, in_response, tokens, waad_keys);
+    const bool fai_finite = load_signal(team, fai + sequence.begin, in_response, tokens, fai_keys);
     const uint32_t fault =
         (waad_finite ? 0u : kFirstSignal) | (fai_finite ? 0u : kSecondSignal) | (sequence.exists ? 0u : kNoSequence);
     report(team, sequence, waad_keys, fault, faults, row_gamma);
@@ -131,7 +132,7 @@ struct CoupledCredit {
 
     const int32_t n = team.sum(tokens, [=](int32_t t) { return waad_keys[t] != kOutside; });
     team.for_each(tokens, [=](int32_t t) { deltas[t] = delta_key(waad_keys, t, tokens); });
-    const int32_t count = selection_count(q, n);
+    const int32_t count = selection_count(top_fraction, n);
     const Threshold preplan = select(team, tokens, count, [=](int32_t t) { return deltas[t]; });
     const Threshold anchors = select(team, tokens, count, [=](int32_t t) { return rank_of(fai_keys[t], largest_fai); });
     // All that share a threshold's rank are below the median, or reach tau_delta: their positions do not count.
@@ -173,12 +174,13 @@ struct CoupledCredit {
   }
 
  private:
-  // The largest Delta among the k positions before t, the latest of equal ones, if it reaches `high`; else kNone.
-  RK_HOST_DEVICE static uint32_t find_intro(const uint32_t* deltas, int32_t t, int32_t k, uint32_t high) {
+  // The largest Delta among the max_lookback positions before t, the latest of equal ones, if it reaches `high`; else
+  // kNone.
+  RK_HOST_DEVICE static uint32_t find_intro(const uint32_t* deltas, int32_t t, int32_t max_lookback, uint32_t high) {
     uint32_t best = kOutside;
     int32_t intro = 0;
-    RK_SHORT_LOOP  // k is 1 to 3
-    for (int32_t u = t - 1; u >= 0 && u >= t - k; --u) {
+    RK_SHORT_LOOP  // max_lookback is 1 to 3
+    for (int32_t u = t - 1; u >= 0 && u >= t - max_lookback; --u) {
       if (deltas[u] > best) {
         best = deltas[u];
         intro = u;

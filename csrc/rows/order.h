@@ -21,7 +21,7 @@
 namespace rhythm_kernels {
 
 // Keys compare as the numbers do. -0.0 has the key of +0.0. The two keys below every number's:
-constexpr uint32_t kOutside = 0;  // of a position outside the mask
+constexpr uint32_t kOutside = 0;  // of a position outside the response_mask
 constexpr uint32_t kNaN = 1;
 constexpr uint32_t kMinusInfinity = 0x007fffffu;
 constexpr uint32_t kZero = 0x80000000u;
@@ -58,8 +58,8 @@ RK_HOST_DEVICE uint32_t key_of(float value) {
   return negative ? ~bits : (magnitude | 0x80000000u);
 }
 
-RK_HOST_DEVICE uint32_t key_at(const float* values, const uint8_t* mask, int32_t t) {
-  return mask[t] ? key_of(values[t]) : kOutside;
+RK_HOST_DEVICE uint32_t key_at(const float* values, const uint8_t* response_mask, int32_t t) {
+  return response_mask[t] ? key_of(values[t]) : kOutside;
 }
 
 // The number that has this key.

@@ -29,7 +29,7 @@ struct Peaks {
   static constexpr int kScratch = 2;
 
   const float* values;
-  const uint8_t* mask;
+  const uint8_t* response_mask;
   uint8_t* peaks;
   double min_quantile;
 
@@ -37,10 +37,10 @@ struct Peaks {
   RK_HOST_DEVICE void operator()(Team& team, const Sequence& sequence, uint32_t* keys) const {
     const int32_t tokens = sequence.tokens;
     const float* row_values = values + sequence.begin;
-    const uint8_t* row_mask = mask + sequence.begin;
+    const uint8_t* in_response = response_mask + sequence.begin;
     uint8_t* row_peaks = peaks + sequence.begin;
     uint32_t* plateau_ends = keys + tokens;
-    team.for_each(tokens, [=](int32_t t) { keys[t] = key_at(row_values, row_mask, t); });
+    team.for_each(tokens, [=](int32_t t) { keys[t] = key_at(row_values, in_response, t); });
     const uint32_t floor = find_floor(team, tokens, keys);
     team.mark(tokens, [=](int32_t t) { return t + 1 == tokens || keys[t] != keys[t + 1]; }, plateau_ends);
     team.for_each(tokens, [=](int32_t t) {

@@ -140,9 +140,9 @@ def draw_rhythm(answer: Answer, theme: dict) -> Figure:
 def draw_credit(answer: Answer, theme: dict) -> Figure:
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     ax = figure.subplots()
-    sets = coupled_sets(answer.rhythm, answer.mask)
-    gamma = token_credit("coupled", mask=answer.mask, rhythm=answer.rhythm)[0]
-    dominated, intros, anchors = sets.dominated[0], sets.intros[0], sets.t_glob[0]
+    sets = coupled_sets(answer.mask, answer.rhythm)
+    gamma = token_credit("coupled", answer.mask, answer.rhythm)[0]
+    dominated, intros, anchors = sets.dominated[0], sets.intros[0], sets.anchors[0]
     kinds = (
         ("anchor", anchors & ~dominated & ~intros, theme["global"]),
         ("anchor that is also an introduction", anchors & ~dominated & intros, theme["coupled"]),
@@ -170,7 +170,7 @@ def draw_strategies(answer: Answer, theme: dict) -> Figure:
     ax = figure.subplots()
     rows = ("local", "global", "coupled")
     for y, strategy in enumerate(rows):
-        gamma = token_credit(strategy, mask=answer.mask, rhythm=answer.rhythm)[0]
+        gamma = token_credit(strategy, answer.mask, answer.rhythm)[0]
         for t, factor in enumerate(gamma.tolist()):
             size = 0.86 * (factor - 1) / 0.75
             ax.bar(t, size, bottom=-y - 0.4, width=0.75, color=theme[strategy])

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from rhythm_kernels.analysis.measure import Measured, available_bytes, interleave, ratio, ratios
 from rhythm_kernels.analysis.sources import SMOLLM2, check_device, check_folder, check_length, load
 from rhythm_kernels.checks import check_int
-from rhythm_kernels.collect import Collector, collect
-from rhythm_kernels.taps import attention_modules
+from rhythm_kernels.listen.collect import Collector, collect
+from rhythm_kernels.listen.taps import attention_modules
 from rhythm_kernels.types import AttentionStats
 
 WINDOW, HORIZON = 10, (10, 50)

@@ -28,7 +28,7 @@ from rhythm_kernels.analysis.study import (
     write_report,
 )
 from rhythm_kernels.checks import check_float, check_int
-from rhythm_kernels.selection import find_peaks
+from rhythm_kernels.credit.selection import find_peaks
 
 FEWEST_TOKENS = 16
 """That an answer must have to be counted, apart from its last FEWEST_ROWS."""

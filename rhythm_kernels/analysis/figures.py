@@ -113,8 +113,8 @@ def draw_text(shown: ShownAnswer) -> Figure:
         figure = Figure(figsize=(wide, high))
         font = 0.97 * 72 * wide * share / (LINE + 1) / 0.602  # points: a character of the font is 0.602 as wide as high
         parts = (
-            ("WAAD; preplan tokens underlined", "waad", reading.waad, reading.sets.t_loc),
-            ("FAI, 10 to 50 tokens later; anchors underlined", "fai", reading.credit_fai, reading.sets.t_glob),
+            ("WAAD; preplan tokens underlined", "waad", reading.waad, reading.sets.preplan),
+            ("FAI, 10 to 50 tokens later; anchors underlined", "fai", reading.credit_fai, reading.sets.anchors),
         )
         for left, (title, color, values, members) in zip((0.01, 0.505), parts, strict=True):
             ax = figure.add_axes((left, 0.3 / high, share, (high - 0.6) / high))
@@ -161,9 +161,9 @@ def draw_maps(shown: ShownAnswer, index: int) -> Figure:
     maps, begin = shown.maps[index], shown.prompt_tokens
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
-        edges = maps.begin - 0.5, maps.begin + len(maps.local) * maps.bin - 0.5
+        edges = maps.begin - 0.5, maps.begin + len(maps.local_map) * maps.bin - 0.5
         for ax, name, color, weights in zip(
-            figure.subplots(1, 2), ("local", "global"), ("waad", "fai"), (maps.local, maps.global_), strict=True
+            figure.subplots(1, 2), ("local", "global"), ("waad", "fai"), (maps.local_map, maps.global_map), strict=True
         ):
             picture = (weights / weights.max().clamp(min=1e-12)).numpy() ** 0.4
             tones = LinearSegmentedColormap.from_list(name, ["#ffffff", COLORS[color]])
@@ -197,7 +197,7 @@ def draw_spans(shown: ShownAnswer) -> Figure:
             column = reading.layers.index(layer)
             frame = {"fill": False, "edgecolor": COLORS["text"], "linewidth": 0.8}
             ax.add_patch(Rectangle((column - 0.5, -0.5), 1, heads, **frame))
-            for group, color in ((reading.groups.local, "waad"), (reading.groups.global_, "fai")):
+            for group, color in ((reading.groups.local_heads, "waad"), (reading.groups.global_heads, "fai")):
                 for head in group[place].nonzero().flatten().tolist():
                     own = {"fill": False, "edgecolor": COLORS[color], "linewidth": 1.8}
                     gap = {"fill": False, "edgecolor": "white", "linewidth": 4.5}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rhythm_kernels.attention.api import run_stats
-from rhythm_kernels.attention.options import Options
-from rhythm_kernels.checks import check_int, check_tensor
-from rhythm_kernels.collect import Collector
+from rhythm_kernels.checks import check_int
+from rhythm_kernels.listen.collect import Collector
+from rhythm_kernels.statistics.api import run_stats
+from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.tensor_checks import check_tensor
 from rhythm_kernels.types import AttentionStats, HeadGroups
 
 MOST_BINS = 256
@@ -22,9 +23,9 @@ TILE = 2**18  # scores of a head held at once, 1 MiB in float32
 class MeanMaps(NamedTuple):
     """Mean maps of the local and the global heads over tokens begin..end of a sequence (Eq. 8)."""
 
-    local: Tensor
+    local_map: Tensor
     """[n, n] fp32 on the CPU: what a row of a bin gives to the tokens of another, on average over its rows."""
-    global_: Tensor
+    global_map: Tensor
     begin: int
     end: int
     bin: int

@@ -18,7 +18,7 @@ from rhythm_kernels.analysis.maps import MeanMaps
 from rhythm_kernels.analysis.reading import Reading
 
 FOLDER = Path(__file__).parent
-T_LOC, T_GLOB, DOMINATED, INTRO, WAAD_PEAK, FAI_PEAK, RECEIVER_PEAK = (1 << bit for bit in range(7))
+PREPLAN, ANCHORS, DOMINATED, INTRO, WAAD_PEAK, FAI_PEAK, RECEIVER_PEAK = (1 << bit for bit in range(7))
 """What a token is, in the page's `flags`."""
 LOCAL, GLOBAL, RECEIVER = 1, 2, 4
 """What a head is, in the page's `members`."""
@@ -77,15 +77,15 @@ def as_json(data: dict) -> str:
 def page_data(answer: ShownAnswer) -> dict:
     """What page.js reads; arrays are little-endian fp32 or bytes in base64.
 
-    Of the answer's n tokens: values (fp32 [n] each), flags (a byte each, T_LOC and so on) and intro_back (a byte each,
+    For the answer's n tokens: values (fp32 [n] each), flags (a byte each, such as PREPLAN) and intro_back (a byte each,
     tokens from a dominated anchor back to its intro, else 0). Of the heads, [L, HQ]: spans and kurtosis (fp32), members
     (a byte each, LOCAL and so on). Of each map the rows up to the diagonal, one after another.
     """
     reading, sets = answer.reading, answer.reading.sets
     here = reading.response
     flags = (
-        sets.t_loc * T_LOC
-        + sets.t_glob * T_GLOB
+        sets.preplan * PREPLAN
+        + sets.anchors * ANCHORS
         + sets.dominated * DOMINATED
         + sets.intros * INTRO
         + reading.waad_peaks * WAAD_PEAK
@@ -104,7 +104,7 @@ def page_data(answer: ShownAnswer) -> dict:
     }
     members = reading.receivers * RECEIVER
     for place, layer in enumerate(reading.sampled):
-        row = reading.groups.local[place] * LOCAL + reading.groups.global_[place] * GLOBAL
+        row = reading.groups.local_heads[place] * LOCAL + reading.groups.global_heads[place] * GLOBAL
         members[reading.layers.index(layer)] += row
     return {
         "texts": answer.texts,
@@ -123,15 +123,15 @@ def page_data(answer: ShownAnswer) -> dict:
 
 
 def _map(maps: MeanMaps) -> dict:
-    bins = len(maps.local)
+    bins = len(maps.local_map)
     row, column = torch.tril_indices(bins, bins)
     return {
         "begin": maps.begin,
         "end": maps.end,
         "bin": maps.bin,
         "bins": bins,
-        "local": _floats(maps.local[row, column]),
-        "global": _floats(maps.global_[row, column]),
+        "local": _floats(maps.local_map[row, column]),
+        "global": _floats(maps.global_map[row, column]),
     }
 
 

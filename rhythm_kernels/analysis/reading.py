@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rhythm_kernels.analysis.receivers import column_moments, counted_columns, receiver_heads
-from rhythm_kernels.checks import check_int, check_tensor
-from rhythm_kernels.collect import collect
-from rhythm_kernels.credit import CoupledSets, coupled_sets, token_credit
-from rhythm_kernels.selection import find_peaks
+from rhythm_kernels.checks import check_int
+from rhythm_kernels.credit.selection import find_peaks
+from rhythm_kernels.credit.tokens import CoupledSets, coupled_sets, token_credit
+from rhythm_kernels.listen.collect import collect
+from rhythm_kernels.listen.taps import decoder_of, softmax_layers
 from rhythm_kernels.signals import rhythm_of
-from rhythm_kernels.taps import decoder_of, softmax_layers
+from rhythm_kernels.tensor_checks import check_tensor
 from rhythm_kernels.types import HeadGroups
 
 TO_THE_END = (1, None)
@@ -119,7 +120,7 @@ def read(
     def peaks(signal: Tensor) -> Tensor:
         return find_peaks(signal[None], mask, min_quantile=min_quantile)[0]
 
-    sets = coupled_sets(rhythm, mask)
+    sets = coupled_sets(mask, rhythm)
     found = Reading(
         ids=ids,
         response=response,
@@ -132,7 +133,7 @@ def read(
         fai_peaks=peaks(to_the_end.fai[0]),
         receiver_peaks=peaks(receiver_fai),
         sets=CoupledSets(*(each[0].cpu() for each in sets)),
-        gamma=token_credit("coupled", mask=mask, rhythm=rhythm)[0],
+        gamma=token_credit("coupled", mask, rhythm)[0],
         layers=every,
         spans=torch.cat([each.span for each in stats]),
         kurtosis=kurtosis,

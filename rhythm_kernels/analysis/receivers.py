@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.checks import check_int, check_tensor
+from rhythm_kernels.checks import check_int
+from rhythm_kernels.tensor_checks import check_tensor
 
 FEWEST_ROWS = 32
 """Rows that must look back at a column: the mean of a few is mostly their distance."""

@@ -37,8 +37,8 @@ from rhythm_kernels.analysis.sources import (
     sequence_of,
 )
 from rhythm_kernels.checks import check_float, check_int
-from rhythm_kernels.collect import collect
-from rhythm_kernels.taps import decoder_of, softmax_layers
+from rhythm_kernels.listen.collect import collect
+from rhythm_kernels.listen.taps import decoder_of, softmax_layers
 
 MOST_WINDOW = 1024  # tokens of a dense map: two of them are 6 MB of the page
 PEAK_QUANTILE = 0.6
@@ -187,7 +187,7 @@ def arrays(shown: ShownAnswer) -> dict[str, np.ndarray]:
     found |= {f"groups_{name.rstrip('_')}": x for name, x in reading.groups._asdict().items()}
     for name, maps in zip(("map", "window"), shown.maps):
         bounds = torch.tensor([maps.begin, maps.end, maps.bin])
-        found |= {f"{name}_local": maps.local, f"{name}_global": maps.global_, f"{name}_bounds": bounds}
+        found |= {f"{name}_local": maps.local_map, f"{name}_global": maps.global_map, f"{name}_bounds": bounds}
     return {name: x.numpy() for name, x in found.items()}
 
 
@@ -196,13 +196,13 @@ def summary(shown: ShownAnswer) -> list[str]:
     reading, sets = shown.reading, shown.reading.sets
     here = reading.response
     places = [reading.layers.index(layer) for layer in reading.sampled]
-    local, global_ = (reading.spans[places][group].mean() for group in reading.groups)
+    local_span, global_span = (reading.spans[places][group].mean() for group in reading.groups)
     answer = reading.tokens - shown.prompt_tokens
     lines = [
         f"model     {shown.model}, {len(reading.layers)} layers of {reading.spans.shape[1]} heads",
         f"layers    {', '.join(map(str, reading.sampled))}: WAAD and FAI are of these",
         f"tokens    {shown.prompt_tokens} of prompt, {answer} of answer",
-        f"spans     local heads look {local:.1f} tokens back, global heads {global_:.1f}",
+        f"spans     local heads look {local_span:.1f} tokens back, global heads {global_span:.1f}",
     ]
     parts = (("WAAD", reading.waad, reading.waad_peaks), ("FAI", reading.fai, reading.fai_peaks))
     for name, values, peaks in parts:
@@ -211,7 +211,7 @@ def summary(shown: ShownAnswer) -> list[str]:
         found = f"{int(peaks.sum())} peaks" + f", highest at {words}" * bool(top)
         lines.append(f"{name:9} {values[here].mean():.3g} on average, {found}")
     lines.append(
-        f"coupled   {int(sets.t_loc.sum())} preplan tokens, {int(sets.t_glob.sum())} anchors, of which "
+        f"coupled   {int(sets.preplan.sum())} preplan tokens, {int(sets.anchors.sum())} anchors, of which "
         f"{int(sets.dominated.sum())} are dominated, {int(sets.intros.sum())} intros"
     )
     return lines

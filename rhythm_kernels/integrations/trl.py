@@ -14,7 +14,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -28,10 +28,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from rhythm_kernels.checks import check_int
-from rhythm_kernels.collect import Collector
-from rhythm_kernels.credit import shape_advantages
-from rhythm_kernels.group_schedule import GroupDrift
-from rhythm_kernels.integrations.options import CreditOptions, credit_means, credit_sums
+from rhythm_kernels.credit.tokens import shape_advantages, token_credit
+from rhythm_kernels.group_schedule import GroupDrift, GroupSchedule
+from rhythm_kernels.integrations.metrics import credit_means, credit_sums
 from rhythm_kernels.integrations.trl_loss import (
     LateInputs,
     Pass,
@@ -42,6 +41,8 @@ from rhythm_kernels.integrations.trl_loss import (
     without_traces,
 )
 from rhythm_kernels.integrations.virtual_tokens import VirtualTokensCollector, virtual_tokens
+from rhythm_kernels.listen.collect import Collector, collect
+from rhythm_kernels.options import PREFIX, CreditOptions, flat_name, from_flat, read_text
 from rhythm_kernels.types import HeadGroups, Rhythm
 
 logger = logging.get_logger(__name__)
@@ -72,21 +73,6 @@ SEQUENCE_TOKEN = "sequence_token"
 """importance_sampling_level of GSPO-token: a sequence's ratio, and the gradient of each token."""
 # Losses whose gradient reaches a token only through the ratio; the others multiply the token's own log-prob
 THROUGH_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo")
-# options that are checked together, and the option of each field
-OPTION_OF = (
-    {"credit": "strategy"},
-    {"credit_q": "q"},
-    {"credit_amp": "amp"},
-    {"credit_alpha": "alpha"},
-    {"credit_k": "k"},
-    {"credit_largest": "largest"},
-    {"credit_window": "window"},
-    {"credit_horizon": "horizon"},
-    {"credit_local": "local", "credit_global": "global_"},
-    {"credit_groups_per": "groups_per"},
-    {"credit_groups_every": "groups_every"},
-    {"credit_seed": "seed"},
-)
 
 
 def check_trl(version: str, trainer: type) -> None:
@@ -107,65 +93,42 @@ def check_trl(version: str, trainer: type) -> None:
 check_trl(metadata.version("trl"), GRPOTrainer)
 
 
+AS_TEXTS = ("layers", "horizon")  # options of several types, which HfArgumentParser does not read
+
+
+def _field(option: Field) -> tuple[str, type, Field]:
+    """An option of `CreditOptions` as a field of a trainer's configuration, which HfArgumentParser makes a flag of."""
+    metadata = {"help": option.metadata["help"].replace("%", "%%")}
+    if "choices" in option.metadata:
+        metadata["choices"] = list(option.metadata["choices"])
+    kind = list[str] if option.name in AS_TEXTS else option.type
+    default = list(option.default) if isinstance(option.default, tuple) else option.default
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return flat_name(option.name), kind, field(metadata=metadata, **given)
+
+
+CreditFields = make_dataclass("CreditFields", map(_field, fields(CreditOptions)))
+
+
 @dataclass
-class RhythmGRPOConfig(GRPOConfig):
-    """TRL's GRPOConfig with the credit options; they are also flags of HfArgumentParser and TrlParser.
+class RhythmGRPOConfig(CreditFields, GRPOConfig):
+    """TRL's GRPOConfig with the options of `CreditOptions`: credit, credit_top_fraction, ..., credit_seed.
+
+    They are also flags of HfArgumentParser and TrlParser: `--credit global --credit_layers all --credit_horizon 10 50`.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or value, or one that does not go with TRL's own, when it is
             made; the message starts with the field.
     """
 
-    credit: str = field(
-        default="coupled",
-        metadata={
-            "help": "What multiplies a token's positive advantage.",
-            "choices": ["none", "random", "entropy", "local", "global", "coupled"],
-        },
-    )
-    credit_q: float = field(default=0.4, metadata={"help": "Share of a response's tokens that is selected."})
-    credit_amp: float = field(default=1.5, metadata={"help": "Factor of a selected token."})
-    credit_alpha: float = field(
-        default=0.5, metadata={"help": "Share of a dominated anchor's credit that moves to its opening."}
-    )
-    credit_k: int = field(default=3, metadata={"help": "Tokens before an anchor in which its opening may lie."})
-    credit_largest: bool = field(
-        default=True, metadata={"help": "Select the largest values, or the smallest (the paper's ablation)."}
-    )
-    credit_sampled_layers: int = field(
-        default=5, metadata={"help": "How many layers of the middle third have their attention read."}
-    )
-    credit_layer_indices: list[int] | None = field(
-        default=None, metadata={"help": "The indices of the layers that are read, in place of credit_sampled_layers."}
-    )
-    credit_window: int = field(default=10, metadata={"help": "WAAD clips distances at this many tokens."})
-    credit_horizon: list[int] = field(
-        default_factory=lambda: [10, 50],
-        metadata={"help": "FAI counts attention from so many tokens later to so many; one number: to the end."},
-    )
-    credit_local: float = field(default=0.3, metadata={"help": "Share of all heads that are local."})
-    credit_global: float = field(default=0.3, metadata={"help": "Share of all heads that are global."})
-    credit_groups_per: str = field(
-        default="sequence",
-        metadata={
-            "help": "Rank heads by each sequence's own spans, or by those of all rows of a forward.",
-            "choices": ["sequence", "batch"],
-        },
-    )
-    credit_groups_every: int = field(
-        default=1,
-        metadata={
-            "help": "Generation batches that a ranking of the heads serves; above 1 it is that of all sequences of one."
-        },
-    )
-    credit_seed: int = field(default=0, metadata={"help": "Seed of credit=random."})
-
     def __post_init__(self):
         super().__post_init__()
-        for fields in OPTION_OF:
-            self._check(", ".join(fields), **{option: self._value(name) for name, option in fields.items()})
-        indices = self.credit_layer_indices is not None
-        self._check("credit_layer_indices" if indices else "credit_sampled_layers", layers=self._layers())
+        for option in fields(CreditOptions):
+            if option.name in AS_TEXTS:
+                name = flat_name(option.name)
+                setattr(self, name, read_text(option, getattr(self, name)))
+        for name, value in asdict(self.credit_options).items():
+            setattr(self, flat_name(name), list(value) if isinstance(value, tuple) else value)
         if self.credit != "none" and self.importance_sampling_level == "sequence" and self.loss_type in THROUGH_RATIO:
             raise ValueError(
                 f"importance_sampling_level must be token where credit={self.credit} and loss_type={self.loss_type}, "
@@ -179,25 +142,10 @@ class RhythmGRPOConfig(GRPOConfig):
                 "sequence weights of its own"
             )
 
-    def _value(self, name: str):
-        value = getattr(self, name)
-        if name == "credit_horizon" and isinstance(value, (list, tuple)) and len(value) == 1:
-            return (value[0], None)
-        return value
-
-    def _layers(self):
-        return self.credit_sampled_layers if self.credit_layer_indices is None else self.credit_layer_indices
-
-    def _check(self, fields: str, **options) -> None:
-        try:
-            CreditOptions(**options)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{fields}: {error}") from None
-
     @property
     def credit_options(self) -> CreditOptions:
-        options = {option: self._value(name) for fields in OPTION_OF for name, option in fields.items()}
-        return CreditOptions(layers=self._layers(), **options)
+        """The options that these fields set."""
+        return from_flat({name: value for name, value in vars(self).items() if name.startswith(PREFIX)})
 
 
 def _check_order(cls: type) -> None:
@@ -244,7 +192,7 @@ class RhythmMixin:
         if not isinstance(args, RhythmGRPOConfig):
             raise TypeError(f"args must be a RhythmGRPOConfig, which has the credit options, got {type(args).__name__}")
         self._credit = args.credit_options
-        self._schedule = self._credit.schedule()
+        self._schedule = GroupSchedule(**self._credit.schedule_arguments)
         self._start_pool()
         super().__init__(model, reward_funcs, args, *others, **named)
         if args.importance_sampling_level == SEQUENCE_TOKEN:
@@ -252,7 +200,7 @@ class RhythmMixin:
             self.importance_sampling_level = "token"  # what TRL's loss does with the old log-probs that it is given
         if self._credit.reads_attention:  # a model or layers that cannot be read are refused before anything runs
             virtual_tokens(self.model)
-            self._layers = self._credit.collect(self.model, torch.ones(1, 1, dtype=torch.bool)).layers
+            self._layers = collect(self.model, **self._credit.collect_arguments).layers
 
     def _default_config(self, model) -> RhythmGRPOConfig:
         """TRL's own default, with the credit's."""
@@ -344,7 +292,14 @@ class RhythmMixin:
             found = run(compute_entropy or self._credit.reads_entropy)
         draw = self._draws * self.accelerator.num_processes + self.accelerator.process_index
         entropy = found[1] if self._credit.reads_entropy else None
-        read.gamma = self._credit.gamma(read.mask, rhythm=read.rhythm, entropy=entropy, draw=draw)
+        read.gamma = token_credit(
+            self._credit.strategy,
+            read.mask,
+            read.rhythm,
+            entropy=entropy,
+            seed=self._credit.draw_seed(draw),
+            **self._credit.credit_arguments,
+        )
         read.log_probs = found[0].detach()
         self._draws += 1
         return found
@@ -544,10 +499,10 @@ class _Readings:
         part = self.mask[self.rows : self.rows + rows]
         self.rows += rows
         if self.virtual:
-            options = self.credit.collect_options | {"groups": self.groups, "backend": "auto"}
+            options = self.credit.collect_arguments | {"groups": self.groups, "backend": "auto"}
             collector = VirtualTokensCollector(model, self.virtual, part, **options)
         else:
-            collector = self.credit.collect(model, part, self.groups)
+            collector = collect(model, response_mask=part, groups=self.groups, **self.credit.collect_arguments)
         self._open = collector.__enter__()
 
     def _after(self, *_) -> None:

@@ -23,8 +23,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rhythm_kernels.credit import shape_advantages
-from rhythm_kernels.integrations.options import CreditOptions, credit_means, credit_sums
+from rhythm_kernels.credit.tokens import shape_advantages, token_credit
+from rhythm_kernels.group_schedule import GroupSchedule
+from rhythm_kernels.integrations.metrics import credit_means, credit_sums
+from rhythm_kernels.listen.collect import collect
+from rhythm_kernels.options import CreditOptions
 from rhythm_kernels.types import HeadGroups, Rhythm
 
 VERSIONS = ("0.9.1",)
@@ -173,7 +176,8 @@ def wrap_forward_step(forward_step: Callable) -> Callable:
         offsets = micro_batch["input_ids"].offsets()
         response = _response_tokens(micro_batch["response_mask"], offsets)  # [nnz]
         mask = _packed_row(response, engine) if packed else _padded_rows(response, offsets)
-        with options.collect(engine.module, mask, _groups_of(request["groups"], engine)) as collector:
+        groups = _groups_of(request["groups"], engine)
+        with collect(engine.module, response_mask=mask, groups=groups, **options.collect_arguments) as collector:
             loss, output = forward_step(engine, micro_batch, loss_function, forward_only)
         collector.check()
         output["model_output"] |= _as_model_output(collector.rhythm(), offsets, packed)
@@ -255,7 +259,7 @@ class TrainerCredit:
 
     def __init__(self, options: CreditOptions):
         self.options = options
-        self.schedule = options.schedule()
+        self.schedule = GroupSchedule(**options.schedule_arguments)
         self.passes = 0
         settings = ", ".join(f"{name} {value}" for name, value in asdict(options).items())
         _say_once(f"rhythm credit is on: {settings}")
@@ -276,7 +280,14 @@ class TrainerCredit:
     def shape(self, advantages: Tensor, mask: Tensor, signals: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Advantages [B, T], R [B, T] bool and what the options read of it -> shaped advantages and metrics."""
         rhythm = Rhythm(signals[WAAD], signals[FAI]) if self.options.reads_attention else None
-        gamma = self.options.gamma(mask, rhythm=rhythm, entropy=signals.get("entropy"), draw=self.passes)
+        gamma = token_credit(
+            self.options.strategy,
+            mask,
+            rhythm,
+            entropy=signals.get("entropy"),
+            seed=self.options.draw_seed(self.passes),
+            **self.options.credit_arguments,
+        )
         self.passes += 1
         sums = credit_sums(gamma, mask, rhythm)
         return shape_advantages(advantages, gamma), credit_means({name: total.item() for name, total in sums.items()})

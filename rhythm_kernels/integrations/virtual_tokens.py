@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
-from rhythm_kernels.backend_lse import row_pass
-from rhythm_kernels.collect import Collector
 from rhythm_kernels.isolation import isolated
-from rhythm_kernels.masks import is_mask
-from rhythm_kernels.taps import Call
+from rhythm_kernels.listen.backend_lse import row_pass
+from rhythm_kernels.listen.collect import Collector
+from rhythm_kernels.listen.masks import is_mask
+from rhythm_kernels.listen.taps import Call
 
 CACHED = ("PREFIX_TUNING", "CARTRIDGE")
 """PEFT's types that put keys and values into the cache of each layer."""

@@ -116,7 +116,7 @@ inline Inputs draw_inputs(Random& random) {
   inputs.second = draw_signal(random, size, finite);
   const int density = random.one_of({0, 50, 90, 90, 100, 100});
   for (int64_t t = 0; t < size; ++t) {
-    inputs.mask.push_back(random.below(100) < density);
+    inputs.response_mask.push_back(random.below(100) < density);
   }
   inputs.q = random.one_of({0.0, 0.2, 0.4, 0.4, 0.9, 1.0});
   inputs.k = random.one_of({1, 3, 8, 1000});
@@ -134,7 +134,10 @@ struct Outputs {
   std::vector<int32_t> steps;
 
   explicit Outputs(const Inputs& inputs)
-      : bytes(inputs.mask.size()), of_sequences(inputs.count), factors(inputs.mask.size()), steps(inputs.mask.size()) {
+      : bytes(inputs.response_mask.size()),
+        of_sequences(inputs.count),
+        factors(inputs.response_mask.size()),
+        steps(inputs.response_mask.size()) {
     for_all([](void* data, size_t size) {
       if (size > 0) {
         std::memset(data, kUnwritten, size);
@@ -161,15 +164,17 @@ struct Outputs {
 };
 
 inline TopQ topq(const Inputs& in, Outputs& out) {
-  return {in.first.data(), in.mask.data(), out.bytes.data(), out.of_sequences.data(), in.q, in.largest};
+  return {in.first.data(), in.response_mask.data(), out.bytes.data(), out.of_sequences.data(), in.q, in.largest};
 }
 
-inline Peaks peaks(const Inputs& in, Outputs& out) { return {in.first.data(), in.mask.data(), out.bytes.data(), in.q}; }
+inline Peaks peaks(const Inputs& in, Outputs& out) {
+  return {in.first.data(), in.response_mask.data(), out.bytes.data(), in.q};
+}
 
 inline TopQCredit topq_credit(const Inputs& in, Outputs& out) {
   return {
       in.first.data(),
-      in.mask.data(),
+      in.response_mask.data(),
       out.factors.data(),
       out.of_sequences.data(),
       in.q,
@@ -182,7 +187,7 @@ inline CoupledCredit coupled_credit(const Inputs& in, Outputs& out) {
   return {
       in.first.data(),
       in.second.data(),
-      in.mask.data(),
+      in.response_mask.data(),
       out.factors.data(),
       out.of_sequences.data(),
       in.with_sets ? out.bytes.data() : nullptr,
@@ -215,7 +220,7 @@ class Comparison {
   template <class Row>
   void check(const char* name, Row (*make)(const Inputs&, Outputs&), const Inputs& inputs, int number) {
     Outputs expected(inputs), found(inputs);
-    std::vector<uint32_t> workspace(Row::kScratch * inputs.mask.size());
+    std::vector<uint32_t> workspace(Row::kScratch * inputs.response_mask.size());
     run_alone(make(inputs, expected), inputs.sequences(), workspace.data());
     std::fill(workspace.begin(), workspace.end(), 0xffffffffu);  // nobody may depend on what is there
     run_(make(inputs, found), inputs.sequences(), workspace.data(), number);

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import rhythm_kernels
-from rhythm_kernels import Rhythm, composed, coupled_sets, find_peaks, reference, segment_topq, token_credit
+from rhythm_kernels import Rhythm, coupled_sets, find_peaks, reference, segment_topq, token_credit
+from rhythm_kernels.credit import composed
 
 THREADS = 4
 SMALL, MEDIUM = (0, 1, 2, 3, 7, 31, 32, 33), (255, 256, 257)
@@ -140,13 +141,15 @@ def check_credit(rng: random.Random, case: Case, small: bool) -> None:
         check_same(ops.topq_credit(*arguments), composed.topq_credit(*arguments))
     if small and all((x.isfinite() | ~case.mask).all() for x in case[:2]):
         k = min(k, case.mask.shape[1] + 1)  # `reference` takes k steps
-        coupled = {"k": k, "tau_waad": taus[0], "tau_delta": taus[1]}
-        check_strategies(case, {"q": q, "amp": amp, "largest": largest, "alpha": alpha, **coupled})
-        check_sets(case, {"q": q, "largest": largest, **coupled})
+        coupled = {"max_lookback": k, "tau_waad": taus[0], "tau_delta": taus[1]}
+        check_strategies(
+            case, {"top_fraction": q, "amplification": amp, "largest": largest, "shared_fraction": alpha, **coupled}
+        )
+        check_sets(case, {"top_fraction": q, "largest": largest, **coupled})
 
 
 def check_strategies(case: Case, options: dict) -> None:
-    inputs = {"mask": case.mask, "rhythm": Rhythm(*case[:2]), "entropy": case.fai, "cu_seqlens": case.cuts}
+    inputs = {"response_mask": case.mask, "rhythm": Rhythm(*case[:2]), "entropy": case.fai, "cu_seqlens": case.cuts}
     draw = torch.rand(case.mask.shape, generator=torch.Generator().manual_seed(5))
     of_draw = case._replace(waad=draw)
     for strategy in ("none", "local", "global", "entropy", "coupled", "random"):
@@ -159,8 +162,8 @@ def check_strategies(case: Case, options: dict) -> None:
 
 
 def check_sets(case: Case, options: dict) -> None:
-    got = coupled_sets(Rhythm(*case[:2]), case.mask, cu_seqlens=case.cuts, backend="extension", **options)
-    for i, name in enumerate(("t_glob", "dominated", "intros")):
+    got = coupled_sets(case.mask, Rhythm(*case[:2]), cu_seqlens=case.cuts, backend="extension", **options)
+    for i, name in enumerate(("anchors", "dominated", "intros")):
         want = defined(case, lambda w, f, m, i=i: reference.coupled_sets(w, f, m, **options)[i])
         check_same((getattr(got, name),), (want,))
 

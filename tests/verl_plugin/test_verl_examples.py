@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 def config(data):
     """What the script's own command prints of its config, by verl's main_ppo and Hydra."""
     env = os.environ | {"PYTHON": sys.executable, "DATA": str(data), "STRATEGY": "global"}
-    command = ["bash", str(cases.EXAMPLES / "one_node.sh"), "+rhythm.q=0.2", "--cfg", "job"]
+    command = ["bash", str(cases.EXAMPLES / "one_node.sh"), "+rhythm.top_fraction=0.2", "--cfg", "job"]
     printed = subprocess.run(command, env=env, text=True, capture_output=True)
     assert printed.returncode == 0, printed.stderr[-3000:]
     return OmegaConf.create(yaml.safe_load(printed.stdout[printed.stdout.index("actor_rollout_ref:") :]))
@@ -35,7 +35,7 @@ def config(data):
 def test_verl_and_the_plugin_take_the_config(config):
     validate_config(config, need_reference_policy(config), need_critic(config))
     options = plugin.read_options(config)
-    assert (options.strategy, options.q) == ("global", 0.2)
+    assert (options.strategy, options.top_fraction) == ("global", 0.2)
     assert not need_reference_policy(config) and not need_critic(config)
     answers = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
     assert answers == 512 and config.actor_rollout_ref.actor.ppo_mini_batch_size * 8 == 32
@@ -71,9 +71,9 @@ def test_two_nodes_start_ray_and_then_the_run(tmp_path, data):
     ray.write_text('#!/bin/sh\n[ "$1" = status ] && echo " 0.0/16.0 GPU" || echo "ray $*"\n')
     ray.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    head = cases.script_flags(tmp_path, "two_nodes.sh", "head", "+rhythm.q=0.2", DATA=str(data), PATH=path)
+    head = cases.script_flags(tmp_path, "two_nodes.sh", "head", "+rhythm.top_fraction=0.2", DATA=str(data), PATH=path)
     assert head[0] == "ray start --head --port=6379 --num-gpus=8"
     assert {"trainer.nnodes=2", "+ray_kwargs.ray_init.address=auto", "+rhythm.strategy=coupled"} < set(head)
-    assert head[-1] == "+rhythm.q=0.2"
+    assert head[-1] == "+rhythm.top_fraction=0.2"
     join = cases.script_flags(tmp_path, "two_nodes.sh", "join", "first", PATH=path)
     assert join == ["ray start --address=first:6379 --num-gpus=8 --block"]

@@ -79,14 +79,16 @@ def test_without_a_block_nothing_is_asked_for():
 
 
 def test_a_block_is_read():
-    options = read("+rhythm.strategy=local", "+rhythm.layers=[1,2]", "+rhythm.horizon=[10,null]", "+rhythm.q=0.2")
+    options = read(
+        "+rhythm.strategy=local", "+rhythm.layers=[1,2]", "+rhythm.horizon=[10,null]", "+rhythm.top_fraction=0.2"
+    )
     assert options.strategy == "local" and options.layers == (1, 2) and options.horizon == (10, None)
-    assert options.q == 0.2 and options.amp == 1.5
+    assert options.top_fraction == 0.2 and options.amplification == 1.5
 
 
 REFUSED = {
     "an unknown key": (["+rhythm.stratgey=local"], ValueError, "unknown keys in the block rhythm: stratgey; there are"),
-    "a wrong value": (["+rhythm.q=1.5"], ValueError, "in the block rhythm: q must be"),
+    "a wrong value": (["+rhythm.top_fraction=1.5"], ValueError, "in the block rhythm: top_fraction must be"),
     "a wrong type": (["+rhythm.layers=five"], TypeError, "in the block rhythm: layers must be"),
     "no block but a word": (["+rhythm=coupled"], TypeError, "rhythm must be a block of options"),
     "sequence parallelism": (
@@ -304,7 +306,7 @@ def grpo(mask: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("strategy", ["none", "random", "entropy", "local", "global", "coupled"])
 def test_advantages_of_a_step(run, model_folder, strategy):
-    trainer, store, batch = run(f"+rhythm.strategy={strategy}", "+rhythm.q=0.3")
+    trainer, store, batch = run(f"+rhythm.strategy={strategy}", "+rhythm.top_fraction=0.3")
     metrics = {}
     batch = trainer._compute_old_log_prob(batch, metrics)
     batch = trainer._compute_advantage(batch, metrics)
@@ -314,7 +316,7 @@ def test_advantages_of_a_step(run, model_folder, strategy):
     if strategy in ("local", "global", "coupled"):
         cases.assert_rhythm(store.fields, model_folder, store.fields)
         rhythm = Rhythm(*(response_part(store.fields[name], store.fields["response_mask"]) for name in plugin.SIGNALS))
-    gamma = token_credit(strategy, mask=mask, rhythm=rhythm, entropy=padded(store.fields["entropy"]), q=0.3)
+    gamma = token_credit(strategy, mask, rhythm, entropy=padded(store.fields["entropy"]), top_fraction=0.3)
     torch.testing.assert_close(padded(store.fields["advantages"]), shape_advantages(grpo(mask), gamma))
     assert metrics["rhythm/gamma_mean"] == pytest.approx(gamma[mask].mean().item())
     assert metrics["rhythm/credited_share"] == pytest.approx((gamma[mask] != 1).double().mean().item())
@@ -341,7 +343,7 @@ def test_tokens_that_verl_rejects_are_not_credited(run):
     mask = padded(store.fields["response_mask"]).bool()
     assert mask.sum() < before.sum()
     rhythm = Rhythm(fai=response_part(store.fields["rhythm_fai"], store.fields["response_mask"]))
-    gamma = token_credit("global", mask=mask, rhythm=rhythm)
+    gamma = token_credit("global", mask, rhythm)
     advantages = padded(store.fields["advantages"])
     assert torch.equal(advantages[~mask], torch.zeros_like(advantages[~mask]))
     positive = mask & (advantages > 0)

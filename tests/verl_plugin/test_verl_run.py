@@ -95,7 +95,7 @@ def test_what_the_actor_is_trained_on(run, index):
     masks = batch["response_mask"]
     mask = padded(masks).bool()
     rhythm = Rhythm(*(padded([row[-len(m) :] for row, m in zip(batch[name], masks)]) for name in plugin.SIGNALS))
-    gamma = token_credit("coupled", mask=mask, rhythm=rhythm)
+    gamma = token_credit("coupled", mask, rhythm)
     scores = torch.stack([row.sum() for row in batch["rm_scores"]])
     plain = torch.zeros(len(masks))
     for uid in set(batch["uid"]):

@@ -12,7 +12,6 @@ from transformers import Qwen3ForCausalLM
 
 import rhythm_kernels.integrations.verl as plugin
 from rhythm_kernels.heads import group_heads
-from rhythm_kernels.integrations.options import CreditOptions
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +128,16 @@ def test_in_16_bits_it_is_as_close_as_eager_attention(engines, model_folder):
 
 
 def test_nothing_is_read_that_was_not_asked_for(engines, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("collect was opened")
 
-    monkeypatch.setattr(CreditOptions, "collect", refuse)
+    monkeypatch.setattr(plugin, "collect", refuse)
     engine, fields = engines(), cases.make_fields()
     assert cases.log_prob_pass(engine, cases.make_batch(fields)).keys() == {"log_probs", "entropy"}
 
 
 def test_an_update_is_not_read(engines, monkeypatch):
-    monkeypatch.setattr(CreditOptions, "collect", None)
+    monkeypatch.setattr(plugin, "collect", None)
     engine, batch = engines(), cases.make_batch(cases.make_fields(), {}, global_batch_size=6)
 
     def loss(model_output, data, dp_group):

@@ -156,9 +156,9 @@ def dense_of_each(folder: Path, fields: dict[str, torch.Tensor], dtype=torch.flo
         segments = torch.zeros(1, len(ids), dtype=torch.long)
         heads = torch.cat([maps[layer].double() for layer in layers], 1)  # [1, L HQ, T, T]
         spans = reference.span(heads, rows[None], segments, 1)
-        local, global_ = group_heads(spans) if groups is None else groups
-        dense.waad.append(reference.waad(heads[local].mean(0)[None, None], rows[None], 10)[0, 0])
-        dense.fai.append(reference.fai(heads[global_].mean(0)[None, None], rows[None], segments, (10, 50))[0, 0])
+        local_heads, global_heads = group_heads(spans) if groups is None else groups
+        dense.waad.append(reference.waad(heads[local_heads].mean(0)[None, None], rows[None], 10)[0, 0])
+        dense.fai.append(reference.fai(heads[global_heads].mean(0)[None, None], rows[None], segments, (10, 50))[0, 0])
         dense.spans.append(spans[0])
     return dense
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import Layout
-from rhythm_kernels.attention.options import DTYPES, Options
 from rhythm_kernels.host import send
+from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.statistics.options import DTYPES, Options
 
 PROBES = 12
 """Probed rows of a batch row; more where it is packed from many sequences, of which each gets at least FEWEST."""
@@ -160,7 +160,7 @@ def _kernels(backend: str, **inputs: Tensor) -> ModuleType | None:
     if backend != "triton" and not (backend == "auto" and inputs["q"].is_cuda):
         return None
     # imported here, since Triton decides at its import whether it interprets or compiles
-    from rhythm_kernels.attention import triton_backend, triton_verify
+    from rhythm_kernels.statistics import triton_backend, triton_verify
 
     known = all(x.dtype in DTYPES for x in inputs.values())  # v need not have the dtype of q
     return triton_verify if known and triton_backend.unsupported(**inputs) is None else None

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import SPAN_UNIT, Layout
-from rhythm_kernels.attention.options import Options
-from rhythm_kernels.attention.triton_scores import (
+from rhythm_kernels.statistics.layout import SPAN_UNIT, Layout
+from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.statistics.triton_scores import (
     LN2,
     LOG2E,
     LOWEST,
@@ -28,7 +28,7 @@ from rhythm_kernels.attention.triton_scores import (
     stride_arguments,
     weights_of,
 )
-from rhythm_kernels.attention.triton_tiles import Tile
+from rhythm_kernels.statistics.triton_tiles import Tile
 
 PLACE_FIELDS = tl.constexpr(5)  # of a row of Layout.tiles
 PER_TOKEN = tl.constexpr(1 / SPAN_UNIT)

@@ -4,12 +4,12 @@ import torch
 import triton
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import Layout
-from rhythm_kernels.attention.options import Options
-from rhythm_kernels.attention.triton_band import band_pass
-from rhythm_kernels.attention.triton_forward import forward_pass
-from rhythm_kernels.attention.triton_scores import aligned
-from rhythm_kernels.attention.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, MAX_TOKEN_STRIDE, Tiles, choose_tiles
+from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.statistics.triton_band import band_pass
+from rhythm_kernels.statistics.triton_forward import forward_pass
+from rhythm_kernels.statistics.triton_scores import aligned
+from rhythm_kernels.statistics.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, MAX_TOKEN_STRIDE, Tiles, choose_tiles
 from rhythm_kernels.types import AttentionStats, GroupStats
 
 INTERPRETING = triton.knobs.runtime.interpret  # as it was when the kernels were made
@@ -35,7 +35,13 @@ def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
 
 
 def group_stats(
-    q: Tensor, k: Tensor, lse: Tensor | None, local: Tensor, global_: Tensor, layout: Layout, options: Options
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    local_heads: Tensor,
+    global_heads: Tensor,
+    layout: Layout,
+    options: Options,
 ) -> GroupStats:
     """As in api.py, behind its checks; groups bool [sequences, HQ]."""
     tiles = _choose_tiles(q=q, k=k)
@@ -43,7 +49,7 @@ def group_stats(
         q, k = aligned(q), aligned(k)
         if lse is None:
             lse, *_ = forward_pass(q, k, None, None, layout, options, tiles.rows)
-        return GroupStats(*band_pass(q, k, lse.contiguous(), (local, global_), layout, options, tiles.band))
+        return GroupStats(*band_pass(q, k, lse.contiguous(), (local_heads, global_heads), layout, options, tiles.band))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> tuple[Tensor, AttentionStats]:

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import Layout
-from rhythm_kernels.attention.options import Options
-from rhythm_kernels.attention.triton_scores import (
+from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.statistics.triton_scores import (
     LOG2E,
     NOWHERE,
     is_within,
@@ -28,7 +28,7 @@ from rhythm_kernels.attention.triton_scores import (
     scores_of,
     weights_of,
 )
-from rhythm_kernels.attention.triton_tiles import BandTile
+from rhythm_kernels.statistics.triton_tiles import BandTile
 
 TABLE_FIELDS = tl.constexpr(8)  # of a row of `band_table`
 FAR = 1 << 30  # tokens: a horizon without an end
@@ -76,8 +76,8 @@ def band_kernel(
     counts,  # [B, T]
     sinks,
     lse,  # [B, HQ, T]; outside R it may hold anything
-    local,  # [sequences, HQ]
-    global_,  # [sequences, HQ]
+    local_heads,  # [sequences, HQ]
+    global_heads,  # [sequences, HQ]
     waad,  # [B, HQ, T]; GROUPED: written for local heads only, in tiles with rows of R
     fai,  # [B, HQ, T]; GROUPED: sums over T(s), written for global heads only, in tiles that rows of R look at
     row_lse,  # [B, HQ, T]; COPY_LSE: lse in R, 0 elsewhere
@@ -122,8 +122,8 @@ def band_kernel(
     to = (batch * query_heads + head) * tokens + s
     is_local, is_global = True, True
     if GROUPED:
-        is_local = (tl.load(local + sequence * stride_ls + head * stride_lh) != 0) & (row_end > 0)
-        is_global = tl.load(global_ + sequence * stride_gs + head * stride_gh) != 0
+        is_local = (tl.load(local_heads + sequence * stride_ls + head * stride_lh) != 0) & (row_end > 0)
+        is_global = tl.load(global_heads + sequence * stride_gs + head * stride_gh) != 0
         is_global &= (row_end > 0) | (after_end > 0)
         if not (is_local | is_global):
             return
@@ -232,8 +232,8 @@ def sum_heads_kernel(
     waad,  # [B, HQ, T], of `band_kernel`
     fai,
     tiles,  # [tiles, TABLE_FIELDS], of `band_table`
-    local,  # [sequences, HQ]
-    global_,
+    local_heads,  # [sequences, HQ]
+    global_heads,
     counts,  # [B, T]
     waad_sum,  # [B, T]
     fai_sum,
@@ -257,8 +257,8 @@ def sum_heads_kernel(
     for begin in range(0, heads, HEADS):
         head = begin + tl.arange(0, HEADS)
         looks, is_seen = (head < heads) & (row_end > 0), (head < heads) & ((row_end > 0) | (after_end > 0))
-        is_local = tl.load(local + sequence * stride_ls + head * stride_lh, mask=looks, other=0) != 0
-        is_global = tl.load(global_ + sequence * stride_gs + head * stride_gh, mask=is_seen, other=0) != 0
+        is_local = tl.load(local_heads + sequence * stride_ls + head * stride_lh, mask=looks, other=0) != 0
+        is_global = tl.load(global_heads + sequence * stride_gs + head * stride_gh, mask=is_seen, other=0) != 0
         at = (batch * heads + head)[:, None] * tokens + t[None, :]
         waad_total += tl.sum(tl.load(waad + at, mask=is_local[:, None] & inside[None, :], other=0.0), 0)
         fai_total += tl.sum(tl.load(fai + at, mask=is_global[:, None] & inside[None, :], other=0.0), 0)
@@ -276,7 +276,7 @@ def band_pass(
     tile: BandTile,
     copy_lse: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(WAAD, FAI) [B, HQ, T] fp32 or, of groups (local, global_) bool [sequences, HQ], their sums [B, T].
+    """(WAAD, FAI) [B, HQ, T] fp32 or, of groups (local_heads, global_heads) bool [sequences, HQ], their sums [B, T].
 
     q and k are `aligned`. copy_lse: without groups also lse [B, HQ, T], 0 outside R, where it may hold anything.
     """
@@ -368,8 +368,8 @@ def _horizon(options: Options) -> tuple[int, int]:
 
 
 def _group_arguments(groups: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | int | None]:
-    names = ("local", "stride_ls", "stride_lh", "global_", "stride_gs", "stride_gh")
+    names = ("local_heads", "stride_ls", "stride_lh", "global_heads", "stride_gs", "stride_gh")
     if groups is None:
         return dict.fromkeys(names[::3]) | dict.fromkeys((*names[1:3], *names[4:]), 0)
-    local, global_ = groups
-    return dict(zip(names, (local, *local.stride(), global_, *global_.stride()), strict=True))
+    local_heads, global_heads = groups
+    return dict(zip(names, (local_heads, *local_heads.stride(), global_heads, *global_heads.stride()), strict=True))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhythm_kernels.attention.layout import Layout, mean_over_rows
-from rhythm_kernels.attention.options import Options
+from rhythm_kernels.statistics.layout import Layout, mean_over_rows
+from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.types import AttentionStats, GroupStats
 
 ROW_TILE = 64  # rows
@@ -34,14 +34,20 @@ def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
 
 
 def group_stats(
-    q: Tensor, k: Tensor, lse: Tensor | None, local: Tensor, global_: Tensor, layout: Layout, options: Options
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    local_heads: Tensor,
+    global_heads: Tensor,
+    layout: Layout,
+    options: Options,
 ) -> GroupStats:
-    """As in api.py, behind its checks; local and global_ bool [sequences, HQ]."""
-    members = [group[layout.segments].transpose(1, 2) for group in (local, global_)]  # [B, HQ, T]
+    """As in api.py, behind its checks; local_heads and global_heads bool [sequences, HQ]."""
+    members = [group[layout.segments].transpose(1, 2) for group in (local_heads, global_heads)]  # [B, HQ, T]
     if lse is not None and options.horizon[1] is not None:
-        per_head = _band_stats(q, k, lse, layout, options, local, global_)
+        per_head = _band_stats(q, k, lse, layout, options, local_heads, global_heads)
     else:
-        wanted = local | global_
+        wanted = local_heads | global_heads
         if layout.sequences != len(q):  # packed
             wanted = wanted.any(0, keepdim=True)
         # a batch row with fewer heads than another one is filled up with heads that the sums leave out
@@ -241,7 +247,7 @@ def _window_sums(weights: Tensor, distance: Tensor, options: Options) -> tuple[T
 
 
 def _band_stats(
-    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, local: Tensor, global_: Tensor
+    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, local_heads: Tensor, global_heads: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(WAAD of the local heads, FAI of the global heads over a finite horizon), [B, HQ, T]; of no meaning for others.
 
@@ -253,9 +259,9 @@ def _band_stats(
     softcap = None if options.softcap is None else options.softcap * LOG2_E
     options = options._replace(scale=options.scale * LOG2_E, softcap=softcap)
     # min(d, W) = W - max(W - d, 0): the rest of the row counts W each
-    nearness = _band_sums(q, k, lse, layout, options, local, (0, options.window - 1), of_rows=True)
+    nearness = _band_sums(q, k, lse, layout, options, local_heads, (0, options.window - 1), of_rows=True)
     waad = torch.where(layout.rows[:, None], options.window * row_sums - nearness, 0.0)
-    received = _band_sums(q, k, lse, layout, options, global_, options.horizon, of_rows=False)
+    received = _band_sums(q, k, lse, layout, options, global_heads, options.horizon, of_rows=False)
     return waad, received / layout.rows_looking_back(options.horizon)[:, None]
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.host import fetch
+from rhythm_kernels.statistics.layout import Layout
 
 PROBES = 64
 """Rows at which a mask that is a function is looked at."""

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm_kernels.attention import verify
-from rhythm_kernels.attention.layout import Layout
-from rhythm_kernels.attention.options import Options
-from rhythm_kernels.attention.triton_scores import LOWEST, is_within, load_tile, multiply, padded_size
-from rhythm_kernels.attention.verify import Deviation, Rounding
 from rhythm_kernels.host import send
+from rhythm_kernels.statistics import verify
+from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.statistics.triton_scores import LOWEST, is_within, load_tile, multiply, padded_size
+from rhythm_kernels.statistics.verify import Deviation, Rounding
 
 CHUNK = 256  # keys of a program of the first kernel: a sequence of 8,192 tokens with 8 key heads gives 256 programs
 CHUNK_FIELDS = tl.constexpr(4)

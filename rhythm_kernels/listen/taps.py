@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.backend_lse import LseReader
+from rhythm_kernels.listen.backend_lse import LseReader
 
 TABLE = "ALL_ATTENTION_FUNCTIONS"
 NOT_WHOLE = "rhythm_kernels reads attention here: compile the model without fullgraph=True"

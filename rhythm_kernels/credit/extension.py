@@ -32,28 +32,43 @@ _warned: set[str] = set()
 if _DEVICE_TYPES:
 
     @torch.library.register_fake("rhythm_kernels::segment_topq")
-    def _(values, mask, cu_seqlens, q, largest):
-        return mask.new_empty(mask.shape), mask.new_empty(_sequences(mask, cu_seqlens))
+    def _(values, response_mask, cu_seqlens, top_fraction, largest):
+        return response_mask.new_empty(response_mask.shape), response_mask.new_empty(
+            _sequences(response_mask, cu_seqlens)
+        )
 
     @torch.library.register_fake("rhythm_kernels::find_peaks")
-    def _(values, mask, cu_seqlens, min_quantile):
-        return mask.new_empty(mask.shape)
+    def _(values, response_mask, cu_seqlens, min_quantile):
+        return response_mask.new_empty(response_mask.shape)
 
     @torch.library.register_fake("rhythm_kernels::topq_credit")
-    def _(values, mask, cu_seqlens, of_delta, q, amp, largest):
-        faults = mask.new_empty(_sequences(mask, cu_seqlens), dtype=torch.uint8)
-        return mask.new_empty(mask.shape, dtype=torch.float32), faults
+    def _(values, response_mask, cu_seqlens, of_delta, top_fraction, amplification, largest):
+        faults = response_mask.new_empty(_sequences(response_mask, cu_seqlens), dtype=torch.uint8)
+        return response_mask.new_empty(response_mask.shape, dtype=torch.float32), faults
 
     @torch.library.register_fake("rhythm_kernels::coupled_credit")
-    def _(waad, fai, mask, cu_seqlens, q, amp, alpha, k, largest, tau_waad, tau_delta, with_sets):
-        faults = mask.new_empty(_sequences(mask, cu_seqlens), dtype=torch.uint8)
-        shape = mask.shape if with_sets else (0,)
-        sets, intros = (mask.new_empty(shape, dtype=dtype) for dtype in (torch.uint8, torch.int32))
-        return mask.new_empty(mask.shape, dtype=torch.float32), faults, sets, intros
+    def _(
+        waad,
+        fai,
+        response_mask,
+        cu_seqlens,
+        top_fraction,
+        amplification,
+        shared_fraction,
+        max_lookback,
+        largest,
+        tau_waad,
+        tau_delta,
+        with_sets,
+    ):
+        faults = response_mask.new_empty(_sequences(response_mask, cu_seqlens), dtype=torch.uint8)
+        shape = response_mask.shape if with_sets else (0,)
+        sets, intros = (response_mask.new_empty(shape, dtype=dtype) for dtype in (torch.uint8, torch.int32))
+        return response_mask.new_empty(response_mask.shape, dtype=torch.float32), faults, sets, intros
 
 
-def _sequences(mask: Tensor, cu_seqlens: Tensor | None) -> int:
-    return mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _sequences(response_mask: Tensor, cu_seqlens: Tensor | None) -> int:
+    return response_mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def available(device_type: str) -> bool:

@@ -12,29 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.attention.api import BACKENDS, run_group_stats, run_stats
-from rhythm_kernels.attention.layout import Layout, make_layout
-from rhythm_kernels.attention.options import MAX_WINDOW, Options, check_options
-from rhythm_kernels.attention.poison import scaled
-from rhythm_kernels.attention.verify import Rounding, probe_output, rounding_of
-from rhythm_kernels.backend_lse import row_pass
-from rhythm_kernels.checks import (
-    check_choice,
-    check_cu_seqlens,
-    check_device,
-    check_float,
-    check_horizon,
-    check_int,
-    check_tensor,
-)
-from rhythm_kernels.findings import Findings
+from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.host import send
 from rhythm_kernels.isolation import isolated, lowest_precision
-from rhythm_kernels.masks import is_mask, packing_hint, window_of
-from rhythm_kernels.sequences import find_sequences
-from rhythm_kernels.signals import GROUPS_PER, check_groups, rhythm_of
-from rhythm_kernels.taps import (
+from rhythm_kernels.listen.backend_lse import row_pass
+from rhythm_kernels.listen.findings import Findings
+from rhythm_kernels.listen.masks import is_mask, packing_hint, window_of
+from rhythm_kernels.listen.sequences import find_sequences
+from rhythm_kernels.listen.taps import (
     NOT_WHOLE,
     Call,
     Layers,
@@ -45,6 +31,14 @@ from rhythm_kernels.taps import (
     layers_of,
     tap_of,
 )
+from rhythm_kernels.options import GROUP_BY, MAX_WINDOW
+from rhythm_kernels.signals import check_groups, rhythm_of
+from rhythm_kernels.statistics.api import BACKENDS, run_group_stats, run_stats
+from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.options import Options, check_options
+from rhythm_kernels.statistics.poison import scaled
+from rhythm_kernels.statistics.verify import Rounding, probe_output, rounding_of
+from rhythm_kernels.tensor_checks import check_cu_seqlens, check_device, check_tensor
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
 
 MASKED = ("eager", "sdpa")
@@ -58,15 +52,15 @@ LSE = ("auto", "model", "own")
 def collect(
     model: nn.Module,
     *,
-    layers: int | Sequence[int] = 5,
+    layers: int | str | Sequence[int] = 5,
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 50),
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     groups: HeadGroups | None = None,
-    groups_per: str = "sequence",
-    local: float = 0.3,
-    global_: float = 0.3,
+    group_by: str = "sequence",
+    local_fraction: float = 0.3,
+    global_fraction: float = 0.3,
     backend: str = "auto",
     lse: str = "auto",
 ) -> "Collector":
@@ -91,7 +85,7 @@ def collect(
         model: a transformers decoder, alone, in an encoder-decoder or in a model of images, or a wrapper of one (PEFT,
             DDP, FSDP, torch.compile without fullgraph=True), whatever its attention implementation. With "sdpa" the
             statistics leave out soft-capping and sinks, as transformers does.
-        layers: how many of the middle third, or a list of layer indices in the order in which layers run; see
+        layers: how many of the middle third, "all", or a list of layer indices in the order in which layers run; see
             `sampled_layers`. Of a hybrid only its softmax layers are counted, which a warning says.
         window, horizon: W of WAAD and (lo, hi) of FAI, tokens.
         response_mask: [B, T] bool, R; every valid token if None.
@@ -99,9 +93,9 @@ def collect(
             known: then its own arguments are not read for them, and a GPU is not waited for.
         groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
             Then spans are not computed and heads outside the groups are skipped.
-        groups_per: "sequence": head groups from each sequence's own spans (the paper's reading); "batch": from the
+        group_by: "sequence": head groups from each sequence's own spans (the paper's reading); "batch": from the
             spans over the whole batch.
-        local, global_: fractions of local and global heads.
+        local_fraction, global_fraction: fractions of local and global heads.
         backend: of `attention_stats`.
         lse: whose log-sum-exp the statistics take; `Collector.lse_sources` says which it was. "auto": that of the
             model's own attention kernel where the model's output keeps its bits then, else the statistics compute it
@@ -123,9 +117,9 @@ def collect(
         response_mask=response_mask,
         cu_seqlens=cu_seqlens,
         groups=groups,
-        groups_per=groups_per,
-        local=local,
-        global_=global_,
+        group_by=group_by,
+        local_fraction=local_fraction,
+        global_fraction=global_fraction,
         backend=backend,
         lse=lse,
     )
@@ -144,9 +138,9 @@ class Collector:
         response_mask=None,
         cu_seqlens=None,
         groups=None,
-        groups_per="sequence",
-        local=0.3,
-        global_=0.3,
+        group_by="sequence",
+        local_fraction=0.3,
+        global_fraction=0.3,
         backend="auto",
         lse="auto",
     ):
@@ -175,18 +169,23 @@ class Collector:
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, 1, "T", torch.device("cpu"))
         self._options = {"window": check_int("window", window, 1, MAX_WINDOW), "horizon": check_horizon(horizon)}
-        self._check_grouping(groups, groups_per, local, global_)
-        self._grouping = {"groups": groups, "groups_per": groups_per, "local": local, "global_": global_}
+        self._check_grouping(groups, group_by, local_fraction, global_fraction)
+        self._grouping = {
+            "groups": groups,
+            "group_by": group_by,
+            "local_fraction": local_fraction,
+            "global_fraction": global_fraction,
+        }
         self._backend = check_choice("backend", backend, BACKENDS)
         self._lse = check_choice("lse", lse, LSE)
         self.asks_for_lse = lse == "model"
         self._windows: dict[int, tuple[object, int | None]] = {}  # by the id of a mask, which is kept, and so its id
         self._hooks: list = []
 
-    def _check_grouping(self, groups, groups_per, local, global_) -> None:
-        check_choice("groups_per", groups_per, GROUPS_PER)
-        check_float("local", local, 0.0, 1.0)
-        check_float("global_", global_, 0.0, 1.0)
+    def _check_grouping(self, groups, group_by, local_fraction, global_fraction) -> None:
+        check_choice("group_by", group_by, GROUP_BY)
+        check_float("local_fraction", local_fraction, 0.0, 1.0)
+        check_float("global_fraction", global_fraction, 0.0, 1.0)
         if groups is not None:
             sequences = groups[0].shape[0] if isinstance(groups, HeadGroups) else 0
             check_groups(groups, len(self.layers), query_heads(self.decoder), sequences)
@@ -362,8 +361,8 @@ class Collector:
         groups = self._grouping["groups"]
         if groups is None:
             return run_stats(q, k, lse, self.layout, options, self._backend)
-        local, global_ = (group[..., self.layers.index(layer), :] for group in groups)
-        return run_group_stats(q, k, lse, local, global_, self.layout, options, self._backend)
+        local_heads, global_heads = (group[..., self.layers.index(layer), :] for group in groups)
+        return run_group_stats(q, k, lse, local_heads, global_heads, self.layout, options, self._backend)
 
     def _check_call(self, layer: int, call: Call) -> None:
         """Raises for a call of other shapes than the statistics know."""
@@ -416,10 +415,10 @@ def _bound(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     return {**bound.pop("kwargs", {}), **bound}
 
 
-def _chosen_layers(decoder: nn.Module, every: Layers, layers: int | Sequence[int]) -> list[int]:
+def _chosen_layers(decoder: nn.Module, every: Layers, layers: int | str | Sequence[int]) -> list[int]:
     """`sampled_layers` among the softmax layers of a decoder."""
     softmax = list(every.attention)
-    if not isinstance(layers, int):
+    if not isinstance(layers, (int, str)):
         chosen = sampled_layers(every.count, layers)
         without = sorted(set(chosen) - set(softmax))
         if without:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from rhythm_kernels.attention.poison import factor_of
-from rhythm_kernels.attention.verify import Deviation
-from rhythm_kernels.checks import can_look
-from rhythm_kernels.clock import Clock
 from rhythm_kernels.host import fetch
+from rhythm_kernels.listen.clock import Clock
+from rhythm_kernels.statistics.poison import factor_of
+from rhythm_kernels.statistics.verify import Deviation
+from rhythm_kernels.tensor_checks import can_look
 
 
 class Findings:

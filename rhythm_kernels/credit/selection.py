@@ -1,23 +1,16 @@
 """Which tokens: the largest share of a sequence (TopQ) and the peaks of a signal.
 
-Both work on values [B, T] and a mask [B, T] row by row, or on one row of packed sequences, and on each backend give the
-same bits: the C++/CUDA extension, or the same rule composed of torch ops. The order is that of the numbers, denormals
-and infinities included, with -0.0 equal to +0.0; NaN comes last in both directions and is never selected.
+Both work on values [B, T] and a response_mask [B, T] row by row, or on one row of packed sequences. Both backends, the
+C++/CUDA extension and the same rule composed of torch ops, give the same bits. Values are ordered as numbers, denormals
+and infinities included, with -0.0 equal to +0.0. NaN comes last in both directions and is never selected.
 """
 
 import torch
 from torch import Tensor
 
-from rhythm_kernels import _extension, composed
-from rhythm_kernels.checks import (
-    can_look,
-    check_bool,
-    check_choice,
-    check_cu_seqlens,
-    check_cuts,
-    check_float,
-    check_tensor,
-)
+from rhythm_kernels.checks import check_bool, check_choice, check_cuts, check_float
+from rhythm_kernels.credit import composed, extension
+from rhythm_kernels.tensor_checks import can_look, check_cu_seqlens, check_tensor
 
 BACKENDS = ("auto", "extension", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # all of them exact in float32
@@ -25,25 +18,25 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # all of them exact in 
 
 def segment_topq(
     values: Tensor,
-    mask: Tensor,
-    q: float,
+    response_mask: Tensor,
+    top_fraction: float,
     *,
     largest: bool = True,
     cu_seqlens: Tensor | None = None,
     return_nan: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """TopQ: the ceil(q n - 1e-9) largest of each sequence's n masked positions. T_loc, T_glob of Eq. 13, 15.
+    """TopQ: the ceil(top_fraction n - 1e-9) largest of each sequence's n masked positions. T_loc, T_glob of Eq. 13, 15.
 
     Equal values go to the lower position first. NaN counts towards n but is never selected.
 
     Args:
         values: [B, T] fp32, fp16 or bf16.
-        mask: [B, T] bool, the positions that are counted and may be selected.
-        q: the share, 0 to 1: 0 selects none, 1 all but NaN.
+        response_mask: [B, T] bool, the positions that are counted and may be selected.
+        top_fraction: the share, 0 to 1: 0 selects none, 1 all but NaN.
         largest: False: the smallest ones (the paper's Table 5).
         cu_seqlens: [S + 1] int32 or int64, packed sequences: they begin at its values, which rise from 0 to T; B = 1.
-        return_nan: also return which sequences have a NaN under the mask.
+        return_nan: also return which sequences have a NaN under the response_mask.
         backend: "extension", "torch", or "auto": the extension where it is built for the device, else torch.
 
     Returns:
@@ -56,17 +49,19 @@ def segment_topq(
     The extension does not wait for a GPU, so it cannot raise there for what cu_seqlens holds: if its values do not rise
     from 0 to T, nothing is selected and every sequence is reported.
     """
-    values, mask, cu_seqlens = _check_rows(values, mask, cu_seqlens)
-    q = check_float("q", q, 0.0, 1.0)
+    values, response_mask, cu_seqlens = _check_rows(values, response_mask, cu_seqlens)
+    top_fraction = check_float("top_fraction", top_fraction, 0.0, 1.0)
     check_bool("largest", largest)
     check_bool("return_nan", return_nan)
-    selected, has_nan = ops(backend, mask.device).segment_topq(values, mask, cu_seqlens, q, largest)
+    selected, has_nan = ops(backend, response_mask.device).segment_topq(
+        values, response_mask, cu_seqlens, top_fraction, largest
+    )
     return (selected, has_nan) if return_nan else selected
 
 
 def find_peaks(
     values: Tensor,
-    mask: Tensor,
+    response_mask: Tensor,
     *,
     min_quantile: float = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -80,7 +75,7 @@ def find_peaks(
 
     Args:
         values: [B, T] fp32, fp16 or bf16.
-        mask: [B, T] bool.
+        response_mask: [B, T] bool.
         min_quantile: p in [0, 1]: a peak's value must reach the ceil(p n - 1e-9)-th smallest of the sequence's n masked
             values, NaN being the largest of them; 0 admits every peak.
         cu_seqlens, backend: as in `segment_topq`.
@@ -91,33 +86,35 @@ def find_peaks(
     Raises:
         TypeError, ValueError, RuntimeError: as `segment_topq`.
     """
-    values, mask, cu_seqlens = _check_rows(values, mask, cu_seqlens)
+    values, response_mask, cu_seqlens = _check_rows(values, response_mask, cu_seqlens)
     min_quantile = check_float("min_quantile", min_quantile, 0.0, 1.0)
-    return ops(backend, mask.device).find_peaks(values, mask, cu_seqlens, min_quantile)
+    return ops(backend, response_mask.device).find_peaks(values, response_mask, cu_seqlens, min_quantile)
 
 
 def ops(backend: str, device: torch.device):
     """Where the ops of csrc/ops.cpp are: the extension, or `composed`."""
     check_choice("backend", backend, BACKENDS)
     if backend == "extension":
-        _extension.require(device.type)
+        extension.require(device.type)
         return torch.ops.rhythm_kernels
-    return torch.ops.rhythm_kernels if backend == "auto" and _extension.available(device.type) else composed
+    return torch.ops.rhythm_kernels if backend == "auto" and extension.available(device.type) else composed
 
 
-def check_packing(cu_seqlens: Tensor | None, mask: Tensor) -> Tensor | None:
+def check_packing(cu_seqlens: Tensor | None, response_mask: Tensor) -> Tensor | None:
     """cu_seqlens in int32; its content is checked where that costs nothing."""
     if cu_seqlens is None:
         return None
-    check_cu_seqlens(cu_seqlens, *mask.shape, mask.device)
+    check_cu_seqlens(cu_seqlens, *response_mask.shape, response_mask.device)
     if can_look(cu_seqlens):
-        check_cuts(cu_seqlens.tolist(), mask.shape[1])
+        check_cuts(cu_seqlens.tolist(), response_mask.shape[1])
     # what int32 does not hold stays wrong
     return cu_seqlens if cu_seqlens.dtype == torch.int32 else cu_seqlens.clamp(-1, 2**31 - 1).int()
 
 
-def _check_rows(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checks them, and returns values [B, T] in float32 without a graph, mask, and cu_seqlens in int32."""
+def _check_rows(
+    values: Tensor, response_mask: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks them, and returns values [B, T] in float32 without a graph, response_mask, and cu_seqlens in int32."""
     check_tensor("values", values, ("B", "T"), DTYPES)
-    check_tensor("mask", mask, values.shape, (torch.bool,), values.device)
-    return values.detach().float(), mask, check_packing(cu_seqlens, mask)
+    check_tensor("response_mask", response_mask, values.shape, (torch.bool,), values.device)
+    return values.detach().float(), response_mask, check_packing(cu_seqlens, response_mask)

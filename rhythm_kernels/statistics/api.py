@@ -5,13 +5,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rhythm_kernels.attention import blockwise
-from rhythm_kernels.attention.layout import Layout, make_layout
-from rhythm_kernels.attention.options import Options, check_options, check_values
-from rhythm_kernels.attention.poison import factor_of, scaled
-from rhythm_kernels.attention.verify import probe_lse
-from rhythm_kernels.checks import can_look, check_choice, check_tensor
+from rhythm_kernels.checks import check_choice
 from rhythm_kernels.isolation import isolated
+from rhythm_kernels.statistics import blockwise
+from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.options import Options, check_options, check_values
+from rhythm_kernels.statistics.poison import factor_of, scaled
+from rhythm_kernels.statistics.verify import probe_lse
+from rhythm_kernels.tensor_checks import can_look, check_tensor
 from rhythm_kernels.types import AttentionStats, GroupStats
 
 BACKENDS = ("auto", "triton", "torch")
@@ -25,7 +26,7 @@ def attention_stats(
     lse: Tensor | None = None,
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 50),
-    row_mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sliding_window: int | None = None,
@@ -47,7 +48,7 @@ def attention_stats(
             sequence are computed again to check it: on a GPU, which is not waited for, a wrong one gives NaN.
         window: W of WAAD, in tokens, 1 to 256.
         horizon: (lo, hi) of FAI, in tokens, lo >= 0; hi None: to the end of the sequence.
-        row_mask: [B, T] bool, R, holes allowed; every valid token if None.
+        response_mask: [B, T] bool, R, holes allowed; every valid token if None.
         attention_mask: [B, T] bool or int, 1 for tokens, padded on the left or the right.
         cu_seqlens: int32 [S + 1], bounds of packed sequences; then B = 1. Both may be on the CPU: those on a GPU are
             waited for.
@@ -76,7 +77,7 @@ def attention_stats(
         sinks=sinks,
         need_span=need_span,
     )
-    layout = _checked_layout(q, lse, row_mask, attention_mask, cu_seqlens)
+    layout = _checked_layout(q, lse, response_mask, attention_mask, cu_seqlens)
     factor = None if lse is None else _check_lse(q, k, lse, layout, options, None, backend)
     stats = run_stats(q, k, lse, layout, options, backend)
     return stats if factor is None else scaled([stats], factor)[0]
@@ -85,14 +86,14 @@ def attention_stats(
 def group_stats(
     q: Tensor,
     k: Tensor,
-    local: Tensor,
-    global_: Tensor,
+    local_heads: Tensor,
+    global_heads: Tensor,
     *,
     scale: float | None = None,
     lse: Tensor | None = None,
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 50),
-    row_mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sliding_window: int | None = None,
@@ -105,8 +106,8 @@ def group_stats(
     The same maps and the same options as `attention_stats`, for head groups that are known from an earlier batch.
 
     Args:
-        local: bool [HQ], or [S, HQ] where each sequence has its own groups (S = B if not packed).
-        global_: the same.
+        local_heads: bool [HQ], or [S, HQ] where each sequence has its own groups (S = B if not packed).
+        global_heads: the same.
 
     Returns:
         GroupStats(waad [B, T], fai [B, T]), fp32: sums, so that the layers' results add up. A NaN in a head outside
@@ -126,14 +127,14 @@ def group_stats(
         sinks=sinks,
         need_span=False,
     )
-    layout = _checked_layout(q, lse, row_mask, attention_mask, cu_seqlens)
-    for name, group in (("local", local), ("global_", global_)):
+    layout = _checked_layout(q, lse, response_mask, attention_mask, cu_seqlens)
+    for name, group in (("local_heads", local_heads), ("global_heads", global_heads)):
         each = isinstance(group, Tensor) and group.ndim == 2
         shape = [layout.sequences, q.shape[1]] if each else [q.shape[1]]
         check_tensor(name, group, shape, [torch.bool], q.device)
-    heads = (local | global_).expand(layout.sequences, -1)
+    heads = (local_heads | global_heads).expand(layout.sequences, -1)
     factor = None if lse is None else _check_lse(q, k, lse, layout, options, heads, backend)
-    stats = run_group_stats(q, k, lse, local, global_, layout, options, backend)
+    stats = run_group_stats(q, k, lse, local_heads, global_heads, layout, options, backend)
     return stats if factor is None else scaled([stats], factor)[0]
 
 
@@ -145,7 +146,7 @@ def attention(
     scale: float | None = None,
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 50),
-    row_mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sliding_window: int | None = None,
@@ -181,7 +182,7 @@ def attention(
     check_values(v, k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("attention has no backward, got an input that requires a gradient: call it in torch.no_grad()")
-    layout = _checked_layout(q, None, row_mask, attention_mask, cu_seqlens)
+    layout = _checked_layout(q, None, response_mask, attention_mask, cu_seqlens)
     with isolated(q.device):
         return _implementation(backend, q=q, k=k, v=v).attention(q.detach(), k.detach(), v.detach(), layout, options)
 
@@ -198,24 +199,24 @@ def run_group_stats(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
-    local: Tensor,
-    global_: Tensor,
+    local_heads: Tensor,
+    global_heads: Tensor,
     layout: Layout,
     options: Options,
     backend: str = "auto",
 ) -> GroupStats:
     """`group_stats` behind its checks; groups bool [HQ] or [sequences, HQ]."""
-    local, global_ = (group.expand(layout.sequences, -1) for group in (local, global_))
+    local_heads, global_heads = (group.expand(layout.sequences, -1) for group in (local_heads, global_heads))
     with isolated(q.device):
         run = _implementation(backend, q=q, k=k).group_stats
-        return run(q.detach(), k.detach(), lse, local, global_, layout, options)
+        return run(q.detach(), k.detach(), lse, local_heads, global_heads, layout, options)
 
 
-def _checked_layout(q: Tensor, lse, row_mask, attention_mask, cu_seqlens) -> Layout:
+def _checked_layout(q: Tensor, lse, response_mask, attention_mask, cu_seqlens) -> Layout:
     batch, query_heads, tokens, _ = q.shape
     if lse is not None:
         check_tensor("lse", lse, [batch, query_heads, tokens], [torch.float32], q.device)
-    return make_layout(batch, tokens, q.device, row_mask, attention_mask, cu_seqlens)
+    return make_layout(batch, tokens, q.device, response_mask, attention_mask, cu_seqlens)
 
 
 def _check_lse(
@@ -247,6 +248,6 @@ def _implementation(backend: str, **inputs: Tensor) -> ModuleType:
     if backend == "torch" or (backend == "auto" and not inputs["q"].is_cuda):
         return blockwise
     # imported here, since Triton decides at its import whether it interprets or compiles
-    from rhythm_kernels.attention import triton_backend
+    from rhythm_kernels.statistics import triton_backend
 
     return blockwise if backend == "auto" and triton_backend.unsupported(**inputs) else triton_backend

@@ -14,7 +14,7 @@ from rhythm_kernels.checks import check_cuts
 
 # Keys compare as the float32 numbers do. Those of all numbers are above the two of:
 NAN = -(2**31) + 1
-OUTSIDE = -(2**31)  # of the mask
+OUTSIDE = -(2**31)  # of the response_mask
 
 # As in csrc/rows/credit.h. Faults of a sequence: a signal that is not finite in R.
 FIRST_SIGNAL, SECOND_SIGNAL = 1, 2
@@ -26,18 +26,18 @@ INTRO, ALONE, DOMINATED, PREPLAN = 1, 2, 4, 8
 
 
 def segment_topq(
-    values: Tensor, mask: Tensor, cu_seqlens: Tensor | None, q: float, largest: bool
+    values: Tensor, response_mask: Tensor, cu_seqlens: Tensor | None, top_fraction: float, largest: bool
 ) -> tuple[Tensor, Tensor]:
-    rows = _Rows(mask, cu_seqlens)
-    keys = _keys(rows.pad(values), rows.mask)
-    return rows.unpad(_topq(_ranks(keys, largest), rows.mask, q)), (keys == NAN).any(-1)
+    rows = _Rows(response_mask, cu_seqlens)
+    keys = _keys(rows.pad(values), rows.response_mask)
+    return rows.unpad(_topq(_ranks(keys, largest), rows.response_mask, top_fraction)), (keys == NAN).any(-1)
 
 
-def find_peaks(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None, min_quantile: float) -> Tensor:
-    rows = _Rows(mask, cu_seqlens)
-    keys = _keys(rows.pad(values), rows.mask)
+def find_peaks(values: Tensor, response_mask: Tensor, cu_seqlens: Tensor | None, min_quantile: float) -> Tensor:
+    rows = _Rows(response_mask, cu_seqlens)
+    keys = _keys(rows.pad(values), rows.response_mask)
     if keys.shape[1] == 0:
-        return torch.zeros_like(mask)
+        return torch.zeros_like(response_mask)
     edge = keys.new_full((keys.shape[0], 1), OUTSIDE)
     before, after = torch.cat([edge, keys[:, :-1]], -1), torch.cat([keys[:, 1:], edge], -1)
     rises = (before > NAN) & (before < keys)
@@ -46,72 +46,85 @@ def find_peaks(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None, min_quan
     plateau_end = torch.where(keys != after, position, keys.shape[1] - 1).flip(-1).cummin(-1).values.flip(-1)
     peaks = rises & falls.gather(-1, plateau_end)
 
-    count = _selection_count(rows.mask, min_quantile)
+    count = _selection_count(rows.response_mask, min_quantile)
     last = _last_taken(_ranks(keys, largest=False), count)
     reaches = (last > NAN) & (keys >= ~last)
     return rows.unpad(peaks & (reaches | (count == 0)))
 
 
 def topq_credit(
-    values: Tensor, mask: Tensor, cu_seqlens: Tensor | None, of_delta: bool, q: float, amp: float, largest: bool
+    values: Tensor,
+    response_mask: Tensor,
+    cu_seqlens: Tensor | None,
+    of_delta: bool,
+    top_fraction: float,
+    amplification: float,
+    largest: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = _Rows(mask, cu_seqlens)
+    rows = _Rows(response_mask, cu_seqlens)
     values = rows.pad(values)
-    faults = FIRST_SIGNAL * _is_broken(values, rows.mask)
-    signal = delta(values, rows.mask) if of_delta else values
-    selected = _topq(_ranks(_keys(signal, rows.mask), largest), rows.mask, q)
-    gamma = torch.ones_like(values).masked_fill(selected, 1 + (amp - 1))
-    return rows.unpad(_void(gamma, rows.mask, faults)), faults
+    faults = FIRST_SIGNAL * _is_broken(values, rows.response_mask)
+    signal = delta(values, rows.response_mask) if of_delta else values
+    selected = _topq(_ranks(_keys(signal, rows.response_mask), largest), rows.response_mask, top_fraction)
+    gamma = torch.ones_like(values).masked_fill(selected, 1 + (amplification - 1))
+    return rows.unpad(_void(gamma, rows.response_mask, faults)), faults
 
 
 def coupled_credit(
     waad: Tensor,
     fai: Tensor,
-    mask: Tensor,
+    response_mask: Tensor,
     cu_seqlens: Tensor | None,
-    q: float,
-    amp: float,
-    alpha: float,
-    k: int,
+    top_fraction: float,
+    amplification: float,
+    shared_fraction: float,
+    max_lookback: int,
     largest: bool,
     tau_waad: float | None,
     tau_delta: float | None,
     with_sets: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = _Rows(mask, cu_seqlens)
-    waad, fai, mask = rows.pad(waad), rows.pad(fai), rows.mask
-    faults = FIRST_SIGNAL * _is_broken(waad, mask) + SECOND_SIGNAL * _is_broken(fai, mask)
-    change = delta(waad, mask)
-    t_loc = _topq(_keys(change, mask), mask, q)
-    t_glob = _topq(_ranks(_keys(fai, mask), largest), mask, q)
+    rows = _Rows(response_mask, cu_seqlens)
+    waad, fai, response_mask = rows.pad(waad), rows.pad(fai), rows.response_mask
+    faults = FIRST_SIGNAL * _is_broken(waad, response_mask) + SECOND_SIGNAL * _is_broken(fai, response_mask)
+    change = delta(waad, response_mask)
+    preplan = _topq(_keys(change, response_mask), response_mask, top_fraction)
+    anchors = _topq(_ranks(_keys(fai, response_mask), largest), response_mask, top_fraction)
     # compared in fp64, so that a threshold is not rounded to the signal's precision
-    low = _lower_median(waad, mask).double() if tau_waad is None else tau_waad
+    low = _lower_median(waad, response_mask).double() if tau_waad is None else tau_waad
     if tau_delta is not None:
         high = tau_delta
     else:
-        high = change.double().masked_fill(~t_loc, torch.inf).amin(-1, keepdim=True) if mask.shape[1] else 0.0
+        high = (
+            change.double().masked_fill(~preplan, torch.inf).amin(-1, keepdim=True) if response_mask.shape[1] else 0.0
+        )
 
-    best = torch.full_like(waad, -torch.inf)  # the largest Delta among the k tokens before, and how far back it is
+    best = torch.full_like(waad, -torch.inf)  # the largest Delta before, and how far back it is
     back = torch.zeros_like(waad, dtype=torch.int32)
-    before = change.masked_fill(~mask, -torch.inf)
-    reach = range(1, min(k, mask.shape[1] - 1) + 1)
+    before = change.masked_fill(~response_mask, -torch.inf)
+    reach = range(1, min(max_lookback, response_mask.shape[1] - 1) + 1)
     for steps in reach:
         earlier = pad(before[:, :-steps], (steps, 0), value=-torch.inf)
         better = earlier > best  # strictly: the latest wins a tie
         best, back = torch.where(better, earlier, best), torch.where(better, steps, back)
-    dominated = t_glob & (waad.double() <= low) & (best.double() >= high) & (back > 0)
+    dominated = anchors & (waad.double() <= low) & (best.double() >= high) & (back > 0)
     back = torch.where(dominated, back, 0)
-    intros = torch.zeros_like(mask)
+    intros = torch.zeros_like(response_mask)
     for steps in reach:
         intros = intros | pad(back[:, steps:] == steps, (0, steps))
 
-    sets = PREPLAN * t_loc + DOMINATED * dominated + ALONE * (t_glob & ~dominated) + INTRO * intros
+    sets = PREPLAN * preplan + DOMINATED * dominated + ALONE * (anchors & ~dominated) + INTRO * intros
     # Eq. 18 of the eight cases, in fp64 and rounded once; of floats, since torch 2.11 compiles no bool times a number
     cases = range(INTRO + ALONE + DOMINATED + 1)
     parts = [[float(case & part > 0) for part in (DOMINATED, ALONE, INTRO)] for case in cases]
-    shares = [(1 - alpha) * dominates + stands + alpha * introduces for dominates, stands, introduces in parts]
-    table = torch.tensor([1 + (amp - 1) * share for share in shares], dtype=torch.float64, device=waad.device).float()
-    gamma = rows.unpad(_void(table[sets.long() % len(cases)], mask, faults))
+    shares = [
+        (1 - shared_fraction) * dominates + stands + shared_fraction * introduces
+        for dominates, stands, introduces in parts
+    ]
+    table = torch.tensor(
+        [1 + (amplification - 1) * share for share in shares], dtype=torch.float64, device=waad.device
+    ).float()
+    gamma = rows.unpad(_void(table[sets.long() % len(cases)], response_mask, faults))
     if not with_sets:
         none = faults[:0]
         return gamma, faults, none, none.int()
@@ -119,9 +132,9 @@ def coupled_credit(
     return gamma, faults, rows.unpad((sets * sound).to(torch.uint8)), rows.unpad(back * sound)
 
 
-def delta(waad: Tensor, mask: Tensor) -> Tensor:
+def delta(waad: Tensor, response_mask: Tensor) -> Tensor:
     """Eq. 13: |WAAD_t - WAAD_{t+1}| where both are in R, else 0. [B, T]."""
-    both = mask[:, :-1] & mask[:, 1:]
+    both = response_mask[:, :-1] & response_mask[:, 1:]
     change = torch.where(both, (waad[:, :-1] - waad[:, 1:]).abs(), 0.0)
     return pad(change, (0, min(1, waad.shape[1])))
 
@@ -132,17 +145,17 @@ def delta(waad: Tensor, mask: Tensor) -> Tensor:
 class _Rows:
     """Packed sequences as padded rows and back; a padded batch stays as it is."""
 
-    def __init__(self, mask: Tensor, cu_seqlens: Tensor | None):
+    def __init__(self, response_mask: Tensor, cu_seqlens: Tensor | None):
         self.index = None
         if cu_seqlens is not None:
             cuts = cu_seqlens.tolist()
-            check_cuts(cuts, mask.shape[1])
+            check_cuts(cuts, response_mask.shape[1])
             lengths = cu_seqlens.diff()
             longest = max((b - a for a, b in itertools.pairwise(cuts)), default=0)
-            column = torch.arange(longest, device=mask.device)
+            column = torch.arange(longest, device=response_mask.device)
             self.inside = column < lengths[:, None]
-            self.index = (cu_seqlens[:-1, None] + column).clamp(max=mask.shape[1] - 1)
-        self.mask = self.pad(mask)
+            self.index = (cu_seqlens[:-1, None] + column).clamp(max=response_mask.shape[1] - 1)
+        self.response_mask = self.pad(response_mask)
 
     def pad(self, values: Tensor) -> Tensor:
         """[1, T] -> [S, longest], 0 behind a sequence."""
@@ -155,12 +168,12 @@ class _Rows:
 # ---- selection in a row ----------------------------------------------------------------------------------------------
 
 
-def _keys(values: Tensor, mask: Tensor) -> Tensor:
+def _keys(values: Tensor, response_mask: Tensor) -> Tensor:
     """int32 [B, T]; -0.0 has the key of +0.0."""
     bits = values.resolve_neg().contiguous().view(torch.int32)
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys = torch.where(bits == -(2**31), 0, keys)  # the bits of -0.0
-    return torch.where(mask, torch.where(values.isnan(), NAN, keys), OUTSIDE)
+    return torch.where(response_mask, torch.where(values.isnan(), NAN, keys), OUTSIDE)
 
 
 def _ranks(keys: Tensor, largest: bool) -> Tensor:
@@ -168,9 +181,9 @@ def _ranks(keys: Tensor, largest: bool) -> Tensor:
     return keys if largest else torch.where(keys > NAN, ~keys, keys)
 
 
-def _selection_count(mask: Tensor, share: float) -> Tensor:
+def _selection_count(response_mask: Tensor, share: float) -> Tensor:
     """int64 [B, 1]: ceil(share * n - 1e-9) of each row."""
-    n = mask.sum(-1, keepdim=True)
+    n = response_mask.sum(-1, keepdim=True)
     return (n.double() * share - 1e-9).ceil().long().clamp(min=0)
 
 
@@ -179,34 +192,34 @@ def _last_taken(ranks: Tensor, count: Tensor) -> Tensor:
     return ranks.sort(dim=-1, descending=True).values.gather(-1, (count - 1).clamp(min=0))
 
 
-def _topq(ranks: Tensor, mask: Tensor, q: float) -> Tensor:
+def _topq(ranks: Tensor, response_mask: Tensor, top_fraction: float) -> Tensor:
     if ranks.shape[1] == 0:
-        return torch.zeros_like(mask)
-    count = _selection_count(mask, q)
+        return torch.zeros_like(response_mask)
+    count = _selection_count(response_mask, top_fraction)
     last = _last_taken(ranks, count)
     above, ties = ranks > last, ranks == last
     first_ties = ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True))
     return (above | first_ties) & (ranks > NAN)
 
 
-def _lower_median(values: Tensor, mask: Tensor) -> Tensor:
+def _lower_median(values: Tensor, response_mask: Tensor) -> Tensor:
     """The ceil(n / 2)-th smallest of a row's n masked values, [B, 1]; anything where n is 0."""
-    if not mask.shape[1]:
-        return values.new_zeros(mask.shape[0], 1)
-    ordered = values.masked_fill(~mask, torch.inf).sort(-1).values
-    rank = (mask.sum(-1, keepdim=True) + 1) // 2
+    if not response_mask.shape[1]:
+        return values.new_zeros(response_mask.shape[0], 1)
+    ordered = values.masked_fill(~response_mask, torch.inf).sort(-1).values
+    rank = (response_mask.sum(-1, keepdim=True) + 1) // 2
     return ordered.gather(-1, (rank - 1).clamp(min=0))
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
-def _is_broken(values: Tensor, mask: Tensor) -> Tensor:
+def _is_broken(values: Tensor, response_mask: Tensor) -> Tensor:
     """uint8 [B]."""
-    return (~values.isfinite() & mask).any(-1).to(torch.uint8)
+    return (~values.isfinite() & response_mask).any(-1).to(torch.uint8)
 
 
-def _void(gamma: Tensor, mask: Tensor, faults: Tensor) -> Tensor:
+def _void(gamma: Tensor, response_mask: Tensor, faults: Tensor) -> Tensor:
     """A sequence with a fault has NaN in R, and 1 elsewhere."""
     broken = (faults != 0)[:, None]
-    return gamma.masked_fill(broken & mask, torch.nan).masked_fill(broken & ~mask, 1.0)
+    return gamma.masked_fill(broken & response_mask, torch.nan).masked_fill(broken & ~response_mask, 1.0)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhythm_kernels.checks import at_hand, check_cu_seqlens, check_cuts, check_tensor
+from rhythm_kernels.checks import check_cuts
 from rhythm_kernels.host import send
+from rhythm_kernels.tensor_checks import at_hand, check_cu_seqlens, check_tensor
 
 Kept = TypeVar("Kept")
 SPAN_UNIT = 2.0**-20  # tokens: the spans' sums are integers of this unit, so that their order does not matter
@@ -92,7 +93,7 @@ def make_layout(
     batch: int,
     tokens: int,
     device: torch.device,
-    row_mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Layout:
@@ -104,8 +105,8 @@ def make_layout(
     """
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask and cu_seqlens exclude each other: packed sequences have no padding")
-    if row_mask is not None:
-        check_tensor("row_mask", row_mask, [batch, tokens], [torch.bool], device)
+    if response_mask is not None:
+        check_tensor("response_mask", response_mask, [batch, tokens], [torch.bool], device)
     if cu_seqlens is not None:
         bounds = _packed_bounds(cu_seqlens, batch, tokens, device)
     elif attention_mask is not None:
@@ -122,7 +123,7 @@ def make_layout(
     first, end = table.int()[segments][..., 1:].unbind(-1)  # [B, T]
     position = position.int().expand(batch, tokens)
     valid = (first <= position) & (position < end)
-    rows = valid if row_mask is None else valid & row_mask
+    rows = valid if response_mask is None else valid & response_mask
     first, last = torch.where(valid, first, position + 1), torch.where(valid, end - 1, position - 1)
     return Layout(first.contiguous(), last.contiguous(), rows.contiguous(), segments.contiguous(), bounds, table)
 

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.checks import check_float, check_horizon, check_int, check_tensor
+from rhythm_kernels.checks import check_float, check_horizon, check_int
+from rhythm_kernels.options import MAX_WINDOW
+from rhythm_kernels.tensor_checks import check_tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_WINDOW = 256  # tokens
 
 
 class Options(NamedTuple):

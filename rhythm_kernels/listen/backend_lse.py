@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rhythm_kernels.attention.layout import Layout
 from rhythm_kernels.isolation import lowest_precision
+from rhythm_kernels.statistics.layout import Layout
 
 EFFICIENT = "aten::_scaled_dot_product_efficient_attention"
 

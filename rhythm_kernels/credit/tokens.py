@@ -5,21 +5,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.checks import can_look, check_bool, check_choice, check_float, check_int, check_tensor
-from rhythm_kernels.composed import ALONE, DOMINATED, FIRST_SIGNAL, INTRO, PREPLAN, SECOND_SIGNAL
-from rhythm_kernels.selection import DTYPES, check_packing, ops
+from rhythm_kernels.checks import check_bool, check_choice, check_float, check_int
+from rhythm_kernels.credit.composed import ALONE, DOMINATED, FIRST_SIGNAL, INTRO, PREPLAN, SECOND_SIGNAL
+from rhythm_kernels.credit.selection import DTYPES, check_packing, ops
+from rhythm_kernels.options import MOST_AMPLIFICATION, STRATEGIES
+from rhythm_kernels.tensor_checks import can_look, check_tensor
 from rhythm_kernels.types import Rhythm
-
-STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
-MOST_AMP = 1e37  # so that every factor is finite in fp32
 
 
 class CoupledSets(NamedTuple):
     """The token sets of coupled credit, each [B, T] bool, and which token introduces which anchor."""
 
-    t_loc: Tensor
+    preplan: Tensor
     """Preplan tokens: TopQ of Delta (Eq. 13)."""
-    t_glob: Tensor
+    anchors: Tensor
     """Anchors: TopQ of FAI (Eq. 15)."""
     dominated: Tensor
     """D: anchors with a low WAAD just after a preplan peak (Eq. 17)."""
@@ -31,14 +30,14 @@ class CoupledSets(NamedTuple):
 
 def token_credit(
     strategy: str,
-    *,
-    mask: Tensor,
+    response_mask: Tensor,
     rhythm: Rhythm | None = None,
+    *,
     entropy: Tensor | None = None,
-    q: float = 0.4,
-    amp: float = 1.5,
-    alpha: float = 0.5,
-    k: int = 3,
+    top_fraction: float = 0.4,
+    amplification: float = 1.5,
+    shared_fraction: float = 0.5,
+    max_lookback: int = 3,
     largest: bool = True,
     tau_waad: float | None = None,
     tau_delta: float | None = None,
@@ -52,13 +51,13 @@ def token_credit(
         strategy: "none" (all 1), "random" (TopQ of a draw from `seed`), "entropy" (TopQ of `entropy`), "local" (TopQ of
             Delta, Eq. 14), "global" (TopQ of FAI, Eq. 16), "coupled" (anchors, of which the locally dominated share
             their credit with the token that introduces them, Eq. 18).
-        mask: [B, T] bool, R.
+        response_mask: [B, T] bool, R.
         rhythm: "local" needs rhythm.waad, "global" rhythm.fai, "coupled" both; each [B, T] floating, finite in R.
         entropy: [B, T] floating, nats, finite in R; only for "entropy".
-        q: the fraction of R that is selected, ceil(q n - 1e-9) of n.
-        amp: the factor of a selected token, 0 to 1e37.
-        alpha: the share of a locally dominated anchor's credit that goes to its intro, 0 to 1.
-        k: how many tokens back an intro may be.
+        top_fraction: the fraction of R that is selected, ceil(top_fraction n - 1e-9) of n.
+        amplification: the factor of a selected token, 0 to 1e37.
+        shared_fraction: the share of a locally dominated anchor's credit that goes to its intro, 0 to 1.
+        max_lookback: how many tokens back an intro may be.
         largest: False selects the bottom (the paper's ablation); in "coupled" it changes the anchors alone.
         tau_waad: an anchor is dominated if its WAAD is at most this; the lower median of R if None. Tokens.
         tau_delta: and if a Delta of at least this comes before it; the smallest of the preplan tokens' if None. Tokens.
@@ -79,41 +78,43 @@ def token_credit(
     for signals; they read cu_seqlens on the host.
     """
     check_choice("strategy", strategy, STRATEGIES)
-    check_tensor("mask", mask, ["B", "T"], [torch.bool])
-    check_float("amp", amp, 0.0, MOST_AMP)
-    check_float("alpha", alpha, 0.0, 1.0)
+    check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
+    check_float("amplification", amplification, 0.0, MOST_AMPLIFICATION)
+    check_float("shared_fraction", shared_fraction, 0.0, 1.0)
     check_int("seed", seed, 0, 2**64 - 1)
-    _check_options(rhythm, q, k, largest, tau_waad, tau_delta)
-    cu_seqlens = check_packing(cu_seqlens, mask)
-    of = ops(backend, mask.device)
+    _check_options(rhythm, top_fraction, max_lookback, largest, tau_waad, tau_delta)
+    cu_seqlens = check_packing(cu_seqlens, response_mask)
+    of = ops(backend, response_mask.device)
     if strategy == "none":
-        return torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
+        return torch.ones(response_mask.shape, dtype=torch.float32, device=response_mask.device)
     if strategy == "coupled":
-        waad, fai = _check_both(rhythm, mask)
-        options = (q, amp, alpha, k, largest, tau_waad, tau_delta)
-        gamma, faults, *_ = of.coupled_credit(waad, fai, mask, cu_seqlens, *options, False)
+        waad, fai = _check_both(rhythm, response_mask)
+        options = (top_fraction, amplification, shared_fraction, max_lookback, largest, tau_waad, tau_delta)
+        gamma, faults, *_ = of.coupled_credit(waad, fai, response_mask, cu_seqlens, *options, False)
         _raise_faults(faults, "rhythm.waad", "rhythm.fai")
         return gamma
     if strategy == "random":
-        name, generator = "the draw", torch.Generator(mask.device).manual_seed(seed)
-        signal = torch.rand(mask.shape, generator=generator, dtype=torch.float32, device=mask.device)
+        name, generator = "the draw", torch.Generator(response_mask.device).manual_seed(seed)
+        signal = torch.rand(response_mask.shape, generator=generator, dtype=torch.float32, device=response_mask.device)
     elif strategy == "entropy":
-        name, signal = "entropy", _check_signal("entropy", entropy, mask)
+        name, signal = "entropy", _check_signal("entropy", entropy, response_mask)
     elif strategy == "local":
-        name, signal = "rhythm.waad", _check_signal("rhythm.waad", getattr(rhythm, "waad", None), mask)
+        name, signal = "rhythm.waad", _check_signal("rhythm.waad", getattr(rhythm, "waad", None), response_mask)
     else:
-        name, signal = "rhythm.fai", _check_signal("rhythm.fai", getattr(rhythm, "fai", None), mask)
-    gamma, faults = of.topq_credit(signal, mask, cu_seqlens, strategy == "local", q, amp, largest)
+        name, signal = "rhythm.fai", _check_signal("rhythm.fai", getattr(rhythm, "fai", None), response_mask)
+    gamma, faults = of.topq_credit(
+        signal, response_mask, cu_seqlens, strategy == "local", top_fraction, amplification, largest
+    )
     _raise_faults(faults, name)
     return gamma
 
 
 def coupled_sets(
-    rhythm: Rhythm | None,
-    mask: Tensor,
+    response_mask: Tensor,
+    rhythm: Rhythm,
     *,
-    q: float = 0.4,
-    k: int = 3,
+    top_fraction: float = 0.4,
+    max_lookback: int = 3,
     largest: bool = True,
     tau_waad: float | None = None,
     tau_delta: float | None = None,
@@ -124,15 +125,17 @@ def coupled_sets(
 
     Where `token_credit` would give NaN, the sets are empty.
     """
-    check_tensor("mask", mask, ["B", "T"], [torch.bool])
-    _check_options(rhythm, q, k, largest, tau_waad, tau_delta)
-    cu_seqlens = check_packing(cu_seqlens, mask)
-    waad, fai = _check_both(rhythm, mask)
-    options = (q, 1.0, 0.0, k, largest, tau_waad, tau_delta)
-    _, faults, sets, back = ops(backend, mask.device).coupled_credit(waad, fai, mask, cu_seqlens, *options, True)
+    check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
+    _check_options(rhythm, top_fraction, max_lookback, largest, tau_waad, tau_delta)
+    cu_seqlens = check_packing(cu_seqlens, response_mask)
+    waad, fai = _check_both(rhythm, response_mask)
+    options = (top_fraction, 1.0, 0.0, max_lookback, largest, tau_waad, tau_delta)
+    _, faults, sets, back = ops(backend, response_mask.device).coupled_credit(
+        waad, fai, response_mask, cu_seqlens, *options, True
+    )
     _raise_faults(faults, "rhythm.waad", "rhythm.fai")
     members = ((sets & bits) != 0 for bits in (PREPLAN, ALONE | DOMINATED, DOMINATED, INTRO))
-    position = torch.arange(mask.shape[1], device=mask.device)
+    position = torch.arange(response_mask.shape[1], device=response_mask.device)
     return CoupledSets(*members, torch.where(back > 0, position - back, -1))
 
 
@@ -159,27 +162,34 @@ def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
 
 
 def _check_options(
-    rhythm: Rhythm | None, q: float, k: int, largest: bool, tau_waad: float | None, tau_delta: float | None
+    rhythm: Rhythm | None,
+    top_fraction: float,
+    max_lookback: int,
+    largest: bool,
+    tau_waad: float | None,
+    tau_delta: float | None,
 ) -> None:
     if rhythm is not None and not isinstance(rhythm, Rhythm):
         raise TypeError(f"rhythm must be a Rhythm, got {type(rhythm).__name__}")
-    check_float("q", q, 0.0, 1.0)
-    check_int("k", k, 1, 2**63 - 1)
+    check_float("top_fraction", top_fraction, 0.0, 1.0)
+    check_int("max_lookback", max_lookback, 1, 2**63 - 1)
     check_bool("largest", largest)
     for name, tau in (("tau_waad", tau_waad), ("tau_delta", tau_delta)):
         if tau is not None:
             check_float(name, tau)
 
 
-def _check_signal(name: str, signal: Tensor | None, mask: Tensor) -> Tensor:
+def _check_signal(name: str, signal: Tensor | None, response_mask: Tensor) -> Tensor:
     if signal is None:
         raise ValueError(f"{name} is needed by this strategy, got None")
-    check_tensor(name, signal, list(mask.shape), DTYPES, mask.device)
+    check_tensor(name, signal, list(response_mask.shape), DTYPES, response_mask.device)
     return signal.detach().float()
 
 
-def _check_both(rhythm: Rhythm | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(_check_signal(f"rhythm.{name}", getattr(rhythm, name, None), mask) for name in ("waad", "fai"))
+def _check_both(rhythm: Rhythm | None, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(
+        _check_signal(f"rhythm.{name}", getattr(rhythm, name, None), response_mask) for name in ("waad", "fai")
+    )
 
 
 def _raise_faults(faults: Tensor, *names: str) -> None:

@@ -1,0 +1,29 @@
+"""The numbers that a run inside another trainer logs about its credit."""
+
+import torch
+from torch import Tensor
+
+from rhythm_kernels.tensor_checks import check_tensor
+from rhythm_kernels.types import Rhythm
+
+
+def credit_sums(gamma: Tensor, response_mask: Tensor, rhythm: Rhythm | None = None) -> dict[str, Tensor]:
+    """Returns what a run logs about a part of its batch, as sums, which add up over parts and ranks.
+
+    Returns:
+        Sums by name, 0-dim fp64 on the device of gamma. "tokens" (of R) is what the others are divided by; they are
+        "rhythm/gamma_mean", "rhythm/credited_share" and, with a rhythm, "rhythm/waad_mean" (tokens) and
+        "rhythm/fai_mean".
+    """
+    check_tensor("gamma", gamma, ["B", "T"])
+    check_tensor("response_mask", response_mask, list(gamma.shape), [torch.bool], gamma.device)
+    values = {"tokens": torch.ones_like(gamma), "rhythm/gamma_mean": gamma, "rhythm/credited_share": gamma != 1}
+    if rhythm is not None:
+        values |= {"rhythm/waad_mean": rhythm.waad, "rhythm/fai_mean": rhythm.fai}
+    return {name: value.double().masked_fill(~response_mask, 0.0).sum() for name, value in values.items()}
+
+
+def credit_means(sums: dict[str, float]) -> dict[str, float]:
+    """Returns the metrics of such sums, none where there was no token."""
+    tokens = sums["tokens"]
+    return {name: total / tokens for name, total in sums.items() if name != "tokens"} if tokens else {}

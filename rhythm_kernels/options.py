@@ -1,0 +1,220 @@
+"""The options of rhythm credit: the one list that flags, the fields of configurations and the docs' table come from.
+
+Loads no torch, so that a command line can show its help at once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+
+from rhythm_kernels.checks import check_bool, check_choice, check_float, check_horizon, check_int
+
+STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
+READS_ATTENTION = ("local", "global", "coupled")
+GROUP_BY = ("sequence", "batch")
+MAX_WINDOW = 256  # tokens
+MOST_AMPLIFICATION = 1e37  # so that every factor is finite in fp32
+PREFIX = "credit"
+
+
+def _option(default: object, help: str, **limits) -> Field:
+    """A field with its help; `limits` are those of `check_int` or `check_float`, or `choices`."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditOptions:
+    """The options of a run's credit, with the defaults of `collect` and `token_credit`.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value, when it is made; the message starts with its name.
+    """
+
+    strategy: str = _option("coupled", "what multiplies a token's positive advantage", choices=STRATEGIES)
+    top_fraction: float = _option(0.4, "fraction of a response's tokens that is selected", minimum=0.0, maximum=1.0)
+    amplification: float = _option(
+        1.5, "factor of a selected token's advantage", minimum=0.0, maximum=MOST_AMPLIFICATION
+    )
+    shared_fraction: float = _option(
+        0.5, "fraction of a dominated anchor's credit that moves to its intro", minimum=0.0, maximum=1.0
+    )
+    max_lookback: int = _option(3, "tokens before an anchor in which its intro may lie", minimum=1, maximum=2**63 - 1)
+    largest: bool = _option(True, "select the largest values, or the smallest (the paper's ablation)")
+    tau_waad: float | None = _option(
+        None, "an anchor is dominated if its WAAD is at most this, in tokens; by default the lower median"
+    )
+    tau_delta: float | None = _option(
+        None,
+        "and if a Delta of at least this comes before it, in tokens; by default the preplan tokens' smallest",
+    )
+    layers: int | str | tuple[int, ...] = _option(
+        5, "layers whose attention is read: so many of the middle third, all, or their indices"
+    )
+    window: int = _option(10, "WAAD clips distances at this many tokens", minimum=1, maximum=MAX_WINDOW)
+    horizon: tuple[int, int | None] = _option(
+        (10, 50), "FAI counts attention from this many tokens later to that many; none: to the end"
+    )
+    local_fraction: float = _option(0.3, "fraction of all heads that are local", minimum=0.0, maximum=1.0)
+    global_fraction: float = _option(0.3, "fraction of all heads that are global", minimum=0.0, maximum=1.0)
+    group_by: str = _option(
+        "sequence", "rank heads by the spans of each sequence, or by those of the whole batch", choices=GROUP_BY
+    )
+    groups_every: int = _option(
+        1, "steps that a ranking of the heads serves; above 1 it is that of all sequences of its step", minimum=1
+    )
+    seed: int = _option(0, "seed of the strategy random", minimum=0, maximum=2**32 - 1)
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", _check_layers(self.layers))
+        object.__setattr__(self, "horizon", check_horizon(self.horizon))
+        for option in fields(self):
+            limits = {name: limit for name, limit in option.metadata.items() if name != "help"}
+            _check(option, getattr(self, option.name), limits)
+        if self.local_fraction + self.global_fraction > 1:
+            raise ValueError(
+                "local_fraction and global_fraction must leave disjoint groups, "
+                f"got {self.local_fraction} and {self.global_fraction}"
+            )
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the strategy needs the statistics of the policy's attention."""
+        return self.strategy in READS_ATTENTION
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether the strategy needs the entropy of the policy's tokens."""
+        return self.strategy == "entropy"
+
+    @property
+    def collect_arguments(self) -> dict[str, object]:
+        """The arguments of `collect` that these options set."""
+        names = ("window", "horizon", "group_by", "local_fraction", "global_fraction")
+        layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
+        return {"layers": layers, **self._of(names)}
+
+    @property
+    def schedule_arguments(self) -> dict[str, object]:
+        """The arguments of `GroupSchedule` that these options set."""
+        return {"every": self.groups_every, **self._of(("local_fraction", "global_fraction"))}
+
+    @property
+    def set_arguments(self) -> dict[str, object]:
+        """The arguments of `coupled_sets` that these options set."""
+        return self._of(("top_fraction", "max_lookback", "largest", "tau_waad", "tau_delta"))
+
+    @property
+    def credit_arguments(self) -> dict[str, object]:
+        """The arguments of `token_credit` that these options set, beside the strategy and the seed."""
+        return {**self.set_arguments, **self._of(("amplification", "shared_fraction"))}
+
+    def draw_seed(self, draw: int) -> int:
+        """The seed of `token_credit` for one call; `draw` tells the calls of "random" from each other."""
+        return (self.seed << 32) + draw % 2**32
+
+    def _of(self, names: Sequence[str]) -> dict[str, object]:
+        return {name: getattr(self, name) for name in names}
+
+
+# ---- among the settings of a whole run -------------------------------------------------------------------------------
+
+
+def flat_name(option: str) -> str:
+    """Returns an option's name among the settings of a whole run: credit for the strategy, else credit_OPTION."""
+    return PREFIX if option == "strategy" else f"{PREFIX}_{option}"
+
+
+def from_flat(settings: Mapping[str, object]) -> CreditOptions:
+    """Makes the options from settings under their flat names; other settings are not read.
+
+    Raises:
+        TypeError, ValueError: as `CreditOptions`; the message starts with the flat name.
+    """
+    flat = {option.name: flat_name(option.name) for option in fields(CreditOptions)}
+    options = {name: settings[setting] for name, setting in flat.items() if setting in settings}
+    try:
+        return CreditOptions(**options)
+    except (TypeError, ValueError) as error:  # which starts with the option's name
+        name = str(error).partition(" ")[0]
+        raise type(error)(flat_name(name) + str(error).removeprefix(name)) from None
+
+
+def read_text(option: Field, value: object) -> object:
+    """Reads an option's value from text or from a list of texts; returns anything else as it is.
+
+    Text that does not name a value of the option is returned too, for `CreditOptions` to refuse.
+    """
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) for word in words):
+        return value
+    words = [word for text in words for word in text.replace(",", " ").split()]
+    try:
+        return _READERS.get(option.name, _READERS.get(type(option.default), _read_word))(words)
+    except (ValueError, KeyError):
+        return value
+
+
+def _read_word(words: list[str]) -> str:
+    (word,) = words
+    return word
+
+
+def _read_number(kind: type) -> Callable[[list[str]], object]:
+    return lambda words: kind(_read_word(words))
+
+
+def _read_bool(words: list[str]) -> bool:
+    return {"true": True, "false": False}[_read_word(words).lower()]
+
+
+def _read_threshold(words: list[str]) -> float | None:
+    return None if words == ["none"] else float(_read_word(words))
+
+
+def _read_layers(words: list[str]) -> int | str | tuple[int, ...]:
+    if words == ["all"]:
+        return "all"
+    return int(words[0]) if len(words) == 1 else tuple(map(int, words))
+
+
+def _read_horizon(words: list[str]) -> tuple[int | None, ...]:
+    lo, *hi = words
+    return (int(lo), *(None if word == "none" else int(word) for word in hi or ["none"]))
+
+
+_READERS = {
+    "layers": _read_layers,
+    "horizon": _read_horizon,
+    "tau_waad": _read_threshold,
+    "tau_delta": _read_threshold,
+    int: _read_number(int),
+    float: _read_number(float),
+    bool: _read_bool,
+}
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(option: Field, value: object, limits: dict) -> None:
+    name, kind = option.name, type(option.default)
+    if "choices" in limits:
+        check_choice(name, value, limits["choices"])
+    elif kind is bool:
+        check_bool(name, value)
+    elif name.startswith("tau_"):
+        if value is not None:
+            check_float(name, value)
+    elif kind is float:
+        check_float(name, value, **limits)
+    elif kind is int and name != "layers":
+        check_int(name, value, **limits)
+
+
+def _check_layers(layers: object) -> int | str | tuple[int, ...]:
+    if layers == "all":
+        return layers
+    if isinstance(layers, Sequence) and not isinstance(layers, str):
+        if not layers:
+            raise ValueError('layers must be "all", an int or a list of layer indices, got an empty list')
+        return tuple(check_int("layers", layer, -(2**31)) for layer in layers)
+    return check_int("layers", layers, 1)

@@ -1,0 +1,55 @@
+"""Checks of tensors and of their devices: each error names the argument and shows what arrived."""
+
+from collections.abc import Sequence
+
+import torch
+
+WITHOUT_FLOAT64 = ("mps",)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] = (),
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """`shape` has a number where the size is known and a letter where any size will do."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: {value!r}"[:300])
+    check_device(name, value.device)
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    fits = len(shape) == value.ndim and all(isinstance(n, str) or n == m for n, m in zip(shape, value.shape))
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+    return value
+
+
+def check_device(name: str, device: torch.device) -> None:
+    if device.type in WITHOUT_FLOAT64:
+        raise ValueError(
+            f"{name} must be on a device that has float64, which spans and thresholds are computed in, got {device}: "
+            "use the CPU or a CUDA device"
+        )
+
+
+def at_hand(value: object, device: torch.device) -> torch.device:
+    """Returns where an argument that the host reads may be: on the device of the others, or on the CPU."""
+    return torch.device("cpu") if getattr(value, "is_cpu", False) else device
+
+
+def can_look(tensor: torch.Tensor) -> bool:
+    """Whether what a tensor holds can be read here and now: not on a GPU, which would be waited for, nor in a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is torch.Tensor
+
+
+def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """All but the content, which a GPU would have to be waited for."""
+    check_tensor("cu_seqlens", cu_seqlens, ["S + 1"], [torch.int32, torch.int64], device)
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs a batch of one row, got B = {batch}")
+    return cu_seqlens

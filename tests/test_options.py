@@ -1,0 +1,94 @@
+"""The options of credit: checked when they are made, read from text, and given on under the names of their readers."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+
+from rhythm_kernels import CreditOptions, GroupSchedule, collect, coupled_sets, token_credit
+from rhythm_kernels.options import flat_name, from_flat, read_text
+
+OPTIONS = {option.name: option for option in fields(CreditOptions)}
+
+
+def arguments(function) -> dict[str, object]:
+    """The defaults of a function's arguments by their names."""
+    return {name: argument.default for name, argument in inspect.signature(function).parameters.items()}
+
+
+@pytest.mark.parametrize(
+    "given, function",
+    [
+        ("collect_arguments", collect),
+        ("schedule_arguments", GroupSchedule.__init__),
+        ("set_arguments", coupled_sets),
+        ("credit_arguments", token_credit),
+    ],
+)
+def test_names_and_defaults_are_those_of_the_functions(given, function):
+    options = getattr(CreditOptions(), given)
+    defaults = arguments(function)
+    assert options == {name: defaults[name] for name in options}
+
+
+def test_every_option_reaches_a_function():
+    options = CreditOptions()
+    reached = {*options.collect_arguments, *options.schedule_arguments, *options.credit_arguments, "strategy", "seed"}
+    assert reached - {"every"} | {"groups_every"} == set(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("strategy", "local", "local"),
+        ("top_fraction", "0.2", 0.2),
+        ("max_lookback", "7", 7),
+        ("largest", "False", False),
+        ("tau_waad", "2.5", 2.5),
+        ("tau_waad", "none", None),
+        ("layers", "all", "all"),
+        ("layers", "3", 3),
+        ("layers", ["3", "-1"], (3, -1)),
+        ("layers", "3,4", (3, 4)),
+        ("horizon", ["4", "20"], (4, 20)),
+        ("horizon", "4 none", (4, None)),
+        ("horizon", "4", (4, None)),
+    ],
+)
+def test_text_is_read(name, text, value):
+    read = read_text(OPTIONS[name], text)
+    assert read == value and type(read) is type(value)
+    assert getattr(CreditOptions(**{name: read}), name) == value
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("strategy", "couple"),
+        ("top_fraction", "much"),
+        ("top_fraction", float("nan")),
+        ("amplification", -1.0),
+        ("max_lookback", 0),
+        ("largest", 1),
+        ("largest", "perhaps"),
+        ("tau_delta", float("inf")),
+        ("layers", "some"),
+        ("layers", ()),
+        ("layers", 0),
+        ("window", 257),
+        ("horizon", (3, 2)),
+        ("horizon", "1 2 3"),
+        ("group_by", "token"),
+        ("seed", -1),
+    ],
+)
+def test_bad_values_are_refused_under_the_name_that_they_were_given_by(name, value):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}\b"):
+        CreditOptions(**{name: read_text(OPTIONS[name], value)})
+    with pytest.raises((TypeError, ValueError), match=rf"^{flat_name(name)}\b"):
+        from_flat({flat_name(name): read_text(OPTIONS[name], value), "other": 1})
+
+
+def test_groups_are_disjoint():
+    with pytest.raises(ValueError, match="must leave disjoint groups, got 0.6 and 0.5"):
+        CreditOptions(local_fraction=0.6, global_fraction=0.5)
