@@ -112,7 +112,7 @@ test-wheel: wheel
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet $(OTHER_TORCH) "$$(ls dist/*.whl)[test]"
-	cp -r tests train pyproject.toml build/wheel
+	cp -r tests pyproject.toml build/wheel
 	cd build/wheel && OMP_NUM_THREADS=1 venv/bin/python -m pytest -m "not gpu" -n 2 --dist loadgroup $(WHEEL_TESTS:%=tests/test_%.py) $(ARGS)
 
 test-oldest: build/oldest/.installed

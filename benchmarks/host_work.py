@@ -26,8 +26,8 @@ from train.distributed import World
 from train.policy import Policy, build_model, read_batch
 from train.presets import load_preset
 from train.rollout import Completion
-from train.tasks.words import build_tokenizer
 from train.update import update_policy
+from train.words import build_tokenizer
 
 LENGTHS = (40, 3, 57, 28)  # of packed sequences, tokens
 TOKENS = sum(LENGTHS)

@@ -62,7 +62,7 @@ def save_model(folder: Path) -> None:
 
 
 def questions(count: int) -> list[str]:
-    from train.tasks.countdown import from_row, generate_rows
+    from rhythm_kernels.tasks.countdown import from_row, generate_rows
 
     return [from_row(**row).prompt for row in generate_rows(count, 0)]
 
@@ -121,10 +121,10 @@ def run_trl(model: str, completion: int, steps: int, threads: int) -> Steps:
 
 
 def run_ours(model: str, completion: int, steps: int, threads: int, credit: str) -> Steps:
+    from rhythm_kernels.tasks import VERIFIERS, Problem
     from train.config import Config
     from train.loop import train_step
     from train.setup import open_run
-    from train.tasks import VERIFIERS, Problem
 
     VERIFIERS["countdown"] = lambda text, answer: reward_of(text)
     asked = iter(questions(PROBLEMS * steps))

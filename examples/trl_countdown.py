@@ -10,18 +10,14 @@ The three lines that end in `# rhythm` are all that differs from plain GRPO. Eve
         --num_generations 4 --steps_per_generation 1 --max_completion_length 32 --report_to none
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer  # rhythm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train.tasks.countdown import from_row, generate_rows, verify
+from rhythm_kernels.tasks.countdown import from_row, generate_rows, verify
 
 # The paper's, on eight processes: 300 batches of 64 problems with 8 answers each, in 16 optimizer steps of 32 answers
 DEFAULTS = {

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.tasks import answers, formula, maths
-from train.tasks.forms import normalise
-from train.tasks.types import UnusableRow
+from rhythm_kernels.tasks import answers, formula, maths
+from rhythm_kernels.tasks.forms import normalise
+from rhythm_kernels.tasks.types import UnusableRow
 
 
 def read_pairs():

@@ -5,10 +5,9 @@ import json
 
 import pytest
 
-from train.config import BadSetting
+from rhythm_kernels.tasks import BadSet, Problem, maths, sets
+from rhythm_kernels.tasks.sets import HELD_OUT, SETS, TRAIN, drop_overlap, find_set, identify, load_set
 from train.data import ProblemStream
-from train.tasks import Problem, maths, sets
-from train.tasks.sets import HELD_OUT, SETS, TRAIN, drop_overlap, find_set, identify, load_set
 
 
 def write(path, rows):
@@ -100,7 +99,7 @@ def test_rows_of_every_kind_make_problems(tmp_path, name, row, prompt, answer):
 )
 def test_bad_file_is_named_with_its_line(tmp_path, name, rows, message):
     path = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(BadSetting) as error:
+    with pytest.raises(BadSet) as error:
         load_set(f"{name}:{path}")
     assert message in str(error.value) and str(path) in str(error.value)
 
@@ -116,7 +115,7 @@ def test_bad_file_is_named_with_its_line(tmp_path, name, rows, message):
     ],
 )
 def test_unknown_set_is_refused(name, message):
-    with pytest.raises(BadSetting) as error:
+    with pytest.raises(BadSet) as error:
         load_set(name)
     assert message in str(error.value)
 
@@ -155,7 +154,7 @@ def test_file_loads_however_it_is_stored(tmp_path, name, content):
 def test_broken_file_is_named(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(BadSetting) as error:
+    with pytest.raises(BadSet) as error:
         load_set(f"maths:{path}")
     assert str(path) in str(error.value)
 
@@ -226,7 +225,7 @@ def test_hub_sets_load_through_datasets(tmp_path, monkeypatch):
     assert [json.loads(problem.answer) for problem in load_set("amc23")] == [["27"], ["27"]]
     gone = (str(tmp_path / "nowhere"), None, "test")
     monkeypatch.setitem(SETS, "amc23", sets.ProblemSet(name.build, name.columns, (), gone))
-    with pytest.raises(BadSetting, match="amc23:FILE.jsonl"):
+    with pytest.raises(BadSet, match="amc23:FILE.jsonl"):
         load_set("amc23")
 
 

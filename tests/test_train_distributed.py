@@ -23,7 +23,7 @@ from train.config import Config
 from train.launch import launch
 from train.presets import load_preset
 from train.rollout import Completion
-from train.tasks import VERIFIERS
+from rhythm_kernels.tasks import VERIFIERS
 
 class Scripted:
     def __init__(self, tokenizer):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from train_cases import ALONE, TOKENIZER, settings
 
+from rhythm_kernels.tasks import VERIFIERS, Problem
 from train.config import Config, flag_name
 from train.console import Phases
 from train.distributed import World
@@ -29,7 +30,6 @@ from train.presets import load_preset
 from train.problems import EvalSet, Prompts, load_task
 from train.rewards import Rewards
 from train.rollout import Completion
-from train.tasks import VERIFIERS, Problem
 
 PROBLEMS = [Problem(f"{a} {b} ? {a + b} >", json.dumps({"numbers": [a, b], "target": a + b}), "words") for a, b in
             ((1, 2), (3, 4), (5, 6), (7, 8))]  # fmt: skip

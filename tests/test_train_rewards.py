@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rhythm_kernels.tasks import VERIFIERS, Problem
+from rhythm_kernels.tasks.choice import from_row as choice_problem
+from rhythm_kernels.tasks.countdown import from_row as countdown_problem
+from rhythm_kernels.tasks.maths import from_row as maths_problem
+from rhythm_kernels.tasks.words import Puzzle
 from train.rewards import Rewards, Score, count_errors, describe_errors
-from train.tasks import VERIFIERS, Problem
-from train.tasks.choice import from_row as choice_problem
-from train.tasks.countdown import from_row as countdown_problem
-from train.tasks.maths import from_row as maths_problem
-from train.tasks.words import Puzzle
 
 MATHS = maths_problem("What is 2 + 3?", "5")
 
@@ -108,8 +108,8 @@ def test_workers_load_no_torch(rewards, monkeypatch):
 def test_tasks_and_rewards_import_without_torch():
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "import train.rewards, train.tasks.sets, train.tasks.worker\n"
-        "train.tasks.sets.load_set('countdown-test')"
+        "import rhythm_kernels.tasks.sets, train.rewards\n"
+        "rhythm_kernels.tasks.sets.load_set('countdown-test')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 

@@ -20,6 +20,7 @@ import train.policy
 import train.setup
 from rhythm_kernels import collect, group_heads
 from rhythm_kernels.options import STRATEGIES
+from rhythm_kernels.tasks import VERIFIERS
 from train.checkpoint import MODEL, list_checkpoints
 from train.command import run as run_command
 from train.config import Config
@@ -28,7 +29,6 @@ from train.launch import claim, launch
 from train.metrics import UNVERIFIED, MetricsLog, learning_warnings, read_metrics
 from train.presets import load_preset
 from train.samples import SHOWN, render
-from train.tasks import VERIFIERS
 
 GOLDEN = Path(__file__).parent / "golden" / "countdown-smoke.json"
 REGENERATE = "REGENERATE_GOLDEN"  # set it to 1 to write the golden record anew instead of comparing with it

@@ -12,6 +12,7 @@ import pytest
 from test_train_run import command, environment, timeless
 from train_cases import ALONE, TOKENIZER
 
+from rhythm_kernels.tasks import Problem
 from train import command as commands
 from train.checkpoint import list_checkpoints
 from train.config import BadSetting, Config, RunError
@@ -21,7 +22,6 @@ from train.presets import load_preset
 from train.problems import Prompts, check_fit, load_evaluations
 from train.rollout import Completion
 from train.stop import Stopped, asked, heeded, held
-from train.tasks import Problem
 
 
 def smoke(folder: Path, **changes) -> Config:

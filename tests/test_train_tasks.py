@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from rhythm_kernels.tasks import VERIFIERS, Problem, choice, countdown, maths
+from rhythm_kernels.tasks.expression import LONGEST_EXPRESSION, evaluate, split_words
+from rhythm_kernels.tasks.types import LONGEST_BOX, UnusableRow, last_boxed
+from rhythm_kernels.tasks.words import Puzzle
 from train.config import Demonstrations, Words
 from train.presets import PRESETS, load_preset
-from train.tasks import VERIFIERS, Problem, choice, countdown, maths
-from train.tasks.expression import LONGEST_EXPRESSION, evaluate, split_words
-from train.tasks.types import LONGEST_BOX, UnusableRow, last_boxed
-from train.tasks.words import LARGEST_NUMBER, SIGNS, Puzzle, attempts, build_tokenizer, demonstrate, split_problems
+from train.words import LARGEST_NUMBER, SIGNS, attempts, build_tokenizer, demonstrate, split_problems
 
 PUZZLE = Puzzle((1, 7, 10), 2)
 

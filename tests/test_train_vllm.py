@@ -18,12 +18,12 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rhythm_kernels.analysis.sources import load
+from rhythm_kernels.tasks import VERIFIERS
 from train.checkpoint import list_checkpoints
 from train.config import Config
 from train.launch import launch
 from train.metrics import read_metrics
 from train.rollout import Sampling
-from train.tasks import VERIFIERS
 from train.vllm_engine import VLLMEngine, answer_seed
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one engine, in one worker

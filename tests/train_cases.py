@@ -8,7 +8,7 @@ from train.distributed import World
 from train.policy import Policy, build_model
 from train.presets import load_preset
 from train.rollout import Completion, Sampling, TransformersEngine
-from train.tasks.words import build_tokenizer
+from train.words import build_tokenizer
 
 ALONE = World(0, 1, torch.device("cpu"))
 TOKENIZER = build_tokenizer()

@@ -9,7 +9,7 @@ from models import dense_rhythm, eager_maps
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rhythm_kernels import reference
-from train.tasks.words import build_tokenizer
+from train.words import build_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed", exc_type=ImportError)
 import datasets

@@ -2,7 +2,7 @@
 
 import torch
 
-from train.tasks import Problem
+from rhythm_kernels.tasks import Problem
 
 
 class ProblemStream:

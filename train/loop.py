@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels import shape_advantages, token_credit
+from rhythm_kernels.tasks import Problem
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config, RunError
 from train.console import Phases, bar
@@ -29,7 +30,6 @@ from train.rollout import Sampling
 from train.samples import write_held_out_samples, write_samples
 from train.setup import TrainingRun, open_run
 from train.stop import Stopped, asked, held
-from train.tasks import Problem
 from train.update import update_policy
 
 

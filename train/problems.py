@@ -2,19 +2,21 @@
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from rhythm_kernels.fit import embedding_rows, most_positions
+from rhythm_kernels.tasks import BadSet, Problem
+from rhythm_kernels.tasks.sets import drop_overlap, find_set, load_set
+from train import words
 from train.config import BadSetting, Config
 from train.console import say
 from train.distributed import World
 from train.rewards import BOUNDED
 from train.rollout import Completion
-from train.tasks import Problem, words
-from train.tasks.sets import drop_overlap, find_set, load_set
 
 
 class EvalSet(NamedTuple):
@@ -32,6 +34,16 @@ class Task(NamedTuple):
     evaluations: list[EvalSet]
 
 
+@contextmanager
+def reading_sets() -> Iterator[None]:
+    """Within this block a set that does not load is a setting that is refused."""
+    try:
+        yield
+    except BadSet as error:
+        raise BadSetting(str(error)) from error
+
+
+@reading_sets()
 def load_task(config: Config, world: World) -> Task:
     """What --train-data and --eval-data name; the tiny Countdown is evaluated by sampling and greedily, unless told."""
     tell = say if world.is_first else (lambda line: None)
@@ -51,6 +63,7 @@ def load_task(config: Config, world: World) -> Task:
     return Task(train, evaluations)
 
 
+@reading_sets()
 def load_held_out(config: Config, world: World) -> list[EvalSet]:
     """What a run of these settings is evaluated on; what it trains on is not loaded."""
     if config.data.train_data == "words" and not config.data.eval_data:
@@ -72,6 +85,7 @@ def names_to_evaluate(config: Config) -> Sequence[str]:
     return names
 
 
+@reading_sets()
 def load_evaluations(
     names: Sequence[str], temperature: float | None, tell: Callable[[str], object] = say
 ) -> list[EvalSet]:

@@ -14,8 +14,9 @@ from queue import Empty, SimpleQueue
 
 from pebble import ProcessExpired, ProcessPool
 
-from train.tasks import VERIFIERS, Problem, worker
-from train.tasks.worker import Score
+from rhythm_kernels.tasks import VERIFIERS, Problem
+from train import worker
+from train.worker import Score
 
 BOUNDED = frozenset({"words", "countdown", "choice"})  # exact arithmetic or text comparison, limited in length
 PATIENCE = 120.0  # seconds beyond the timeout in which workers that start or are replaced must finish something

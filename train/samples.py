@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels import GroupSchedule, token_credit
+from rhythm_kernels.tasks import Problem
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config
 from train.policy import TokenStats, read_batch
 from train.rollout import Sampling
 from train.setup import TrainingRun
-from train.tasks import Problem
 
 TEMPLATE = Path(__file__).with_name("samples.html.jinja")
 SHOWN = 1500  # tokens of a longer answer, two thirds of them from its beginning

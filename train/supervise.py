@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from train import policy
+from rhythm_kernels.tasks import Problem
+from train import policy, words
 from train.config import BadSetting, Config
 from train.console import bar, say
 from train.distributed import World
 from train.policy import build_model
-from train.tasks import Problem, words
-from train.tasks.words import build_tokenizer, demonstrate
+from train.words import build_tokenizer, demonstrate
 
 BATCHES_PER_SORT = 16  # demonstrations are sorted by length over this many batches, which halves the padding
 

@@ -7,11 +7,9 @@ Problems are made on the spot from a seed. verl calls `compute_score` for each a
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from train.tasks.countdown import from_row, generate_rows, verify
+from rhythm_kernels.tasks.countdown import from_row, generate_rows, verify
 
 SOURCE = "countdown"
 

@@ -6,7 +6,7 @@ import string
 import unicodedata
 from collections.abc import Mapping
 
-from train.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_earnable, require_text, shorten
+from rhythm_kernels.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_earnable, require_text, shorten
 
 LETTERS = string.ascii_uppercase
 OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*)$", re.MULTILINE)

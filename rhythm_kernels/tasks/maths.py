@@ -1,4 +1,4 @@
-r"""Maths with a final answer in \boxed{}, compared by kind (train.tasks.answers).
+r"""Maths with a final answer in \boxed{}, compared by kind (rhythm_kernels.tasks.answers).
 
 Sums, integrals, products and limits alone, which are not read there, are left to math-verify. Sympy, which it compares
 with, can take for ever and can eat all memory: `verify` belongs into a process that can be killed, as train.rewards
@@ -13,9 +13,9 @@ from decimal import Decimal
 from functools import cache
 from types import ModuleType
 
-from train.tasks import answers
-from train.tasks.forms import normalise
-from train.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_earnable, require_text, shorten
+from rhythm_kernels.tasks import answers
+from rhythm_kernels.tasks.forms import normalise
+from rhythm_kernels.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_earnable, require_text, shorten
 
 INSTRUCTION = "Reason step by step, and put the final answer inside \\boxed{}."
 LONGEST_TEXT = 8  # words of an answer that is no formula; more are an explanation

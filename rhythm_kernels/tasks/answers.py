@@ -1,4 +1,4 @@
-r"""Whether an answer, as a model wrote it, equals a gold one: both are read as one of the kinds of train.tasks.kinds.
+r"""Whether an answer, as a model wrote it, equals a gold one: both are read as one of the kinds of `kinds.py`.
 
 What is not understood to its last sign is a text, equal to the same text alone. Nothing is evaluated as code, and the
 size of everything is bounded.
@@ -8,11 +8,23 @@ import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from train.tasks import formula
-from train.tasks.forms import normalise
-from train.tasks.formula import Node, Unread
-from train.tasks.kinds import Bracketed, Clock, Labelled, Numeral, Quantity, Ratio, Relation, Rows, Several, Text, equal
-from train.tasks.units import split_unit
+from rhythm_kernels.tasks import formula
+from rhythm_kernels.tasks.forms import normalise
+from rhythm_kernels.tasks.formula import Node, Unread
+from rhythm_kernels.tasks.kinds import (
+    Bracketed,
+    Clock,
+    Labelled,
+    Numeral,
+    Quantity,
+    Ratio,
+    Relation,
+    Rows,
+    Several,
+    Text,
+    equal,
+)
+from rhythm_kernels.tasks.units import split_unit
 
 MOST_ITEMS = 64  # of a list, set or tuple
 DEEPEST = 6  # tuples within lists within sets

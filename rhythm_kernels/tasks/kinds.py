@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import mpmath
 
-from train.tasks import formula, values
-from train.tasks.formula import Node
+from rhythm_kernels.tasks import formula, values
+from rhythm_kernels.tasks.formula import Node
 
 SIGNIFICANT = 6  # digits of a decimal that stands for an irrational number
 ROUNDED = 4  # digits of a decimal gold that a number without an end may round to

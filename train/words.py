@@ -1,51 +1,24 @@
-"""Countdown in words: problems for a tiny policy with a token for each word, their split, and demonstrations.
+"""Problems, tokenizer and demonstrations of the tiny Countdown; its verifier is in rhythm_kernels.tasks.words.
 
-A problem gives numbers and a target; an answer is an expression that uses every number once and hits the target.
-Prompt and answer are words with one token each:
-
-    prompt    1 7 10 ? 2 >
-    answer    10 + 1 = 11 , 11 + 7 = 18 x 10 - 1 = 9 , 9 - 7 = 2 ! A ( 10 - 1 ) - 7
-
-An attempt that misses ends in `x`, one that hits in `!`; the expression after `A` is what gets verified.
+In a demonstration an attempt that misses the target ends in `x`, one that hits it in `!`.
 """
 
 import itertools
-import json
 import random
-import typing
 from functools import cache
 from typing import NamedTuple
 
-from train.config import BadSetting, Demonstrations, Words
-from train.tasks.expression import hits_target
-from train.tasks.types import Problem
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-if typing.TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from rhythm_kernels.tasks import Problem
+from rhythm_kernels.tasks.words import ANSWER, Puzzle
+from train.config import BadSetting, Demonstrations, Words
 
 LARGEST_NUMBER = 99  # every integer from 0 to here is a token; no step of an attempt leaves this range
 PAD, EOS = "<pad>", "<eos>"
 SIGNS = ("+", "-", "*", "/", "(", ")", "=", ",", "x", "!", "A", "?", ">")
-MISS, HIT, ANSWER = "x", "!", "A"
-
-
-class Puzzle(NamedTuple):
-    """`numbers` in ascending order, each to be used once, and the `target` to hit."""
-
-    numbers: tuple[int, ...]
-    target: int
-
-    @property
-    def problem(self) -> Problem:
-        """The puzzle as the trainer's Problem."""
-        prompt = f"{' '.join(map(str, self.numbers))} ? {self.target} >"
-        return Problem(prompt, json.dumps({"numbers": self.numbers, "target": self.target}), "words")
-
-    @classmethod
-    def of(cls, problem: Problem) -> "Puzzle":
-        """The puzzle that a Problem of this task was made of."""
-        answer = json.loads(problem.answer)
-        return cls(tuple(answer["numbers"]), answer["target"])
+MISS, HIT = "x", "!"
 
 
 class Attempt(NamedTuple):
@@ -63,18 +36,8 @@ class Split(NamedTuple):
     held_out: list[Problem]
 
 
-def verify(completion: str, answer: str) -> float:
-    """1.0 if the expression after the completion's `A` uses every number once and equals the target, else 0.0."""
-    _, marker, expression = completion.partition(ANSWER)
-    puzzle = json.loads(answer)
-    return float(bool(marker) and hits_target(expression, puzzle["numbers"], puzzle["target"]))
-
-
-def build_tokenizer() -> "PreTrainedTokenizerFast":
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token for each word of this task."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # here: reward workers import this module
-    from transformers import PreTrainedTokenizerFast
-
     words = [PAD, EOS, *SIGNS, *map(str, range(LARGEST_NUMBER + 1))]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -14,7 +14,11 @@ class Problem(NamedTuple):
 
     prompt: str  # what the policy reads: the user's turn, or the words themselves in the tiny task
     answer: str  # what the verifier compares with; JSON where it is structured
-    verifier: str  # a key of train.tasks.VERIFIERS
+    verifier: str  # a key of rhythm_kernels.tasks.VERIFIERS
+
+
+class BadSet(ValueError):
+    """A set of problems that does not load; the message names it and shows what arrived."""
 
 
 class BadRow(ValueError):

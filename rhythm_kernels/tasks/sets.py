@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from train.config import BadSetting
-from train.tasks import choice, countdown, maths
-from train.tasks.types import BadRow, Problem, UnusableRow, read_column
+from rhythm_kernels.tasks import choice, countdown, maths
+from rhythm_kernels.tasks.types import BadRow, BadSet, Problem, UnusableRow, read_column
 
 HELD_OUT = 512  # problems of a set's test part, where the set has only one split
 TRAIN = 20_000  # and at most so many of its train part
@@ -77,13 +76,13 @@ SETS = {
 
 
 def find_set(name: str) -> tuple[ProblemSet, Path | None]:
-    """The set called `name`, as in SETS or with a file behind a colon, and that file. BadSetting for an unknown one."""
+    """The set called `name`, as in SETS or with a file behind a colon, and that file. BadSet for an unknown one."""
     key, _, file = name.partition(":")
     if key not in SETS:
         hint = f" (a file is named with the set whose columns it has: maths:{name})" if Path(name).suffix else ""
-        raise BadSetting(f"a set of problems must be one of {', '.join(SETS)}, or SET:FILE.jsonl, got {name!r}{hint}")
+        raise BadSet(f"a set of problems must be one of {', '.join(SETS)}, or SET:FILE.jsonl, got {name!r}{hint}")
     if not file and (":" in name or (SETS[key].place is None and key not in GENERATED)):
-        raise BadSetting(f"{name!r} needs a file: {key}:FILE.jsonl")
+        raise BadSet(f"{name!r} needs a file: {key}:FILE.jsonl")
     return SETS[key], Path(file) if file else None
 
 
@@ -91,7 +90,7 @@ def load_set(name: str, say: Callable[[str], object] = print) -> list[Problem]:
     """The problems of a named set or a local file, in their order.
 
     `say` is told how many rows give no problem, among them those whose answer cannot be earned, and how many repeat
-    another, where there are any. BadSetting for an unknown name, a place that does not load, a row without a column
+    another, where there are any. BadSet for an unknown name, a place that does not load, a row without a column
     and one with text that is no unicode: with file, line and what arrived.
     """
     found, file = find_set(name)
@@ -107,7 +106,7 @@ def load_set(name: str, say: Callable[[str], object] = print) -> list[Problem]:
     else:
         _tell_repeats(name, problems, say)
     if not problems:
-        raise BadSetting(f"{name!r} holds no problems")
+        raise BadSet(f"{name!r} holds no problems")
     return problems
 
 
@@ -133,16 +132,16 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Mapping]]:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise BadSetting(f"{where}: no JSON: {error}") from None
+                    raise BadSet(f"{where}: no JSON: {error}") from None
                 if LONE_SURROGATE.search(line) and not _is_unicode(row):
-                    raise BadSetting(f"{where}: half of a surrogate pair is no text, got {line.strip()[:160]}")
+                    raise BadSet(f"{where}: half of a surrogate pair is no text, got {line.strip()[:160]}")
                 if not isinstance(row, dict):
-                    raise BadSetting(f"{where}: a row must be an object with columns, got {line.strip()[:160]}")
+                    raise BadSet(f"{where}: a row must be an object with columns, got {line.strip()[:160]}")
                 yield where, row
     except (OSError, EOFError, zlib.error) as error:
-        raise BadSetting(f"{path}: {error}") from error
+        raise BadSet(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
-        raise BadSetting(f"{path} must be JSONL in UTF-8, gzipped or not: {error}") from error
+        raise BadSet(f"{path} must be JSONL in UTF-8, gzipped or not: {error}") from error
 
 
 def _open(path: Path) -> TextIO:
@@ -166,7 +165,7 @@ def _rows_of_hub(name: str, path: str, config: str | None, split: str) -> Iterat
     try:
         rows = datasets.load_dataset(path, config, split=split)
     except Exception as error:  # of the network, the hub or the set: there is no common class
-        raise BadSetting(
+        raise BadSet(
             f"{name!r}: {path} on the Hugging Face hub does not load ({type(error).__name__}: {error}); "
             f"a copy in a file is named {name}:FILE.jsonl"
         ) from error
@@ -188,7 +187,7 @@ def _build(name: str, found: ProblemSet, rows: Iterator[tuple[str, Mapping]], sa
             values = [read_column(row, column) for column in found.columns]
             problems.append(found.build(*values, *(row.get(column) for column in found.optional)))
         except BadRow as error:
-            raise BadSetting(f"{where}: {error}") from error
+            raise BadSet(f"{where}: {error}") from error
         except UnusableRow as error:
             unusable.append(f"{where}: {error}")
     if unusable:
@@ -214,6 +213,6 @@ def _take_part(name: str, part: str, problems: list[Problem], say: Callable) -> 
     if len(distinct) < len(problems):
         say(f"{name}: {len(problems) - len(distinct)} of {len(problems)} problems left out as repeats of others")
     if len(distinct) <= HELD_OUT:
-        raise BadSetting(f"{name!r} has {len(distinct)} problems: too few to hold out {HELD_OUT}")
+        raise BadSet(f"{name!r} has {len(distinct)} problems: too few to hold out {HELD_OUT}")
     random.Random(SPLIT_SEED).shuffle(distinct)
     return distinct[:HELD_OUT] if part == "test" else distinct[HELD_OUT : HELD_OUT + TRAIN]

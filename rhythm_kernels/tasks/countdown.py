@@ -5,8 +5,8 @@ import random
 import re
 from collections.abc import Iterator
 
-from train.tasks.expression import LONGEST_NUMBER, hits_target
-from train.tasks.types import BadRow, Problem, UnusableRow, shorten
+from rhythm_kernels.tasks.expression import LONGEST_NUMBER, hits_target
+from rhythm_kernels.tasks.types import BadRow, Problem, UnusableRow, shorten
 
 NUMBERS = 4  # that a generated problem gives
 LARGEST_NUMBER, TARGETS = 99, range(10, 100)  # of generated problems

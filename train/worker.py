@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from train.tasks import maths
+from rhythm_kernels.tasks import maths
 
 MEMORY = 4 << 30  # bytes of address space; beyond, an answer such as 10^{10^10} ends in a MemoryError of its worker
 

@@ -7,7 +7,7 @@ signs, letters and their case.
 import re
 import unicodedata
 
-from train.tasks.formula import FUNCTIONS
+from rhythm_kernels.tasks.formula import FUNCTIONS
 
 SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ",

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from train.tasks import choice, countdown, maths, words
-from train.tasks.types import Problem
+from rhythm_kernels.tasks import choice, countdown, maths, words
+from rhythm_kernels.tasks.types import BadSet, Problem
 
 # (completion, answer) -> reward. Pure, and a wrong answer is 0.0, however it is written.
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
@@ -13,4 +13,4 @@ VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "maths": maths.verify,
 }
 
-__all__ = ["VERIFIERS", "Problem"]
+__all__ = ["VERIFIERS", "BadSet", "Problem"]

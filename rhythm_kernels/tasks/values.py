@@ -13,7 +13,7 @@ from functools import reduce
 
 import mpmath
 
-from train.tasks.formula import FUNCTIONS, SEVERAL, Node, is_infinite, symbols
+from rhythm_kernels.tasks.formula import FUNCTIONS, SEVERAL, Node, is_infinite, symbols
 
 MOST_BITS = 1 << 16  # of an exact number: 2006! has 19,093
 LARGEST_ARGUMENT = 10**12  # of functions whose cost grows with their argument
