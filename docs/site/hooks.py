@@ -1,7 +1,9 @@
-"""What the site takes from what is there: the frameworks' pages, the benchmarks' pictures; and LaTeX as MathML."""
+"""Adds to the site what lies elsewhere: frameworks' pages, pictures, the table of credit options; LaTeX as MathML."""
 
 import html
 import re
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -9,6 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+OPTIONS = "<!-- credit options -->"
 
 
 def on_config(config):
@@ -21,9 +24,38 @@ def on_config(config):
 
 
 def on_files(files, config):
+    """Adds the pictures of the benchmarks."""
     for picture in sorted((ROOT / "benchmarks" / "results").glob("*.png")):
         files.append(File.generated(config, f"benchmarks/{picture.name}", abs_src_path=str(picture)))
     return files
+
+
+def on_page_markdown(markdown, **_):
+    """Replaces the marker of the credit options by their table."""
+    return markdown.replace(OPTIONS, options_table()) if OPTIONS in markdown else markdown
+
+
+def options_table() -> str:
+    """Returns the fields of `CreditOptions` as a Markdown table: option, flat name, default, meaning."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # the checkout that the site is built from
+    from rhythm_kernels.options import CreditOptions, flat_name
+
+    rows = ["| option | flat name | default | meaning |", "|---|---|---|---|"]
+    for option in fields(CreditOptions):
+        meaning = option.metadata["help"]
+        if "choices" in option.metadata:
+            meaning += ": " + ", ".join(f"`{choice}`" for choice in option.metadata["choices"])
+        cells = [f"`{option.name}`", f"`{flat_name(option.name)}`", f"`{show(option.default)}`", meaning]
+        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def show(value) -> str:
+    """Returns a default as it is written on a command line."""
+    if isinstance(value, tuple):
+        return " ".join(show(item) for item in value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def on_page_content(content, **_):
