@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -130,6 +131,25 @@ def test_the_example_on_the_start_page_runs():
     names = run_blocks(DOCS / "index.md")
     gamma, response = names["gamma"], names["response"]
     assert gamma[response].gt(1).any() and gamma[~response].eq(1).all() and names["per_token"].shape == (4, 300)
+
+
+def test_every_credit_option_is_in_the_table(site):
+    from rhythm_kernels.options import CreditOptions, flat_name
+
+    page = (site / "reference" / "options.html").read_text(encoding="utf-8")
+    rows = [unescape(re.sub(r"<[^>]*>", "", row)) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
+    for option in fields(CreditOptions):
+        row = next((row.split("\n") for row in rows if row.split()[:1] == [option.name]), None)
+        assert row is not None, f"{option.name} is not in the table"
+        cells = [cell for cell in row if cell]
+        assert cells[1] == flat_name(option.name) and cells[3].startswith(option.metadata["help"])
+
+
+def test_the_example_with_q_and_k_runs():
+    names = run_blocks(DOCS / "models.md")
+    assert names["sums"].waad.shape == names["sums"].fai.shape == (2, 64)
+    chosen = names["stats"].waad * names["local_heads"][:, None]
+    assert torch.allclose(names["sums"].waad, chosen.sum(1), atol=1e-5)
 
 
 def test_credit_by_hand_is_as_the_page_says():
