@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, and CONTRIBUTING.md's file tree names what is there."""
+"""The README's example runs as it stands, CONTRIBUTING.md's tree names what is there, and pages have short lines."""
 
 import re
 from pathlib import Path
@@ -29,6 +29,14 @@ def test_the_group_schedule_goes_on_from_the_example(names):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120, "details belong on the pages of docs/"
+
+
+@pytest.mark.parametrize("pages", ["*.md", "docs/**/*.md"])
+def test_no_line_is_longer_than_120_columns(pages):
+    for page in ROOT.glob(pages):
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            free = line.startswith("|") or "http" in line  # tables and links
+            assert free or len(line) <= 120, f"{page.relative_to(ROOT)}:{number} has {len(line)} columns"
 
 
 def test_the_tree_names_what_is_there():
