@@ -8,6 +8,7 @@ import re
 import unicodedata
 
 from rhythm_kernels.tasks.formula import FUNCTIONS
+from rhythm_kernels.tasks.types import closing_brace
 
 SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ",
@@ -125,23 +126,9 @@ def _unwrap(text: str) -> str:
         elif dollars == 1:
             text = re.sub(r"(?<!\\)\$(?=\s*-?[\d.])", r"\\$", text)
         text = OPENING.sub("", text, count=1) if OPENING.match(text) else text
-        if (match := NESTED_BOX.match(text)) and text.endswith("}") and _closes(text, match.end()) == len(text) - 1:
+        if (match := NESTED_BOX.match(text)) and closing_brace(text, match.end()) == len(text) - 1:
             text = text[match.end() : -1]
     return text
-
-
-def _closes(text: str, start: int) -> int:
-    """Where the brace closes that opened just before `start`; -1 if it does not."""
-    depth, position = 1, start
-    while position < len(text):
-        if text[position] == "\\":
-            position += 1
-        elif text[position] in "{}":
-            depth += 1 if text[position] == "{" else -1
-            if depth == 0:
-                return position
-        position += 1
-    return -1
 
 
 def _font(match: re.Match) -> str:

@@ -181,7 +181,7 @@ def _equal_quantities(gold: Quantity, given: Quantity) -> bool:
         return _equal_numbers(gold, given) or values.same(Node("*", (gold.node, hundredth)), given.node)
     if values.same(gold.node, Node("*", (given.node, hundredth))):
         return True
-    size = values.number_of(gold.node)  # 0.5 may be a half as well as half a percent, 25 is more likely a percentage
+    size = values.real_value(gold.node)  # 0.5 may be a half as well as half a percent, 25 is more likely a percentage
     return size is not None and abs(size) > 1 and _equal_numbers(gold, given)
 
 
@@ -205,18 +205,12 @@ def _stands_for(decimal: str, node: Node, least: int, *, cut: bool) -> bool:
     digits = decimal.lstrip("+-").replace(".", "").lstrip("0")
     if len(digits if cut else digits.rstrip("0")) < least:
         return False
-    try:
-        fraction = values.exact(node)
-    except (ArithmeticError, values.TooLarge):
-        return False
-    if fraction is not None and (cut or _terminates(fraction)):
-        return False
-    number = values.number_of(node)
-    if number is None:
+    number = values.real_value(node)
+    if number is None or (isinstance(number, Fraction) and (cut or _terminates(number))):
         return False
     with mpmath.workdps(values.DIGITS):
         step = mpmath.mpf(10) ** -len(decimal.partition(".")[2])
-        stated = mpmath.mpf(decimal)
+        stated, number = mpmath.mpf(decimal), mpmath.mpmathify(number)
         is_cut = cut and 0 <= abs(number) - abs(stated) < step and (number > 0) == (stated > 0)
         return bool(abs(number - stated) <= step / 2 or is_cut)
 

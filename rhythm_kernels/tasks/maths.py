@@ -1,8 +1,7 @@
-r"""Maths with a final answer in \boxed{}, compared by kind (rhythm_kernels.tasks.answers).
+r"""Maths with a final answer in \boxed{}, compared by kind (answers.py).
 
-Sums, integrals, products and limits alone, which are not read there, are left to math-verify. Sympy, which it compares
-with, can take for ever and can eat all memory: `verify` belongs into a process that can be killed, as train.rewards
-runs it.
+Only sums, integrals, products and limits are left to math-verify. Sympy, which it compares with, can take for ever and
+can eat all memory: run `verify` in a process that can be killed, as train/rewards.py does.
 """
 
 import json
@@ -28,15 +27,18 @@ FOR_SYMPY = re.compile(
 
 
 def from_row(question, answer, context=None) -> Problem:
-    """The problem of a question and its answer: text, a number, or a list of which any one is right."""
-    golds = [_gold(item) for item in (answer if isinstance(answer, list) else [answer])]
-    return _problem(question, golds, context)
+    """Returns the problem of a question and its answer: text, a number, or a list of which any one is right."""
+    return _problem(question, _golds(answer), context)
 
 
 def from_row_of_parts(question, final_answer, context=None) -> Problem:
-    """As `from_row`, where a list holds the parts of one answer, all of which must be given, in any order."""
-    parts = [_gold(item) for item in (final_answer if isinstance(final_answer, list) else [final_answer])]
+    """Returns the same, where a list holds the parts of one answer, all of which must be given, in any order."""
+    parts = _golds(final_answer)
     return _problem(question, [", ".join(parts)] if parts else [], context)
+
+
+def _golds(answer) -> list[str]:
+    return [_gold(item) for item in (answer if isinstance(answer, list) else [answer])]
 
 
 def _problem(question, golds: list[str], context) -> Problem:
@@ -52,7 +54,7 @@ def _problem(question, golds: list[str], context) -> Problem:
 
 
 def _gold(item) -> str:
-    """The answer that a row gives, as text; UnusableRow for one that no answer of a model can be equal to."""
+    """Returns a row's answer as text; raises UnusableRow for one that no answer of a model can be equal to."""
     if isinstance(item, bool) or not isinstance(item, str | int | float | None):
         raise BadRow(f"an answer must be text or a number, got {shorten(item)}")
     if isinstance(item, float):
@@ -64,13 +66,11 @@ def _gold(item) -> str:
         text = require_text(text.rpartition(FINAL)[2], f"answer after {FINAL}")
     inner = text[1:-1]
     text = inner.strip() if text[0] == text[-1] == "$" and inner.strip() and "$" not in inner else text
-    boxed = last_boxed(text)
-    if boxed:  # a whole solution, or an answer in a box of its own
-        text = boxed
-    normal = normalise(text)
-    if (not re.search(r"\w", normal) and not answers.is_understood(text)) or normal.casefold() in ("nan", "n/a"):
+    text = last_boxed(text) or text  # a whole solution, or an answer in a box of its own
+    normal, is_understood = normalise(text), answers.is_understood(text)
+    if (not re.search(r"\w", normal) and not is_understood) or normal.casefold() in ("nan", "n/a"):
         raise UnusableRow(f"the answer {shorten(text)} says nothing")
-    if not answers.is_understood(text) and not OPERATORS.search(normal):
+    if not is_understood and not OPERATORS.search(normal):
         words = len(re.findall(r"[^\W\d_]{2,}", answers.plain(normal)))
         if words > LONGEST_TEXT:
             raise UnusableRow(f"the answer is prose of {words} words, got {shorten(text)}")
@@ -78,7 +78,7 @@ def _gold(item) -> str:
 
 
 def verify(completion: str, answer: str) -> float:
-    r"""1.0 if what the last \boxed{} holds equals one of the golds, else 0.0. ValueError for a gold without meaning."""
+    r"""Returns 1.0 if the last \boxed{} holds one of the golds, else 0.0; raises ValueError for an empty gold."""
     boxed = last_boxed(completion)
     if not boxed:
         return 0.0
@@ -92,41 +92,38 @@ def verify(completion: str, answer: str) -> float:
 def _same_by_sympy(gold: str, given: str) -> bool:
     """Whether math-verify finds two sums, integrals, products or limits equal; it is not asked about anything else."""
     texts = [normalise(text) for text in (gold, given)]
-    if not OPERATORS.search(texts[0]) or not all(FOR_SYMPY.fullmatch(text) for text in texts):
+    # Its reader takes X for x, and a decimal point for a full stop.
+    if not OPERATORS.search(texts[0]) or not all(
+        FOR_SYMPY.fullmatch(text) and text == text.lower() and "." not in text for text in texts
+    ):
         return False
-    # Its reader takes X for x, and its comparison takes all small numbers for zero: so values are compared first.
-    if any(text != text.lower() for text in texts) or any("." in text for text in texts):
-        return False
-    expected, found = (_parse(text) for text in texts)
-    if not (expected and found):
-        return False
-    one, other = expected[0], found[0]
-    if isinstance(one, str) or isinstance(other, str):
-        return False
+    one, other = (_parse(text) for text in texts)
     variables = getattr(one, "free_symbols", None)
     if variables is None or variables != getattr(other, "free_symbols", None):
         return False
+    # Its comparison takes all small numbers for zero, so values are compared first.
     for start in (2, 3, 5):
         point = {variable: start + index for index, variable in enumerate(sorted(variables, key=str))}
         try:
-            values = [complex(each.subs(point).doit().evalf(30)) for each in (one, other)]
+            a, b = (complex(each.subs(point).doit().evalf(30)) for each in (one, other))
         except (TypeError, AttributeError):  # sympy finds no value
             return False
-        if not abs(values[0] - values[1]) <= 1e-12 * max(map(abs, values)):  # a NaN is not equal
+        if not abs(a - b) <= 1e-12 * max(abs(a), abs(b)):  # a NaN is not equal
             return False
     return bool(load_library().verify(one, other, timeout_seconds=None))
 
 
-def _parse(latex: str) -> list:
-    # LaTeX only: the library's reader of plain expressions goes through Python's eval.
+def _parse(latex: str):
+    """Returns sympy's expression, None where there is none. The library's reader of plain text would call `eval`."""
     library = load_library()
     config = [library.LatexExtractionConfig(boxed_match_priority=0)]
-    return library.parse(f"\\boxed{{{latex}}}", extraction_config=config, parsing_timeout=None)
+    found = library.parse(f"\\boxed{{{latex}}}", extraction_config=config, parsing_timeout=None)
+    return found[0] if found else None
 
 
 @cache
 def load_library() -> ModuleType:
-    """math-verify, which brings sympy and takes a second to load; ImportError where it is not installed."""
+    """Returns math-verify, which brings sympy and takes a second to load; ImportError where it is not installed."""
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that without its own timeouts it may hang

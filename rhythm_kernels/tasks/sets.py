@@ -6,14 +6,13 @@ A set is named as in SETS, `math-500`, or with a local JSONL file of the same co
 """
 
 import gzip
+import io
 import json
 import random
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from rhythm_kernels.tasks import choice, countdown, maths
 from rhythm_kernels.tasks.types import BadRow, BadSet, Problem, UnusableRow, read_column
@@ -22,33 +21,29 @@ HELD_OUT = 512  # problems of a set's test part, where the set has only one spli
 TRAIN = 20_000  # and at most so many of its train part
 SPLIT_SEED = 0
 GZIP = b"\x1f\x8b"
-LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # or both halves of a pair: json tells them apart
 PAPER_MATHS = ("aime24", "aime25", "amc23", "math-500", "olympiadbench")
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """`build` makes a problem of the row's `columns`, then its `optional` ones (None where absent)."""
+    """A set of problems: `build` makes one from a row's `columns`, then its `optional` ones (None where absent)."""
 
     build: Callable[..., Problem]
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
     place: tuple[str, str | None, str] | None = None  # path, configuration and split on the Hugging Face hub
-    part: str = ""  # train or test of a set that is split here, the same way every time
+    part: str = ""  # "train" or "test" of a set that is split here, the same way every time
     answers: int = 1  # to each problem, in evaluation
-    evaluate: tuple[str, ...] = ()  # the sets that a run which trains on this one is evaluated on, unless told
+    evaluate: tuple[str, ...] = ()  # names of the sets that a run on this one is evaluated on by default
 
 
 MATHS = (maths.from_row, ("problem", "answer"))
 DAPO = (maths.from_row, ("prompt", "solution"))
 COUNTDOWN = (countdown.from_row, ("nums", "target"))
 TINYZERO = (countdown.from_row_of_four, ("nums", "target"), (), ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train"))
-CROSSTHINK = (
-    choice.from_row,
-    ("prompt", "reward_model.ground_truth"),
-    (),
-    ("nvidia/Nemotron-CrossThink", None, "train_qa"),
-)
+CROSSTHINK_COLUMNS = ("prompt", "reward_model.ground_truth")
+CROSSTHINK = (choice.from_row, CROSSTHINK_COLUMNS, (), ("nvidia/Nemotron-CrossThink", None, "train_qa"))
+GENERATED = ("countdown", "countdown-test")  # from a seed, where no file is given
 
 SETS = {
     "countdown": ProblemSet(*COUNTDOWN, part="train", evaluate=("countdown-test",)),
@@ -57,26 +52,26 @@ SETS = {
     "tinyzero-test": ProblemSet(*TINYZERO, part="test"),
     "crossthink-qa": ProblemSet(*CROSSTHINK, part="train", evaluate=("crossthink-qa-test",)),
     "crossthink-qa-test": ProblemSet(*CROSSTHINK, part="test"),
-    "dapo-math": ProblemSet(*DAPO, (), ("open-r1/DAPO-Math-17k-Processed", "all", "train"), evaluate=PAPER_MATHS),
-    "dapo-math-en": ProblemSet(*DAPO, (), ("open-r1/DAPO-Math-17k-Processed", "en", "train"), evaluate=PAPER_MATHS),
-    "aime24": ProblemSet(*MATHS, (), ("HuggingFaceH4/aime_2024", None, "train"), answers=16),
-    "aime25": ProblemSet(*MATHS, (), ("math-ai/aime25", None, "test"), answers=16),
-    "amc23": ProblemSet(maths.from_row, ("question", "answer"), (), ("math-ai/amc23", None, "test")),
-    "math-500": ProblemSet(*MATHS, (), ("HuggingFaceH4/MATH-500", None, "test")),
+    "dapo-math": ProblemSet(*DAPO, place=("open-r1/DAPO-Math-17k-Processed", "all", "train"), evaluate=PAPER_MATHS),
+    "dapo-math-en": ProblemSet(*DAPO, place=("open-r1/DAPO-Math-17k-Processed", "en", "train"), evaluate=PAPER_MATHS),
+    "aime24": ProblemSet(*MATHS, place=("HuggingFaceH4/aime_2024", None, "train"), answers=16),
+    "aime25": ProblemSet(*MATHS, place=("math-ai/aime25", None, "test"), answers=16),
+    "amc23": ProblemSet(maths.from_row, ("question", "answer"), place=("math-ai/amc23", None, "test")),
+    "math-500": ProblemSet(*MATHS, place=("HuggingFaceH4/MATH-500", None, "test")),
     "olympiadbench": ProblemSet(
         maths.from_row_of_parts,
         ("question", "final_answer"),
         ("context",),
         ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
     ),
-    "gsm8k": ProblemSet(maths.from_row, ("question", "answer"), (), ("openai/gsm8k", "main", "test")),
+    "gsm8k": ProblemSet(maths.from_row, ("question", "answer"), place=("openai/gsm8k", "main", "test")),
     "maths": ProblemSet(*MATHS, ("context",)),
     "choice": ProblemSet(choice.from_row, ("question", "answer"), ("options",)),
 }
 
 
 def find_set(name: str) -> tuple[ProblemSet, Path | None]:
-    """The set called `name`, as in SETS or with a file behind a colon, and that file. BadSet for an unknown one."""
+    """Returns the set called `name` and the file behind the name's colon, if any; raises BadSet for an unknown name."""
     key, _, file = name.partition(":")
     if key not in SETS:
         hint = f" (a file is named with the set whose columns it has: maths:{name})" if Path(name).suffix else ""
@@ -87,22 +82,25 @@ def find_set(name: str) -> tuple[ProblemSet, Path | None]:
 
 
 def load_set(name: str, say: Callable[[str], object] = print) -> list[Problem]:
-    """The problems of a named set or a local file, in their order.
+    """Returns the problems of a named set or a local file, in their order.
 
-    `say` is told how many rows give no problem, among them those whose answer cannot be earned, and how many repeat
-    another, where there are any. BadSet for an unknown name, a place that does not load, a row without a column
-    and one with text that is no unicode: with file, line and what arrived.
+    `say` is told how many rows give no problem, such as one whose answer cannot be earned, and how many problems repeat
+    another.
+
+    Raises:
+        BadSet: an unknown name, a set that does not load, or a row that cannot be read, with its file and line.
     """
-    found, file = find_set(name)
+    source, file = find_set(name)
     if file is not None:
         rows = _rows_of_file(file)
-    elif found.place is not None:
-        rows = _rows_of_hub(name, *found.place)
+    elif source.place is not None:
+        rows = _rows_of_hub(name, *source.place)
     else:
-        rows = ((f"{name}, row {index}", row) for index, row in enumerate(GENERATED[name]()))
-    problems = _build(name, found, rows, say)
-    if file is None and found.part:
-        problems = _take_part(name, found.part, problems, say)
+        generated = countdown.generate_rows(TRAIN + HELD_OUT, SPLIT_SEED)
+        rows = ((f"{name}, row {index}", row) for index, row in enumerate(generated))
+    problems = _build(name, source, rows, say)
+    if file is None and source.part:
+        problems = _take_part(name, source.part, problems, say)
     else:
         _tell_repeats(name, problems, say)
     if not problems:
@@ -111,52 +109,42 @@ def load_set(name: str, say: Callable[[str], object] = print) -> list[Problem]:
 
 
 def drop_overlap(train: Iterable[Problem], held_out: Iterable[Problem]) -> tuple[list[Problem], int]:
-    """`train` without the problems that are also in `held_out`, and how many those were."""
+    """Returns `train` without the problems that are also in `held_out`, and how many those were."""
     known, train = {identify(problem) for problem in held_out}, list(train)
     kept = [problem for problem in train if identify(problem) not in known]
     return kept, len(train) - len(kept)
 
 
 def identify(problem: Problem) -> str:
-    """Equal for problems that ask the same: of Countdown, whatever the order of the numbers; else by the prompt."""
+    """Returns a key that is equal for problems that ask the same: in Countdown, the same numbers in any order."""
     return problem.answer if problem.verifier == "countdown" else " ".join(problem.prompt.casefold().split())
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, Mapping]]:
+    """Yields the rows of a JSONL file, gzipped or not, whatever its name, each with its place."""
     try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise BadSet(f"{where}: no JSON: {error}") from None
-                if LONE_SURROGATE.search(line) and not _is_unicode(row):
-                    raise BadSet(f"{where}: half of a surrogate pair is no text, got {line.strip()[:160]}")
-                if not isinstance(row, dict):
-                    raise BadSet(f"{where}: a row must be an object with columns, got {line.strip()[:160]}")
-                yield where, row
+        content = path.read_bytes()
+        if content.startswith(GZIP):
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")  # without a byte order mark
     except (OSError, EOFError, zlib.error) as error:
         raise BadSet(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise BadSet(f"{path} must be JSONL in UTF-8, gzipped or not: {error}") from error
-
-
-def _open(path: Path) -> TextIO:
-    """A file of lines, unpacked where it is gzipped, whatever its name; a byte order mark at its start is no text."""
-    with path.open("rb") as file:
-        packed = file.read(2) == GZIP
-    return gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig")
-
-
-def _is_unicode(row) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if not line.strip():
+            continue
+        where, shown = f"{path}, line {number}", line.strip()[:160]
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadSet(f"{where}: half of a surrogate pair is no text, got {shown}") from None
+        except (ValueError, RecursionError) as error:
+            raise BadSet(f"{where}: no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise BadSet(f"{where}: a row must be an object with columns, got {shown}")
+        yield where, row
 
 
 def _rows_of_hub(name: str, path: str, config: str | None, split: str) -> Iterator[tuple[str, Mapping]]:
@@ -173,19 +161,12 @@ def _rows_of_hub(name: str, path: str, config: str | None, split: str) -> Iterat
         yield f"{path}, row {index}", row
 
 
-def _rows_of_countdown() -> Iterator[dict]:
-    return countdown.generate_rows(TRAIN + HELD_OUT, SPLIT_SEED)
-
-
-GENERATED = {"countdown": _rows_of_countdown, "countdown-test": _rows_of_countdown}
-
-
-def _build(name: str, found: ProblemSet, rows: Iterator[tuple[str, Mapping]], say: Callable) -> list[Problem]:
+def _build(name: str, source: ProblemSet, rows: Iterator[tuple[str, Mapping]], say: Callable) -> list[Problem]:
     problems, unusable = [], []
     for where, row in rows:
         try:
-            values = [read_column(row, column) for column in found.columns]
-            problems.append(found.build(*values, *(row.get(column) for column in found.optional)))
+            values = [read_column(row, column) for column in source.columns]
+            problems.append(source.build(*values, *(row.get(column) for column in source.optional)))
         except BadRow as error:
             raise BadSet(f"{where}: {error}") from error
         except UnusableRow as error:
@@ -197,7 +178,7 @@ def _build(name: str, found: ProblemSet, rows: Iterator[tuple[str, Mapping]], sa
 
 
 def _tell_repeats(name: str, problems: list[Problem], say: Callable):
-    """They stay, since their number may be meant; two answers to one question rarely are."""
+    """Tells of repeated problems. They stay, since their number may be meant; two answers to a question rarely are."""
     answers: dict[str, set[str]] = {}
     for problem in problems:
         answers.setdefault(identify(problem), set()).add(problem.answer)
@@ -208,7 +189,7 @@ def _tell_repeats(name: str, problems: list[Problem], say: Callable):
 
 
 def _take_part(name: str, part: str, problems: list[Problem], say: Callable) -> list[Problem]:
-    """One side of a seeded split in which no problem is on both sides."""
+    """Returns one side of a seeded split in which no problem is on both sides."""
     distinct = list({identify(problem): problem for problem in reversed(problems)}.values())[::-1]
     if len(distinct) < len(problems):
         say(f"{name}: {len(problems) - len(distinct)} of {len(problems)} problems left out as repeats of others")

@@ -1,4 +1,4 @@
-"""What every task shares: the problem, the score of an answer, and the row of data that a problem is built from."""
+"""The problem, the errors of its data, and the final answer in a box, which all tasks share."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 LONGEST_BOX = 2000  # characters; a longer final answer is none
 BOXES = (r"\boxed", r"\fbox", r"\framebox")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace opens or closes nothing
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s*\{|(?:\s+|(?=\d))([-+]?[\w.,/]+%?))")
 
 
 class Problem(NamedTuple):
-    """One task for the policy, and how its answer is judged."""
+    """One task for the policy, and the verifier of its answers."""
 
     prompt: str  # what the policy reads: the user's turn, or the words themselves in the tiny task
     answer: str  # what the verifier compares with; JSON where it is structured
-    verifier: str  # a key of rhythm_kernels.tasks.VERIFIERS
+    verifier: str  # a key of VERIFIERS
 
 
 class BadSet(ValueError):
@@ -30,7 +31,7 @@ class UnusableRow(ValueError):
 
 
 def read_column(row: Mapping, path: str):
-    """The value of a column; `a.b` is the field b of the column a. BadRow where there is none."""
+    """Returns the value of a column, or raises BadRow; `a.b` is the field b of the column a."""
     value = row
     for name in path.split("."):
         if not isinstance(value, Mapping) or name not in value:
@@ -40,7 +41,7 @@ def read_column(row: Mapping, path: str):
 
 
 def require_text(value, what: str) -> str:
-    """`value` if it is text with something in it; UnusableRow for none, BadRow for anything else."""
+    """Returns `value` without space around it; raises UnusableRow if it is empty, BadRow if it is no text."""
     if value is None or (isinstance(value, str) and not value.strip()):
         raise UnusableRow(f"the {what} is empty")
     if not isinstance(value, str):
@@ -49,13 +50,13 @@ def require_text(value, what: str) -> str:
 
 
 def shorten(value, most: int = 160) -> str:
-    """`repr(value)`, cut to fit a message."""
+    """Returns `repr(value)`, cut to fit a message."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def require_earnable(gold: str, answer: str, verify: Callable[[str, str], float]):
-    r"""UnusableRow where a completion that boxes the gold itself would not be paid for."""
+    r"""Raises UnusableRow where a completion that boxes the gold itself would not be paid for."""
     if len(gold) > LONGEST_BOX:
         raise UnusableRow(f"the answer has {len(gold)} characters, more than {LONGEST_BOX}")
     if verify(f"\\boxed{{{gold}}}", answer) != 1.0:
@@ -63,9 +64,9 @@ def require_earnable(gold: str, answer: str, verify: Callable[[str, str], float]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` or `\fbox{...}`, or behind a last `\boxed 5`.
+    r"""Returns the content of the last `\boxed{...}` or `\fbox{...}`, or what follows a last `\boxed 5`.
 
-    None if there is no box, if the last one never closes, or is longer than LONGEST_BOX.
+    Returns None if there is no box, if the last one never closes, or is longer than LONGEST_BOX.
     """
     start = max(text.rfind(name) for name in BOXES)
     if start < 0:
@@ -75,16 +76,15 @@ def last_boxed(text: str) -> str | None:
         return None
     if match[1] is not None:
         return match[1].rstrip(".,;:")
-    start = match.end()
-    depth, position, end = 1, start, min(len(text), start + LONGEST_BOX + 1)
-    while position < end:
-        if text[position] == "\\":
-            position += 1  # an escaped brace opens or closes nothing
-        elif text[position] == "{":
-            depth += 1
-        elif text[position] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:position].strip()
-        position += 1
-    return None
+    end = closing_brace(text[: match.end() + LONGEST_BOX + 1], match.end())
+    return text[match.end() : end].strip() if end >= 0 else None
+
+
+def closing_brace(text: str, start: int) -> int:
+    """Returns where the brace closes that opened just before `start`; -1 if it does not."""
+    depth = 1
+    for match in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return -1

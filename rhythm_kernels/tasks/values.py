@@ -6,10 +6,10 @@ simplification, which can take for ever, is needed for that, and nothing is run 
 """
 
 import math
+import operator
 import random
 from collections.abc import Callable
 from fractions import Fraction
-from functools import reduce
 
 import mpmath
 
@@ -21,195 +21,167 @@ DIGITS = 50
 POINTS = 12
 
 
-class TooLarge(ValueError):
-    """A value that is too large to be computed in little time."""
-
-
 class Undefined(ValueError):
     """A formula without a value at a point."""
 
 
-def exact(node: Node) -> Fraction | None:
-    """The rational value of a formula, None where it has none or this does not find it; ArithmeticError, TooLarge."""
+class TooLarge(Undefined):
+    """A value that is too large to be computed in little time."""
+
+
+def value(node: Node, point: dict[str, Fraction], *, is_exact: bool = False):
+    """Returns a Fraction where the value is found to be rational, else a number of mpmath at the working precision.
+
+    `is_exact` refuses a rational number that is too large for a Fraction.
+
+    Raises:
+        Undefined: the formula has no value at this point, or one that is too large.
+        ArithmeticError, ValueError, TypeError: the same, found by Python or mpmath.
+    """
     op, parts = node
     if op == "number":
         return parts[0]
-    if op in ("symbol", "constant", "function") and not (op == "function" and parts[0] in SEVERAL):
-        return None
-    values = [exact(part) for part in parts if isinstance(part, Node)]
-    if any(value is None for value in values):
-        return None
-    rule = EXACT.get(op if op != "function" else parts[0])
-    value = rule(*values) if rule else None
-    if value is not None and value.numerator.bit_length() + value.denominator.bit_length() > MOST_BITS:
-        raise TooLarge
-    return value
+    if op == "symbol":
+        return mpmath.mpmathify(point[parts[0]])
+    if op == "constant":
+        return _constant(parts[0])
+    name, arguments = (parts[0], parts[1:]) if op == "function" else (op, parts)
+    values = [value(argument, point, is_exact=is_exact) for argument in arguments]
+    if name in EXACT and all(isinstance(each, Fraction) for each in values):
+        try:
+            exact = EXACT[name](*values)
+            if exact is not None and exact.numerator.bit_length() + exact.denominator.bit_length() > MOST_BITS:
+                raise TooLarge
+        except TooLarge:
+            if is_exact:
+                raise
+        else:
+            if exact is not None:
+                return exact
+    number = NUMERIC.get(name, lambda *values: _draw(name, values))(*map(mpmath.mpmathify, values))
+    return number if mpmath.isfinite(number) else _undefined()
+
+
+def value_at(node: Node, point: dict[str, Fraction], digits: int = DIGITS, *, is_exact: bool = False):
+    """Returns the value of a formula to `digits` digits; None where there is none."""
+    with mpmath.workdps(digits):
+        try:
+            return value(node, point, is_exact=is_exact)
+        except (ArithmeticError, ValueError, TypeError):
+            return None
+
+
+def real_value(node: Node):
+    """Returns the value of a formula without variables as `value` does; None where it is not real or too large."""
+    number = None if symbols(node) else value_at(node, {}, is_exact=True)
+    return None if number is None or mpmath.im(number) != 0 else number
+
+
+def _undefined():
+    raise Undefined
+
+
+def _constant(name: str):
+    values = {r"\pi": +mpmath.pi, "e": +mpmath.e, "i": mpmath.mpc(0, 1)}
+    return values[name] if name in values else _undefined()
 
 
 def _power(base: Fraction, power: Fraction) -> Fraction | None:
     if power.denominator != 1:
-        return (
-            _root(base**power.numerator, Fraction(power.denominator))
-            if abs(power.numerator) < 64 and base > 0
-            else None
-        )
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if abs(power) * bits > MOST_BITS and abs(base) != 1 and base != 0:
-        raise TooLarge
+        is_small = abs(power.numerator) < 64 and base > 0
+        return _root(base**power.numerator, Fraction(power.denominator)) if is_small else None
     if abs(base) == 1:
         return base if power.numerator % 2 else Fraction(1)
     if base == 0 and power == 0:
         return None
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if abs(power) * bits > MOST_BITS and base != 0:
+        raise TooLarge
     return base**power.numerator
 
 
-def _root(value: Fraction, index: Fraction) -> Fraction | None:
+def _root(radicand: Fraction, index: Fraction) -> Fraction | None:
     if index.denominator != 1 or not 2 <= index <= 64:
         return None
-    if value < 0:
-        root = _root(-value, index) if index % 2 else None
+    if radicand < 0:
+        root = _root(-radicand, index) if index % 2 else None
         return None if root is None else -root
-    degree, found = int(index), []
-    for number in (value.numerator, value.denominator):
-        root = math.isqrt(number) if degree == 2 else _integer_root(number, degree)
-        if root**degree != number:
-            return None
-        found.append(root)
-    return Fraction(*found)
+    parts = radicand.numerator, radicand.denominator
+    with mpmath.workprec(max(part.bit_length() for part in parts) + 10):
+        roots = [int(mpmath.nint(mpmath.root(part, int(index)))) for part in parts]
+    return Fraction(*roots) if all(root**index == part for root, part in zip(roots, parts)) else None
 
 
-def _integer_root(number: int, degree: int) -> int:
-    low, high = 0, 1 << (number.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= number else (low, middle - 1)
-    return low
+def _whole(combine: Callable[..., int], largest: float = math.inf, *, is_signed: bool = False) -> Callable:
+    """Returns the rule of a function of whole numbers, which gives None for others."""
 
-
-def _factorial(value: Fraction) -> Fraction | None:
-    if value.denominator != 1 or value < 0:
-        return None
-    if value > 5000:
-        raise TooLarge
-    return Fraction(math.factorial(int(value)))
-
-
-def _binomial(upper: Fraction, lower: Fraction) -> Fraction | None:
-    if upper.denominator != 1 or lower.denominator != 1 or upper < 0 or lower < 0:
-        return None
-    if upper > 50_000:
-        raise TooLarge
-    return Fraction(math.comb(int(upper), int(lower)))
-
-
-def _whole(combine: Callable[..., int]) -> Callable[..., Fraction | None]:
     def rule(*values: Fraction) -> Fraction | None:
-        return Fraction(combine(*map(int, values))) if all(value.denominator == 1 for value in values) else None
+        if any(each.denominator != 1 or (each < 0 and not is_signed) for each in values):
+            return None
+        return Fraction(combine(*map(int, values))) if values[0] <= largest else _too_large()
 
     return rule
 
 
-EXACT: dict[str, Callable[..., Fraction | None]] = {
-    "-": lambda a: -a,
-    "+": lambda *terms: sum(terms, Fraction(0)),
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
-    "^": _power,
-    "root": _root,
-    "!": _factorial,
-    "binom": _binomial,
-    "abs": abs,
-    "lfloor": lambda a: Fraction(math.floor(a)),
-    "lceil": lambda a: Fraction(math.ceil(a)),
-    "max": max,
-    "min": min,
-    "gcd": _whole(math.gcd),
-    "lcm": _whole(math.lcm),
-}
-
-
-def value(node: Node, point: dict[str, Fraction]):
-    """The value of a formula as mpmath has it, with the working precision; Undefined, TooLarge."""
-    op, parts = node
-    if op == "number":
-        return mpmath.mpf(parts[0].numerator) / parts[0].denominator
-    if op == "symbol":
-        return mpmath.mpf(point[parts[0]].numerator) / point[parts[0]].denominator
-    if op == "constant":
-        return {r"\pi": +mpmath.pi, "e": +mpmath.e, "i": mpmath.mpc(0, 1)}.get(parts[0]) or _no_value()
-    values = [value(part, point) for part in parts if isinstance(part, Node)]
-    if op == "function":
-        return _function(parts[0], values)
-    if op in ("abs", "lfloor", "lceil", "!"):
-        _within(values[0])
-    found = NUMERIC[op](*values)
-    return found if mpmath.isfinite(found) else _no_value()
-
-
-def _no_value():
-    raise Undefined
+def _too_large():
+    raise TooLarge
 
 
 def _within(number):
-    if abs(number) > LARGEST_ARGUMENT:
-        raise TooLarge
-    return number
+    return number if abs(number) <= LARGEST_ARGUMENT else _too_large()
 
 
 def _numeric_power(base, power):
     if base == 0:
-        return mpmath.mpf(0) if mpmath.re(power) > 0 else _no_value()
+        return mpmath.mpf(0) if mpmath.re(power) > 0 else _undefined()
     _within(power * mpmath.log(abs(base)) / 1000)
     return mpmath.power(base, power)
 
 
 def _numeric_root(base, index):
     if index == 0:
-        return _no_value()
+        return _undefined()
     if mpmath.im(base) == 0 and mpmath.re(base) < 0 and mpmath.im(index) == 0 and index % 2 == 1:
         return -_numeric_root(-base, index)
     return _numeric_power(base, 1 / index)
 
 
-def _numeric_binomial(upper, lower):
-    return mpmath.binomial(_within(upper), _within(lower))
+def _bounded(rule: Callable) -> Callable:
+    return lambda *values: rule(*map(_within, values))
 
 
-NUMERIC: dict[str, Callable] = {
-    "-": lambda a: -a,
-    "+": lambda *terms: reduce(lambda a, b: a + b, terms),
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b if b != 0 else _no_value(),
+def _draw(name: str, values):
+    """Returns a number for a function that is not known, f(x) or gcd(m, n): the same one for the same arguments."""
+    digits = [mpmath.nstr(_within(each), 20) for each in values]
+    return mpmath.mpf(random.Random(f"{name}{digits}").uniform(1, 3))
+
+
+ANY: dict[str, Callable] = {
+    "-": operator.neg, "+": lambda *terms: sum(terms), "*": operator.mul, "/": operator.truediv, "abs": abs,
+    "max": max, "min": min,
+}  # fmt: skip
+EXACT: dict[str, Callable[..., Fraction | None]] = ANY | {
+    "^": _power,
+    "root": _root,
+    "!": _whole(math.factorial, 5000),
+    "binom": _whole(math.comb, 50_000),
+    "lfloor": lambda number: Fraction(math.floor(number)),
+    "lceil": lambda number: Fraction(math.ceil(number)),
+    "gcd": _whole(math.gcd, is_signed=True),
+    "lcm": _whole(math.lcm, is_signed=True),
+}
+NUMERIC: dict[str, Callable] = ANY | {
     "^": _numeric_power,
     "root": _numeric_root,
-    "!": lambda a: mpmath.factorial(a),
-    "binom": _numeric_binomial,
-    "abs": abs,
-    "lfloor": lambda a: mpmath.floor(a),
-    "lceil": lambda a: mpmath.ceil(a),
+    "!": _bounded(mpmath.factorial),
+    "binom": _bounded(mpmath.binomial),
+    "lfloor": _bounded(mpmath.floor),
+    "lceil": _bounded(mpmath.ceil),
+    **{name: _bounded(getattr(mpmath, name.replace("arc", "a"))) for name in FUNCTIONS - SEVERAL},
+    "ln": mpmath.log,
+    # A bare log may be the natural or the common one, so it is neither: a multiple of it that nothing else is.
+    "log": lambda number: mpmath.log(number) * _draw("log", ()),
 }
-
-
-def _function(name: str, values: list):
-    for number in values:
-        _within(number) if name not in ("log", "ln") else None
-    if name in ("max", "min"):
-        if any(mpmath.im(number) != 0 for number in values):
-            raise Undefined
-        return (max if name == "max" else min)(values)
-    if name in ("log", "ln"):
-        # A bare log may be the natural or the common one, so it is neither: a multiple of it that nothing else is.
-        return mpmath.log(values[0]) * (1 if name == "ln" else _draw("log", [])) if values[0] != 0 else _no_value()
-    if name in FUNCTIONS - SEVERAL:
-        rule = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name)
-        found = getattr(mpmath, rule)(values[0])
-        return found if mpmath.isfinite(found) else _no_value()
-    return _draw(name, values)  # f(x), gcd(m, n): the same number for the same arguments
-
-
-def _draw(name: str, values: list):
-    digits = [mpmath.nstr(number, 20) for number in values]
-    return mpmath.mpf(random.Random(f"{name}{digits}").uniform(1, 3))
 
 
 def same(gold: Node, given: Node) -> bool:
@@ -220,85 +192,40 @@ def same(gold: Node, given: Node) -> bool:
     if gold == given:
         return True
     names = symbols(gold) | symbols(given)
-    values = [_exact_or_none(node) for node in (gold, given)]
-    if None not in values:
-        return values[0] == values[1]
     if not names:
         return _agree(gold, given, {}) is True
-    return _agree_at_points(gold, given, names)
+    drawn = points(names)
+    real = [point for point in drawn if (number := value_at(gold, point)) is not None and mpmath.im(number) == 0]
+    verdicts = [_agree(gold, given, point) for point in (real if len(real) >= 3 else drawn)]
+    return False not in verdicts and verdicts.count(True) >= 3
 
 
 def proportion(gold: Node, given: Node) -> int:
-    """The sign of a constant c that is not 0 with given = c gold; 0 if there is none."""
+    """Returns the sign of a constant c that is not 0 with given = c gold; 0 if there is none."""
     names = symbols(gold)
     if not names or names != symbols(given):
         return 0
-    ratios = []
-    for point in points(names):
-        with mpmath.workdps(DIGITS):
-            try:
-                a, b = value(gold, point), value(given, point)
-            except (ArithmeticError, Undefined, ValueError):
-                continue
-            if abs(a) > 1e-20:
-                ratios.append(b / a)
-    if len(ratios) < POINTS // 2 or abs(ratios[0]) < 1e-20 or mpmath.im(ratios[0]) != 0:
-        return 0
-    if any(abs(ratio - ratios[0]) > abs(ratios[0]) * mpmath.mpf(10) ** -20 for ratio in ratios):
-        return 0
-    return 1 if mpmath.re(ratios[0]) > 0 else -1
-
-
-def number_of(node: Node):
-    """The real value of a formula without variables to 50 digits; None where there is none."""
-    if symbols(node):
-        return None
+    pairs = [(value_at(gold, point), value_at(given, point)) for point in points(names)]
     with mpmath.workdps(DIGITS):
-        try:
-            found = value(node, {})
-        except (ArithmeticError, Undefined, ValueError):
-            return None
-        return found if mpmath.im(found) == 0 else None
-
-
-def _exact_or_none(node: Node) -> Fraction | None:
-    try:
-        return exact(node)
-    except (ArithmeticError, TooLarge):
-        return None
+        ratios = [b / a for a, b in pairs if a is not None and b is not None and abs(a) > 1e-20]
+        if len(ratios) < POINTS // 2 or abs(ratios[0]) < 1e-20 or mpmath.im(ratios[0]) != 0:
+            return 0
+        if any(abs(ratio - ratios[0]) > abs(ratios[0]) * mpmath.mpf(10) ** -20 for ratio in ratios):
+            return 0
+        return 1 if mpmath.re(ratios[0]) > 0 else -1
 
 
 def points(names: set[str]) -> list[dict[str, Fraction]]:
-    """Positive points, points of both signs and positive integers, a third each."""
-    draw, found = random.Random(0), []
+    """Returns positive points, points of both signs and positive integers, a third each."""
+    draw, drawn = random.Random(0), []
     for index in range(POINTS):
-        found.append({})
+        drawn.append({})
         for name in sorted(names):
             number = Fraction(draw.randint(301, 3999), 1000)
             if index % 3 == 1:
                 number *= draw.choice((-1, 1))
-            found[-1][name] = number if index % 3 < 2 else Fraction(draw.randint(2, 9))
-    return found
-
-
-def _agree_at_points(gold: Node, given: Node, names: set[str]) -> bool:
-    drawn = points(names)
-    real = [point for point in drawn if _is_real(gold, point)]
-    agreed = 0
-    for point in real if len(real) >= 3 else drawn:
-        verdict = _agree(gold, given, point)
-        if verdict is False:
-            return False
-        agreed += verdict is True
-    return agreed >= 3
-
-
-def _is_real(node: Node, point: dict) -> bool:
-    with mpmath.workdps(DIGITS):
-        try:
-            return mpmath.im(value(node, point)) == 0
-        except (ArithmeticError, Undefined, ValueError):
-            return False
+            drawn[-1][name] = number if index % 3 < 2 else Fraction(draw.randint(2, 9))
+    return drawn
 
 
 def _agree(gold: Node, given: Node, point: dict) -> bool | None:
@@ -308,20 +235,16 @@ def _agree(gold: Node, given: Node, point: dict) -> bool | None:
     """
     differences = []
     for digits in (DIGITS, 2 * DIGITS):
+        a, b = value_at(gold, point, digits), value_at(given, point, digits)
+        if a is None or b is None:
+            return None if a is None else False
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            return a == b
         with mpmath.workdps(digits):
-            try:
-                a = value(gold, point)
-            except (ArithmeticError, Undefined, ValueError):
-                return None
-            try:
-                b = value(given, point)
-            except (ArithmeticError, Undefined, ValueError):
-                return False
-            difference = abs(a - b)
-            if difference == 0:
-                return True
-            differences.append(difference)
+            a, b = mpmath.mpmathify(a), mpmath.mpmathify(b)
+            differences.append(abs(a - b))
             # Relative: 2^-99 and -2^-99 differ. A value that is 0 but for rounding is compared by the second test.
-            if digits == 2 * DIGITS and difference <= max(abs(a), abs(b)) * mpmath.mpf(10) ** -(digits - 20):
+            tolerance = max(abs(a), abs(b)) * mpmath.mpf(10) ** -(digits - 20) if digits > DIGITS else 0
+            if differences[-1] <= tolerance:
                 return True
     return bool(differences[1] < differences[0] * mpmath.mpf(10) ** -(DIGITS // 2))
