@@ -1,32 +1,45 @@
 """Scores answers with their problems' verifiers, whatever a model wrote: an answer never ends or stalls a run.
 
 Verifiers that are bounded by construction run in the process. All others run in worker processes, which are killed and
-replaced where an answer takes too long, too much memory, or the process with it.
+replaced where an answer takes too long, too much memory, or the process with it. A worker is a fresh process that loads
+this module, so it and what it imports stay clear of torch.
 """
 
+import contextlib
+import math
 import multiprocessing
+import resource
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as TimedOut  # the built-in one from Python 3.11 on
 from concurrent.futures.process import BrokenProcessPool
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
-from rhythm_kernels.tasks import VERIFIERS, Problem
-from train import worker
-from train.worker import Score
+from rhythm_kernels.tasks import VERIFIERS, Problem, maths
 
 BOUNDED = frozenset({"words", "countdown", "choice"})  # exact arithmetic or text comparison, limited in length
 PATIENCE = 120.0  # seconds beyond the timeout in which workers that start or are replaced must finish something
+MEMORY = 4 << 30  # bytes of address space; beyond, an answer such as 10^{10^10} ends in a MemoryError of its worker
+
+
+class Score(NamedTuple):
+    """A reward; it is 0 where an `error` says why the answer could not be verified."""
+
+    reward: float
+    error: str | None = None
 
 
 class Rewards:
     """Scores answers; as a context manager it ends its worker processes on leaving.
 
-    workers: processes, started at the first answer that needs one. timeout: seconds an answer may take there, without
-    the start of the process.
+    Args:
+        workers: processes, started at the first answer that needs one.
+        timeout: seconds that an answer may take there, without the start of the process.
     """
 
     def __init__(self, workers: int, timeout: float):
@@ -51,11 +64,13 @@ class Rewards:
     def score(
         self, texts: Sequence[str], problems: Sequence[Problem], progress: Callable[[int], object] | None = None
     ) -> list[Score]:
-        """The score of each completion for the problem beside it; `progress` is called with each number newly scored.
+        """Returns the score of each completion for the problem beside it; `progress` gets each number newly scored.
 
-        A verifier that hangs scores 0 with the error "timed out", one that takes its process with it "worker died",
-        one that raises or returns no finite number says so. ValueError for unequal lengths and unknown verifiers;
-        RuntimeError where workers cannot start at all.
+        A verifier that hangs scores 0 with the error "timed out", one that takes its process with it "worker died".
+
+        Raises:
+            ValueError: unequal lengths, or an unknown verifier.
+            RuntimeError: workers that cannot start at all.
         """
         if len(texts) != len(problems):
             raise ValueError(f"each text needs its problem, got {len(texts)} texts and {len(problems)} problems")
@@ -68,7 +83,7 @@ class Rewards:
         for index, (text, problem) in enumerate(zip(texts, problems)):
             job = (VERIFIERS[problem.verifier], text, problem.answer)
             if problem.verifier in BOUNDED:
-                scores[index] = worker.verify(*job)
+                scores[index] = verify(*job)
                 report(1)
             else:
                 for_workers[index] = job
@@ -83,13 +98,13 @@ class Rewards:
         return scores
 
     def _score_in_workers(self, jobs: dict[int, tuple], report: Callable[[int], object]) -> dict[int, Score]:
-        """The scores of these jobs; some are missing if the pool broke or got stuck, and it is closed then."""
+        """Returns the scores of these jobs; where the pool broke or got stuck some are missing, and it is closed."""
         self._start()
         scores: dict[int, Score] = {}
         finished: SimpleQueue[tuple[int, Future]] = SimpleQueue()
         try:
             for index, job in jobs.items():
-                future = self.pool.schedule(worker.verify, args=job, timeout=self.timeout)
+                future = self.pool.schedule(verify, args=job, timeout=self.timeout)
                 future.add_done_callback(lambda future, index=index: finished.put((index, future)))
         except RuntimeError:  # pebble's answer where the pool broke meanwhile
             self.close()
@@ -105,33 +120,65 @@ class Rewards:
         return scores
 
     def _start(self):
-        """A pool that works; RuntimeError where its processes do not start."""
+        """Starts a pool that works; raises RuntimeError where its processes do not start."""
         if self.pool is not None and not self.pool.active:
             self.close()
         if self.pool is None:
             # spawn: a forked child would inherit torch, its threads and its GPU
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPool(self.workers, initializer=worker.prepare, context=context)
+            self.pool = ProcessPool(self.workers, initializer=prepare, context=context)
             try:
-                self.pool.schedule(worker.check).result(timeout=PATIENCE)
+                self.pool.schedule(check).result(timeout=PATIENCE)
             except Exception as error:
                 self.close()
-                raise RuntimeError(f"the reward workers do not start: {worker.describe(error)}") from error
+                raise RuntimeError(f"the reward workers do not start: {describe(error)}") from error
+
+
+def prepare() -> None:
+    """Runs when a worker starts: the time of an answer counts from after it."""
+    if sys.platform == "linux":  # macOS refuses the limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with contextlib.suppress(ImportError):  # `check` reports it
+        maths.load_library()
+
+
+def check() -> None:
+    """Raises ImportError, in the process that asks, where a worker lacks a library."""
+    maths.load_library()
+
+
+def verify(verifier: Callable[[str, str], float], completion: str, answer: str) -> Score:
+    """Returns the verifier's score; one that raises, or returns no finite number, scores 0 with an error."""
+    try:
+        reward = float(verifier(completion, answer))
+        if not math.isfinite(reward):
+            raise ValueError(f"the verifier returned {reward}")
+    except Exception as error:
+        return Score(0.0, describe(error))
+    return Score(reward)
+
+
+def describe(error: BaseException) -> str:
+    """Returns class and message of an exception, or its class alone where the message cannot be made."""
+    try:
+        return f"{type(error).__name__}: {error}"[:200]
+    except Exception:
+        return type(error).__name__
 
 
 def count_errors(scores: Sequence[Score]) -> int:
-    """How many of the answers could not be verified, for the metric `rewards/errors`."""
+    """Returns how many answers could not be verified, for the metric `rewards/errors`."""
     return sum(score.error is not None for score in scores)
 
 
 def describe_errors(scores: Sequence[Score]) -> str:
-    """The commonest reasons why answers could not be verified, each with its count; empty without any."""
+    """Returns the commonest reasons why answers could not be verified, each with its count."""
     reasons = Counter(score.error for score in scores if score.error is not None)
     return ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
 
 
 def _score_of(future: Future) -> Score:
-    """What came of a verification; raises BrokenProcessPool or CancelledError where the pool gave up on it."""
+    """Returns the score of a verification; raises BrokenProcessPool or CancelledError where the pool gave up on it."""
     error = future.exception()
     if error is None:
         return future.result()
@@ -141,4 +188,4 @@ def _score_of(future: Future) -> Score:
         return Score(0.0, "timed out")
     if isinstance(error, ProcessExpired):
         return Score(0.0, f"worker died: exit code {error.exitcode}")
-    return Score(0.0, worker.describe(error))
+    return Score(0.0, describe(error))

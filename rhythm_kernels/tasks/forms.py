@@ -7,7 +7,7 @@ signs, letters and their case.
 import re
 import unicodedata
 
-from rhythm_kernels.tasks.formula import FUNCTIONS
+from rhythm_kernels.tasks.formula import FUNCTIONS, GREEK_NAMES
 from rhythm_kernels.tasks.types import closing_brace
 
 SYMBOLS = {
@@ -20,15 +20,11 @@ SYMBOLS = {
     "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "∣": "|", "‖": r"\| ", "∶": ":", "％": "%",
     "µ": r"\mu ",
 }  # fmt: skip
-GREEK_NAMES = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lamda mu nu xi pi rho sigma tau phi chi psi omega "
-    "Gamma Delta Theta Lamda Xi Pi Sigma Phi Psi Omega"
-)
-GREEK = {
-    unicodedata.lookup(f"GREEK {'SMALL' if name.islower() else 'CAPITAL'} LETTER {name.upper()}"): name
-    for name in GREEK_NAMES.split(" ")
-}
-GREEK = {letter: f"\\{name.replace('amda', 'ambda')} " for letter, name in GREEK.items()}  # unicode writes LAMDA
+GREEK = {}
+for name in [*GREEK_NAMES.split(" "), "pi"]:
+    case = "SMALL" if name.islower() else "CAPITAL"
+    letter = unicodedata.lookup(f"GREEK {case} LETTER {name.upper().replace('LAMBDA', 'LAMDA')}")
+    GREEK[letter] = f"\\{name} "
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"))
 LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-"))
 RENAMED = {

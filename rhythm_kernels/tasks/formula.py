@@ -4,6 +4,7 @@ A formula that is not understood to its last sign is `Unread`; nothing is skippe
 """
 
 import re
+from collections.abc import Callable, Collection
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -16,11 +17,11 @@ FUNCTIONS = {
     "max", "min", "gcd", "lcm",
 }  # fmt: skip
 SEVERAL = {"max", "min", "gcd", "lcm"}  # functions of several arguments
-GREEK = {
-    r"\alpha", r"\beta", r"\gamma", r"\delta", r"\epsilon", r"\zeta", r"\eta", r"\theta", r"\iota", r"\kappa",
-    r"\lambda", r"\mu", r"\nu", r"\xi", r"\rho", r"\sigma", r"\tau", r"\phi", r"\chi", r"\psi", r"\omega",
-    r"\Gamma", r"\Delta", r"\Theta", r"\Lambda", r"\Xi", r"\Pi", r"\Sigma", r"\Phi", r"\Psi", r"\Omega", r"\ell",
-}  # fmt: skip
+GREEK_NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+)
+GREEK = {f"\\{name}" for name in [*GREEK_NAMES.split(" "), "ell"]}
 APPLIED = set("fghFGHPQL")  # letters that are functions where a parenthesis follows; other letters are factors
 TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:\\overline\s*\{\d+\}|[eE][+-]?\d+(?![\d.A-Za-z]))?)"
@@ -40,17 +41,22 @@ class Token(NamedTuple):
 
 
 class Node(NamedTuple):
-    """`op` with its `parts`: nodes, or the value of a number, the name of a symbol or a function."""
+    """An operation `op` on its `parts`: nodes, or the value of a number, the name of a symbol or a function."""
 
     op: str
     parts: tuple
 
 
 ZERO, ONE, TWO = (Node("number", (Fraction(value),)) for value in (0, 1, 2))
+FACTORS = {  # written behind a number
+    "%": Node("number", (Fraction(1, 100),)),
+    r"\deg": Node("/", (Node("constant", (r"\pi",)), Node("number", (Fraction(180),)))),
+}
+CLOSING = {"(": ")", "{": "}", "[": "]"}
 
 
 def read(text: str, plus_minus: int = 1) -> Node:
-    r"""The formula of a normalised text; `plus_minus` says which sign \pm stands for, \mp for the other. Unread."""
+    r"""Returns the formula of a normalised text, or raises Unread; `plus_minus` is the sign that \pm stands for."""
     reader = Reader(split(text), plus_minus)
     node = reader.sum()
     if reader.token is not None:
@@ -99,7 +105,7 @@ class Reader:
     """Recursive descent over tokens: sums of products of factors, each with its powers."""
 
     def __init__(self, tokens: list[Token], plus_minus: int):
-        self.tokens, self.position, self.depth, self.bars = tokens, 0, 0, 0
+        self.tokens, self.position, self.depth, self.in_bars = tokens, 0, 0, False
         self.signs = {"+": 1, "-": -1, r"\pm": plus_minus, r"\mp": -plus_minus}
 
     @property
@@ -120,17 +126,21 @@ class Reader:
         if self.take().text != text:
             raise Unread(f"{text!r} is missing")
 
+    def signed(self, read: Callable[[], Node], signs: Collection[str] = ("+", "-")) -> Node:
+        """Returns what `read` reads behind any signs, negated if they say so."""
+        sign = 1
+        while self.peek() in signs:
+            sign *= self.signs[self.take().text]
+        node = read()
+        return node if sign > 0 else Node("-", (node,))
+
     def sum(self) -> Node:
         self.depth += 1
         if self.depth > DEEPEST:
             raise Unread("it is nested too deeply")
-        terms = []
-        while not terms or self.peek() in self.signs:
-            sign = 1
-            while self.peek() in self.signs:
-                sign *= self.signs[self.take().text]
-            term = self.product()
-            terms.append(term if sign > 0 else Node("-", (term,)))
+        terms = [self.signed(self.product, self.signs)]
+        while self.peek() in self.signs:
+            terms.append(self.signed(self.product, self.signs))
         self.depth -= 1
         return terms[0] if len(terms) == 1 else Node("+", tuple(terms))
 
@@ -141,12 +151,7 @@ class Reader:
                 if of_function:
                     break
                 self.take()
-                sign = 1
-                while self.peek() in ("+", "-"):
-                    sign *= self.signs[self.take().text]
-                factor = self.factor()
-                factor = factor if sign > 0 else Node("-", (factor,))
-                node = Node("/" if text == "/" else "*", (node, factor))
+                node = Node("/" if text == "/" else "*", (node, self.signed(self.factor)))
             elif self.starts_factor(of_function):
                 node = Node("*", (node, self.factor()))
             else:
@@ -164,41 +169,25 @@ class Reader:
             is_function = name in FUNCTIONS
             known = name in ("frac", "sqrt", "binom", "lfloor", "lceil") or token.text in CONSTANTS | GREEK
             return (is_function and not of_function) or known
-        return token.text in ("(", "{", "[") or (token.text == "|" and self.bars == 0)
+        return token.text in ("(", "{", "[") or (token.text == "|" and not self.in_bars)
 
     def factor(self) -> Node:
         start = self.token
         node = self.base()
-        while True:
-            text = self.peek()
+        while (text := self.peek()) in ("^", "!", *FACTORS):
+            self.take()
             if text == "^":
-                self.take()
-                node = Node("^", (node, self.exponent()))
-                if self.peek() == "^":
-                    raise Unread("two powers follow each other")
+                # TeX raises the first digit of 2^10 alone; whoever writes it means ten.
+                node = Node("^", (node, self.signed(self.base)))
             elif text == "!":
-                self.take()
-                if self.peek() == "!":
-                    raise Unread("!! is not read")
                 node = Node("!", (node,))
-            elif text == "%":
-                self.take()
-                node = Node("/", (node, Node("number", (Fraction(100),))))
-            elif text == r"\deg":
-                self.take()
-                node = Node("*", (node, Node("/", (Node("constant", (r"\pi",)), Node("number", (Fraction(180),))))))
             else:
-                break
+                node = Node("*", (node, FACTORS[text]))
+            if text in ("^", "!") and self.peek() == text:
+                raise Unread(f"{text} follows {text}")
         if self.peek() == "_" or (start.kind == "number" and self.peek() == "'"):
             raise Unread("a subscript or prime of something else than a letter")
         return node
-
-    def exponent(self) -> Node:
-        sign = 1
-        while self.peek() in ("+", "-"):
-            sign *= self.signs[self.take().text]
-        node = self.base()  # TeX raises the first digit of 2^10 alone; whoever writes it means ten
-        return node if sign > 0 else Node("-", (node,))
 
     def base(self) -> Node:
         token = self.take()
@@ -206,60 +195,55 @@ class Reader:
             return self.number(token)
         if token.kind in ("letters", "word"):
             return self.symbol(token.text)
-        if token.text in ("(", "{", "["):
-            node = self.group({"(": ")", "{": "}", "[": "]"}[token.text])
-            return node
+        if token.text in CLOSING:
+            return self.group(CLOSING[token.text])
         if token.text == "|":
-            self.bars, bars = 1, self.bars
-            node = self.sum()
-            self.expect("|")
-            self.bars = bars
-            return Node("abs", (node,))
+            return Node("abs", (self.group("|"),))
         if token.kind == "command":
             return self.command(token.text)
         raise Unread(f"{token.text!r} is not understood")
 
-    def group(self, closing: str) -> Node:
-        self.bars, bars = 0, self.bars
-        node = self.sum()
+    def arguments(self, closing: str) -> list[Node]:
+        outer, self.in_bars = self.in_bars, closing == "|"
+        nodes = [self.sum()]
+        while self.peek() == ",":
+            self.take()
+            nodes.append(self.sum())
         self.expect(closing)
-        self.bars = bars
-        return node
+        self.in_bars = outer
+        return nodes
+
+    def group(self, closing: str) -> Node:
+        nodes = self.arguments(closing)
+        if len(nodes) > 1:
+            raise Unread("a list within a formula")
+        return nodes[0]
 
     def argument(self) -> Node:
-        """What follows a command: a group, a single digit, letter or command."""
+        """Returns what follows a command: a group, a single digit, letter or command."""
         token = self.token
-        if token is None:
-            raise Unread("an argument is missing")
-        if token.text == "{":
-            self.take()
-            return self.group("}")
-        if token.kind == "number" and len(token.text) > 1:
+        if token is not None and token.kind == "number" and len(token.text) > 1:
             if not token.text.isdigit():
                 raise Unread("an argument without braces")
-            self.tokens[self.position] = token._replace(text=token.text[1:], spaced=False)
-            return Node("number", (Fraction(int(token.text[0])),))
+            first, rest = token._replace(text=token.text[0]), token._replace(text=token.text[1:], spaced=False)
+            self.tokens[self.position : self.position + 1] = [first, rest]
+            return Node("number", (read_number(self.take().text),))
         return self.base()
 
     def number(self, token: Token) -> Node:
-        value = read_number(token.text)
-        whole = token.text.isdigit()
-        rest = self.tokens[self.position : self.position + 3]
-        if whole and rest and rest[0].text == r"\frac":  # 1\frac12
-            start = self.position
+        value, start = read_number(token.text), self.position
+        rest = self.tokens[start : start + 3]
+        if token.text.isdigit() and self.peek() == r"\frac":  # 1\frac12
             self.take()
             upper, lower = self.argument(), self.argument()
             if upper.op == lower.op == "number":
-                if not 0 < upper.parts[0] < lower.parts[0]:
-                    raise Unread("a mixed number whose fraction is not below one")
-                return Node("number", (value + upper.parts[0] / lower.parts[0],))
+                return _mixed(value, upper.parts[0], lower.parts[0])
             self.position = start
-        elif whole and [each.kind for each in rest[::2]] == ["number", "number"] and rest[1].text == "/":  # 1 1/2
-            upper, lower = (read_number(each.text) for each in rest[::2])
-            if not (rest[0].spaced and rest[0].text.isdigit() and rest[2].text.isdigit() and 0 < upper < lower):
+        elif token.text.isdigit() and [each.kind for each in rest[::2]] == ["number"] * 2 and rest[1].text == "/":
+            if not (rest[0].spaced and rest[0].text.isdigit() and rest[2].text.isdigit()):  # 1 1/2
                 raise Unread("two numbers without a sign between them")
             self.position += 3
-            return Node("number", (value + upper / lower,))
+            return _mixed(value, read_number(rest[0].text), read_number(rest[2].text))
         return Node("number", (value,))
 
     def symbol(self, name: str) -> Node:
@@ -285,16 +269,6 @@ class Reader:
                 return "".join(inside)
             inside.append(text)
 
-    def arguments(self, closing: str) -> list[Node]:
-        self.bars, bars = 0, self.bars
-        nodes = [self.sum()]
-        while self.peek() == ",":
-            self.take()
-            nodes.append(self.sum())
-        self.expect(closing)
-        self.bars = bars
-        return nodes
-
     def command(self, command: str) -> Node:
         name = command[1:]
         if command in CONSTANTS or command in GREEK:
@@ -308,13 +282,9 @@ class Reader:
             if self.peek() == "[":
                 self.take()
                 index = self.group("]")
-            if self.peek() == "(":
-                self.take()
-                return Node("root", (self.group(")"), index))
             token = self.token
-            if token is not None and token.kind == "number" and token.spaced:  # as in √12
-                return Node("root", (self.base(), index))
-            return Node("root", (self.argument(), index))
+            is_plain = token is not None and (token.text == "(" or (token.kind == "number" and token.spaced))  # √12
+            return Node("root", (self.base() if is_plain else self.argument(), index))
         if name in ("lfloor", "lceil"):
             return Node(name, (self.group(f"\\r{name[1:]}"),))
         if name in FUNCTIONS:
@@ -325,51 +295,42 @@ class Reader:
         power = base = None
         while self.peek() in ("^", "_"):
             if self.take().text == "^":
-                power = self.exponent()
+                power = self.signed(self.base)
             else:
                 base = self.argument()
         if base is not None and name != "log":
             raise Unread(f"a base of {name}")
-        if self.peek() in ("(", "["):
-            arguments = self.arguments({"(": ")", "[": "]"}[self.take().text])
-        elif name in SEVERAL:
-            raise Unread(f"{name} without its arguments")
-        elif self.peek() == "{":
-            self.take()
-            arguments = [self.group("}")]
+        if self.peek() in CLOSING:
+            arguments = self.arguments(CLOSING[self.take().text])
         else:
-            sign = -1 if self.peek() == "-" else 1
-            if sign < 0:
-                self.take()
-            argument = self.product(of_function=True)
-            arguments = [argument if sign > 0 else Node("-", (argument,))]
-        if len(arguments) > 1 and name not in SEVERAL:
-            raise Unread(f"{name} of several arguments")
-        if name == "log" and base is not None:
-            node = Node("/", (Node("function", ("ln", *arguments)), Node("function", ("ln", base))))
+            arguments = [self.signed(lambda: self.product(of_function=True))]
+        if (len(arguments) > 1) != (name in SEVERAL):
+            raise Unread(f"{name} of {len(arguments)} arguments")
+        node = Node("function", (name, *arguments))
+        if base is not None:
+            node = Node("/", tuple(Node("function", ("ln", each)) for each in (*arguments, base)))
         elif name in ("sin", "cos", "tan") and power == Node("-", (ONE,)):
             return Node("function", (f"arc{name}", *arguments))
-        else:
-            node = Node("function", (name, *arguments))
         return node if power is None else Node("^", (node, power))
 
 
+def _mixed(whole: Fraction, upper: Fraction, lower: Fraction) -> Node:
+    if not 0 < upper < lower:
+        raise Unread("a mixed number whose fraction is not below one")
+    return Node("number", (whole + upper / lower,))
+
+
 def read_number(text: str) -> Fraction:
-    r"""The exact value of `12`, `0.5`, `1e-5` or `0.1\overline{6}`; Unread for more than MOST_DIGITS digits."""
-    if len(text) > MOST_DIGITS:
-        raise Unread("a number is too long")
+    r"""Returns the exact value of `12`, `0.5`, `1e-5` or `0.1\overline{6}`; raises Unread where it is too long."""
     written, _, period = text.partition(r"\overline")
-    if period:
-        digits = period.strip("{} ")
-        if "." not in written:
-            raise Unread("a period without a decimal point")
-        places = len(written.partition(".")[2])
-        start = Fraction(written if not written.endswith(".") else written[:-1])
-        return start + Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
-    mantissa, letter, power = text.lower().partition("e")
-    if letter and len(power) > 5:
-        raise Unread("a power of ten is too large")
-    return Fraction(mantissa if not mantissa.endswith(".") else mantissa[:-1]) * Fraction(10) ** int(power or 0)
+    if len(text) > MOST_DIGITS or len(written.lower().partition("e")[2]) > 5:
+        raise Unread("a number is too long")
+    if not period:
+        return Fraction(written)
+    if "." not in written:
+        raise Unread("a period without a decimal point")
+    digits, places = period.strip("{} "), len(written.partition(".")[2])
+    return Fraction(written) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
 
 
 def symbols(node: Node) -> set[str]:

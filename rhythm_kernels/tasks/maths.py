@@ -92,7 +92,7 @@ def verify(completion: str, answer: str) -> float:
 def _same_by_sympy(gold: str, given: str) -> bool:
     """Whether math-verify finds two sums, integrals, products or limits equal; it is not asked about anything else."""
     texts = [normalise(text) for text in (gold, given)]
-    # Its reader takes X for x, and a decimal point for a full stop.
+    # Its reader takes X for x, and its comparison takes all small numbers for zero: so values are compared first.
     if not OPERATORS.search(texts[0]) or not all(
         FOR_SYMPY.fullmatch(text) and text == text.lower() and "." not in text for text in texts
     ):
@@ -101,7 +101,6 @@ def _same_by_sympy(gold: str, given: str) -> bool:
     variables = getattr(one, "free_symbols", None)
     if variables is None or variables != getattr(other, "free_symbols", None):
         return False
-    # Its comparison takes all small numbers for zero, so values are compared first.
     for start in (2, 3, 5):
         point = {variable: start + index for index, variable in enumerate(sorted(variables, key=str))}
         try:
