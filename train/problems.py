@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 @contextmanager
 def reading_sets() -> Iterator[None]:
-    """Within this block a set that does not load is a setting that is refused."""
+    """Makes a set that does not load a setting that is refused."""
     try:
         yield
     except BadSet as error:

@@ -22,7 +22,7 @@ MISS, HIT = "x", "!"
 
 
 class Attempt(NamedTuple):
-    """One way to combine all the numbers: the worked steps, the expression they amount to, and its value."""
+    """One way to combine all the numbers: the worked steps, the expression that they make, and its value."""
 
     steps: str
     expression: str
@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each word of this task."""
+    """Returns a tokenizer with one token for each word of this task."""
     words = [PAD, EOS, *SIGNS, *map(str, range(LARGEST_NUMBER + 1))]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -52,19 +52,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _combine(a: int, b: int, operators: str) -> list[tuple[str, int]]:
-    """Every allowed `a sign b`, a >= b, whose result is a token."""
+    """Returns every allowed `a sign b`, a >= b, whose result is a token, as (sign, result)."""
     results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else -1}
     return [(sign, results[sign]) for sign in operators if 0 <= results[sign] <= LARGEST_NUMBER]
 
 
 @cache
 def attempts(numbers: tuple[int, ...], operators: str) -> tuple[Attempt, ...]:
-    """All attempts for these numbers: repeatedly replace two of the values by their combination, the larger first."""
+    """Returns all attempts: two of the values are repeatedly replaced by their combination, the larger first."""
 
     def reduce(terms: list[tuple[int, str]], steps: list[str]):
         if len(terms) == 1:
             value, expression = terms[0]
-            found[" , ".join(steps)] = Attempt(" , ".join(steps), _strip(expression), value)
+            text = " , ".join(steps)
+            ways[text] = Attempt(text, _strip(expression), value)
             return
         for i, j in itertools.combinations(range(len(terms)), 2):
             (b, right), (a, left) = sorted((terms[i], terms[j]), key=lambda term: term[0])
@@ -73,9 +74,9 @@ def attempts(numbers: tuple[int, ...], operators: str) -> tuple[Attempt, ...]:
                 step = f"{a} {sign} {b} = {value}"
                 reduce([*rest, (value, f"( {left} {sign} {right} )")], [*steps, step])
 
-    found: dict[str, Attempt] = {}
+    ways: dict[str, Attempt] = {}
     reduce([(number, str(number)) for number in numbers], [])
-    return tuple(found.values())
+    return tuple(ways.values())
 
 
 def _strip(expression: str) -> str:
@@ -83,7 +84,7 @@ def _strip(expression: str) -> str:
 
 
 def split_problems(task: Words) -> Split:
-    """All solvable problems, split by number multiset; `held_out` of them, all distinct, from multisets of their own.
+    """Returns all solvable problems, split by number multiset; `held_out` distinct ones have multisets of their own.
 
     Whole multisets go to the held-out side, in a seeded order, until they hold `held_out_pool` times as many problems
     as are kept, so that the kept ones spread over many multisets.
@@ -109,7 +110,7 @@ def _puzzles_of(numbers: tuple[int, ...], operators: str) -> list[Puzzle]:
 
 
 def demonstrate(problem: Problem, task: Words, style: Demonstrations, draw: random.Random) -> str:
-    """One search trace: some misses, then a hit, or giving up with the last miss as the answer."""
+    """Returns a search trace: some misses, then a hit, or the last miss as the answer of one that gives up."""
     numbers, target = Puzzle.of(problem)
     ways = attempts(numbers, task.operators)
     hits = [way for way in ways if way.value == target]

@@ -1,11 +1,11 @@
-"""The tasks: problems and the verifiers of their answers. Reward workers import this package, so it loads no torch."""
+"""Problems and the verifiers of their answers. Reward workers import this package, so it loads no torch."""
 
 from collections.abc import Callable
 
 from rhythm_kernels.tasks import choice, countdown, maths, words
 from rhythm_kernels.tasks.types import BadSet, Problem
 
-# (completion, answer) -> reward. Pure, and a wrong answer is 0.0, however it is written.
+# (completion, answer) -> reward. A verifier is pure, and gives 0.0 for a wrong answer, however it is written.
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "words": words.verify,
     "countdown": countdown.verify,

@@ -1,29 +1,16 @@
-r"""Whether an answer, as a model wrote it, equals a gold one: both are read as one of the kinds of `kinds.py`.
+r"""Reads answers, as models and people write them, as one of the kinds of kinds.py, and compares them.
 
-What is not understood to its last sign is a text, equal to the same text alone. Nothing is evaluated as code, and the
-size of everything is bounded.
+An answer that is not understood to its last sign is a text, equal to the same text alone. Nothing is evaluated as
+code, and the size of everything is bounded.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from rhythm_kernels.tasks import formula
+from rhythm_kernels.tasks import formula, kinds
 from rhythm_kernels.tasks.forms import normalise
-from rhythm_kernels.tasks.formula import Node, Unread
-from rhythm_kernels.tasks.kinds import (
-    Bracketed,
-    Clock,
-    Labelled,
-    Numeral,
-    Quantity,
-    Ratio,
-    Relation,
-    Rows,
-    Several,
-    Text,
-    equal,
-)
+from rhythm_kernels.tasks.formula import INFINITY, Node, Unread
 from rhythm_kernels.tasks.units import split_unit
 
 MOST_ITEMS = 64  # of a list, set or tuple
@@ -32,31 +19,31 @@ DEEPEST = 6  # tuples within lists within sets
 
 def same(gold: str, given: str) -> bool:
     """Whether an answer, as it was written, equals a gold one."""
-    return any(equal(one, other) for one in readings(gold) for other in readings(given))
+    return any(kinds.equal(one, other) for one in readings(gold) for other in readings(given))
 
 
 @lru_cache(maxsize=4096)
 def readings(text: str) -> tuple:
-    """What a text can mean: its words, and the kind that it is read as; two where a comma can be one of thousands."""
+    """Returns what a text can mean: its words, and the kind it is read as; two where a comma has two uses."""
     text = normalise(text)
-    found = [Text(plain(text))] if plain(text) else []
+    found = [kinds.Text(plain(text))] if plain(text) else []
     for variant in _variants(text):
         try:
             found.append(_read(variant, 0))
         except (Unread, RecursionError):
             continue
     if match := re.fullmatch(r"\\text\{\(?([A-J])\)?[.:]?\}[\s:]*(\S.*)", text):  # \textbf{(C)}\ 12
-        found += [Text(match[1]), *(each for each in readings(match[2]) if not isinstance(each, Text))]
+        found += [kinds.Text(match[1]), *(each for each in readings(match[2]) if not isinstance(each, kinds.Text))]
     return tuple(found)
 
 
 def is_understood(text: str) -> bool:
     """Whether a text is more than words."""
-    return any(not isinstance(each, Text) for each in readings(text))
+    return any(not isinstance(each, kinds.Text) for each in readings(text))
 
 
 def plain(text: str) -> str:
-    """A normalised text as it is compared with another: without \\text{} and braces; words in lower case."""
+    """Returns a normalised text as it is compared with another: without \\text{} and braces; words in lower case."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"\\(?:frac|binom)(?=\d\d)", lambda match: match[0] + " ", text)
@@ -74,7 +61,7 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d]|,\d)")
 
 
 def _variants(text: str) -> Iterator[str]:
-    """The text with the commas of thousands taken out, and with all commas as separators, where it can mean either."""
+    """Yields the text without the commas of thousands, and with all commas as separators, where it can mean either."""
     merged = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     if re.search(r"\d,0\d", merged):  # 1,00 is neither a number nor a list
         return
@@ -105,7 +92,7 @@ ROWS = re.compile(r"\\begin\{(\w+)\*?\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\*?\}", re.
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """The signs of a text, each with whether it is outside of all brackets."""
+    """Yields the signs of a text, each with whether it is outside of all brackets."""
     depth = 0
     for match in PIECE.finditer(text):
         piece = match[0]
@@ -115,12 +102,14 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _split(text: str, separates: Callable[[str], bool]) -> tuple[list[str], list[str]]:
-    """The parts of a text between the separators outside of all brackets, and those."""
+    """Returns the parts of a text between the separators outside of all brackets, and those separators."""
     parts, separators = [""], []
     for piece, is_outside in _pieces(text):
         if is_outside and separates(piece):
             separators.append(piece)
             parts.append("")
+            if len(parts) > MOST_ITEMS:
+                raise Unread("too many parts")
         else:
             parts[-1] += piece
     return [part.strip() for part in parts], separators
@@ -133,28 +122,27 @@ def _read(text: str, depth: int):
     if match := re.fullmatch(r"\\text\{([^{}]*)\}", text):
         text = match[1].strip()
     if text in REALS:
-        infinity = Node("constant", (r"\infty",))
-        return Bracketed("(", ")", (Quantity(Node("-", (infinity,))), Quantity(infinity)))
+        return kinds.Bracketed("(", ")", (kinds.Quantity(Node("-", (INFINITY,))), kinds.Quantity(INFINITY)))
     if match := ROWS.fullmatch(text):
         return _read_rows(match[1], match[2], depth)
     if any(piece in REFUSED for piece, _ in _pieces(text)):
         raise Unread("a relation that is not read")
     if _is_prose(text):
-        return Text(plain(text))
+        return kinds.Text(plain(text))
     parts, separators = _split(text, lambda piece: piece in ",;" or CONNECTOR.fullmatch(piece) is not None)
     parts = [part for part in parts if part]
     if separators:
-        if not parts or len(parts) > MOST_ITEMS:
-            raise Unread("no list, or too long a one")
+        if not parts:
+            raise Unread("no list")
         items = [_read_item(part, depth) for part in parts]
-        if any(isinstance(item, Bracketed) and item.variable for item in items) and any(
+        if any(isinstance(item, kinds.Bracketed) and item.variable for item in items) and any(
             "and" in separator.casefold() or separator == "," for separator in separators
         ):
             raise Unread("inequalities that hold at once")
         return _several(items) if len(items) > 1 else items[0]
     parts, separators = _split(text, lambda piece: piece == r"\cup")
     if separators:
-        return Several(tuple(_read(part, depth + 1) for part in parts), is_set=True)
+        return kinds.Several(tuple(_read(part, depth + 1) for part in parts), is_set=True)
     parts, signs = _split(text, lambda piece: piece in RELATIONS)
     if signs:
         return _read_relation(parts, [RELATIONS[sign] for sign in signs], depth)
@@ -165,21 +153,21 @@ def _read_item(text: str, depth: int):
     try:
         return _read(text, depth + 1)
     except Unread:
-        if formula_like := re.search(r"[\\=<>^_{}]", re.sub(r"\\text\{[^{}]*\}", "", text)):
-            raise Unread(f"{formula_like[0]!r} within a text") from None
-        return Text(plain(text))
+        if re.search(r"[\\=<>^_{}]", re.sub(r"\\text\{[^{}]*\}", "", text)):
+            raise
+        return kinds.Text(plain(text))
 
 
 def _several(items: list):
-    """A list, without the names of its parts where all have the same: x = 1, x = 2."""
+    """Returns a list, without the names of its parts where all have the same: x = 1, x = 2."""
     flat = []
     for item in items:  # x = \pm 1, 3
-        inner = item.value if isinstance(item, Labelled) else item
-        flat += inner.items if isinstance(inner, Several) and not inner.is_set else [item]
-    names = {re.sub(r"[_'].*", "", item.label) for item in flat if isinstance(item, Labelled)}
-    if len(names) == 1 and (isinstance(flat[0], Labelled)):
-        flat = [item.value if isinstance(item, Labelled) else item for item in flat]
-    return Several(tuple(flat))
+        inner = item.value if isinstance(item, kinds.Labelled) else item
+        flat += inner.items if isinstance(inner, kinds.Several) and not inner.is_set else [item]
+    names = {re.sub(r"[_'].*", "", item.label) for item in flat if isinstance(item, kinds.Labelled)}
+    if len(names) == 1 and isinstance(flat[0], kinds.Labelled):
+        flat = [item.value if isinstance(item, kinds.Labelled) else item for item in flat]
+    return kinds.Several(tuple(flat))
 
 
 def _read_relation(sides: list[str], signs: list[str], depth: int):
@@ -192,7 +180,7 @@ def _read_relation(sides: list[str], signs: list[str], depth: int):
             return _read(sides[0], depth + 1)
         signs = signs[: len(sides) - 1]
     if signs == ["in"]:
-        return Labelled(plain(sides[0]), _read(sides[1], depth + 1), is_name=True)
+        return kinds.Labelled(plain(sides[0]), _read(sides[1], depth + 1), is_name=True)
     if set(signs) == {"="}:
         return _read_equation(sides, depth)
     if "in" in signs or "=" in signs:
@@ -200,31 +188,30 @@ def _read_relation(sides: list[str], signs: list[str], depth: int):
     nodes = [formula.read(side) for side in sides]
     if len(nodes) == 2:
         return _interval(nodes, signs) or _relation(signs[0], *nodes)
-    found = _interval(nodes, signs)
-    if found is None:
+    interval = _interval(nodes, signs)
+    if interval is None:
         raise Unread("a chain of inequalities")
-    return found
+    return interval
 
 
-def _relation(sign: str, left: Node, right: Node) -> Relation:
+def _relation(sign: str, left: Node, right: Node) -> kinds.Relation:
     if sign in (">", ">="):
         left, right, sign = right, left, sign.replace(">", "<")
-    return Relation(sign, Node("+", (left, Node("-", (right,)))))
+    return kinds.Relation(sign, Node("+", (left, Node("-", (right,)))))
 
 
-def _interval(nodes: list[Node], signs: list[str]) -> Bracketed | None:
-    """x > 3, 3 < x and 1 < x <= 2 as intervals; None for all others."""
+def _interval(nodes: list[Node], signs: list[str]) -> kinds.Bracketed | None:
+    """Returns x > 3, 3 < x and 1 < x <= 2 as intervals; None for all others."""
     if signs[0] in (">", ">="):
         if any(sign not in (">", ">=") for sign in signs):
             return None
         nodes, signs = nodes[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
     elif any(sign not in ("<", "<=") for sign in signs):
         return None
-    infinity = Node("constant", (r"\infty",))
     if len(nodes) == 2 and nodes[0].op == "symbol":
-        nodes, signs = [Node("-", (infinity,)), *nodes], ["<", *signs]
+        nodes, signs = [Node("-", (INFINITY,)), *nodes], ["<", *signs]
     elif len(nodes) == 2 and nodes[1].op == "symbol":
-        nodes, signs = [*nodes, infinity], [*signs, "<"]
+        nodes, signs = [*nodes, INFINITY], [*signs, "<"]
     if len(nodes) != 3 or nodes[1].op != "symbol":
         return None
     low, variable, high = nodes
@@ -236,7 +223,7 @@ def _interval(nodes: list[Node], signs: list[str]) -> Bracketed | None:
         relation = _relation(signs[1], variable, high)
     elif formula.is_infinite(high):
         relation = _relation(signs[0], low, variable)
-    return Bracketed(*brackets, (Quantity(low), Quantity(high)), variable.parts[0], relation)
+    return kinds.Bracketed(*brackets, (kinds.Quantity(low), kinds.Quantity(high)), variable.parts[0], relation)
 
 
 def _is_name(text: str) -> bool:
@@ -259,12 +246,12 @@ def _read_equation(sides: list[str], depth: int):
     between = sides[1:-1] if len(sides) > 2 else []
     value = _read(last, depth + 1)
     left = _formula_or_none(first)
-    right = value.node if isinstance(value, Quantity) else None
+    right = value.node if isinstance(value, kinds.Quantity) else None
     if left is not None and not formula.symbols(left) and not is_name:  # 2 + 3 = 5
         between = [first, *between]
     for side in between:
         other = _read(side, depth + 1)
-        if not (equal(other, value) or equal(value, other)):
+        if not (kinds.equal(other, value) or kinds.equal(value, other)):
             raise Unread("sides that are not equal")
     if first in between:
         return value
@@ -273,7 +260,7 @@ def _read_equation(sides: list[str], depth: int):
     if not is_name and right is not None and (len(formula.symbols(left)) == 1 or right == formula.ZERO):
         return _relation("=", left, right)  # 2x = 5 is not solved, and so is not 5; a + b = 5 may be what is asked for
     relation = None if left is None or right is None else _relation("=", left, right)
-    return Labelled(plain(first), value, is_name, relation)
+    return kinds.Labelled(plain(first), value, is_name, relation)
 
 
 def _is_constant(text: str) -> bool:
@@ -289,9 +276,9 @@ def _formula_or_none(text: str) -> Node | None:
 
 
 def _read_one(text: str, depth: int):
-    """What has no list, union or relation outside of its brackets."""
+    """Reads a text without a list, union or relation outside of its brackets."""
     if text in (r"\emptyset", "empty set", "the empty set"):
-        return Several((), is_set=True)
+        return kinds.Several((), is_set=True)
     for opening, closing in ((r"\{", r"\}"), ("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), (r"\langle", r"\rangle")):
         if text.startswith(opening) and text.endswith(closing) and _encloses(text):
             inside = text[len(opening) : -len(closing)].strip()
@@ -299,29 +286,27 @@ def _read_one(text: str, depth: int):
                 return _read_set(inside, depth)
             items, separators = _split(inside, lambda piece: piece in ",;")
             if separators:
-                if len(items) > MOST_ITEMS:
-                    raise Unread("too long a tuple")
                 brackets = ("(", ")") if opening == r"\langle" else (opening, closing)
-                return Bracketed(*brackets, tuple(_read_item(item, depth) for item in items))
+                return kinds.Bracketed(*brackets, tuple(_read_item(item, depth) for item in items))
             if (opening, closing) == ("(", ")") and not re.fullmatch(r"[A-Z]", inside):
                 return _read(inside, depth + 1)
     if match := re.fullmatch(r"\(?([0-9A-Z]+)\)?_\s*\{?\s*\(?(?:\\text\{)?(\d+|[a-z]{3,7})\}?\)?\s*\}?", text):
         base = BASES.get(match[2], match[2])
         if base.isdigit() and (match[1].isdigit() or int(base) > 10) and re.search(r"\d", match[1]):
-            return Numeral(match[1].lstrip("0") or "0", base)
+            return kinds.Numeral(match[1].lstrip("0") or "0", base)
     if match := re.fullmatch(r"([0-9A-Z]+) ?(?:\\text\{)? ?(?:in )?base ?\}? ?(\d+)\}?", text):
-        return Numeral(match[1].lstrip("0") or "0", match[2])
+        return kinds.Numeral(match[1].lstrip("0") or "0", match[2])
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     if match := re.fullmatch(r"(\d{1,2}):(\d\d)(?::(\d\d))?\s*(?:([ap])\.? ?m\.?)?", bare, re.IGNORECASE):
-        return Clock(tuple(int(part) for part in match.groups()[:3] if part), (match[4] or "").lower())
+        return kinds.Clock(tuple(int(part) for part in match.groups()[:3] if part), (match[4] or "").lower())
     if re.fullmatch(r"\d+\s*(?:[-]\s*\d+|/\s*\d+\s*/\s*\d+|-\s*\d+\s*-\s*\d+)", text):  # a range, a date
-        return Text(plain(text))
+        return kinds.Text(plain(text))
     parts, separators = _split(text, lambda piece: piece == ":")
     if separators:
-        return Ratio(tuple(formula.read(part) for part in parts))
+        return kinds.Ratio(tuple(formula.read(part) for part in parts))
     bare = re.sub(r"\{(\d+)\}", r"\1", bare).replace(" _", "_")
     if CHEMICAL.fullmatch(bare) and (re.search(r"\d", bare) or not bare.isupper()):
-        return Text(bare.replace("_", ""))
+        return kinds.Text(bare.replace("_", ""))
     return _read_quantity(text)
 
 
@@ -335,21 +320,21 @@ def _encloses(text: str) -> bool:
     return not any(outside[1:-1])
 
 
-def _read_set(inside: str, depth: int) -> Several:
+def _read_set(inside: str, depth: int) -> kinds.Several:
     if not inside:
-        return Several((), is_set=True)
+        return kinds.Several((), is_set=True)
     items, _ = _split(inside, lambda piece: piece in ",;")
-    if len(items) > MOST_ITEMS or any(piece in (":", "|") and out for piece, out in _pieces(inside)):
-        raise Unread("a set by its rule, or too large a one")
+    if any(piece in (":", "|") and is_outside for piece, is_outside in _pieces(inside)):
+        raise Unread("a set by its rule")
     found: list = []
     for item in (_read_item(item, depth) for item in items):
-        for each in item.items if isinstance(item, Several) and not item.is_set else (item,):
-            if not any(equal(each, other) for other in found):
+        for each in item.items if isinstance(item, kinds.Several) and not item.is_set else (item,):
+            if not any(kinds.equal(each, other) for other in found):
                 found.append(each)
-    return Several(tuple(found), is_set=True)
+    return kinds.Several(tuple(found), is_set=True)
 
 
-def _read_rows(name: str, body: str, depth: int) -> Rows:
+def _read_rows(name: str, body: str, depth: int) -> kinds.Rows:
     name = {"bmatrix": "matrix", "pmatrix": "matrix", "smallmatrix": "matrix", "array": "matrix"}.get(name, name)
     rows = []
     for line in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr", body):
@@ -358,18 +343,18 @@ def _read_rows(name: str, body: str, depth: int) -> Rows:
             rows.append(tuple(_read_cell(cell, depth) for cell in cells))
     if not rows or sum(map(len, rows)) > MOST_ITEMS:
         raise Unread("no matrix, or too large a one")
-    return Rows(name, tuple(rows))
+    return kinds.Rows(name, tuple(rows))
 
 
 def _read_cell(text: str, depth: int):
     text = re.sub(r"^(?:\\text\{ ?(?:if|for|when) ?\}|(?:if|for|when)\b)\s*|[,.;]$", "", text.rstrip(",. ")).strip()
     text = re.sub(r"^\\text\{ ?(?:if|for|when) ", r"\\text{", text)
     if re.fullmatch(r"(?:\\text\{)? ?(?:otherwise|else) ?\}?", text):
-        return Text("otherwise")
+        return kinds.Text("otherwise")
     try:
         return _read(text, depth + 1)
     except Unread:
-        return Text(plain(text))
+        return kinds.Text(plain(text))
 
 
 def _is_prose(text: str) -> bool:
@@ -390,11 +375,11 @@ def _read_quantity(text: str):
     if r"\text" in head:
         raise Unread("words within a formula")
     if r"\pm" in head or r"\mp" in head:
-        return Several(tuple(Quantity(formula.read(head, sign), unit) for sign in (1, -1)))
+        return kinds.Several(tuple(kinds.Quantity(formula.read(head, sign), unit) for sign in (1, -1)))
     node = formula.read(head)
     if (unit or factor != 1) and formula.symbols(node):
         raise Unread("a unit behind a variable")
     if factor != 1:
-        return Quantity(Node("*", (Node("number", (factor,)), node)), unit)
+        return kinds.Quantity(Node("*", (Node("number", (factor,)), node)), unit)
     written = head.replace(" ", "")
-    return Quantity(node, unit, written if re.fullmatch(r"[-+]?\d*\.\d+", written) else "")
+    return kinds.Quantity(node, unit, written if re.fullmatch(r"[-+]?\d*\.\d+", written) else "")

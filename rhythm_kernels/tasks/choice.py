@@ -16,10 +16,13 @@ WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|maths
 
 
 def from_row(question, answer, options=None) -> Problem:
-    """The problem of a question, its answer (a letter or the words) and its options, if any.
+    """Returns the problem of a question, its answer (a letter or the words) and its options, if any.
 
-    `question` is text or a chat, whose last turn by the user it is then; `options` is a list of texts, or texts by
-    letter. Without `options` those are read that the question lists line by line, as in `B. ...` or `(B) ...`.
+    Args:
+        question: text, or a chat, whose last turn by the user is taken.
+        answer: the letter of the right option, or its words.
+        options: a list of texts, or texts by letter. If None, options are read that the question lists line by line,
+            as in `B. ...` or `(B) ...`.
     """
     text, gold = require_text(_last_turn(question), "question"), require_text(answer, "answer")
     listed = options is None
@@ -46,7 +49,7 @@ def from_row(question, answer, options=None) -> Problem:
 
 
 def verify(completion: str, answer: str) -> float:
-    r"""1.0 if the last \boxed{} holds the gold's letter, its text, or the letter with the text, else 0.0."""
+    r"""Returns 1.0 if the last \boxed{} holds the gold's letter, its text, or both, else 0.0."""
     boxed = last_boxed(completion)
     if not boxed:
         return 0.0
@@ -59,7 +62,7 @@ def verify(completion: str, answer: str) -> float:
 
 
 def _last_turn(question):
-    """The content of the user's last turn where `question` is a chat, else `question`."""
+    """Returns the content of the user's last turn where `question` is a chat, else `question`."""
     if not isinstance(question, list):
         return question
     turns = [turn for turn in question if isinstance(turn, Mapping) and turn.get("role") == "user"]
@@ -84,7 +87,7 @@ def _by_letter(options) -> dict[str, str]:
 
 
 def _read(text: str) -> tuple[str | None, str | None]:
-    """Letter and words of `B`, `(B)`, `B.`, `B. Paris` or `(B) Paris`; no letter in anything else."""
+    """Returns letter and words of `B`, `(B)`, `B.`, `B. Paris` or `(B) Paris`; no letter for anything else."""
     text = _unwrap(text)
     if match := LETTER.fullmatch(text):
         return match[1].upper(), None
@@ -94,7 +97,7 @@ def _read(text: str) -> tuple[str | None, str | None]:
 
 
 def _unwrap(text: str) -> str:
-    r"""`text` without $ around it and without \text{} and its kin."""
+    r"""Returns `text` without $ around it and without \text{} and its kin."""
     previous = None
     while previous != text:
         previous, text = text, WRAPPER.sub(r"\1", text).strip().strip("$").strip()
@@ -102,5 +105,5 @@ def _unwrap(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` as it is compared: unwrapped, in lower case, single spaces, no full stop at its end."""
+    """Returns `text` as it is compared: unwrapped, in lower case, single spaces, no full stop at its end."""
     return " ".join(unicodedata.normalize("NFKC", _unwrap(text)).casefold().split()).rstrip(". ")

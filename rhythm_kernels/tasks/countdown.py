@@ -18,7 +18,7 @@ RIGHT_SIDE = re.compile(rf"\s*(-?[0-9]{{1,{LONGEST_NUMBER}}})\s*", re.ASCII)
 
 
 def from_row(nums, target) -> Problem:
-    """The problem of a row {nums, target}, in the order in which the row gives its numbers."""
+    """Returns the problem of a row {nums, target}, with the numbers in the row's order."""
     whole = isinstance(nums, list | tuple) and all(type(number) is int and number >= 0 for number in nums)
     if not whole or len(nums) < 2:
         raise BadRow(f"nums must be two or more integers from 0 up, got {shorten(nums)}")
@@ -29,7 +29,7 @@ def from_row(nums, target) -> Problem:
 
 
 def from_row_of_four(nums, target) -> Problem:
-    """As `from_row`, without the rows of more or fewer numbers than the paper's problems give."""
+    """Returns the same; raises UnusableRow where there are not as many numbers as in the paper's problems."""
     problem = from_row(nums, target)
     if len(nums) != NUMBERS:
         raise UnusableRow(f"it gives {len(nums)} numbers, not {NUMBERS}")
@@ -37,7 +37,7 @@ def from_row_of_four(nums, target) -> Problem:
 
 
 def generate_rows(count: int, seed: int) -> Iterator[dict]:
-    """`count` solvable rows {nums, target}; no two have the same target and the same numbers in any order.
+    """Yields `count` solvable rows {nums, target}; no two have the same target and the same numbers in any order.
 
     The numbers are combined at random, by positive integers only, until one value is left. Where that can be a target
     it is, so no search for a solution is needed.
@@ -53,7 +53,7 @@ def generate_rows(count: int, seed: int) -> Iterator[dict]:
 
 
 def _combine(nums: list[int], draw: random.Random) -> int | None:
-    """The value in TARGETS of a random expression over all of `nums`, None where the last step reaches none."""
+    """Returns the value in TARGETS of a random expression over all of `nums`; None where the last step reaches none."""
     values = draw.sample(nums, len(nums))
     while len(values) > 1:
         a, b = values.pop(draw.randrange(len(values))), values.pop(draw.randrange(len(values)))
@@ -71,7 +71,10 @@ def _combine(nums: list[int], draw: random.Random) -> int | None:
 
 
 def verify(completion: str, answer: str) -> float:
-    """1.0 if the last <answer> uses every number once and equals the target, else 0.0; it may end in `= target`."""
+    """Returns 1.0 if the last <answer> uses every number once and equals the target, else 0.0.
+
+    The expression may end in `= target`.
+    """
     end = completion.rfind("</answer>")
     start = completion.rfind("<answer>", 0, max(end, 0))
     if start < 0:

@@ -20,7 +20,7 @@ def hits_target(text: str, numbers: Sequence[int], target: int) -> bool:
 
 
 def split_words(text: str) -> list[str] | None:
-    """Numbers, signs and parentheses of `text`; None if it is empty, too long, or holds anything else."""
+    """Returns numbers, signs and parentheses of `text`; None if it is empty, too long, or holds anything else."""
     words, position, text = [], 0, text.rstrip()
     while position < len(text):
         match = WORD.match(text, position)
@@ -32,7 +32,7 @@ def split_words(text: str) -> list[str] | None:
 
 
 def evaluate(words: Sequence[str]) -> Fraction | None:
-    """The exact value of an infix expression, None if it is malformed or divides by zero. Two stacks, no recursion."""
+    """Returns the exact value of an infix expression; None if it is malformed or divides by zero."""
     values: list[Fraction] = []
     pending: list[str] = []
 

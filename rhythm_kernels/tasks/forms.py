@@ -65,7 +65,7 @@ NESTED_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 
 
 def normalise(text: str) -> str:
-    """`text` in one spelling, without what surrounds an answer; `\\$` is a dollar, `\\deg` a degree."""
+    """Returns `text` in one spelling, without what surrounds an answer; `\\$` is a dollar, `\\deg` a degree."""
     text = _letters(text)
     text = _unwrap(text)
     text = re.sub(r"(\d)\s*\\[,:;!]\s*(?=\d{3}(?!\d))", r"\1,", text)  # thousands apart by a thin space
@@ -95,7 +95,7 @@ def normalise(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """ASCII for the signs of unicode; digits of other scripts are what NFKC makes of them."""
+    """Returns `text` with LaTeX for the signs of unicode; digits of other scripts are what NFKC makes of them."""
     text = re.sub(f"[{''.join(RAISED)}]+", lambda match: f"^{{{''.join(map(RAISED.get, match[0]))}}}", text)
     text = re.sub(f"[{''.join(LOWERED)}]+", lambda match: f"_{{{''.join(map(LOWERED.get, match[0]))}}}", text)
     text = re.sub("[¼-¾⅐-⅞]", _vulgar, text)
@@ -109,7 +109,7 @@ def _vulgar(match: re.Match) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """`text` without markdown, math delimiters and boxes around it or its parts, and without words that announce it."""
+    """Returns `text` without markdown, math delimiters and boxes around it, and without words that announce it."""
     before = None
     while before != text:
         before, text = text, text.strip()
@@ -144,7 +144,7 @@ def _rename(match: re.Match) -> str:
 
 
 def _trim(text: str) -> str:
-    """`text` without what hangs on at its ends: full stops, commas, line breaks, = or ≈ before it."""
+    """Returns `text` without full stops, commas and line breaks at its end, and without = or ≈ before it."""
     before = None
     while before != text:
         before = text

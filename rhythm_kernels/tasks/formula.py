@@ -48,6 +48,7 @@ class Node(NamedTuple):
 
 
 ZERO, ONE, TWO = (Node("number", (Fraction(value),)) for value in (0, 1, 2))
+INFINITY = Node("constant", (r"\infty",))
 FACTORS = {  # written behind a number
     "%": Node("number", (Fraction(1, 100),)),
     r"\deg": Node("/", (Node("constant", (r"\pi",)), Node("number", (Fraction(180),)))),
@@ -334,7 +335,7 @@ def read_number(text: str) -> Fraction:
 
 
 def symbols(node: Node) -> set[str]:
-    """The variables of a formula, and the names of its unknown functions with a parenthesis."""
+    """Returns the variables of a formula, and the names of its unknown functions with a parenthesis."""
     found, left = set(), [node]
     while left:
         op, parts = left.pop()
@@ -347,7 +348,7 @@ def symbols(node: Node) -> set[str]:
 
 
 def is_infinite(node: Node) -> int:
-    """1 and -1 for the formulas that are plus and minus infinity, else 0."""
+    """Returns 1 and -1 for the formulas that are plus and minus infinity, else 0."""
     if node.op == "-":
         return -is_infinite(node.parts[0])
-    return int(node == Node("constant", (r"\infty",)))
+    return int(node == INFINITY)

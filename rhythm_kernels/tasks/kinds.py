@@ -27,7 +27,7 @@ class Text(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """A formula with the unit behind it; `written` is the decimal that it was given as, if it was one."""
+    """A formula with the unit behind it; `written` is the decimal that it was given as, if any."""
 
     node: Node
     unit: str = ""
@@ -35,7 +35,7 @@ class Quantity(NamedTuple):
 
 
 class Bracketed(NamedTuple):
-    """A tuple or an interval: what is in brackets of two kinds. x > 3 is (3, inf) of the variable x."""
+    """A tuple or an interval. x > 3 is (3, inf) of the variable x, with the relation x > 3."""
 
     opening: str
     closing: str
@@ -89,20 +89,16 @@ class Rows(NamedTuple):
 
 
 def equal(gold, given) -> bool:
-    """Of two kinds, where the first is the gold one's."""
+    """Whether an answer equals the gold one; both are of one of the kinds above."""
     if isinstance(gold, Labelled) or isinstance(given, Labelled):
         return _equal_labelled(gold, given)
     if isinstance(gold, Quantity) and isinstance(given, Quantity):
         return _equal_quantities(gold, given)
-    if (isinstance(gold, Ratio) and isinstance(given, Quantity)) or (
-        isinstance(gold, Quantity) and isinstance(given, Ratio)
-    ):
+    if {type(gold), type(given)} == {Ratio, Quantity}:
         ratio, number = (gold, given) if isinstance(gold, Ratio) else (given, gold)
         return len(ratio.parts) == 2 and not number.unit and values.same(Node("/", ratio.parts), number.node)
-    if isinstance(gold, Bracketed) and isinstance(given, Relation):
-        return gold.relation is not None and equal(gold.relation, given)
-    if isinstance(gold, Relation) and isinstance(given, Bracketed):
-        return given.relation is not None and equal(gold, given.relation)
+    if {type(gold), type(given)} == {Bracketed, Relation}:
+        return _equal_relations(gold, given)
     if type(gold) is not type(given):
         return False
     if isinstance(gold, Bracketed):
@@ -115,8 +111,8 @@ def equal(gold, given) -> bool:
     if isinstance(gold, Several):
         return _equal_lists(gold, given)
     if isinstance(gold, Relation):
-        found = values.proportion(gold.difference, given.difference)
-        return gold.sign == given.sign and (found > 0 or (found < 0 and gold.sign in ("=", "!=")))
+        factor = values.proportion(gold.difference, given.difference)
+        return gold.sign == given.sign and (factor > 0 or (factor < 0 and gold.sign in ("=", "!=")))
     if isinstance(gold, Clock):
         return gold.time == given.time and gold.half in ("", given.half)
     if isinstance(gold, Ratio):
@@ -138,7 +134,7 @@ def _equal_rows(gold: tuple, given: tuple) -> bool:
 
 
 def _equal_labelled(gold, given) -> bool:
-    """Of x = 5 against x = 5 and 5; of y = 2x + 3 against the same line in other forms, too."""
+    """Whether x = 5 equals x = 5 or 5, and y = 2x + 3 the same line in another form."""
     if isinstance(gold, Labelled) and isinstance(given, Labelled):
         if gold.is_name and given.is_name and gold.label == given.label:
             return equal(gold.value, given.value)
@@ -149,7 +145,11 @@ def _equal_labelled(gold, given) -> bool:
     if isinstance(gold, Labelled) and gold.is_name and isinstance(gold.value, Quantity):
         if not formula.symbols(gold.value.node):
             return False  # 2x = 10 is not solved
-    one, other = (each.relation if isinstance(each, Labelled) else each for each in (gold, given))
+    return _equal_relations(gold, given)
+
+
+def _equal_relations(gold, given) -> bool:
+    one, other = (getattr(kind, "relation", kind) for kind in (gold, given))
     return one is not None and other is not None and equal(one, other)
 
 
@@ -175,7 +175,7 @@ def _equal_quantities(gold: Quantity, given: Quantity) -> bool:
     if gold.unit and given.unit:
         return False
     if "%" not in (gold.unit, given.unit):
-        return _equal_numbers(gold, given) and "pm" not in (gold.unit, given.unit)
+        return _equal_numbers(gold, given)
     hundredth = Node("number", (Fraction(1, 100),))
     if gold.unit:
         return _equal_numbers(gold, given) or values.same(Node("*", (gold.node, hundredth)), given.node)
@@ -198,7 +198,7 @@ def _equal_numbers(gold: Quantity, given: Quantity) -> bool:
 
 
 def _stands_for(decimal: str, node: Node, least: int, *, cut: bool) -> bool:
-    """Whether a decimal of at least `least` digits is a number without an end, rounded or, with `cut`, cut off.
+    """Whether a decimal of at least `least` digits is an endless number, rounded or, with `cut`, cut off.
 
     With `cut` the number must be irrational: a fraction has an exact form.
     """
@@ -216,8 +216,4 @@ def _stands_for(decimal: str, node: Node, least: int, *, cut: bool) -> bool:
 
 
 def _terminates(fraction: Fraction) -> bool:
-    rest = fraction.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    return rest == 1
+    return pow(10, fraction.denominator.bit_length(), fraction.denominator) == 0

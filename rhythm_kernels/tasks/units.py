@@ -45,7 +45,7 @@ NO_UNITS = {
 
 
 class Measured(NamedTuple):
-    """What stands before the unit, the unit in one spelling, and the factor of words such as million."""
+    """The text before a unit, the unit in one spelling, and the factor of words such as million."""
 
     head: str
     unit: str = ""
@@ -53,7 +53,7 @@ class Measured(NamedTuple):
 
 
 def split_unit(text: str) -> Measured:
-    """A normalised text without its unit, and that; the whole text where it has none."""
+    """Returns a normalised text without its unit, and the unit; the whole text where it has none."""
     sign = "-" if text.startswith("-") else ""
     unit = ""
     for symbol, name in CURRENCIES.items():
@@ -76,17 +76,14 @@ def split_unit(text: str) -> Measured:
 
 
 def _spell(text: str) -> tuple[Fraction, str] | None:
-    """The factor of a number (a million) and the unit in one spelling; None for words that are no unit."""
+    """Returns the factor of a number (a million) and the unit in one spelling; None for words that are no unit."""
     plain_words = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     if r"\text" not in text and any(
         len(w) < 4 and w not in SHORT_UNITS for w in re.findall(r"(?<!/)\b[A-Za-z]+", text)
     ):
         return None
-    words, factor = (
-        re.findall(r"[A-Za-z]+|/|\^\s*\{?\s*-?\d|\S", plain_words.replace(r"\cdot", " ").replace("}", "")),
-        Fraction(1),
-    )
-    names: list[str] = []
+    words = re.findall(r"[A-Za-z]+|/|\^\s*\{?\s*-?\d|\S", plain_words.replace(r"\cdot", " ").replace("}", ""))
+    names, factor = [], Fraction(1)
     for word in words:
         key = word if len(word) < 4 else word.casefold()
         if key.casefold() in NO_UNITS or len(words) > 8:
@@ -107,6 +104,5 @@ def _spell(text: str) -> tuple[Fraction, str] | None:
         elif name not in (".", "-"):
             joined.append(name + power)
             power = ""
-    return factor, "".join(joined) if "/" in joined or any(name.startswith("^") for name in joined) else " ".join(
-        joined
-    )
+    is_compact = "/" in joined or any(name.startswith("^") for name in joined)
+    return factor, ("" if is_compact else " ").join(joined)
