@@ -1,7 +1,7 @@
-"""Computes on the CPU what operators give that torch has for a GPU alone, for a pretended CUDA device.
+"""Computes on the CPU the operators that torch has for a GPU alone, and chooses among those for attention.
 
-Each takes the arguments of its operator by name, and returns what it returns. Shapes: query [B, HQ, T, D], key and
-value [B, H, S, D]; of variable-length attention [T, heads, D].
+Each function takes the arguments of its operator by name and returns what the operator returns. Shapes: query
+[B, HQ, T, D], key and value [B, H, S, D]. In variable-length attention all three are [T, heads, D].
 """
 
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
-    """q [B, HQ, T, D], k [B, HQ, S, D], fp32 -> [B, HQ, T, S]."""
+    """Returns the scores [B, HQ, T, S] of q [B, HQ, T, D] and k [B, HQ, S, D], all fp32."""
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + bias
@@ -29,7 +29,7 @@ def _spread(x: Tensor, heads: int) -> Tensor:
 
 
 def _attend(bound: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The output of a fused operator, tokens before heads in memory, and its log-sum-exp [B, HQ, T]."""
+    """Returns the output of a fused operator, tokens before heads in memory, and its log-sum-exp [B, HQ, T]."""
     q, k, v = bound["query"], bound["key"], bound["value"]
     if bound.get("dropout_p"):
         raise NotImplementedError("attention with dropout on a pretended device")
@@ -40,16 +40,15 @@ def _attend(bound: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _attend_backward(bound: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    given = bound["query"], bound["key"], bound["value"]
-    q, (k, v) = given[0].float(), (_spread(x, given[0].shape[1]) for x in given[1:])
+    inputs = bound["query"], bound["key"], bound["value"]
+    q, (k, v) = inputs[0].float(), (_spread(x, inputs[0].shape[1]) for x in inputs[1:])
     grad, out = bound.get("grad_out", bound.get("grad_out_")).float(), bound["out"].float()
     scale = q.shape[-1] ** -0.5 if bound.get("scale") is None else bound["scale"]
     scores = _scores(q, k, bound.get("attn_bias"), bound.get("is_causal", False), scale)
     weights = scores.softmax(-1).nan_to_num()
-    of_scores = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
-    grads = of_scores @ k * scale, of_scores.mT @ q * scale, weights.mT @ grad
-    shared = [x.unflatten(1, (given_x.shape[1], -1)).sum(2) for x, given_x in zip(grads, given)]
-    return tuple(x.to(given_x.dtype) for x, given_x in zip(shared, given))
+    score_grad = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
+    grads = score_grad @ k * scale, score_grad.mT @ q * scale, weights.mT @ grad
+    return tuple(x.unflatten(1, (y.shape[1], -1)).sum(2).to(y.dtype) for x, y in zip(grads, inputs))
 
 
 def _flash(bound):
@@ -77,7 +76,7 @@ def _cudnn(bound):
 
 
 def _packed(bound: dict[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Each sequence of a variable-length call as a call of its own, [1, heads, T, D]; and the bounds."""
+    """Returns the bounds of a variable-length call, and each sequence as a call of its own, [1, heads, T, D]."""
     left, right = bound.get("window_size") or (-1, -1)
     if right not in (-1, 0):
         raise NotImplementedError(f"a window of {right} tokens ahead")
@@ -93,7 +92,7 @@ def _packed(bound: dict[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
 
 
 def _varlen(bound):
-    """query [T, HQ, D] -> out [T, HQ, D], lse [HQ, T]."""
+    """Returns the output [T, HQ, D], the log-sum-exp [HQ, T] and the random state."""
     cuts, calls = _packed(bound)
     if bound["max_q"] < max((end - begin for begin, end in itertools.pairwise(cuts)), default=0):
         raise ValueError(f"sequences {cuts} are longer than max_q {bound['max_q']}")
@@ -122,4 +121,34 @@ GPU_ONLY: dict[str, Callable[[dict[str, Any]], Any]] = {
     "torch_attn::_varlen_attn": _varlen,
     "torch_attn::_varlen_attn_backward": _varlen_backward,
 }
-"""Operators that torch has for a GPU alone, or for more dtypes: what computes them from their arguments by name."""
+"""The functions by the names of their operators, which torch has for a GPU alone or for more dtypes there."""
+
+
+def choose_attention(on_cpu: Callable) -> Callable:
+    """Wraps torch's scaled_dot_product_attention: on the device it calls the operator that torch chooses on an H100."""
+
+    def scaled_dot_product_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        if not query.is_cuda:
+            return on_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        aten, enabled, size = torch.ops.aten, torch.backends.cuda, max(query.shape[-1], value.shape[-1])
+        shared, half = key.shape[1] != query.shape[1], query.dtype in (torch.float16, torch.bfloat16)
+        if size % 8 == 0 and half and size <= 256 and enabled.cudnn_sdp_enabled():
+            fused = aten._scaled_dot_product_cudnn_attention
+        elif size % 8 == 0 and half and size <= 256 and attn_mask is None and enabled.flash_sdp_enabled():
+            out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
+            return out[0]
+        elif size % 4 == 0 and not shared and enabled.mem_efficient_sdp_enabled():
+            fused = aten._scaled_dot_product_efficient_attention
+        else:
+            options = {"scale": scale, "enable_gqa": enable_gqa}
+            return aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, **options
+            )[0]
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        with_lse = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        return fused(query, key, value, attn_mask, with_lse, dropout_p, is_causal, scale=scale)[0]
+
+    return scaled_dot_product_attention
