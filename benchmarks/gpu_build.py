@@ -1,9 +1,9 @@
-"""The extension for the GPU of this machine: the one that is there if it is this commit's and runs, else built here.
+"""Builds the extension for the GPU of this machine, unless one came along that runs.
 
     python -m benchmarks.gpu_build
 
 A copy without .git may carry a compiled extension, which is used if its CUDA ops run on this GPU. Otherwise setup.py
-builds one, for this GPU's architecture alone unless RHYTHM_KERNELS_CUDA_ARCHS says otherwise; it needs nvcc.
+builds one with nvcc, for this GPU's architecture alone or for those in RHYTHM_KERNELS_CUDA_ARCHS.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from benchmarks.gpu_run import ROOT
+from benchmarks import ROOT
 
 PROBE = """
 import torch
@@ -24,22 +24,22 @@ assert selected == [[True, False, True]], selected
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """Returns the name that setup.py takes: "90a" of (9, 0), an H100, whose own instructions need the letter."""
+    """Returns the name that setup.py takes, such as "90a" for (9, 0), an H100. Its own instructions need the letter."""
     number = f"{capability[0]}{capability[1]}"
     return f"{number}a" if capability >= (9, 0) else number
 
 
 def why_not() -> str:
-    """The reason why the extension does not run on this GPU; empty if it runs. Each call loads it anew."""
+    """Returns the reason why the extension does not run on this GPU, or "" if it runs. Each call loads it anew."""
     done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True)
-    said = done.stderr.strip() or f"exit code {done.returncode}"
-    return "" if done.returncode == 0 else said.splitlines()[-1]
+    reason = done.stderr.strip() or f"exit code {done.returncode}"
+    return "" if done.returncode == 0 else reason.splitlines()[-1]
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(f"the extension is built for the visible GPU, and torch {torch.__version__} sees none")
-    if not (ROOT / ".git").exists():  # in a checkout the sources may have changed since
+    if not (ROOT / ".git").exists():  # the sources of a checkout may have changed since the last build
         reason = why_not()
         if not reason:
             print("the extension that came along runs")

@@ -1,18 +1,17 @@
-"""Packs what a GPU machine needs on which nothing can be installed, and prints the commands to run there.
+"""Packs what `make test-gpu` needs on a machine without network or git, and prints the commands to run there.
 
     python -m benchmarks.gpu_bundle [--build-with PYTHON] [--out build/gpu-bundle.tar.gz]
 
 The archive holds one folder, rhythm_kernels/: the files of HEAD, a file COMMIT that names it, since there is no .git,
 and the compiled extension for an H100 or H200 (sm_90a), in place.
 
-The extension is compiled from the same files, so it needs nvcc and the Python of an environment with a CUDA build of
-torch, but no GPU. Where neither is at hand the archive comes without it, and the suite's build step makes it there.
+The extension is compiled from the same files. This takes nvcc and the Python of an environment with a CUDA build of
+torch, but no GPU. Without them the archive has no extension, and the suite's build step compiles it on the GPU machine.
 That step tries a carried extension on the GPU first, and compiles one only if it does not run.
 
-Refused with the reason: a tree that differs from HEAD, and an extension that cannot be built or loaded.
+The command refuses a tree that differs from HEAD, and an extension that cannot be built or loaded, and says why.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -23,17 +22,20 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.gpu_suite import BUDGET, HALVES
-from benchmarks.measure import commit_of
+from benchmarks.measure import commit_of, make_parser
 
-ROOT = Path(__file__).resolve().parent.parent
 TOP = "rhythm_kernels"  # the folder in the archive
-ARCHS = "90a"  # RHYTHM_KERNELS_CUDA_ARCHS, as setup.py has it
-TAIL = 20  # lines of a failing build
+ARCHS = "90a"  # the value of RHYTHM_KERNELS_CUDA_ARCHS for setup.py
+TAIL = 20  # lines to show of a failing build
 
 
 def commit_to_pack() -> str:
-    """The commit of a checkout without changes; SystemExit if there are some, or no checkout."""
+    """Returns the commit of a checkout without changes.
+
+    Raises: SystemExit if files differ from it, or if there is no checkout.
+    """
     if not (ROOT / ".git").exists():
         raise SystemExit(f"the files to pack are those of a commit, and {ROOT} is no git checkout")
     commit = commit_of(ROOT)
@@ -44,7 +46,10 @@ def commit_to_pack() -> str:
 
 
 def run(command: list[object], folder: Path, **environment: str) -> str:
-    """Returns what a command prints; SystemExit with the end of that if it fails."""
+    """Returns what a command prints.
+
+    Raises: SystemExit with the end of the output if the command fails.
+    """
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
@@ -68,7 +73,7 @@ def build_extension(folder: Path, python: str) -> None:
 
 
 def pack(out: Path, commit: str, python: str | None) -> None:
-    """Writes the archive, whole or not at all. python: builds the extension; None: it is left out."""
+    """Writes the archive, whole or not at all. `python` builds the extension; None leaves it out."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder, files = Path(scratch) / TOP, Path(scratch) / "files.tar"
@@ -89,7 +94,7 @@ def instructions(out: Path) -> str:
     commands = "\n".join(f"    {suite} --half {half} --out DIR" for half in HALVES)
     return f"""
 Run on the GPU machine, in the folder that holds {out.name}; DIR is the absolute path of the folder that comes back.
-Each command takes at most {BUDGET // 60} minutes. The first one brings what is missed most, the second one the rest.
+Each command takes at most {BUDGET // 60} minutes. The first one runs the most important steps, the second one the rest.
 
 {commands}
 
@@ -100,7 +105,7 @@ Join what came back to two folders, here: python -m benchmarks.gpu_suite --merge
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     here = sys.executable if torch.version.cuda is not None and shutil.which("nvcc") else None
     parser.add_argument(
         "--build-with",
@@ -108,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=here,
         help="Python that builds the extension; default: this one, where its torch is a CUDA build and nvcc is found",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-bundle.tar.gz")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-bundle.tar.gz", help="the archive")
     args = parser.parse_args(arguments)
     python = args.build_with and shutil.which(args.build_with)
     if args.build_with and python is None:

@@ -1,4 +1,4 @@
-"""Each kernel of the package once, on small inputs, for the sanitizers: they find what is wrong, nothing is compared.
+"""Runs each kernel of the package once on small inputs, for the sanitizers. It compares no results.
 
 compute-sanitizer --tool memcheck python -m benchmarks.gpu_kernels
 """
@@ -25,7 +25,7 @@ QUERY_HEADS, KEY_HEADS = 4, 2
 
 
 def run_all(device: str) -> None:
-    """Every kernel and op; on a CPU those that run there."""
+    """Runs every kernel and op; on a CPU those that run there."""
     run_attention(device)
     run_selection(device)
     if device == "cuda":
@@ -34,10 +34,10 @@ def run_all(device: str) -> None:
 
 def run_attention(device: str) -> None:
     bounds = torch.tensor([0, 77, 77, TOKENS], dtype=torch.int32, device=device)
-    some, sinks = torch.rand(1, TOKENS, device=device) < 0.7, torch.zeros(QUERY_HEADS, device=device)
-    packed = {"cu_seqlens": bounds, "response_mask": some, "softcap": 20.0, "sinks": sinks}
+    response_mask, sinks = torch.rand(1, TOKENS, device=device) < 0.7, torch.zeros(QUERY_HEADS, device=device)
+    packed = {"cu_seqlens": bounds, "response_mask": response_mask, "softcap": 20.0, "sinks": sinks}
     windowed = {"sliding_window": 40, "horizon": (1, None)}
-    # small heads first: threads report reads out of shared memory's bounds for them
+    # small heads first: reads outside of shared memory have been reported for them
     for dtype, size, options, is_misaligned in (
         (torch.bfloat16, 16, {}, False),
         (torch.bfloat16, 32, packed, False),
@@ -51,7 +51,7 @@ def run_attention(device: str) -> None:
 
 
 def run_attention_once(device: str, dtype: torch.dtype, size: int, options: dict, is_misaligned: bool) -> None:
-    """The three calls and the checks, at one head size; misaligned: rows that begin at odd places in memory."""
+    """Runs the three calls and the check at one head size. Misaligned rows begin at odd places in memory."""
     wide = size + is_misaligned
     q, k, v = (
         torch.randn(1, heads, TOKENS, wide, device=device, dtype=dtype)[..., wide - size :]
@@ -63,15 +63,13 @@ def run_attention_once(device: str, dtype: torch.dtype, size: int, options: dict
     group_stats(q, k, heads, ~heads, lse=stats.lse, **options)
     out, _ = attention(q, k, v, **options)
     layout = make_layout(1, TOKENS, q.device, options.get("response_mask"), cu_seqlens=options.get("cu_seqlens"))
-    of_map = ("scale", "sliding_window", "softcap", "sinks")
-    checked = check_options(
-        q, k, **{name: options.get(name) for name in of_map}, window=10, horizon=(10, 50), need_span=False
-    )
+    map_options = {name: options.get(name) for name in ("scale", "sliding_window", "softcap", "sinks")}
+    checked = check_options(q, k, **map_options, window=10, horizon=(10, 50), need_span=False)
     probe_output(q, k, v, out.transpose(1, 2), stats.lse, layout, checked, rounding_of(dtype, fused=True))
 
 
 def run_selection(device: str) -> None:
-    # few threads a block and many; scratch in shared memory and, at 60,000 tokens, in global memory; packed: both
+    # blocks of few and of many threads, scratch in shared memory and, from 60,000 tokens on, in global memory
     for shape, cuts in (
         ((3, 1000), None),
         ((2, 3000), None),
@@ -80,26 +78,26 @@ def run_selection(device: str) -> None:
         ((1, 62_000), [0, 77, 77, 2000, 62_000]),
     ):
         cu_seqlens = None if cuts is None else torch.tensor(cuts, dtype=torch.int32, device=device)
-        mask = torch.rand(shape, device=device) < 0.8
-        run_selection_once(torch.randn(shape, device=device), mask, cu_seqlens)
-        run_selection_once(torch.randint(3, shape, device=device).float(), mask, cu_seqlens)  # heavy ties
+        response_mask = torch.rand(shape, device=device) < 0.8
+        run_selection_once(torch.randn(shape, device=device), response_mask, cu_seqlens)
+        run_selection_once(torch.randint(3, shape, device=device).float(), response_mask, cu_seqlens)  # heavy ties
     if device == "cuda":
         # on a CPU all three raise: sequences that leave the row, or overlap, and a signal that is not finite
-        values, mask = torch.randn(1, 60_000, device=device), torch.rand(1, 60_000, device=device) < 0.8
+        values, response_mask = torch.randn(1, 60_000, device=device), torch.rand(1, 60_000, device=device) < 0.8
         for cuts in ([0, 70_000], [0, 40_000, 100, 60_000]):
-            run_selection_once(values, mask, torch.tensor(cuts, dtype=torch.int32, device=device))
-        run_selection_once(torch.where(values > 1, torch.nan, values), mask, None)
+            run_selection_once(values, response_mask, torch.tensor(cuts, dtype=torch.int32, device=device))
+        run_selection_once(torch.where(values > 1, torch.nan, values), response_mask, None)
 
 
-def run_selection_once(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Every op of csrc/ops.cpp."""
+def run_selection_once(values: Tensor, response_mask: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Runs every op of csrc/ops.cpp."""
     options = {"cu_seqlens": cu_seqlens, "backend": "extension"}
-    segment_topq(values, mask, 0.4, **options)
-    find_peaks(values, mask, min_quantile=0.5, **options)
+    segment_topq(values, response_mask, 0.4, **options)
+    find_peaks(values, response_mask, min_quantile=0.5, **options)
     rhythm = Rhythm(waad=values, fai=values.flip(-1))
     for strategy in ("local", "global", "coupled"):
-        token_credit(strategy, mask, rhythm, max_lookback=40, **options)
-    coupled_sets(mask, rhythm, max_lookback=40, **options)
+        token_credit(strategy, response_mask, rhythm, max_lookback=40, **options)
+    coupled_sets(response_mask, rhythm, max_lookback=40, **options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The report of `gpu_suite.py`: one record of all steps, which grows over calls and machines' leases.
+"""Keeps the report of `gpu_suite.py`: one record of all steps, which grows over several calls and machines.
 
-At most eight files in one folder: gpu-<device>.json, .md and .log, and the pictures of benchmarks.
+A report has at most eight files in one folder: gpu-<device>.json, .md and .log, and the pictures of benchmarks.
 """
 
 import json
@@ -10,34 +10,34 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.gpu_run import Outcome
-from benchmarks.measure import write
+from benchmarks.measure import fold, heading, markdown_table, write
 
 MOST_FILES = 8
 SECTION = re.compile(r"^==== (\S+): (?:passed|failed|out of time|left out) ====$", re.MULTILINE)
 
 
 class Done(NamedTuple):
-    """A step that ran, with what its benchmark wrote, also before it ran out of time."""
+    """A step that ran, with what its benchmark wrote, even if it ran out of time."""
 
     name: str
     status: str
     seconds: float
     tail: str
     text: str | None = None
-    """Markdown."""
+    """The benchmark's report in Markdown."""
     data: dict | None = None
     picture: str | None = None
     """The name of a file beside the report."""
 
 
 class Report:
-    """The steps that ran on one device, under one set of versions and one commit."""
+    """The steps that ran on one device, with one set of versions and one commit."""
 
     def __init__(self, where: dict[str, str]):
         self.where = where
         self.done: dict[str, Done] = {}
         self.left_out: dict[str, list[str]] = {}
-        """Test files that could not be imported, and the packages that they miss."""
+        """The packages that are missing, by test files that cannot be imported without them."""
         self.logs: dict[str, str] = {}
 
     @property
@@ -45,9 +45,9 @@ class Report:
         return "gpu-" + re.sub(r"[^a-z0-9]+", "-", self.where["device"].lower()).strip("-")
 
     def add(self, outcome: Outcome, folder: Path, out: Path) -> None:
-        """Takes a step's outcome and what it wrote into `folder`; its picture goes to `out`.
+        """Adds a step's outcome and what it wrote into `folder`. Its picture goes to `out`.
 
-        A step for which there was no time, or nothing to run it with, replaces none that ran.
+        A step that ran before is not replaced by one for which there was no time or nothing to run it with.
         """
         if not ran(outcome) and outcome.name in self.done:
             return
@@ -63,9 +63,10 @@ class Report:
         self.logs[outcome.name] = f"==== {outcome.name}: {outcome.status} ====\n{outcome.log}\n"
 
     def take(self, other: "Report", source: Path, out: Path) -> None:
-        """Takes the steps of another report of the same device, versions and commit; they replace those of one name.
+        """Adds the steps of another report, which replace those of the same name.
 
-        Raises: ValueError for a report of anything else, and for changes that no commit holds.
+        Raises: ValueError for a report of another device, of other versions or of another commit, and for a report of
+            changes that no commit holds.
         """
         for key in sorted(self.where.keys() | other.where.keys()):
             mine, theirs = self.where.get(key), other.where.get(key)
@@ -73,7 +74,7 @@ class Report:
                 raise ValueError(f"reports must be of one {key}, got {theirs!r} in {source} beside {mine!r}")
         commit = other.where.get("commit", "")
         if commit.endswith("-dirty"):
-            raise ValueError(f"reports must be of one commit, got {commit} in {source}, whose changes may be others")
+            raise ValueError(f"reports must be of one commit, got {commit} in {source}, whose changes may differ")
         newer = [name for name, done in other.done.items() if ran(done) or name not in self.done]
         self.done |= {name: other.done[name] for name in newer}
         self.logs |= {name: other.logs[name] for name in newer if name in other.logs}
@@ -99,7 +100,7 @@ def ran(step: Outcome | Done) -> bool:
 
 
 def load(folder: Path) -> Report | None:
-    """Returns the report in a folder; None if there is none.
+    """Returns the report in a folder, or None if there is none.
 
     Raises: ValueError if there are several.
     """
@@ -124,10 +125,10 @@ def load(folder: Path) -> Report | None:
 
 
 def markdown(report: Report) -> str:
-    """Returns all that is there so far."""
-    where, done = report.where, report.done.values()
-    lines = [", ".join(f"{name} {value}" for name, value in where.items()), "", "| step | | seconds |", "|---|---|---|"]
-    lines += [f"| {x.name} | {x.status} | {x.seconds:.0f} |" for x in done]
+    """Returns the text of all steps so far."""
+    done = report.done.values()
+    steps = markdown_table(["step", "", "seconds"], [[x.name, x.status, f"{x.seconds:.0f}"] for x in done])
+    lines = [heading(report.where), "", steps]
     if report.left_out:
         lines += ["", "Test files that could not run:", ""]
         lines += [f"- {name}: {', '.join(missing)} not installed" for name, missing in report.left_out.items()]
@@ -137,45 +138,47 @@ def markdown(report: Report) -> str:
         if x.picture is not None:
             lines += ["", f"![{x.name}]({x.picture})"]
     results = {x.name: x.data for x in done if x.data is not None}
-    counted = counted_rows(results)
-    if "ceilings" in results and counted:
-        lines += ["", "The floor is the largest of products, exponentials and bytes at the ceilings above."]
-        for rows in counted:
+    tables = rows_with_work(results)
+    if "ceilings" in results and tables:
+        lines += [
+            "",
+            "The floor is the longest of the times for products, exponentials and bytes at the ceilings above.",
+        ]
+        for rows in tables:
             lines += ["", floors(rows, results["ceilings"])]
     for x in done:
         if x.status == "passed" and "tests" in x.name:
             lines += ["", f"{x.name}: {(x.tail.splitlines() or ['no output'])[-1].strip('= ')}"]
         elif x.status != "passed":
             lines += ["", f"## {x.name}: {x.status}", "", "```", x.tail, "```"]
-    return "\n".join(lines) + "\n"
+    return fold("\n".join(lines) + "\n")
 
 
-def counted_rows(results: dict[str, dict]) -> list[dict[str, dict]]:
+def rows_with_work(results: dict[str, dict]) -> list[dict[str, dict]]:
     """Returns the rows of each benchmark that counts the work of its variants, by their size or shape."""
-    found = []
+    tables = []
     for name, result in results.items():
         if name.startswith("attention"):
-            found.append({f"{int(n):,}": row for n, row in result.get("tokens", {}).items()})
+            tables.append({f"{int(n):,}": row for n, row in result.get("tokens", {}).items()})
         elif name == "selection":
-            found.append(result.get("shapes", {}))
-    return [rows for rows in found if rows]
+            tables.append(result.get("shapes", {}))
+    return [rows for rows in tables if rows]
 
 
 def floors(rows: dict[str, dict], ceilings: dict[str, float]) -> str:
     """Returns a table of the fraction of its floor that each variant reaches, by the time inside its kernels."""
-    names = sorted({name for row in rows.values() for name in row["work"]})
-    lines = ["| fraction of the floor | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for name in names:
+    lines = []
+    for name in sorted({name for row in rows.values() for name in row["work"]}):
         cells = []
         for row in rows.values():
             m = row["measured"].get(name)
             cells.append("" if m is None else _share(floor_seconds(row["work"][name], ceilings), m))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown_table(["fraction of the floor", *rows], lines)
 
 
 def floor_seconds(work: dict[str, int], ceilings: dict[str, float]) -> float:
-    """The time of the slowest of products, exponentials and memory, each at its measured ceiling."""
+    """Returns the longest of the times for products, exponentials and memory, each at its measured ceiling."""
     return max(amount / ceilings[name] for name, amount in work.items())
 
 

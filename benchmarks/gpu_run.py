@@ -1,4 +1,4 @@
-"""Runs the steps of `gpu_suite.py`, each a process with a time limit of its own."""
+"""Runs the steps of `gpu_suite.py`, each as a process with its own time limit."""
 
 import contextlib
 import os
@@ -9,22 +9,23 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-GRACE = 20.0  # seconds between the request to stop and the end; pytest waits 10 for workers that hang, then reports
+from benchmarks import ROOT
+
+GRACE = 20.0  # seconds from the interrupt to the kill; pytest waits 10 of them for workers that hang, then reports
 TAIL = 40  # lines of a failing step's output in the report
-LOG_BYTES = (500_000, 1_000_000)  # of a step's output in the log: its beginning and its end
+LOG_CHARACTERS = (500_000, 1_000_000)  # the beginning and the end of a step's output that the log keeps
 
 
 class Step(NamedTuple):
     name: str
     half: int
-    """1: among the most valuable, 2: the rest."""
+    """1 for the most important steps, 2 for the rest."""
     command: list[str]
-    """{out} stands for the path, without a suffix, where a benchmark writes its results."""
+    """The arguments, in which {out} stands for the path without a suffix where a benchmark writes its results."""
     estimate: int
-    """Seconds that it is expected to take."""
+    """The seconds that it is expected to take."""
     limit: int
-    """Seconds after which it is stopped."""
+    """The seconds after which it is stopped."""
     environment: dict[str, str] | None = None
 
 
@@ -34,16 +35,16 @@ class Outcome(NamedTuple):
     """"passed", "failed", "out of time" (its own or the suite's) or "left out"."""
     seconds: float
     tail: str
-    """The end of the output; or why it was left out."""
+    """The end of the output, or the reason why the step was left out."""
     log: str = ""
     """The output, without its middle if it is long."""
 
 
 def run(step: Step, seconds: float, out: Path) -> Outcome:
-    """Runs a step in a process group of its own, which ends with it.
+    """Runs a step in its own process group, which ends with it.
 
-    After so many seconds it is interrupted, as by Ctrl-C, so that tests say what failed and benchmarks keep what they
-    have; what still runs `GRACE` seconds later is killed.
+    After `seconds` it is interrupted, as by Ctrl-C, so that tests say what failed and benchmarks keep what they have.
+    Processes that still run `GRACE` seconds later are killed.
     """
     command = [argument.replace("{out}", str(out)) for argument in step.command]
     begin = time.perf_counter()
@@ -57,7 +58,7 @@ def run(step: Step, seconds: float, out: Path) -> Outcome:
         except subprocess.TimeoutExpired:
             status = "out of time"
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)  # also what runs under a sanitizer or in a worker
+                os.killpg(process.pid, signal.SIGINT)  # reaches processes under a sanitizer or in a worker too
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
@@ -68,13 +69,14 @@ def run(step: Step, seconds: float, out: Path) -> Outcome:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends what is left of a step's process group: a compiler or a worker outlives the process that started it."""
+    """Ends the rest of a step's process group: a compiler or a worker outlives the process that started it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _cut(text: str) -> str:
-    first, last = LOG_BYTES
+    """Returns a text without its middle if it is longer than `LOG_CHARACTERS`."""
+    first, last = LOG_CHARACTERS
     left_out = len(text) - first - last
     return text if left_out <= 0 else f"{text[:first]}\n... {left_out} characters ...\n{text[-last:]}"

@@ -1,16 +1,16 @@
-"""Everything that needs a GPU, in two commands: build, tests, sanitizers, benchmarks, and one report.
+"""Runs everything that needs a GPU, in two halves: build, tests, sanitizers, benchmarks, and one report.
 
     python -m benchmarks.gpu_suite [--half 2] [--only build gpu-tests ...] [--budget 540] [--out build/gpu]
-    python -m benchmarks.gpu_suite --dry-run        # lists the steps, with what they take; needs no GPU
-    python -m benchmarks.gpu_suite --merge DIR ... --out DIR        # one report of several; needs no GPU
+    python -m benchmarks.gpu_suite --dry-run        # lists the steps and their times; needs no GPU
+    python -m benchmarks.gpu_suite --merge DIR ... --out DIR        # joins several reports; needs no GPU
 
-Runs on a bare machine: torch (2.11 or later), triton, transformers and pytest; nvcc for the extension's CUDA ops. Both
-halves begin with the build; the first has what is missed most, and so has the beginning of each. Each step is a process
-with its own time limit. One that fails, or for which no time is left, is recorded, and the others go on. After each
-step the report is written: gpu-<device>.json, .md, .log and pictures, at most eight files. Steps of an earlier report
-in the folder, of the same device, versions and commit, stay in it, and so does one that finds no time in a later call.
+The machine needs torch (2.11 or later), triton, transformers and pytest, and nvcc for the extension's CUDA ops. Both
+halves begin with the build. The most important steps are in the first half, and at the beginning of each half. Each
+step is a process with its own time limit. If a step fails or has no time left, the report says so, and the others go
+on. The report is written after each step: gpu-<device>.json, .md, .log and pictures, at most eight files. It keeps the
+steps of an earlier report in the folder, of the same device, versions and commit, until a later call runs them again.
 
-Exit code: 0 if every step passed, 1 if one did not, 2 without a GPU or with arguments that do not fit.
+Exit code: 0 if every step passed, 1 if one did not, 2 without a GPU or with wrong arguments.
 """
 
 import argparse
@@ -27,22 +27,23 @@ import time
 from functools import cache
 from pathlib import Path
 
+from benchmarks import ROOT
 from benchmarks.gpu_report import Report, load
-from benchmarks.gpu_run import GRACE, ROOT, Outcome, Step, run
-from benchmarks.measure import environment, output_of
+from benchmarks.gpu_run import GRACE, Outcome, Step, run
+from benchmarks.measure import environment, make_parser, output_of
 
 ARCHITECTURES = ROOT / "tests" / "test_architectures.py"
 PYTHON = sys.executable
 HALVES = (1, 2)
-BUDGET = 540  # seconds
+BUDGET = 540  # seconds for one half
 SANITIZED = ("memcheck", "racecheck")
-OTHERS = ("flex", "colreduce")  # attention of other projects that is compiled for long, or seldom there
+OTHERS = ("flex", "colreduce")  # other projects' variants, which compile for long or are seldom installed
 DENSE = ("maps", "eager")
 OURS = ("sdpa", "triton", "full", "band", "groups", "fused")
 
 
 def steps() -> list[Step]:
-    """Returns both halves, each in the order of what is missed most when time runs out."""
+    """Returns the steps of both halves, each half in order of importance."""
     pytest = [PYTHON, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--durations=5"]
     cores = os.cpu_count() or 1
     workers = max(1, min(8, cores // 2))
@@ -55,9 +56,9 @@ def steps() -> list[Step]:
     trainer = [PYTHON, "-m", "benchmarks.trainer", "--model", "qwen3-4b", "--paper-rounds", "0", "--rounds", "5"]
     sanitizer = [sanitizer_path() or "compute-sanitizer", "--error-exitcode", "9"]
     kernels = [PYTHON, "-m", "benchmarks.gpu_kernels"]
-    # each allocation from the driver, so that an access past its end is seen
+    # the driver makes each allocation, so that memcheck sees an access past its end
     no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # parameters, gradients and two moments of a model of 4B in fp32 are 60 of an H100's 79 GiB
+    # a 4B model's parameters, gradients and two moments in fp32 take 60 of an H100's 79 GiB
     whole = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
     def variants(names: tuple[str, ...], *tokens: int) -> list[str]:
@@ -82,7 +83,7 @@ def steps() -> list[Step]:
 
 
 def ptxas_steps(planned: list[Step], ptxas: Path) -> list[Step]:
-    """The first tests and memcheck once more, with kernels that another assembler has made."""
+    """Returns the first tests and memcheck as steps whose kernels another assembler makes."""
     return [
         step._replace(name=f"{step.name}-ptxas", environment={**step.environment, "TRITON_PTXAS_PATH": str(ptxas)})
         for step in planned
@@ -96,11 +97,11 @@ def gpu_tests() -> list[Path]:
 
 
 def triton_tests() -> list[Path]:
-    """They take the GPU where there is one; what compiles ahead of time needs none."""
+    """Returns the files that run on the GPU where there is one; those that compile ahead of time need none."""
     return [file for file in sorted((ROOT / "tests").glob("test_triton*.py")) if "compile" not in file.name]
 
 
-# ---- what can run here -----------------------------------------------------------------------------------------------
+# ---- what this machine can run ---------------------------------------------------------------------------------------
 
 
 def sanitizer_path() -> str | None:
@@ -119,24 +120,25 @@ def toolkit_ptxas() -> Path:
 
 
 def missing_modules(path: Path) -> set[str]:
-    """The packages that a file, or what it imports of this project, needs and that are not installed."""
-    missing, seen, todo = set(), set(), [path]
-    while todo:
-        file = todo.pop()
+    """Returns the packages that are not installed, but imported by a file or by what it imports of this project."""
+    missing, seen, pending = set(), set(), [path]
+    folders = (path.parent, ROOT)
+    while pending:
+        file = pending.pop()
         if file in seen:
             continue
         seen.add(file)
         for name in imported(file):
             package = name.partition(".")[0]
-            todo += [found for folder in (path.parent, ROOT) for found in files_of(folder, name)]
-            own = any((folder / x).exists() for folder in (path.parent, ROOT) for x in (package, f"{package}.py"))
-            if not own and importlib.util.find_spec(package) is None:
+            pending += [imported_file for folder in folders for imported_file in files_of(folder, name)]
+            is_own = any((folder / x).exists() for folder in folders for x in (package, f"{package}.py"))
+            if not is_own and importlib.util.find_spec(package) is None:
                 missing.add(package)
     return missing
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The files that importing "a.b" runs, as far as they lie in this folder: a.py or a/__init__.py, and so on."""
+    """Returns the files in this folder that importing "a.b" runs: a.py or a/__init__.py, and so on."""
     parts = name.split(".")
     paths = [folder.joinpath(*parts[: n + 1]) for n in range(len(parts))]
     return [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
@@ -144,7 +146,7 @@ def files_of(folder: Path, name: str) -> list[Path]:
 
 @cache
 def imported(file: Path) -> set[str]:
-    """The modules that a file imports when it is imported itself; for "from a import b" both a and a.b."""
+    """Returns the modules that a file imports when it is imported itself; for "from a import b" both a and a.b."""
     names = set()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Import):
@@ -155,11 +157,11 @@ def imported(file: Path) -> set[str]:
 
 
 def why_not(step: Step) -> str:
-    """The reason why a step cannot run here; empty if it can."""
+    """Returns the reason why a step cannot run here, or "" if it can."""
     if step.name.startswith(SANITIZED) and sanitizer_path() is None:
         return "compute-sanitizer is not installed"
     module = step.command[step.command.index("-m") + 1] if "-m" in step.command else ""
-    if module == "pytest":  # without files, it would run all there are
+    if module == "pytest":  # without files it would run all tests
         return "" if any(x.endswith(".py") for x in step.command) else "none of its test files can be imported"
     if not module.startswith("benchmarks."):
         return ""
@@ -168,12 +170,12 @@ def why_not(step: Step) -> str:
 
 
 def runnable(files: list[Path]) -> list[str]:
-    """Those whose imports are all there, relative to the root."""
+    """Returns the files whose imports are all installed, relative to the root."""
     return [str(file.relative_to(ROOT)) for file in files if not missing_modules(file)]
 
 
 def left_out_tests() -> dict[str, list[str]]:
-    """Test files that cannot be imported here, and the packages that they miss."""
+    """Returns the test files that cannot be imported here, and the packages that they miss."""
     files = {file.name: sorted(missing_modules(file)) for file in (*gpu_tests(), *triton_tests())}
     return {name: missing for name, missing in files.items() if missing}
 
@@ -182,7 +184,7 @@ def left_out_tests() -> dict[str, list[str]]:
 
 
 def describe(chosen: list[Step], budget: float) -> str:
-    """Returns a line for each step: what it takes, and whether those before it leave it the time."""
+    """Returns a line for each step: its time, and whether the steps before it leave it enough."""
     lines, begin = [], 0
     for step in chosen:
         end = begin + step.estimate
@@ -204,7 +206,7 @@ def run_all(chosen: list[Step], report: Report, budget: float, out: Path) -> lis
             left = budget - (time.perf_counter() - begin) - GRACE
             if reason := why_not(step):
                 outcome = Outcome(step.name, "left out", 0.0, reason)
-            elif left < step.estimate / 2:  # a shorter one behind it may still fit
+            elif left < step.estimate / 2:  # a shorter step behind it may still fit
                 why = f"{max(left, 0):.0f} s of {budget:.0f} s are left, and it takes about {step.estimate} s"
                 outcome = Outcome(step.name, "out of time", 0.0, why)
             else:
@@ -218,37 +220,37 @@ def run_all(chosen: list[Step], report: Report, budget: float, out: Path) -> lis
 
 
 def merge(folders: list[Path], out: Path) -> Report:
-    """Returns one report of several folders, the later steps in the place of earlier ones of their name.
+    """Returns one report of several folders. Later steps replace earlier ones of the same name.
 
     Raises: ValueError for a folder without a report, or reports of several devices, versions or commits.
     """
     merged = None
     for folder in folders:
-        found = load(folder)
-        if found is None:
+        report = load(folder)
+        if report is None:
             raise ValueError(f"{folder} must hold a report, gpu-<device>.json")
-        merged = merged or Report(found.where)
-        merged.take(found, folder, out)
+        merged = merged or Report(report.where)
+        merged.take(report, folder, out)
     merged.save(out)
     return merged
 
 
 def parse(arguments: list[str] | None, planned: list[Step]) -> argparse.Namespace:
     names = [step.name for step in planned]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--half", type=int, choices=HALVES, default=1, help="1: the most valuable steps; 2: the rest")
-    which.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"of {', '.join(names)}")
-    help_ = "run gpu-tests and memcheck with this ptxas instead of Triton's; without PATH, with that beside nvcc"
+    which.add_argument("--half", type=int, choices=HALVES, default=1, help="1: the most important steps; 2: the rest")
+    which.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"run these: {', '.join(names)}")
+    help_ = "run gpu-tests and memcheck with this ptxas instead of Triton's; without PATH, with the one beside nvcc"
     which.add_argument("--ptxas", type=Path, nargs="?", const=Path(), metavar="PATH", help=help_)
     which.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="run nothing: join reports, later ones win")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps together")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the report")
-    parser.add_argument("--dry-run", action="store_true", help="list the steps and what could not run")
+    parser.add_argument("--dry-run", action="store_true", help="list the steps, and what cannot run here")
     args = parser.parse_args(arguments)
     if args.ptxas == Path():
         args.ptxas = toolkit_ptxas()
-    if args.ptxas is not None and not output_of(str(args.ptxas), "--version"):  # Triton would take its own, silently
+    if args.ptxas is not None and not output_of(str(args.ptxas), "--version"):  # Triton would silently use its own
         parser.error(f"--ptxas must be an assembler that runs, got {args.ptxas}")
     return args
 
@@ -256,7 +258,7 @@ def parse(arguments: list[str] | None, planned: list[Step]) -> argparse.Namespac
 def choose(args: argparse.Namespace, planned: list[Step]) -> list[Step]:
     if args.only:
         return [step for step in planned if step.name in args.only]
-    # a second machine has no extension yet, unless it came along
+    # a second machine has no extension yet, unless one came along
     build = [step for step in planned if step.name == "build"]
     if args.ptxas is not None:
         return build + ptxas_steps(planned, args.ptxas.resolve())
@@ -281,7 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"benchmarks.gpu_suite needs a GPU, and torch {torch.__version__} sees none", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would the steps
+    # a background process of a shell ignores interrupts, and its steps would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     nvcc = re.search(r"release ([\d.]+)", output_of("nvcc", "--version"))
     where = environment(torch.device("cuda")) | {"nvcc": nvcc[1] if nvcc else "absent"}
     if where["commit"] == "unknown":

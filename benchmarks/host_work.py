@@ -1,13 +1,12 @@
-"""Counts what the statistics launch on a GPU, and where the host waits for one. Needs no GPU.
+"""How much do the statistics launch on a GPU, and where does the host wait for it?
 
     TRITON_INTERPRET=1 python -m benchmarks.host_work [--out benchmarks/results/host-work]
 
-A small model, a Qwen3 of six layers in fp16, runs on a device that is pretended (`benchmarks/pretended_cuda.py`). The
-model's own launches and waits are subtracted. What comes with each sampled layer is the difference between four
-sampled layers and two, halved; the rest comes once a forward.
+The benchmark needs no GPU. A small model, a Qwen3 of six layers in fp16, runs on a pretended device
+(`benchmarks/pretended_cuda/`), and the model's own launches and waits are subtracted. The launches of each sampled
+layer are half the difference between four sampled layers and two. The other launches come once a forward.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import environment, write
+from benchmarks.measure import environment, heading, make_parser, markdown_table, publish
 from benchmarks.pretended_cuda import Wait, counted, pretended_cuda
 from rhythm_kernels import GroupSchedule, HeadGroups, collect
 from train.batch import Rollouts, micro_batches, pack
@@ -29,20 +28,22 @@ from train.rollout import Completion
 from train.update import update_policy
 from train.words import build_tokenizer
 
-LENGTHS = (40, 3, 57, 28)  # of packed sequences, tokens
+LENGTHS = (40, 3, 57, 28)  # tokens of the packed sequences
 TOKENS = sum(LENGTHS)
 FEW, MANY = [1, 3], [1, 2, 3, 4]  # sampled layers
 HEADS = 4
 PROMPT = 5
 NOT_OURS = ("benchmarks/", "rhythm_kernels/listen/taps.py")
-"""Where the model's own waits seem to be: their innermost line in the project is that of the call of the model."""
+"""The places of the model's own waits: their innermost line in the project is the one that calls the model."""
 
 
 class Count(NamedTuple):
+    """The launches and waits of one forward under `collect`, without the model's own."""
+
     check: int
     """Launches that hold a layer's output against its map."""
     launches: int
-    """All launches beside the model's own."""
+    """All launches."""
     waits: list[Wait]
 
 
@@ -50,11 +51,11 @@ class Launches(NamedTuple):
     """The launches of one way of collecting."""
 
     check: float
-    """The check of a layer's output, a layer."""
+    """The launches of the check of a layer's output, for each layer."""
     statistics: float
-    """All else that comes with a layer."""
+    """The other launches for each layer."""
     forward: float
-    """Those that come once a forward: the sequences' bounds, the heads' groups, their mean."""
+    """The launches once a forward: the sequences' bounds, the heads' groups, their mean."""
 
 
 def make_policy(device: torch.device, attention: str) -> Policy:
@@ -85,17 +86,17 @@ def padded_inputs(device: torch.device) -> dict[str, Tensor | bool]:
 
 @torch.no_grad()
 def count(decoder: nn.Module, inputs: dict, layers: list[int], groups: HeadGroups | None = None, **options) -> Count:
-    """One forward under `collect`, from its context to its rhythm."""
+    """Counts one forward under `collect`, from its context to its rhythm."""
     with counted() as plain:
         decoder(**inputs)
     collecting = sys.modules["rhythm_kernels.listen.collect"]
-    real, checks = collecting.probe_output, []
+    uncounted, checks = collecting.probe_output, []
 
     def probe_output(*args):
         with counted() as work:
-            found = real(*args)
+            deviations = uncounted(*args)
         checks.append(work.launches.total())
-        return found
+        return deviations
 
     with patch.object(collecting, "probe_output", probe_output), counted() as work:
         with collect(decoder, layers=layers, groups=groups, **options) as c:
@@ -106,13 +107,15 @@ def count(decoder: nn.Module, inputs: dict, layers: list[int], groups: HeadGroup
 
 
 def groups_of(layers: list[int]) -> HeadGroups:
-    """The first two heads of each layer, and the last."""
-    place = torch.arange(HEADS).expand(len(layers), -1)
-    return HeadGroups(place < 2, place == HEADS - 1)
+    """Returns the first two heads of each layer as local heads, and the last one as global head."""
+    head = torch.arange(HEADS).expand(len(layers), -1)
+    return HeadGroups(head < 2, head == HEADS - 1)
 
 
 def launches_of(decoder: nn.Module, inputs: dict, known: bool, **options) -> Launches:
-    few, many = (count(decoder, inputs, some, groups_of(some) if known else None, **options) for some in (FEW, MANY))
+    few, many = (
+        count(decoder, inputs, layers, groups_of(layers) if known else None, **options) for layers in (FEW, MANY)
+    )
     check = (many.check - few.check) / (len(MANY) - len(FEW))
     layer = (many.launches - few.launches) / (len(MANY) - len(FEW))
     return Launches(check, layer - check, few.launches - layer * len(FEW))
@@ -131,9 +134,9 @@ class Waits(NamedTuple):
     """The host's waits in a pass over micro-batches."""
 
     between: list[Wait]
-    """Between the first micro-batch and the last."""
+    """The waits between the first micro-batch and the last."""
     around: list[Wait]
-    """Before and after."""
+    """The waits before the first micro-batch and after the last."""
 
 
 def waits_of(run: Callable[[Callable[[int], None]], object]) -> Waits:
@@ -151,7 +154,7 @@ def trainer_waits(device: torch.device) -> dict[str, Waits]:
     config: Config = load_preset("countdown-smoke").change(
         prompts_per_step=2, num_generations=4, gradient_steps=1, num_iterations=2, micro_batch_tokens=60
     )
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, eps=1.0)  # in fp16 a smaller one is 0
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, eps=1.0)  # a smaller eps is 0 in fp16
     advantages = torch.ones(len(batch.ids), device=device)
     old = []
 
@@ -177,13 +180,17 @@ def trainer_waits(device: torch.device) -> dict[str, Waits]:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
+class HostWork(NamedTuple):
+    """The results by their names in the report."""
+
     launches: dict[str, Launches]
     forwards: dict[str, list[Wait]]
+    """The waits of forwards under `collect`."""
     passes: dict[str, Waits]
+    """The waits of the trainer's passes."""
 
 
-def measure(device: torch.device) -> Found:
+def measure(device: torch.device) -> HostWork:
     packed, padded = make_policy(device, "packed").decoder, make_policy(device, "sdpa").decoder
     inputs, batch, bounds = packed_inputs(device), padded_inputs(device), torch.tensor([0, *LENGTHS]).cumsum(0)
     launches = {}
@@ -196,44 +203,37 @@ def measure(device: torch.device) -> Found:
         "packed, bounds on the device": count(packed, inputs, FEW).waits,
         "padded, a mask [B, T] and one [B, 1, T, T]": count(padded, batch, FEW).waits,
     }
-    return Found(launches, forwards, trainer_waits(device))
+    return HostWork(launches, forwards, trainer_waits(device))
 
 
-def report(where: dict[str, str], found: Found) -> str:
-    ways = [f"| {name} | {x.check:g} | {x.statistics:g} | {x.forward:g} |" for name, x in found.launches.items()]
-    forwards = [f"| {name} | {len(waits)} |" for name, waits in found.forwards.items()]
-    passes = [f"| {name} | {len(x.between)} | {len(x.around)} |" for name, x in found.passes.items()]
-    every = [*found.forwards.values(), *(part for x in found.passes.values() for part in x)]
-    places = sorted({f"- {wait.where}: {wait.what}" for waits in every for wait in waits})
-    lines = [
-        *(", ".join(f"{name} {value}" for name, value in where.items() if name != "threads"), ""),
-        *("Launches on a GPU:", ""),
-        *(
-            "| collect | the check, a layer | the statistics, a layer | once a forward |",
-            "|---|---|---|---|",
-            *ways,
-            "",
-        ),
-        *("Waits of the host for the device in a forward under `collect`:", ""),
-        *("| forward | waits |", "|---|---|", *forwards, ""),
-        *("In a pass of the trainer:", ""),
-        *("| pass | between the first micro-batch and the last | around |", "|---|---|---|", *passes, ""),
-        *("Where the host waits:", "", *places),
+def report(where: dict[str, str], counts: HostWork) -> str:
+    launches = [[name, f"{x.check:g}", f"{x.statistics:g}", f"{x.forward:g}"] for name, x in counts.launches.items()]
+    forwards = [[name, str(len(waits))] for name, waits in counts.forwards.items()]
+    passes = [[name, str(len(x.between)), str(len(x.around))] for name, x in counts.passes.items()]
+    all_waits = [*counts.forwards.values(), *(part for x in counts.passes.values() for part in x)]
+    places = sorted({f"- {wait.where}: {wait.what}" for waits in all_waits for wait in waits})
+    parts = [
+        heading({name: value for name, value in where.items() if name != "threads"}),
+        "Launches on a GPU:",
+        markdown_table(["collect", "the check, a layer", "the statistics, a layer", "once a forward"], launches),
+        "Waits of the host for the device in a forward under `collect`:",
+        markdown_table(["forward", "waits"], forwards),
+        "In a pass of the trainer:",
+        markdown_table(["pass", "between the first micro-batch and the last", "around"], passes),
+        "Where the host waits:",
+        "\n".join(places),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="also write OUT.md and OUT.json")
+    parser = make_parser(__doc__)
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
     args = parser.parse_args()
     with pretended_cuda(interprets=False) as device:
-        found = measure(device)
+        counts = measure(device)
     where = environment()
-    text = report(where, found)
-    print(text)
-    if args.out:
-        write(args.out, text, where | found._asdict())
+    print(publish(args.out, report(where, counts), where | counts._asdict()))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""What do the compiled kernels take of an SM, and what fraction of the floor can they then reach on an H100?
+"""How much of an SM do the compiled Triton kernels take, and how near the floor can they come on an H100?
 
     python -m benchmarks.kernels [--targets 80 90 100] [--sizes 128] [--lines] [--json] [--out FILE.md]
     python -m benchmarks.kernels --targets 90 --sizes 128 --try rows=128,128,8,2    # another tile than the table's
 
-Needs no GPU: every launch that ships is compiled ahead of time (launches.py) and its machine code is read (sass.py).
+The benchmark needs no GPU. It compiles every launch that ships ahead of time (launches.py) and reads its machine code
+(sass.py).
 
-The floor of a tile of scores is what the tensor core needs for heads of their own size (fp32: the FP32 lanes), or the
-MUFU for one exp2 a score, whichever is longer. A turn of a loop takes at least the cycles of its busiest unit: `best`
-is the floor over that, where the programs of an SM hide each other's waits. `alone` is the floor over the sum of the
-tensor core's cycles and the next busiest unit's: one program whose matrix products hide nothing. Neither has latencies
-or bank conflicts. Predicated instructions count as if they ran, also the loads ahead of a loop that may be short.
+The floor of a tile of scores is the longer of two times: the tensor core's for heads of their own size (fp32: the FP32
+lanes'), and the MUFU's for one exp2 a score. A turn of a loop takes at least the cycles of its busiest unit. `best` is
+the floor divided by those cycles: the programs of an SM then hide each other's waits. `alone` is the floor divided by
+the sum of the cycles of the tensor core and of the next busiest unit: one program whose matrix products hide nothing.
+Both leave out latencies and bank conflicts. Predicated instructions count as if they ran, also the loads ahead of a
+loop that may be short.
 """
 
 import argparse
@@ -28,12 +30,13 @@ import triton
 
 from benchmarks import sass
 from benchmarks.launches import TARGETS, Launch, compile_launches
-from benchmarks.measure import environment, progress
+from benchmarks.measure import environment, fold, make_parser, progress, show
 from benchmarks.sass import WARP_LANES, Instruction
 from rhythm_kernels.statistics import triton_backend
 from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, Tiles, choose_tiles
 
-# One SM of an H100 SXM, a cycle. 132 of them at 1.83 GHz make the data sheet's 989e12 FLOP/s (bf16, dense).
+# The rates of one SM of an H100 SXM are those of a cycle. 132 SMs at 1.83 GHz make the data sheet's 989e12 FLOP/s
+# (bf16, dense).
 SMS, CLOCK = 132, 1.83e9
 TENSOR_FLOPS = 4096
 # CUDA C++ Programming Guide, throughput of native arithmetic instructions, compute capability 9.0
@@ -43,16 +46,16 @@ INTEGER_LANES = 64  # add, shift, logic; compare, select, minimum, maximum also 
 SHUFFLE_LANES = 32  # through the same unit as shared memory (Nsight Compute, pipelines: LSU)
 SHARED_BYTES = 128  # 32 banks of 4 bytes
 SCHEDULERS = 4  # each issues one instruction of a warp
-# Measured, not published: XLA's cost model has 6.65e12 bytes/s from L2; 5.5e12 is reported too.
+# This rate is measured, not published: XLA's cost model has 6.65e12 bytes/s from L2. 5.5e12 is reported too.
 L2_BYTES = 6.65e12 / SMS / CLOCK
 
-# What an SM of compute capability 9.0 holds (CUDA C++ Programming Guide, technical specifications)
+# The room of an SM of compute capability 9.0 (CUDA C++ Programming Guide, technical specifications)
 REGISTERS, SHARED_MEMORY, WARPS = 64 << 10, 228 << 10, 64
-REGISTER_UNIT, RESERVED_SHARED = 256, 1 << 10  # registers a warp is given at a time; bytes taken of each program
+REGISTER_UNIT, RESERVED_SHARED = 256, 1 << 10  # registers are given to a warp in units; bytes reserved in each program
 
 
 def describe(launch: Launch) -> dict[str, Any]:
-    """All that the tables and the tests show of a launch."""
+    """Returns all that the tables and the tests show of a launch."""
     metadata, constants = launch.compiled.metadata, launch.constants
     code, ptx = sass.disassemble(launch.compiled.asm["cubin"]), launch.compiled.asm["ptx"]
     usage = resource_usage(launch.compiled.asm["cubin"])
@@ -76,8 +79,9 @@ def describe(launch: Launch) -> dict[str, Any]:
 
 
 def parts(launch: Launch, code: list[Instruction]) -> list[tuple[str, int | None, list[Instruction]]]:
-    """(name, scores of one turn or None, instructions) of each loop that multiplies matrices, in order of address, and
-    of what lies outside them where that multiplies too.
+    """Returns (name, scores of one turn or None, instructions) of each loop that multiplies matrices.
+
+    The loops are in order of address. The instructions outside of them follow if they multiply too.
 
     Raises: ValueError for a kernel or a number of loops that `named_loops` does not know.
     """
@@ -85,14 +89,14 @@ def parts(launch: Launch, code: list[Instruction]) -> list[tuple[str, int | None
     names, rest = named_loops(launch)
     if len(loops) != len(names):
         raise ValueError(f"{launch.kernel} must have the loops {names}, found {len(loops)} in {launch.constants}")
-    found = [(*name, loop) for name, loop in zip(names, loops)]
+    named_code = [(*name, loop) for name, loop in zip(names, loops)]
     if multiplies(launch, outside) or not loops:
-        found.append((*rest, outside))
-    return found
+        named_code.append((*rest, outside))
+    return named_code
 
 
 def named_loops(launch: Launch) -> tuple[list[tuple[str, int]], tuple[str, int | None]]:
-    """(name, scores of one turn) of the loops of a kernel that multiply matrices, and of what lies outside them."""
+    """Returns (name, scores of one turn) of a kernel's loops that multiply matrices, and of the code outside them."""
     constants = launch.constants
     if launch.kernel == "forward_kernel":
         names = ["window's edge"] * constants["USE_WINDOW"] + ["whole tiles", "diagonal"]
@@ -111,7 +115,7 @@ def named_loops(launch: Launch) -> tuple[list[tuple[str, int]], tuple[str, int |
 
 
 def describe_loop(launch: Launch, name: str, scores: int | None, code: list[Instruction]) -> dict[str, Any]:
-    """What a warp issues in one turn, by kind and by line of the source; on the H100 also the cycles of each unit."""
+    """Counts what a warp issues in one turn, by kind and by line of the source; on the H100 also each unit's cycles."""
     loop = {
         "name": name,
         "scores": scores,
@@ -132,7 +136,7 @@ def describe_loop(launch: Launch, name: str, scores: int | None, code: list[Inst
 
 
 def unit_cycles(code: list[Instruction], warps: int) -> dict[str, float]:
-    """How long each unit of an H100's SM is busy when every warp of a program issues this code once."""
+    """Returns the cycles for which each unit of an H100's SM is busy when every warp of a program issues this code."""
     count = Counter(instruction.kind for instruction in code)
     lanes = WARP_LANES * warps
     flops, shared, loaded = (sum(getattr(x, name) for x in code) for name in ("flops", "shared_bytes", "loaded_bytes"))
@@ -148,26 +152,26 @@ def unit_cycles(code: list[Instruction], warps: int) -> dict[str, float]:
 
 
 def floor_cycles(launch: Launch, scores: int) -> float:
-    """The fewest cycles of an SM for so many scores."""
+    """Returns the fewest cycles of an SM for a number of scores."""
     rate = 2 * FP32_LANES if launch.dtype == "float32" else TENSOR_FLOPS
     return max(2 * scores * sum(head_sizes(launch)) / rate, scores / MUFU_LANES)
 
 
 def multiplies(launch: Launch, code: list[Instruction]) -> bool:
-    """Whether this code holds matrix products, which in fp32 are FFMAs: a head's length of them for each score."""
+    """Says whether this code holds matrix products. In fp32 these are FFMAs, a head's length for each score."""
     if launch.dtype == "float32":
         return sum(x.kind == "FFMA" for x in code) >= sum(head_sizes(launch))
     return any(x.kind == "tensor" for x in code)
 
 
 def head_sizes(launch: Launch) -> list[int]:
-    """The multiply-adds of a score: one for each number of a key and, where there is an output, of a value."""
+    """Returns the multiply-adds of a score: one for each number of a key and, with an output, of a value."""
     names = ["SIZE", "SIZE_V"] if launch.constants.get("USE_OUT") else ["SIZE"]
     return [launch.constants[name] for name in names if name in launch.constants]
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack (spills) a thread."""
+    """Returns the registers and the bytes of stack (spills) of a thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -177,13 +181,13 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def programs_on_sm(warps: int, registers: int, shared: int) -> int:
-    """How many programs an H100's SM holds at a time."""
+    """Returns the number of programs that an H100's SM holds at a time."""
     warp_registers = -(-registers * WARP_LANES // REGISTER_UNIT) * REGISTER_UNIT
     return min(REGISTERS // (warp_registers * warps), SHARED_MEMORY // (shared + RESERVED_SHARED), WARPS // warps)
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """Markdown tables: the launches, the instructions of their loops, and the cycles of those on an H100."""
+    """Returns Markdown tables: the launches, the instructions of their loops, and the loops' cycles on an H100."""
     names = ["target", "dtype", "kernel", "head", "options", "tile", "warps", "stages", "registers", "stack", "shared"]
     launches, counts, cycles = [], [], []
     for i, row in enumerate(rows, 1):
@@ -193,32 +197,33 @@ def report(rows: list[dict[str, Any]]) -> str:
         for loop in row["loops"]:
             label, scores = [str(i), row["kernel"], loop["name"]], loop["scores"]
             total = sum(loop["counts"].values())
-            each = [str(scores), f"{total * WARP_LANES * row['warps'] / scores:.1f}"] if scores else ["-", "-"]
-            counts.append([*label, each[0], *(str(loop["counts"][kind]) for kind in sass.KINDS), str(total), each[1]])
+            a_score = f"{total * WARP_LANES * row['warps'] / scores:.1f}" if scores else "-"
+            kinds = [str(loop["counts"][kind]) for kind in sass.KINDS]
+            counts.append([*label, str(scores) if scores else "-", *kinds, str(total), a_score])
             if "cycles" in loop:
                 numbers = [f"{n:.0f}" for n in (*loop["cycles"].values(), loop["floor"])]
                 cycles.append([*label, *numbers, loop["limit"], f"{loop['best']:.0%}", f"{loop['alone']:.0%}"])
     units = list(unit_cycles([], 4))
     text = [
         table(["#", *names, "programs"], launches),
-        "Instructions that a warp issues in one turn of a loop; `a score`: of all threads, divided by the scores.",
+        "The instructions that a warp issues in one turn of a loop. `a score`: those of all threads over the scores.",
         table(["#", "kernel", "loop", "scores", *sass.KINDS, "all", "a score"], counts),
     ]
     if cycles:
-        text.append("Cycles of one turn on an SM of an H100, with every unit at its rate.")
+        text.append("The cycles of one turn on an SM of an H100, with every unit at its rate.")
         text.append(table(["#", "kernel", "loop", *units, "floor", "limit", "best", "alone"], cycles))
     return "\n\n".join(text)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown whose columns line up as text."""
+    """Returns a Markdown table whose columns line up as text."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     lines = [head, ["-" * (width - 1) + ":" for width in widths], *rows]
     return "\n".join("| " + " | ".join(x.rjust(width) for x, width in zip(line, widths)) + " |" for line in lines)
 
 
 def lines_report(rows: list[dict[str, Any]], most: int = 12) -> str:
-    """The lines of the source from which most of a loop's instructions come."""
+    """Returns the lines of the source from which most of a loop's instructions come."""
     return "\n".join(
         f"{i} {row['kernel']}, {loop['name']}: "
         + ", ".join(f"{line} {n}" for line, n in loop["lines"].most_common(most))
@@ -228,7 +233,7 @@ def lines_report(rows: list[dict[str, Any]], most: int = 12) -> str:
 
 
 def parse_tile(text: str) -> tuple[str, Tile | BandTile]:
-    """rows=128,64,4,3 -> ("rows", Tile(128, 64, 4, 3))."""
+    """Returns ("rows", Tile(128, 64, 4, 3)) for "rows=128,64,4,3"."""
     launch, _, numbers = text.partition("=")
     kinds = {"rows": Tile, "forward": Tile, "band": BandTile}
     try:
@@ -239,7 +244,7 @@ def parse_tile(text: str) -> tuple[str, Tile | BandTile]:
 
 @contextmanager
 def other_tiles(tiles: dict[str, Tile | BandTile]) -> Iterator[None]:
-    """In its block the launchers take these instead of the table's, for 16-bit inputs."""
+    """Replaces the table's tiles for 16-bit inputs in its block."""
 
     def choose(capability: int, head_size: int, value_size: int, bits: int) -> Tiles:
         chosen = choose_tiles(capability, head_size, value_size, bits)
@@ -250,32 +255,27 @@ def other_tiles(tiles: dict[str, Tile | BandTile]) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--sizes", type=int, nargs="+", help="only launches for these head sizes")
-    parser.add_argument(
-        "--lines", action="store_true", help="also the lines that the instructions of each loop come from"
-    )
+    parser.add_argument("--lines", action="store_true", help="also list the source lines of each loop's instructions")
     parser.add_argument(
         "--try", dest="tiles", type=parse_tile, nargs="+", default=(), metavar="LAUNCH=A,B,WARPS,STAGES",
-        help="rows=M,N,.. or forward=M,N,.. or band=TOKENS,LEAST_BEFORE,..[,MAX_REGISTERS] for 16-bit inputs",
+        help="for 16-bit inputs: rows=M,N,.. or forward=M,N,.. or band=TOKENS,LEAST_BEFORE,..[,MAX_REGISTERS]",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print all that is known instead")
+    parser.add_argument("--json", action="store_true", help="print everything that is known of each launch, as JSON")
     parser.add_argument("--out", type=Path, help="write what is printed to this file as well")
     args = parser.parse_args()
     with other_tiles(dict(args.tiles)):
-        found = compile_launches(args.targets, args.sizes)
-        rows = [describe(launch) for launch in progress(found, "launches compiled")]
+        launches = compile_launches(args.targets, args.sizes)
+        rows = [describe(launch) for launch in progress(launches, "launches compiled")]
     if args.json:
         text = json.dumps(rows)
     else:
         where = environment()
         head = ", ".join(f"{name} {where[name]}" for name in ("triton", "torch", "commit"))
-        text = "\n\n".join([head, report(rows), *([lines_report(rows)] if args.lines else [])])
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+        text = fold("\n\n".join([head, report(rows), *([lines_report(rows)] if args.lines else [])]))
+    show(text, args.out)
 
 
 if __name__ == "__main__":

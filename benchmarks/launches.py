@@ -1,8 +1,8 @@
-"""What the package launches, compiled without a GPU, exactly as its own launchers would have it on one.
+"""Compiles the package's Triton launches without a GPU, exactly as its launchers do on one.
 
 The public calls run on CPU tensors while Triton and torch are told that they are on a GPU of some compute capability.
-Each launch then compiles its kernel, with the signature, constants and alignment that Triton's runtime derives from the
-arguments, and is left out. Runs only where Triton compiles: not with TRITON_INTERPRET=1.
+Each launch compiles its kernel, with the signature, constants and alignment that Triton's runtime derives from the
+arguments, but does not run it. This works only where Triton compiles: not with TRITON_INTERPRET=1.
 """
 
 import inspect
@@ -29,29 +29,29 @@ TARGETS = (80, 90, 100)  # compute capabilities, times ten
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
 FEATURES = {"softcap": 30.0, "sinks": torch.zeros(QUERY_HEADS)}
 WINDOW = {"sliding_window": 4096}
-# WAAD and FAI that reach further than a tile
+# WAAD's window or FAI's horizon reaches further than a tile.
 FAR = {"window": 256}, {"horizon": (1, None)}, {"window": 256, "horizon": (1, None)}
 
 
 class Launch(NamedTuple):
     target: int
     dtype: str
-    """Of q; "" if the kernel has none."""
+    """The dtype of q; "" if the kernel has no q."""
     kernel: str
     constants: dict[str, Any]
     """The compile-time arguments by name."""
     compiled: CompiledKernel
-    """Never loaded."""
+    """The kernel, which is never loaded."""
 
 
 class _AbsentDriver:
-    """What Triton's runtime asks of a driver before it launches."""
+    """Answers what Triton's runtime asks of a driver before it launches."""
 
     def __init__(self, target: int):
         self.target = target
 
     def get_current_device(self) -> int:
-        return self.target  # compiled kernels are kept by device
+        return self.target  # Triton keeps compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -62,7 +62,7 @@ class _AbsentDriver:
 
 @contextmanager
 def absent_gpu(target: int) -> Iterator[list[Launch]]:
-    """In its block CPU tensors are on a GPU of this target, whose launches it collects instead of running them."""
+    """Takes CPU tensors in its block for a GPU's of this target, and collects the launches instead of running them."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("Triton interprets kernels in this process: unset TRITON_INTERPRET")
     launches: list[Launch] = []
@@ -124,8 +124,8 @@ class Case(NamedTuple):
 
 
 def cases(target: int) -> list[Case]:
-    """Calls that between them launch every kernel in each of the target's tiles, and on the H100 with every option."""
-    found = [
+    """Returns calls that launch every kernel in each of the target's tiles, and on the H100 with every option."""
+    calls = [
         *[Case("attention", size, WINDOW) for size in (64, 128, 256)],
         *[Case("attention_stats", size, {}) for size in (64, 72)],
         *[Case("attention_stats", size, FEATURES) for size in (128, 256)],
@@ -134,7 +134,7 @@ def cases(target: int) -> list[Case]:
         Case("probe_output", 128, FEATURES, dtype=torch.float32),
     ]
     if target == 90:
-        found += [
+        calls += [
             *[Case(call, size, {}) for size in (64, 128, 256) for call in ("attention", "attention_stats")],
             Case("attention_stats", 64, FEATURES),
             Case("attention", 128, FEATURES | WINDOW),
@@ -147,11 +147,11 @@ def cases(target: int) -> list[Case]:
             Case("attention_stats", 128, {}, dtype=torch.float16),
             *[Case(call, 128, FEATURES | WINDOW, dtype=torch.float32) for call in ("attention", "attention_stats")],
         ]
-    return found
+    return calls
 
 
 def compile_launches(targets: Iterable[int] = TARGETS, sizes: Container[int] | None = None) -> Iterator[Launch]:
-    """Every launch of `cases`, of these head sizes or all, each compiled kernel once."""
+    """Yields the launches of `cases` for these head sizes or all of them, each compiled kernel once."""
     seen = set()
     for target in targets:
         for case in cases(target):

@@ -1,6 +1,6 @@
-"""Reads NVIDIA machine code (SASS): its instructions, the loops around tensor-core work, and what each instruction is.
+"""Reads NVIDIA machine code (SASS): its instructions, their kinds, and the loops around tensor-core work.
 
-Works on the text of nvdisasm, which the Triton wheel carries, for compute capability 7.0 and later.
+It parses the text of nvdisasm, which the Triton wheel carries, for compute capability 7.0 and later.
 """
 
 import re
@@ -19,12 +19,12 @@ _LABEL = re.compile(r"(\.L_\w+):")
 _CODE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*?)\s*;")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
-# What an instruction is, by the first part of its opcode; "integer" is what no row names.
+# The kind of an instruction by the first part of its opcode. Opcodes in no row are of kind "integer".
 _KINDS = {
     "MUFU": "MUFU I2F F2I F2F FRND POPC FLO BREV",  # the unit of transcendental functions and most conversions
     "FFMA": "FFMA FMUL FADD FFMA2 FMUL2 FADD2",
-    "compare": "FMNMX FMNMX3 FSETP FSET FSEL FCHK F2FP I2FP",  # of floats; these run on the integer unit
-    "IMAD": "IMAD IDP HFMA2 HADD2 HMUL2",  # run on the FP32 unit; the last three also move and convert
+    "compare": "FMNMX FMNMX3 FSETP FSET FSEL FCHK F2FP I2FP",  # comparisons of floats run on the integer unit
+    "IMAD": "IMAD IDP HFMA2 HADD2 HMUL2",  # these run on the FP32 unit; the last three also move and convert
     "shuffle": "SHFL REDUX",
     "shared": "LDS STS LDSM STSM ATOMS",
     "global": "LDG STG LDGSTS LD ST ATOM ATOMG RED REDG UBLKCP UTMALDG UTMASTG",
@@ -41,12 +41,12 @@ class Instruction(NamedTuple):
     predicate: str
     """"@P0", "@!UP1", or "" where it always runs."""
     opcode: str
-    """With its modifiers: "LDGSTS.E.BYPASS.128"."""
+    """The name with its modifiers, such as "LDGSTS.E.BYPASS.128"."""
     operands: str
     target: int | None
-    """Where it may branch to, if that is known."""
+    """The address that it may branch to, if that is known."""
     line: str
-    """"triton_scores.py:75", or "" without line information."""
+    """The source line, such as "triton_scores.py:75", or "" without line information."""
 
     @property
     def kind(self) -> str:
@@ -67,7 +67,7 @@ class Instruction(NamedTuple):
 
     @property
     def lane_bytes(self) -> int:
-        """What a load or store moves for each thread."""
+        """The bytes that a load or store moves for each thread."""
         parts = self.opcode.split(".")
         if parts[0] in ("LDSM", "STSM"):  # 8 x 8 matrices of 16-bit values, a row from each of 8 threads
             return 4 * int(parts[-1]) if parts[-1] in ("2", "4") else 4
@@ -76,17 +76,17 @@ class Instruction(NamedTuple):
 
     @property
     def matrix(self) -> tuple[int, int, int] | None:
-        """(M, N, K) of HGMMA (a warpgroup's) and HMMA (a warp's); tcgen05 has its shape in a descriptor."""
-        if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", self.opcode):
-            m, n, k = map(int, found.groups())
+        """(M, N, K) of HGMMA (for a warpgroup) and HMMA (for a warp). tcgen05 has its shape in a descriptor."""
+        if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", self.opcode):
+            m, n, k = map(int, shape.groups())
             return m, n, k
-        if found := re.match(r"HMMA\.16(8)(8|16)\.", self.opcode):
-            return 16, int(found[1]), int(found[2])
+        if shape := re.match(r"HMMA\.16(8)(8|16)\.", self.opcode):
+            return 16, int(shape[1]), int(shape[2])
         return None
 
     @property
     def flops(self) -> int:
-        """Of a matrix product, for each warp that issues it."""
+        """The operations of a matrix product, for each warp that issues it."""
         if self.matrix is None:
             return 0
         m, n, k = self.matrix
@@ -94,10 +94,10 @@ class Instruction(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """What it moves to or from shared memory, for each warp that issues it, without bank conflicts."""
+        """The bytes that it moves to or from shared memory, for each warp that issues it, without bank conflicts."""
         if not self.runs:
             return 0
-        if self.opcode.startswith("HGMMA"):  # B comes from shared memory, A too unless it is a register
+        if self.opcode.startswith("HGMMA"):  # B comes from shared memory, and A unless it is in registers
             m, n, k = self.matrix
             a_in_registers = self.operands.split(", ")[1].startswith("R")
             return 2 * k * (n + (0 if a_in_registers else m)) // WARPGROUP_WARPS
@@ -107,13 +107,13 @@ class Instruction(NamedTuple):
 
     @property
     def loaded_bytes(self) -> int:
-        """What it reads of global memory, for each warp that issues it."""
+        """The bytes that it reads from global memory, for each warp that issues it."""
         loads = self.opcode.split(".")[0] in ("LDG", "LDGSTS", "LD")
         return WARP_LANES * self.lane_bytes if loads and self.runs else 0
 
 
 def disassemble(cubin: bytes) -> list[Instruction]:
-    """The instructions of a cubin with one function, in order.
+    """Returns the instructions of a cubin with one function, in order.
 
     Raises: ValueError for text that does not parse.
     """
@@ -127,25 +127,25 @@ def disassemble(cubin: bytes) -> list[Instruction]:
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of what nvdisasm prints.
+    """Returns the instructions in the text that nvdisasm prints.
 
     Raises: ValueError for text that does not parse.
     """
-    found, labels, line = [], {}, ""
+    rows, labels, line = [], {}, ""
     for row in text.splitlines():
         row = row.strip()
         if source := _LINE.match(row):
             line = f"{Path(source[1]).name}:{source[2]}"
         elif label := _LABEL.match(row):
-            labels[label[1]] = len(found) * INSTRUCTION_BYTES
+            labels[label[1]] = len(rows) * INSTRUCTION_BYTES
         elif code := _CODE.match(row):
-            if int(code[1], 16) != len(found) * INSTRUCTION_BYTES:
+            if int(code[1], 16) != len(rows) * INSTRUCTION_BYTES:
                 raise ValueError(f"an instruction is missing before this one: {row}")
-            found.append((code[2] or "", code[3], code[4], line))
-    if not found:
+            rows.append((code[2] or "", code[3], code[4], line))
+    if not rows:
         raise ValueError(f"no instructions in {text[:200]!r}")
     code = []
-    for i, (predicate, opcode, operands, line) in enumerate(found):
+    for i, (predicate, opcode, operands, line) in enumerate(rows):
         label = _TARGET.search(operands)
         target = labels[label[1]] if label else None
         code.append(Instruction(i * INSTRUCTION_BYTES, predicate, opcode, operands, target, line))
@@ -153,9 +153,9 @@ def parse(text: str) -> list[Instruction]:
 
 
 def find_loops(code: list[Instruction], works: Callable[[list[Instruction]], bool]) -> list[list[Instruction]]:
-    """The loops for which `works` is true, in order of their first address, and what lies outside them, in front of it.
+    """Returns the code outside of all loops for which `works` is true, and then these loops, in order of address.
 
-    A loop inside another one stands for itself: its instructions do not count for the outer one.
+    The instructions of an inner loop do not count for the outer one.
     """
     before = _predecessors(code)
     bodies: dict[int, set[int]] = {}
@@ -163,13 +163,13 @@ def find_loops(code: list[Instruction], works: Callable[[list[Instruction]], boo
         if instruction.opcode.startswith("BRA") and instruction.target <= instruction.address:
             head = instruction.target // INSTRUCTION_BYTES
             bodies[head] = bodies.get(head, set()) | _natural_loop(head, tail, before)
-    outside, found = set(range(len(code))), {}
+    outside, loops = set(range(len(code))), {}
     for head, body in sorted(bodies.items(), key=lambda item: len(item[1])):
         own = [code[i] for i in sorted(body & outside)]
         if works(own):
-            found[head] = own
+            loops[head] = own
             outside -= body
-    return [[code[i] for i in sorted(outside)], *(found[head] for head in sorted(found))]
+    return [[code[i] for i in sorted(outside)], *(loops[head] for head in sorted(loops))]
 
 
 def _predecessors(code: list[Instruction]) -> list[list[int]]:
@@ -186,7 +186,7 @@ def _predecessors(code: list[Instruction]) -> list[list[int]]:
 
 
 def _natural_loop(head: int, tail: int, before: list[list[int]]) -> set[int]:
-    """Everything that reaches `tail` without passing `head`; empty where that includes the entry: no loop then."""
+    """Returns what reaches `tail` without passing `head`. If that includes the entry, there is no loop: empty."""
     body, pending = {head}, [tail]
     while pending:
         i = pending.pop()

@@ -1,31 +1,31 @@
-"""What does rhythm credit add to a training step at a long context?
+"""How much time and memory does rhythm credit add to a training step at a long context?
 
     python -m benchmarks.trainer [--model NAME] [--tokens 8192] [--rounds 3] [--out benchmarks/results/trainer-cpu]
 
-One GRPO micro-step on one sequence by the trainer's own functions: old-log-prob pass, statistics, credit, loss,
-backward pass, optimizer step, with gradient checkpointing. An eighth of the tokens is the prompt, the rest the answer.
-Variants:
+The step is one GRPO micro-step on one sequence by the trainer's own functions: old-log-prob pass, statistics, credit,
+loss, backward pass, optimizer step, with gradient checkpointing. An eighth of the tokens is the prompt, the rest the
+answer. WAAD is the windowed average attention distance, FAI the future attention influence. Compared are:
 
     none      --credit none
     coupled   --credit coupled: spans and head groups of this batch, as in the paper
-    groups    --credit coupled --groups-every n, in a step between two calibrations
-    paper     none, and a separate forward of the same model in eager attention, whose maps of the five sampled layers
-              are kept, with WAAD, FAI and spans taken from them; in --paper-rounds, since it takes minutes
+    groups    --credit coupled --credit-group-by batch --credit-groups-every n, in a step between two calibrations
+    paper     none, and a separate forward of the same model in eager attention. It keeps the maps of the five sampled
+              layers, and WAAD, FAI and spans are computed from them. It takes minutes, so --paper-rounds counts its
+              rounds
 
-On a GPU the model computes in bfloat16 and keeps float32 parameters, as the trainer has it; the largest that fits is
-qwen3-4b, without `paper`, whose maps do not fit beside it.
+On a GPU the model computes in bfloat16 and keeps float32 parameters, as in the trainer. The largest model that fits is
+qwen3-4b without `paper`, whose maps do not fit beside it.
 
-Before anything is timed, at --check-tokens, where maps are cheap: the old log-probabilities of all variants must have
-the same bits, and WAAD and FAI of `coupled` and `groups` be the dense ones of `paper` to `EXACT` of the largest value
-(in bfloat16, where eager rounds scores, to `ROUNDED`).
+Nothing is timed before a check at --check-tokens, where maps are cheap. The old log-probabilities of all variants must
+have the same bits. WAAD and FAI of `coupled` and `groups` must be the dense ones of `paper` to `EXACT` of the largest
+value (in bfloat16, where eager rounds scores, to `ROUNDED`).
 
-The files are written after each round; an interrupt (SIGINT) ends the run with exit code 130.
+The files are written after each round. An interrupt (SIGINT) ends the run with exit code 130.
 
-How the trainer as a whole compares with TRL's is asked by benchmarks/trainer_against_trl.py.
+benchmarks/trainer_against_trl.py compares the whole trainer with TRL's.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,18 @@ from torch import Tensor
 
 from benchmarks.attention import EXACT, ROUNDED
 from benchmarks.forward import MODELS, load
-from benchmarks.measure import Measured, environment, interleave_long, ratios, says_when_interrupted, write
+from benchmarks.measure import (
+    Measured,
+    environment,
+    heading,
+    interleave_long,
+    make_parser,
+    markdown_table,
+    median_and_range,
+    publish,
+    ratios,
+    says_when_interrupted,
+)
 from rhythm_kernels import GroupSchedule, Rhythm, shape_advantages, token_credit
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.signals import rhythm_of
@@ -48,11 +59,11 @@ from train.policy import Policy, TokenStats, activation_checkpointing, read_batc
 from train.rollout import Completion
 from train.update import make_optimizer, update_policy
 
-LEARNING_RATE = 0.0  # AdamW works as always, and each round finds the same weights
+LEARNING_RATE = 0.0  # AdamW does its usual work, and each round finds the same weights
 
 
 def make_policy(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Policy, str]:
-    """(policy, where its weights are from), with gradient checkpointing."""
+    """Returns the policy with gradient checkpointing, and says where its weights are from."""
     model, weights = load(name, torch.float32, device)
     model.set_attn_implementation("packed")
     activation_checkpointing(model)
@@ -76,7 +87,7 @@ def make_batch(vocabulary: int, tokens: int, device: torch.device) -> Rollouts:
 
 
 class MicroStep:
-    """The variants on one policy and batch; each returns what it found before its update."""
+    """The variants on one policy and batch. Each returns the statistics of the tokens from before its update."""
 
     def __init__(self, policy: Policy, tokens: int, device: torch.device):
         model = policy.model
@@ -129,7 +140,7 @@ class MicroStep:
 
     @torch.no_grad()
     def eager_rhythm(self) -> Rhythm:
-        """From the maps of the sampled layers, [1, HQ, T, T] each, kept until the forward is over."""
+        """Computes the rhythm from the maps of the sampled layers, [1, HQ, T, T] each, kept until the forward ends."""
         model, maps = self.policy.model, {}
         hooks = [
             model.get_decoder()
@@ -144,37 +155,44 @@ class MicroStep:
             model.set_attn_implementation("packed")
             for hook in hooks:
                 hook.remove()
-        rows = self.batch.response_mask[None]
-        stats = {layer: dense_stats(maps.pop(layer), rows, self.coupled) for layer in self.layers}
-        layout = make_layout(1, rows.shape[1], rows.device, rows)
+        response_mask = self.batch.response_mask[None]
+        stats = {layer: dense_stats(maps.pop(layer), response_mask, self.coupled) for layer in self.layers}
+        layout = make_layout(1, response_mask.shape[1], response_mask.device, response_mask)
         return rhythm_of(stats, layout)
 
 
-def dense_stats(attention: Tensor, rows: Tensor, config: Config) -> AttentionStats:
-    """WAAD, FAI and span of whole maps [1, HQ, T, T], a head at a time so that little is held beside them."""
-    tokens, (lo, hi) = rows.shape[1], config.credit.horizon
-    position = torch.arange(tokens, device=rows.device)
+def dense_stats(maps: Tensor, response_mask: Tensor, config: Config) -> AttentionStats:
+    """Computes WAAD, FAI and span of maps [1, HQ, T, T], one head at a time to hold little beside them.
+
+    Args:
+        response_mask: [1, T] bool
+    """
+    tokens, (lo, hi) = response_mask.shape[1], config.credit.horizon
+    position = torch.arange(tokens, device=response_mask.device)
     distance = (position[:, None] - position).clamp(min=0).float()
-    near = distance.clamp(max=config.credit.window)
-    looks = ((distance >= lo) & (distance <= hi) & rows[0][:, None]).float()
-    count = looks.sum(0).clamp(min=1)
+    clipped = distance.clamp(max=config.credit.window)
+    in_horizon = ((distance >= lo) & (distance <= hi) & response_mask[0][:, None]).float()
+    count = in_horizon.sum(0).clamp(min=1)
     waad, fai, span = [], [], []
-    for head in attention[0]:
-        waad.append((head * near).sum(-1) * rows[0])
-        fai.append((head * looks).sum(0) / count)
-        span.append((head * distance).sum(-1)[rows[0]].mean())
+    for head in maps[0]:
+        waad.append((head * clipped).sum(-1) * response_mask[0])
+        fai.append((head * in_horizon).sum(0) / count)
+        span.append((head * distance).sum(-1)[response_mask[0]].mean())
     return AttentionStats(torch.stack(waad)[None], torch.stack(fai)[None], torch.stack(span)[None], lse=None)
 
 
 def check(step: MicroStep, allowed: float) -> float:
-    """The largest error of the rhythm in units of its largest value; SystemExit if anything is wrong."""
+    """Returns the largest error of the rhythm, in units of its largest value.
+
+    Raises: SystemExit if log-probabilities or signals are wrong.
+    """
     plain, dense = step.none(), step.paper()
     worst = 0.0
-    for name, found in (("coupled", step.with_spans()), ("groups", step.with_groups())):
-        if not torch.equal(plain.log_probs, found.log_probs):
+    for name, token_stats in (("coupled", step.with_spans()), ("groups", step.with_groups())):
+        if not torch.equal(plain.log_probs, token_stats.log_probs):
             raise SystemExit(f"collecting changed the log-probabilities of {name}: nothing is timed")
         for signal in ("waad", "fai"):
-            got, want = getattr(found.rhythm, signal), getattr(dense.rhythm, signal)
+            got, want = getattr(token_stats.rhythm, signal), getattr(dense.rhythm, signal)
             error = ((got - want).abs().max() / want.abs().max()).item()
             if not error <= allowed:
                 raise SystemExit(
@@ -185,14 +203,12 @@ def check(step: MicroStep, allowed: float) -> float:
 
 
 def table(measured: dict[str, Measured]) -> str:
-    lines = ["| | time | of `none` (least, most) | peak extra memory | of `none` |", "|---|---|---|---|---|"]
-    base = measured["none"]
+    base, rows = measured["none"], []
     for name, m in measured.items():
-        each = ratios(m, base) if len(m.samples) == len(base.samples) else [m.seconds / base.seconds]
-        share = f"{statistics.median(each):.3f}x ({min(each):.3f}, {max(each):.3f})"
-        memory = f"{m.extra_bytes / 2**20:,.0f} MiB | {m.extra_bytes / base.extra_bytes:.3f}x"
-        lines.append(f"| {name} | {m.seconds:.1f} s | {share} | {memory} |")
-    return "\n".join(lines)
+        shares = ratios(m, base) if len(m.samples) == len(base.samples) else [m.seconds / base.seconds]
+        memory = [f"{m.extra_bytes / 2**20:,.0f} MiB", f"{m.extra_bytes / base.extra_bytes:.3f}x"]
+        rows.append([name, f"{m.seconds:.1f} s", median_and_range(shares), *memory])
+    return markdown_table(["", "time", "of `none` (least, most)", "peak extra memory", "of `none`"], rows)
 
 
 def report(
@@ -203,27 +219,24 @@ def report(
     error: float,
     measured: dict[str, Measured],
 ) -> str:
-    """Writes what `--out` asks for, and returns the text."""
-    head = ", ".join(f"{name} {value}" for name, value in where.items())
-    of_paper = len(measured["paper"].samples) if "paper" in measured else 0
-    rounds = f"medians of {len(measured['none'].samples)} interleaved rounds, {of_paper} of the paper's way"
+    """Returns the report, after writing it where `--out` asks for it."""
+    paper_rounds = len(measured["paper"].samples) if "paper" in measured else 0
+    rounds = f"medians of {len(measured['none'].samples)} interleaved rounds, {paper_rounds} of the paper's way"
     what = f"{args.model}, {args.tokens:,} tokens ({weights}), {str(dtype).removeprefix('torch.')}"
-    text = f"{head}\n\n{what}, gradient checkpointing; {rounds}; largest error of the rhythm "
+    text = f"{heading(where)}\n\n{what}, gradient checkpointing; {rounds}; largest error of the rhythm "
     text += f"{error:.1e} of its largest value, at {args.check_tokens:,} tokens\n\n{table(measured)}\n"
-    if args.out is not None:
-        said = {"model": args.model, "weights": weights, "tokens": args.tokens, "error": error}
-        write(args.out, text, {**where, **said, **{name: m._asdict() for name, m in measured.items()}})
-    return text
+    data = {**where, "model": args.model, "weights": weights, "tokens": args.tokens, "error": error}
+    return publish(args.out, text, data | {name: m._asdict() for name, m in measured.items()})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", choices=MODELS, help="default: smollm2-135m, on a GPU qwen3-1.7b")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--check-tokens", type=int, default=1024, help="of the check against eager maps")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the sequence, prompt and answer")
+    parser.add_argument("--check-tokens", type=int, default=1024, help="tokens in the check against eager maps")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
-    parser.add_argument("--paper-rounds", type=int, default=1, help="timed rounds of the paper's way; 0: not measured")
+    parser.add_argument("--paper-rounds", type=int, default=1, help="timed rounds of the paper's way; 0 leaves it out")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
     args = parser.parse_args(arguments)
     args.model = args.model or ("qwen3-1.7b" if args.device == "cuda" else "smollm2-135m")
@@ -238,19 +251,19 @@ def main(arguments: list[str] | None = None) -> None:
         policy, weights = make_policy(args.model, dtype, device)
         error = check(MicroStep(policy, args.check_tokens, device), allowed)
         step = MicroStep(policy, args.tokens, device)
-        tell = partial(report, args, environment(device), weights, dtype, error)
-        what = f"{args.model}, {args.tokens:,} tokens"
+        report_so_far = partial(report, args, environment(device), weights, dtype, error)
+        label = f"{args.model}, {args.tokens:,} tokens"
         variants: dict[str, Callable] = {"none": step.none, "coupled": step.with_spans, "groups": step.with_groups}
-        measured = interleave_long(variants, args.rounds, what, device, after_round=tell)
+        measured = interleave_long(variants, args.rounds, label, device, after_round=report_so_far)
         if args.paper_rounds:
             measured |= interleave_long(
                 {"paper": step.paper},
                 args.paper_rounds,
-                f"{what}, eager",
+                f"{label}, eager",
                 device,
-                after_round=lambda of_paper: tell(measured | of_paper),
+                after_round=lambda paper: report_so_far(measured | paper),
             )
-        text = tell(measured)
+        text = report_so_far(measured)
     print(text)
 
 

@@ -2,16 +2,16 @@
 
     python -m benchmarks.trainer_against_trl [--completion 256] [--rounds 3] [--out benchmarks/results/trainer-trl-cpu]
 
-The same model (SmolLM2-135M), prompts (Countdown, in its chat template), batch (2 problems, 4 answers each), lengths
-(nothing ends an answer before --completion tokens), reward, loss and machine; fp32, gradient checkpointing as TRL has
-it by default, answers sampled by transformers' generate in both, one optimizer step a batch. Variants, each a process
-of its own in each round, in turn:
+Both trainers have the same model (SmolLM2-135M), prompts (Countdown, in its chat template), batch (2 problems with 4
+answers each), lengths (nothing ends an answer before --completion tokens), reward, loss and machine. Both compute in
+fp32 with gradient checkpointing, TRL's default, sample answers with transformers' generate, and take one optimizer step
+a batch. Compared are, in turn and each in a process of its own in each round:
 
     trl       GRPOTrainer, micro-batches of 4 answers
     none      this trainer, micro-batches of as many tokens, --credit none
     coupled   this trainer, --credit coupled
 
-Of a process's steps the first is not counted. Before anything is reported, all must have seen the same number of
+The first step of a process is not counted. The benchmark reports nothing unless all variants saw the same number of
 tokens. Memory is the peak of the resident set above what the process held when its trainer was made.
 """
 
@@ -29,36 +29,49 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.measure import environment, extra_bytes, progress, write
+from benchmarks.measure import (
+    environment,
+    extra_bytes,
+    heading,
+    make_parser,
+    markdown_table,
+    median_and_range,
+    progress,
+    publish,
+)
 
 PROBLEMS, ANSWERS, MICRO = 2, 4, 4
-PROMPT_TOKENS = 200  # at most, of these problems
+PROMPT_TOKENS = 200  # more than any of these prompts has
 VARIANTS = ("trl", "none", "coupled")
 
 
 class Steps(NamedTuple):
+    """The steps of one process, without the first."""
+
     seconds: list[float]
-    """Of each step but the first."""
+    """The time of each step."""
     tokens: int
-    """Of prompts and answers in those steps."""
+    """The tokens of all prompts and answers."""
     extra_bytes: int
 
     @property
     def rate(self) -> float:
+        """Tokens a second."""
         return self.tokens / sum(self.seconds)
 
 
 def reward_of(text: str) -> float:
-    """Dense, so that every group has a spread: the share of digits."""
+    """Returns the share of digits, so that the rewards of a group differ."""
     return sum(character.isdigit() for character in text) / max(1, len(text))
 
 
 def save_model(folder: Path) -> None:
-    """SmolLM2 as from_pretrained reads it."""
+    """Saves SmolLM2 and its tokenizer as from_pretrained reads them."""
     from rhythm_kernels.analysis.sources import load
 
-    for each in load(dtype=torch.float32):
-        each.save_pretrained(folder)
+    model, tokenizer = load(dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def questions(count: int) -> list[str]:
@@ -89,7 +102,7 @@ def run_trl(model: str, completion: int, steps: int, threads: int) -> Steps:
         return [reward_of(answer[0]["content"]) for answer in completions]
 
     with tempfile.TemporaryDirectory() as folder:
-        how = GRPOConfig(
+        config = GRPOConfig(
             output_dir=folder,
             use_cpu=True,
             bf16=False,
@@ -110,14 +123,14 @@ def run_trl(model: str, completion: int, steps: int, threads: int) -> Steps:
             disable_tqdm=True,
         )
         dataset = datasets.Dataset.from_list(rows)
-        trainer = GRPOTrainer(model, reward_funcs=reward, args=how, train_dataset=dataset, callbacks=[Clock()])
+        trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=dataset, callbacks=[Clock()])
         extra = extra_bytes(trainer.train, torch.device("cpu"))
     if lengths != [PROBLEMS * ANSWERS * completion] * steps:
         raise SystemExit(f"TRL made answers of {lengths} tokens, not {PROBLEMS * ANSWERS * completion} a step")
-    taken = [after - before for before, after in itertools.pairwise(moments)]
+    seconds = [after - before for before, after in itertools.pairwise(moments)]
     prompts = [trainer.processing_class.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows]
-    read = sum(len(getattr(ids, "input_ids", ids)) for ids in prompts[PROBLEMS:])
-    return Steps(taken[1:], ANSWERS * read + sum(lengths[1:]), extra)
+    prompt_tokens = sum(len(getattr(ids, "input_ids", ids)) for ids in prompts[PROBLEMS:])
+    return Steps(seconds[1:], ANSWERS * prompt_tokens + sum(lengths[1:]), extra)
 
 
 def run_ours(model: str, completion: int, steps: int, threads: int, credit: str) -> Steps:
@@ -149,7 +162,7 @@ def run_ours(model: str, completion: int, steps: int, threads: int, credit: str)
         run.stream.take = lambda count: [Problem(next(asked), "", "countdown") for _ in range(count)]
         run.engine.stops = [run.policy.model.config.vocab_size]  # no token ends an answer
         sample = run.engine.generate
-        run.engine.generate = lambda *given: [each._replace(finish_reason="stop") for each in sample(*given)]
+        run.engine.generate = lambda *args: [completion._replace(finish_reason="stop") for completion in sample(*args)]
 
         def all_steps():
             for number in range(1, steps + 1):
@@ -162,7 +175,7 @@ def run_ours(model: str, completion: int, steps: int, threads: int, credit: str)
 
 
 def measure(variant: str, model: str, args: argparse.Namespace) -> Steps:
-    """In a process of its own."""
+    """Runs a variant in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.trainer_against_trl", "--worker", variant, "--model", model]
     command += ["--completion", str(args.completion), "--steps", str(args.steps), "--threads", str(args.threads)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -171,24 +184,23 @@ def measure(variant: str, model: str, args: argparse.Namespace) -> Steps:
     return Steps(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def table(found: dict[str, list[Steps]]) -> str:
-    lines = ["| | tokens/s | of `trl` (least, most) | peak extra memory | of `trl` |", "|---|---|---|---|---|"]
-    memory = {name: statistics.median(each.extra_bytes for each in runs) for name, runs in found.items()}
-    for name, runs in found.items():
-        each = [mine.rate / other.rate for mine, other in zip(runs, found["trl"], strict=True)]
-        share = f"{statistics.median(each):.2f}x ({min(each):.2f}, {max(each):.2f})"
+def table(measured: dict[str, list[Steps]]) -> str:
+    rows = []
+    memory = {name: statistics.median(run.extra_bytes for run in runs) for name, runs in measured.items()}
+    for name, runs in measured.items():
+        shares = [run.rate / trl.rate for run, trl in zip(runs, measured["trl"], strict=True)]
         rate = statistics.median(run.rate for run in runs)
-        held = f"{memory[name] / 2**20:,.0f} MiB | {memory[name] / memory['trl']:.2f}x"
-        lines.append(f"| {name} | {rate:,.1f} | {share} | {held} |")
-    return "\n".join(lines)
+        held = [f"{memory[name] / 2**20:,.0f} MiB", f"{memory[name] / memory['trl']:.2f}x"]
+        rows.append([name, f"{rate:,.1f}", median_and_range(shares, 2), *held])
+    return markdown_table(["", "tokens/s", "of `trl` (least, most)", "peak extra memory", "of `trl`"], rows)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--completion", type=int, default=256, help="tokens of each answer")
-    parser.add_argument("--steps", type=int, default=4, help="of each process, the first not counted")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=4, help="steps of each process; the first is not counted")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -201,23 +213,22 @@ def main(arguments: list[str] | None = None) -> None:
         options = (args.model, args.completion, args.steps, args.threads)
         print(json.dumps(run_trl(*options) if args.worker == "trl" else run_ours(*options, args.worker)))
         return
-    found: dict[str, list[Steps]] = {name: [] for name in VARIANTS}
+    measured: dict[str, list[Steps]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder))
         for _ in progress(range(args.rounds), "against TRL"):
             for name in VARIANTS:
-                found[name].append(measure(name, folder, args))
-    if len({run.tokens for runs in found.values() for run in runs}) != 1:
-        raise SystemExit(f"the variants saw other tokens: { {name: runs[0].tokens for name, runs in found.items()} }")
+                measured[name].append(measure(name, folder, args))
+    if len({run.tokens for runs in measured.values() for run in runs}) != 1:
+        tokens = {name: runs[0].tokens for name, runs in measured.items()}
+        raise SystemExit(f"the variants saw different numbers of tokens: {tokens}")
     where = environment() | {"threads": str(args.threads), "trl": metadata.version("trl")}
     batch = f"{PROBLEMS} problems, {ANSWERS} answers each of {args.completion} tokens, micro-batches of {MICRO} answers"
-    text = ", ".join(f"{name} {value}" for name, value in where.items())
-    text += f"\n\nSmolLM2-135M, fp32, gradient checkpointing; {batch}; medians of {args.rounds} rounds in turn, of "
-    text += f"{args.steps - 1} steps each\n\n{table(found)}\n"
-    if args.out is not None:
-        runs = {name: [each._asdict() for each in runs] for name, runs in found.items()}
-        write(args.out, text, {**where, "completion": args.completion, **runs})
-    print(text)
+    text = f"{heading(where)}\n\nSmolLM2-135M, fp32, gradient checkpointing; {batch}; medians of {args.rounds} rounds "
+    text += f"in turn, of {args.steps - 1} steps each\n\n{table(measured)}\n"
+    data = {**where, "completion": args.completion}
+    data |= {name: [run._asdict() for run in runs] for name, runs in measured.items()}
+    print(publish(args.out, text, data))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A causal attention forward in Triton with no statistics: what the fused forward of this package is compared with.
+"""Computes causal attention in Triton without statistics, as a baseline for the fused forward of this package.
 
-The usual form: a program owns a tile of rows, walks over the keys with an online softmax in base 2, and masks only the
-tiles on the diagonal. It gives the output and the log-sum-exp. 16-bit or fp32 inputs, grouped heads, no masks.
+The kernel has the usual form: a program owns a tile of rows, walks over the keys with an online softmax in base 2, and
+masks only the tiles on the diagonal. It computes the output and the log-sum-exp, for 16-bit or fp32 inputs and grouped
+heads, without masks.
 """
 
 import math
@@ -11,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# (rows, keys, warps, stages); the fastest is found once for each head size and size class
+# (rows, keys, warps, stages). The tuner picks the fastest once for each head size and size class.
 TILES = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3))
 CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in TILES]
 if triton.knobs.runtime.interpret:
     CONFIGS = CONFIGS[-1:]  # there is nothing to tune
-SIZE_CLASSES = (4096, 16_384)  # tokens up to which a sequence is short, and of middle length
+SIZE_CLASSES = (4096, 16_384)  # most tokens of a short sequence and of a middle one
 
 
 @triton.jit
@@ -42,12 +43,12 @@ def _visit(
     for start in range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         column = start + tl.arange(0, BLOCK_N)
-        some_keys = k + column[None, :] * stride_kt + size[:, None]
-        some_values = v + column[:, None] * stride_vt + size[None, :]
+        key_pointers = k + column[None, :] * stride_kt + size[:, None]
+        value_pointers = v + column[:, None] * stride_vt + size[None, :]
         if MASKED:
-            keys = tl.load(some_keys, mask=column[None, :] < tokens, other=0.0)
+            keys = tl.load(key_pointers, mask=column[None, :] < tokens, other=0.0)
         else:
-            keys = tl.load(some_keys)
+            keys = tl.load(key_pointers)
         scores = tl.dot(q, keys, input_precision="ieee") * scale
         if MASKED:
             scores = tl.where(row[:, None] >= column[None, :], scores, float("-inf"))
@@ -56,9 +57,9 @@ def _visit(
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weights, 1)
         if MASKED:
-            values = tl.load(some_values, mask=column[:, None] < tokens, other=0.0)
+            values = tl.load(value_pointers, mask=column[:, None] < tokens, other=0.0)
         else:
-            values = tl.load(some_values)
+            values = tl.load(value_pointers)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
@@ -90,7 +91,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_M rows of one head. The longest rows come first. Only the tuner reads `size_class`."""
+    """Computes BLOCK_M rows of one head a program. The longest rows come first. Only the tuner reads `size_class`."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -134,9 +135,12 @@ def forward_kernel(
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(out [B, HQ, T, D] in q's dtype, lse [B, HQ, T] fp32 natural log) of q [B, HQ, T, D], k and v [B, H, T, D].
+    """Returns the output [B, HQ, T, D] in q's dtype and the log-sum-exp [B, HQ, T] in fp32, natural logarithm.
 
-    D is a power of two from 16; the last dimension is contiguous; a head has fewer than 2^31 elements.
+    Args:
+        q: [B, HQ, T, D]; D is a power of two from 16, the last dimension is contiguous, and a head has fewer than 2^31
+            elements.
+        k, v: [B, H, T, D]
     """
     batch, heads, tokens, size = q.shape
     if size < 16 or size & (size - 1):

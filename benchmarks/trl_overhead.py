@@ -1,20 +1,20 @@
-"""What does rhythm credit add to a step of TRL's GRPOTrainer?
+"""How much time and memory does rhythm credit add to a step of TRL's GRPOTrainer?
 
     python -m benchmarks.trl_overhead [--tokens 1024] [--rounds 5] [--out benchmarks/results/trl-overhead-cpu]
 
-SmolLM2-135M, fp32, gradient checkpointing as TRL has it by default; 2 sequences of --tokens tokens, a fifth of each the
-prompt, one in a micro-batch. There are two ways to train on them. Each is run without credit (TRL's own trainer), with
-coupled credit, and with coupled credit whose head groups are known from an earlier batch:
+The model is SmolLM2-135M in fp32 with gradient checkpointing, TRL's default. The batch has 2 sequences of --tokens
+tokens, one in a micro-batch; a fifth of each is the prompt. Compared are three credits: `plain` (TRL's own trainer),
+`coupled`, and `groups` (coupled credit with head groups known from an earlier batch), in two ways of training:
 
     loss      one optimizer step: TRL runs no old-log-prob pass, the statistics are read in the loss's own forward
     old pass  two optimizer steps: TRL runs an old-log-prob pass, and the statistics are read there
 
-A run is one generation batch, from what was sampled to the last optimizer step; all runs share one model, one optimizer
-with a learning rate of 0, and the same answers, made before. What sampling them takes is the same with and without
-credit, so it is measured by itself, once a round, with transformers' generate: the whole step is the sum of the two.
+A run is one generation batch, from the sampled answers to the last optimizer step. All runs share one model, one
+optimizer with a learning rate of 0, and the same answers. Sampling them takes the same time with and without credit, so
+it is timed by itself, once a round, with transformers' generate. The whole step is the sum of the two.
 
-Before anything is timed, at --check-tokens, the advantages that reach the loss must be those of eager attention maps in
-fp64, in both ways, all but one token in `TIED`: there the two may order equal values differently.
+Nothing is timed before a check at --check-tokens: in both ways the advantages that reach the loss must be those of
+eager attention maps in fp64, except for one token in `TIED`, where the two may order equal values differently.
 """
 
 import argparse
@@ -28,13 +28,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Measured, environment, extra_bytes, progress, ratios, write
+from benchmarks.measure import (
+    Measured,
+    environment,
+    extra_bytes,
+    heading,
+    make_parser,
+    markdown_table,
+    median_and_range,
+    progress,
+    publish,
+    ratios,
+)
 from rhythm_kernels import reference
 
 SEQUENCES, MICRO = 2, 1
 TIED = 200
 CREDITS = ("plain", "coupled", "groups")
-WAYS = {  # of optimizer steps, and of micro-batches in each
+WAYS = {  # micro-batches of an optimizer step, and optimizer steps
     "loss": {"gradient_accumulation_steps": 2, "max_steps": 1},
     "old pass": {"gradient_accumulation_steps": 1, "max_steps": 2},
 }
@@ -42,7 +53,7 @@ VARIANTS = [(way, credit) for way in WAYS for credit in CREDITS]
 
 
 class Bench:
-    """One model and its optimizer; each run makes a trainer for them, as a script does."""
+    """One model and its optimizer. Each run makes a trainer for them, as a script does."""
 
     def __init__(self, folder: str):
         from rhythm_kernels.analysis import sources
@@ -51,15 +62,18 @@ class Bench:
         self.weights = sources.smollm2_file().stem
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
         self.folder = folder
-        self.spans: Tensor | None = None  # of the first batch with credit
+        self.spans: Tensor | None = None  # the spans of the last batch with coupled credit
 
     def rollout(self, tokens: int) -> dict[str, list]:
-        """Sequences of random tokens: what they are does not matter for time."""
-        draw, low = torch.Generator().manual_seed(0), 100  # special tokens are the first ones
-        ids = torch.randint(low, self.model.config.vocab_size, (SEQUENCES, tokens), generator=draw)
+        """Returns sequences of random tokens, whose values do not matter for time."""
+        generator, first_plain_id = torch.Generator().manual_seed(0), 100  # special tokens have the first ids
+        ids = torch.randint(first_plain_id, self.model.config.vocab_size, (SEQUENCES, tokens), generator=generator)
         cut = tokens // 5
-        made = {"prompt_ids": ids[:1, :cut].expand(SEQUENCES, -1).tolist(), "completion_ids": ids[:, cut:].tolist()}
-        return made | {"logprobs": [[-1.0] * (tokens - cut)] * SEQUENCES}
+        return {
+            "prompt_ids": ids[:1, :cut].expand(SEQUENCES, -1).tolist(),
+            "completion_ids": ids[:, cut:].tolist(),
+            "logprobs": [[-1.0] * (tokens - cut)] * SEQUENCES,
+        }
 
     def trainer(self, way: str, credit: str, tokens: int, sample: bool = False):
         import datasets
@@ -68,7 +82,7 @@ class Bench:
         from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmMixin
 
         class Recorded(GRPOTrainer):
-            """What TRL made of the rewards, and what its loss was given."""
+            """Keeps the batch that TRL scored, and the inputs of its loss in `loss_inputs`."""
 
             def _generate_and_score_completions(self, inputs):
                 self.batch = super()._generate_and_score_completions(inputs)
@@ -76,12 +90,12 @@ class Bench:
 
             def _compute_loss(self, model, inputs):
                 loss = super()._compute_loss(model, inputs)
-                self.__dict__.setdefault("given", []).append({name: inputs[name] for name in inputs})
+                self.__dict__.setdefault("loss_inputs", []).append({name: inputs[name] for name in inputs})
                 return loss
 
-        made = self.rollout(tokens)
+        rollout = self.rollout(tokens)
         options = {} if credit == "plain" else {"credit_groups_every": 2 if credit == "groups" else 1}
-        self.model.__dict__.pop("forward", None)  # that the last trainer put over the model's own
+        self.model.__dict__.pop("forward", None)  # the last trainer put its own over the model's
         config = (GRPOConfig if credit == "plain" else RhythmGRPOConfig)(
             output_dir=self.folder,
             use_cpu=True,
@@ -89,8 +103,8 @@ class Bench:
             per_device_train_batch_size=MICRO,
             steps_per_generation=SEQUENCES // MICRO,
             num_generations=SEQUENCES,
-            max_completion_length=len(made["completion_ids"][0]),
-            generation_kwargs={"min_new_tokens": len(made["completion_ids"][0])},
+            max_completion_length=len(rollout["completion_ids"][0]),
+            generation_kwargs={"min_new_tokens": len(rollout["completion_ids"][0])},
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
@@ -103,17 +117,17 @@ class Bench:
             self.model,
             reward_funcs=lambda completion_ids, **_: [float(row % 2) for row in range(len(completion_ids))],
             args=config,
-            train_dataset=datasets.Dataset.from_dict({"prompt": [self.tokenizer.decode(made["prompt_ids"][0])] * 8}),
+            train_dataset=datasets.Dataset.from_dict({"prompt": [self.tokenizer.decode(rollout["prompt_ids"][0])] * 8}),
             processing_class=self.tokenizer,
             optimizers=(self.optimizer, torch.optim.lr_scheduler.ConstantLR(self.optimizer)),
-            rollout_func=None if sample else lambda prompts, trainer: made,
+            rollout_func=None if sample else lambda prompts, trainer: rollout,
         )
         if credit == "groups":
             trainer._schedule.load_state_dict({"age": 1, "spans": self.spans})
         return trainer
 
     def run(self, way: str, credit: str, tokens: int):
-        """(seconds of the optimizer steps of one generation batch, the trainer)."""
+        """Returns the seconds of one generation batch's optimizer steps, and the trainer."""
         from transformers import PrinterCallback, TrainerCallback
 
         moments = []
@@ -134,7 +148,7 @@ class Bench:
         return sum(moments), trainer
 
     def sample(self, tokens: int) -> float:
-        """Seconds of sampling the answers."""
+        """Returns the seconds that sampling the answers takes."""
         trainer = self.trainer("loss", "plain", tokens, sample=True)
         prompts = [trainer.train_dataset[0]["prompt"]] * SEQUENCES
         begin = time.perf_counter()
@@ -144,35 +158,38 @@ class Bench:
 
 @torch.no_grad()
 def dense_gamma(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """gamma [B, C] of the coupled strategy, from whole eager maps in fp64."""
+    """Computes gamma [B, C] of the coupled strategy from whole eager maps in fp64. C counts completion tokens."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     cut = batch["prompt_ids"].shape[1]
-    rows = torch.arange(ids.shape[1]).expand_as(ids) >= cut
+    response_mask = torch.arange(ids.shape[1]).expand_as(ids) >= cut
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = model(ids, output_attentions=True).attentions
     model.set_attn_implementation(implementation)
     gammas = []
     for b in range(len(ids)):
-        row, segment = rows[b : b + 1], torch.zeros_like(ids[b : b + 1])
-        of_layers = [maps[layer][b : b + 1].double() for layer in reference.sampled_layers(len(maps))]
-        groups = reference.group_heads(torch.cat([reference.span(one, row, segment, 1) for one in of_layers]))
-        waad = torch.cat([reference.waad(one, row) for one in of_layers])[groups.local_heads].mean(0)
-        fai = torch.cat([reference.fai(one, row, segment) for one in of_layers])[groups.global_heads].mean(0)
-        gammas.append(reference.gamma("coupled", row, waad[None], fai[None])[:, cut:])
+        mask, segments = response_mask[b : b + 1], torch.zeros_like(ids[b : b + 1])
+        layer_maps = [maps[layer][b : b + 1].double() for layer in reference.sampled_layers(len(maps))]
+        groups = reference.group_heads(torch.cat([reference.span(x, mask, segments, 1) for x in layer_maps]))
+        waad = torch.cat([reference.waad(x, mask) for x in layer_maps])[groups.local_heads].mean(0)
+        fai = torch.cat([reference.fai(x, mask, segments) for x in layer_maps])[groups.global_heads].mean(0)
+        gammas.append(reference.gamma("coupled", mask, waad[None], fai[None])[:, cut:])
     return torch.cat(gammas)
 
 
 def check(bench: Bench, tokens: int) -> int:
-    """How many tokens the two order differently; SystemExit if anything is wrong."""
+    """Returns the number of tokens whose advantages differ from the dense ones.
+
+    Raises: SystemExit if there are too many.
+    """
     most = 0
     for way in WAYS:
         _, trainer = bench.run(way, "coupled", tokens)
         batch = trainer.batch
         wanted = reference.shape_advantages(batch["advantages"], dense_gamma(bench.model, batch))
-        of_row = {tuple(row.tolist()): advantages for row, advantages in zip(batch["completion_ids"], wanted)}
-        rows = [pair for given in trainer.given for pair in zip(given["completion_ids"], given["advantages"])]
-        off = sum(((of_row[tuple(ids.tolist())] - got).abs() > 1e-5).sum().item() for ids, got in rows)
+        wanted_by_ids = {tuple(ids.tolist()): advantages for ids, advantages in zip(batch["completion_ids"], wanted)}
+        rows = [pair for x in trainer.loss_inputs for pair in zip(x["completion_ids"], x["advantages"])]
+        off = sum(((wanted_by_ids[tuple(ids.tolist())] - got).abs() > 1e-5).sum().item() for ids, got in rows)
         if len(rows) != SEQUENCES or off * TIED > wanted.numel():
             raise SystemExit(f"{way}: {off} of {wanted.numel()} advantages are not the dense ones: nothing is timed")
         most = max(most, off)
@@ -180,53 +197,53 @@ def check(bench: Bench, tokens: int) -> int:
 
 
 def measure(bench: Bench, tokens: int, rounds: int) -> tuple[dict[str, Measured], list[float]]:
-    """Of each variant the training part, and what sampling took in each round; one round before them warms up."""
+    """Returns the training part of each variant, and the seconds of sampling in each round. One round warms up."""
     seconds: dict[str, list[float]] = {f"{way}, {credit}": [] for way, credit in VARIANTS}
     extra: dict[str, list[int]] = {name: [] for name in seconds}
     sampling = []
     for i in progress(range(-1, rounds), "TRL"):
-        sampled = bench.sample(tokens) if i >= 0 else 0.0
+        if i >= 0:
+            sampling.append(bench.sample(tokens))
         for way, credit in VARIANTS:
             gc.collect()
-            taken = []
-            held = extra_bytes(lambda: taken.append(bench.run(way, credit, tokens)[0]), torch.device("cpu"))  # noqa: B023
+            run_seconds: list[float] = []
+
+            def run(way=way, credit=credit, run_seconds=run_seconds) -> None:
+                run_seconds.append(bench.run(way, credit, tokens)[0])
+
+            run_bytes = extra_bytes(run, torch.device("cpu"))
             if i >= 0:
-                seconds[f"{way}, {credit}"] += taken
-                extra[f"{way}, {credit}"].append(held)
-        sampling += [sampled] if i >= 0 else []
-    found = {
-        name: Measured(statistics.median(taken), tuple(taken), int(statistics.median(extra[name])))
-        for name, taken in seconds.items()
+                seconds[f"{way}, {credit}"] += run_seconds
+                extra[f"{way}, {credit}"].append(run_bytes)
+    measured = {
+        name: Measured(statistics.median(samples), tuple(samples), int(statistics.median(extra[name])))
+        for name, samples in seconds.items()
     }
-    return found, sampling
+    return measured, sampling
 
 
-def whole(part: Measured, sampling: list[float]) -> Measured:
-    samples = tuple(taken + sampled for taken, sampled in zip(part.samples, sampling, strict=True))
-    return part._replace(seconds=statistics.median(samples), samples=samples)
+def whole_step(training: Measured, sampling: list[float]) -> Measured:
+    samples = tuple(trained + sampled for trained, sampled in zip(training.samples, sampling, strict=True))
+    return training._replace(seconds=statistics.median(samples), samples=samples)
 
 
-def table(found: dict[str, Measured], sampling: list[float]) -> str:
-    lines = ["| | training part | of plain (least, most) | whole step | of plain (least, most) | peak extra memory |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for name, part in found.items():
-        base = found[name.split(", ")[0] + ", plain"]
+def table(measured: dict[str, Measured], sampling: list[float]) -> str:
+    share = "of plain (least, most)"
+    rows = []
+    for name, training in measured.items():
+        plain = measured[name.split(", ")[0] + ", plain"]
         cells = []
-        for mine, other in ((part, base), (whole(part, sampling), whole(base, sampling))):
-            each = ratios(mine, other)
-            cells += [
-                f"{mine.seconds:.2f} s",
-                f"{statistics.median(each):.3f}x ({min(each):.3f}, {max(each):.3f})",
-            ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {part.extra_bytes / 2**20:,.0f} MiB |")
-    return "\n".join(lines)
+        for mine, other in ((training, plain), (whole_step(training, sampling), whole_step(plain, sampling))):
+            cells += [f"{mine.seconds:.2f} s", median_and_range(ratios(mine, other))]
+        rows.append([name, *cells, f"{training.extra_bytes / 2**20:,.0f} MiB"])
+    return markdown_table(["", "training part", share, "whole step", share, "peak extra memory"], rows)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024, help="of each sequence, prompt and answer")
-    parser.add_argument("--check-tokens", type=int, default=256, help="of the check against eager maps")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = make_parser(__doc__)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of each sequence, prompt and answer")
+    parser.add_argument("--check-tokens", type=int, default=256, help="tokens in the check against eager maps")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
     return parser.parse_args(arguments)
 
@@ -236,21 +253,17 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder)
         off = check(bench, args.check_tokens)
-        found, sampling = measure(bench, args.tokens, args.rounds)
+        measured, sampling = measure(bench, args.tokens, args.rounds)
     where = environment() | {"trl": metadata.version("trl")}
-    text = ", ".join(f"{name} {value}" for name, value in where.items())
-    text += (
-        f"\n\nSmolLM2-135M ({bench.weights}), fp32, gradient checkpointing; {SEQUENCES} sequences of {args.tokens:,} "
+    what = f"SmolLM2-135M ({bench.weights}), fp32, gradient checkpointing; {SEQUENCES} sequences of {args.tokens:,} "
+    what += f"tokens, micro-batches of {MICRO}; medians of {args.rounds} interleaved rounds; sampling took "
+    what += (
+        f"{statistics.median(sampling):.1f} s; {off} of {SEQUENCES * args.check_tokens:,} tokens have another credit "
     )
-    text += f"tokens, micro-batches of {MICRO}; medians of {args.rounds} interleaved rounds; sampling took "
-    text += (
-        f"{statistics.median(sampling):.1f} s; {off} of {SEQUENCES * args.check_tokens:,} tokens credited otherwise "
-    )
-    text += f"than by eager maps\n\n{table(found, sampling)}\n"
-    if args.out is not None:
-        data = {"tokens": args.tokens, "weights": bench.weights, "sampling": sampling, "off": off}
-        write(args.out, text, where | data | {name: part._asdict() for name, part in found.items()})
-    print(text)
+    what += "than by eager maps"
+    data = {**where, "tokens": args.tokens, "weights": bench.weights, "sampling": sampling, "off": off}
+    data |= {name: m._asdict() for name, m in measured.items()}
+    print(publish(args.out, f"{heading(where)}\n\n{what}\n\n{table(measured, sampling)}\n", data))
 
 
 if __name__ == "__main__":

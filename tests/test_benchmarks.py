@@ -1,16 +1,17 @@
-"""The benchmarks themselves: they run to the end, refuse wrong results, and say what they left out and why."""
+"""Tests the benchmarks: they run to the end, refuse wrong results, and say what they left out and why."""
 
 import json
 
 import pytest
 import torch
+from benchmark_cases import TINY_LLAMA
 
 from benchmarks import attention, attention_variants, ceilings, forward, measure
 from benchmarks.attention_variants import VARIANTS, Answer, Shape, Variant
 from benchmarks.triton_forward_baseline import causal_attention
 
 CPU = torch.device("cpu")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels, interpreted on a CPU
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernels, interpreted on a CPU
 SMALL = Shape(4, 2, 16, torch.float32)
 ON_A_CPU = ["maps", "eager", "sdpa", "colreduce", "full", "band", "groups", "fused"]  # flex takes a compiler
 TINY = ["--device", "cpu", "--heads", "4", "2", "--head-size", "16", "--rounds", "1"]
@@ -31,13 +32,28 @@ def test_variants_take_turns_and_rounds_stop_at_the_limit():
 
 def test_extra_bytes_are_the_peak():
     size = 64 << 20
-    found = measure.extra_bytes(lambda: torch.ones(size // 4).add(1).sum(), CPU)
-    assert 1.95 * size < found < 2.1 * size
+    extra = measure.extra_bytes(lambda: torch.ones(size // 4).add(1).sum(), CPU)
+    assert 1.95 * size < extra < 2.1 * size
 
 
 def test_ratio_compares_rounds():
     slow, fast = (measure.Measured(0.0, samples, 0) for samples in ((2.0, 30.0, 2.0), (1.0, 10.0, 1.0)))
     assert measure.ratio(slow, fast) == 2.0
+    assert measure.median_and_range(measure.ratios(slow, fast), 1) == "2.0x (2.0, 3.0)"
+
+
+def test_a_report_has_no_long_lines_outside_of_tables_and_fences(tmp_path):
+    sentence = "word " * 60
+    table = measure.markdown_table(["", "a column"], [[sentence, ""]])
+    text = f"{sentence}\n\n{table}\n\n- {sentence}\n```\n{sentence}\n```\n{'x' * 130}\n"
+    folded = measure.publish(tmp_path / "report", text, {"a": 1})
+    assert folded == (tmp_path / "report.md").read_text() and json.loads((tmp_path / "report.json").read_text())
+    lines = folded.split("\n")
+    assert table.split("\n") == lines[4:7] and table.startswith("| | a column |\n|---|---|\n|")
+    assert [len(line) <= measure.COLUMNS for line in lines[:3]] == [True] * 3
+    assert lines[8].startswith("- word") and lines[9].startswith("  word") and lines[-5:-2] == ["```", sentence, "```"]
+    assert folded.split() == text.split()
+    assert measure.publish(None, "short\n", {}) == "short\n"
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -53,7 +69,8 @@ def test_attention_runs_and_writes(tmp_path, capsys):
     for name in ON_A_CPU:
         assert rows[name].count("needs a GPU" if name == "colreduce" else " ms, ") == 2, rows[name]
     assert "| out, waad, fai, span, lse |" in rows["fused"]
-    assert "At 128 tokens band is " in text and "the time at 128 tokens that it takes at 64" in text
+    sentences = " ".join(text.split())  # folded lines joined
+    assert "At 128 tokens band is " in sentences and "the time at 128 tokens that it takes at 64" in sentences
 
     data = json.loads(out.with_suffix(".json").read_text())
     assert list(data["tokens"]) == ["64", "128"]
@@ -125,8 +142,8 @@ def test_dense_maps_that_do_not_fit_are_left_out(monkeypatch, capsys):
 def test_dense_maps_take_what_is_computed():
     heads, tokens = 4, 2048
     run = VARIANTS["maps"].make(attention_variants.make_problem(Shape(heads, 2, 16, torch.float32), tokens, CPU))
-    found = min(measure.extra_bytes(run, CPU) for _ in range(3))
-    assert 0.9 < found / attention_variants.dense_bytes(heads, tokens) < 1.1
+    extra = min(measure.extra_bytes(run, CPU) for _ in range(3))
+    assert 0.9 < extra / attention_variants.dense_bytes(heads, tokens) < 1.1
 
 
 def test_a_competitor_that_fails_is_a_footnote_and_ours_an_error(monkeypatch, capsys):
@@ -166,17 +183,7 @@ def test_the_triton_baseline_is_attention(dtype, tokens):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    config = {
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,  # large, so that attention is far from uniform
-    }
-    monkeypatch.setitem(forward.MODELS, "tiny", config)
+    monkeypatch.setitem(forward.MODELS, "tiny", TINY_LLAMA)
     return ["--device", "cpu", "--model", "tiny", "--tokens", "96", "--rounds", "1"]
 
 

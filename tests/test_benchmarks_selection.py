@@ -45,9 +45,11 @@ def test_selection_runs_and_writes(tiny_shapes, tmp_path, capsys):
 def test_packed_sequences_have_the_signals_of_padded_ones():
     lengths = [90, 8, 40]
     padded, packed = (selection.make_batch(selection.Shape(lengths, packed)) for packed in (False, True))
-    assert padded.mask.sum(-1).tolist() == [n - n // 8 for n in lengths] and not padded.mask[:, :1].any()
+    assert (
+        padded.response_mask.sum(-1).tolist() == [n - n // 8 for n in lengths] and not padded.response_mask[:, :1].any()
+    )
     assert packed.cu_seqlens.tolist() == [0, 90, 98, 138]
-    for name in ("waad", "fai", "mask"):
+    for name in ("waad", "fai", "response_mask"):
         rows = [row[:n] for row, n in zip(getattr(padded, name), lengths)]
         assert torch.equal(getattr(packed, name)[0], torch.cat(rows))
     assert padded.waad.max() <= 10 and padded.fai.min() == 0

@@ -1,4 +1,4 @@
-"""The archive for a GPU machine: the files of a commit, its name, and an extension built from the same files."""
+"""Tests the archive for a GPU machine: the files of a commit, its name, and an extension built from the same files."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ pathlib.Path("rhythm_kernels/_C.abi3.so").write_text(pathlib.Path("csrc/ops.cpp"
 LOADER = """
 import pathlib
 def require(device_type):
-    serves = (pathlib.Path(__file__).parent / "_C.abi3.so").read_text().split()
+    serves = (pathlib.Path(__file__).parent.parent / "_C.abi3.so").read_text().split()
     if device_type not in serves: raise RuntimeError(f"built for {serves}")
 """
 FILES = {

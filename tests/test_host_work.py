@@ -1,44 +1,44 @@
-"""The work around the kernels on a GPU: few launches a layer, and no wait of the host inside a pass."""
+"""Tests the work around the kernels on a GPU: few launches a layer, and no wait of the host inside a pass."""
 
 import pytest
 import torch
 
-from benchmarks.host_work import LENGTHS, Found, make_policy, measure, packed_inputs, report
+from benchmarks.host_work import LENGTHS, HostWork, make_policy, measure, packed_inputs, report
 from benchmarks.pretended_cuda import pretended_cuda
 from rhythm_kernels import collect
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
+def counts() -> HostWork:
     with pretended_cuda(interprets=False) as device:
         return measure(device)
 
 
-def test_a_layer_takes_few_launches(found):
-    for name, launches in found.launches.items():
+def test_a_layer_takes_few_launches(counts):
+    for name, launches in counts.launches.items():
         assert 0 < launches.check <= 3, name
         assert 0 < launches.statistics <= 4, name
 
 
-def test_a_forward_with_known_bounds_is_not_waited_for(found):
-    assert not found.forwards["packed, bounds known to the host"]
+def test_a_forward_with_known_bounds_is_not_waited_for(counts):
+    assert not counts.forwards["packed, bounds known to the host"]
 
 
-def test_a_forward_is_waited_for_once_to_read_its_sequences(found):
-    assert len(found.forwards["packed, bounds on the device"]) == 1
-    padded = found.forwards["padded, a mask [B, T] and one [B, 1, T, T]"]
+def test_a_forward_is_waited_for_once_to_read_its_sequences(counts):
+    assert len(counts.forwards["packed, bounds on the device"]) == 1
+    padded = counts.forwards["padded, a mask [B, T] and one [B, 1, T, T]"]
     assert len(padded) == 3 and sum("in window_of" in wait.where for wait in padded) == 1
 
 
-def test_no_pass_of_the_trainer_is_waited_for_between_its_micro_batches(found):
-    for name, waits in found.passes.items():
+def test_no_pass_of_the_trainer_is_waited_for_between_its_micro_batches(counts):
+    for name, waits in counts.passes.items():
         steps = name.count("two optimizer steps")  # for the norm of each step's gradient
         assert len(waits.between) == steps, (name, waits.between)
 
 
-def test_the_report_names_each_place(found):
-    text = report({"device": "none"}, found)
-    for wait in found.forwards["packed, bounds on the device"]:
+def test_the_report_names_each_place(counts):
+    text = report({"device": "none"}, counts)
+    for wait in counts.forwards["packed, bounds on the device"]:
         assert wait.where in text
 
 
