@@ -2,9 +2,9 @@
 
     pip install --no-build-isolation .        # or -e .
 
-The CPU ops are built where a C++ compiler is found, the CUDA ops where torch is a CUDA build and the CUDA toolkit is
-found too (CUDA_HOME, or nvcc on the PATH). The visible GPU plays no part: RHYTHM_KERNELS_CUDA_ARCHS lists what to
-compile for, as in "80 90a 100+PTX", and an empty value leaves the CUDA ops out.
+The CPU ops are built if a C++ compiler is found. The CUDA ops are built if torch is a CUDA build and the CUDA toolkit
+is found too (CUDA_HOME, or nvcc on the PATH), whatever the visible GPU. RHYTHM_KERNELS_CUDA_ARCHS lists the
+architectures to compile for, such as "80 90a 100+PTX". An empty value leaves the CUDA ops out.
 """
 
 import os
@@ -27,9 +27,9 @@ except ImportError as error:
     ) from error
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_CUDA_ARCHS = "80 90a 100+PTX"  # the last with PTX, for the GPUs after it
+DEFAULT_CUDA_ARCHS = "80 90a 100+PTX"  # PTX serves later GPUs
 TORCH_TARGET_VERSION = "0x020b000000000000"  # libtorch's stable interface as of 2.11
-PYTHON_TAG = "cp310"  # the oldest Python, as csrc/ops.cpp has it
+PYTHON_TAG = "cp310"  # the oldest Python; csrc/ops.cpp says so too
 
 
 def say(message: str) -> None:
@@ -37,48 +37,48 @@ def say(message: str) -> None:
 
 
 def find_cxx() -> str | None:
-    """The C++ compiler: $CXX, or the first one on the PATH."""
+    """Returns the C++ compiler: $CXX, or the first one on the PATH."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return next((name for name in candidates if shutil.which(shlex.split(name)[0])), None)
 
 
 def find_nvcc() -> Path | None:
-    """nvcc in the toolkit that it belongs to.
+    """Returns the nvcc that lies in its toolkit.
 
-    torch takes the folder above the nvcc on the PATH for the toolkit. That nvcc may be a script that calls another,
-    and then neither headers nor libraries lie beside it, so nvcc itself is asked.
+    torch takes the folder above the nvcc on the PATH for the toolkit. That nvcc may be a script that calls another one.
+    Then neither headers nor libraries lie beside it, so this function asks nvcc itself.
     """
     home = cpp_extension.CUDA_HOME
     nvcc = Path(home) / "bin" / "nvcc" if home else None
     if nvcc is None or not nvcc.exists():
         return None
     command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    commands = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", commands, re.MULTILINE)
     inside = Path(top.group(1).strip()).resolve() / "bin" / "nvcc" if top is not None else nvcc
     return inside if inside.exists() else nvcc
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """As in "13.0"."""
+    """Returns the version of nvcc, such as "13.0"."""
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     return re.search(r"release (\d+\.\d+)", text).group(1)
 
 
 def why_no_cuda(nvcc: Path | None) -> str | None:
-    """The reason to leave the CUDA ops out, if there is one."""
+    """Returns the reason to leave the CUDA ops out, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if nvcc is None:
         return "no CUDA toolkit was found"
-    found = nvcc_version(nvcc)
-    if found.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"the CUDA toolkit is {found} and torch was built with {torch.version.cuda}"
+    version = nvcc_version(nvcc)
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"the CUDA toolkit is {version} and torch was built with {torch.version.cuda}"
     return None
 
 
 def parse_archs(text: str) -> list[str]:
-    """["80", "90a", "100+PTX"] of "80 90a 100+PTX", also with commas, semicolons or dots (8.0)."""
+    """Returns ["80", "90a", "100+PTX"] for "80 90a 100+PTX", also with commas, semicolons or dots (8.0)."""
     archs = [token.replace(".", "") for token in re.split(r"[\s,;]+", text) if token]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
@@ -87,7 +87,7 @@ def parse_archs(text: str) -> list[str]:
 
 
 def known_archs(archs: list[str], nvcc: Path) -> list[str]:
-    """Those that this nvcc compiles for."""
+    """Returns the architectures that this nvcc compiles for."""
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
     return [arch for arch in archs if "sm_" + re.match(r"\d+", arch).group() in known]
 
@@ -103,13 +103,13 @@ def gencode_flags(archs: list[str]) -> list[str]:
 
 
 def torch_flags() -> list[str]:
-    """-isystem: the warnings below are about our own code."""
+    """Returns the flags for torch's headers. -isystem keeps their warnings out."""
     includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     return [*includes, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
 
 
 def cxx_flags() -> list[str]:
-    # No contraction: ceil(q n - 1e-9) rounds as it does in Python.
+    # Without contraction ceil(fraction * n - 1e-9) rounds as in Python.
     return ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", *torch_flags()]
 
 
@@ -118,7 +118,7 @@ def nvcc_flags(archs: list[str]) -> list[str]:
 
 
 def cuda_archs_to_build() -> list[str]:
-    """Empty when the CUDA ops are to be left out."""
+    """Returns the architectures to compile for; an empty list leaves the CUDA ops out."""
     wanted = os.environ.get("RHYTHM_KERNELS_CUDA_ARCHS")
     archs = parse_archs(DEFAULT_CUDA_ARCHS if wanted is None else wanted)
     if not archs:
@@ -142,7 +142,7 @@ def extensions() -> list:
     os.environ.setdefault("CXX", cxx)
     archs = cuda_archs_to_build()
     if archs:
-        cpp_extension.CUDA_HOME = str(find_nvcc().parent.parent)  # torch compiles and links with what lies there
+        cpp_extension.CUDA_HOME = str(find_nvcc().parent.parent)  # torch takes headers and libraries from there
     patterns = ["ops.cpp", "cpu/*.cpp"] + (["cuda/*.cu"] if archs else [])
     sources = sorted(path for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
     headers = sorted(path for suffix in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))

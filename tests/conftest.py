@@ -1,6 +1,6 @@
-"""Every test runs on poisoned memory: what torch.empty hands out is full of NaN (or the largest integer).
+"""Runs every test on poisoned memory: torch.empty returns tensors full of NaN (or of the largest integer).
 
-Fuzz tests draw new cases in each run; the seed is printed, and --hypothesis-seed=SEED repeats them.
+Fuzz tests draw new cases in each run. The header prints the seed, and --hypothesis-seed=SEED repeats the cases.
 """
 
 import os
@@ -10,34 +10,34 @@ from contextlib import ExitStack, nullcontext
 import pytest
 import torch
 
-# Triton decides at its import whether it interprets kernels on the CPU
+# Triton decides at its import whether it interprets kernels on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--pretended-cuda", action="store_true", help="a GPU that is not there, for the tests marked gpu")
+    parser.addoption("--pretended-cuda", action="store_true", help="pretend that there is a GPU for tests marked gpu")
     parser.addoption("--forwards", type=int, default=420, help="forwards of random decoders in test_collect_fuzz.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis reads its option
 def pytest_configure(config):
-    if config.option.pretended_cuda:  # before modules of tests ask for the device
+    if config.option.pretended_cuda:  # test modules ask for the device when they are imported
         from benchmarks.pretended_cuda import pretended_cuda
 
         device = ExitStack()
         device.enter_context(pretended_cuda())
         config.add_cleanup(device.close)
-    if getattr(config.option, "hypothesis_seed", "absent") is None:  # there is no such option without hypothesis
+    if getattr(config.option, "hypothesis_seed", "absent") is None:  # without hypothesis the option is absent
         from hypothesis import settings
 
-        settings.register_profile("drawn anew", derandomize=False)  # also where CI is set
+        settings.register_profile("drawn anew", derandomize=False)  # hypothesis repeats its cases where CI is set
         settings.load_profile("drawn anew")
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(10**9))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what no pretended GPU shows: a test marked gpu(not_pretended="why")."""
+    """Skips tests that a pretended GPU cannot run: those marked gpu(not_pretended="why")."""
     if config.option.pretended_cuda:
         for item in items:
             for mark in item.iter_markers("gpu"):
@@ -51,7 +51,7 @@ def pytest_report_header(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints what tests recorded for the reader of a log, as record_property("resources", text)."""
+    """Prints the texts that tests recorded for the log with record_property("resources", text)."""
     reports = terminalreporter.stats.get("passed", [])
     for name, title in {
         "resources": "resources of compiled kernels",
@@ -66,7 +66,7 @@ def pytest_terminal_summary(terminalreporter):
 def poisoned(make):
     def wrapped(*args, **kwargs):
         out = make(*args, **kwargs)
-        memory = getattr(out, "held", out)  # of a tensor on a pretended device: so it launches nothing
+        memory = getattr(out, "held", out)  # a pretended device's values, so that the fill is no launch
         if isinstance(memory, torch.Tensor) and memory.device.type != "meta" and not memory.is_sparse:
             with torch.no_grad():
                 if memory.dtype.is_floating_point:
@@ -89,7 +89,7 @@ def poison_uninitialized_memory(monkeypatch):
 
 @pytest.fixture
 def open_to_modes(monkeypatch):
-    """Lets a dispatch mode of the test watch the statistics, which keep all modes out."""
+    """Lets a dispatch mode of the test see the operators of the statistics, which turn all modes off."""
     from rhythm_kernels import isolation
 
     monkeypatch.setattr(isolation, "_disable_current_modes", nullcontext)

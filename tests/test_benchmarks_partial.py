@@ -152,9 +152,9 @@ def test_attention_keeps_the_sizes_before_an_interrupt(monkeypatch, tmp_path, ca
     runs = Interrupting(attention.interleave, at=3)
     monkeypatch.setattr(attention, "interleave", runs)
     arguments = [*TINY, "--tokens", "32", "64", "96", "--variants", "sdpa", "band"]
-    found = interrupted(attention.main, arguments, tmp_path / "attention", capsys)
-    assert list(found["tokens"]) == ["32", "64"]
-    assert len(found["tokens"]["64"]["measured"]["band"]["samples"]) == 2
+    result = interrupted(attention.main, arguments, tmp_path / "attention", capsys)
+    assert list(result["tokens"]) == ["32", "64"]
+    assert len(result["tokens"]["64"]["measured"]["band"]["samples"]) == 2
 
 
 def test_selection_keeps_the_shapes_before_an_interrupt(monkeypatch, tmp_path, capsys):
@@ -162,8 +162,8 @@ def test_selection_keeps_the_shapes_before_an_interrupt(monkeypatch, tmp_path, c
     monkeypatch.setattr(selection, "SHAPES", shapes)
     monkeypatch.setattr(selection, "interleave", Interrupting(selection.interleave, at=2))
     arguments = ["--device", "cpu", "--shapes", *shapes, "--calls", "topq", "--rounds", "1"]
-    found = interrupted(selection.main, arguments, tmp_path / "selection", capsys)
-    assert list(found["shapes"]) == ["a"] and found["shapes"]["a"]["measured"].keys() == {
+    result = interrupted(selection.main, arguments, tmp_path / "selection", capsys)
+    assert list(result["shapes"]) == ["a"] and result["shapes"]["a"]["measured"].keys() == {
         "topq, extension",
         "topq, torch",
     }
@@ -184,8 +184,8 @@ def test_forward_keeps_the_rounds_before_an_interrupt(tiny_model, monkeypatch, t
         return variants | {"dense": Interrupting(variants["dense"], at=6)}
 
     monkeypatch.setattr(forward, "make_variants", interrupted_when_dense)
-    found = interrupted(forward.main, tiny_model, tmp_path / "forward", capsys)
-    assert {name: len(found[name]["samples"]) for name in ("plain", "groups", "spans", "dense")} == dict.fromkeys(
+    result = interrupted(forward.main, tiny_model, tmp_path / "forward", capsys)
+    assert {name: len(result[name]["samples"]) for name in ("plain", "groups", "spans", "dense")} == dict.fromkeys(
         ("plain", "groups", "spans", "dense"), 2
     )
     assert "medians of 2 interleaved rounds" in (tmp_path / "forward.md").read_text()
@@ -199,9 +199,9 @@ def test_the_trainer_keeps_the_rounds_before_an_interrupt(
     calls = Interrupting(getattr(trainer.MicroStep, method), at)
     monkeypatch.setattr(trainer.MicroStep, method, lambda step: calls(step))
     arguments = [*tiny_model, "--check-tokens", "64", "--paper-rounds", "2"]
-    found = interrupted(trainer.main, arguments, tmp_path / "trainer", capsys)
-    assert len(found["none"]["samples"]) == len(found["groups"]["samples"]) == (2 if papers is None else 4)
-    assert ("paper" in found) == (papers is not None)
+    result = interrupted(trainer.main, arguments, tmp_path / "trainer", capsys)
+    assert len(result["none"]["samples"]) == len(result["groups"]["samples"]) == (2 if papers is None else 4)
+    assert ("paper" in result) == (papers is not None)
     sentences = " ".join((tmp_path / "trainer.md").read_text().split())  # folded lines joined
     assert f"interleaved rounds, {papers or 0} of the paper's way" in sentences
 
@@ -221,8 +221,8 @@ def test_the_ceilings_keep_the_rounds_before_an_interrupt(monkeypatch, tmp_path,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ceilings, "environment", lambda device: {"device": "pretended"})
     monkeypatch.setattr(ceilings, "measure", interrupted_after_a_round)
-    found = interrupted(ceilings.main, [], tmp_path / "ceilings", capsys)
-    assert found == {"device": "pretended", **rates}
+    result = interrupted(ceilings.main, [], tmp_path / "ceilings", capsys)
+    assert result == {"device": "pretended", **rates}
 
 
 def test_an_interrupt_before_the_first_row_keeps_nothing(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The build: what setup.py decides, the CUDA kernels on every architecture, the binary's symbols, and wheels."""
+"""Tests the build: what setup.py decides, the CUDA kernels on every architecture, the binary's symbols, and wheels."""
 
 import importlib.util
 import os
@@ -31,7 +31,7 @@ build = load_setup()
 
 
 def run(command: list, **options) -> str:
-    """Standard output and error of a command that has to succeed."""
+    """Returns standard output and error of a command that has to succeed."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     assert done.returncode == 0, f"{command}\n{done.stdout}"
     return done.stdout
@@ -102,7 +102,7 @@ def make_nvcc(path: Path, script: str) -> Path:
 
 @pytest.fixture
 def wrapped_nvcc(tmp_path, monkeypatch):
-    """(the wrapper, the nvcc in the toolkit that it calls); torch believes in the wrapper's folder."""
+    """Makes a wrapper and the nvcc in a toolkit that it calls. torch takes the wrapper's folder for the toolkit."""
     top = tmp_path / "toolkit"
     inside = make_nvcc(top / "bin" / "nvcc", f"echo '#$ _HERE_={top}/bin' >&2; echo '#$ TOP={top}/bin/..' >&2")
     wrapper = make_nvcc(tmp_path / "local" / "bin" / "nvcc", f'exec {inside} "$@"')
@@ -163,12 +163,12 @@ def test_the_cpu_sources_have_no_warnings():
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
 def test_the_cuda_kernels_neither_warn_nor_spill(tmp_path, record_property):
-    """On every architecture of the default list. The end of the log shows registers and shared memory."""
+    """Compiles for every architecture of the default list. The end of the log shows registers and shared memory."""
     flags = [*build.nvcc_flags(build.parse_archs(build.DEFAULT_CUDA_ARCHS)), "-Werror=all-warnings", "-Xptxas=-v"]
     files = sorted(CSRC.rglob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(lambda path: run(["nvcc", "-c", path, "-o", tmp_path / path.stem, *flags]), files))
-    found = {
+    usage = {
         (row, arch): [int(n) for n in numbers]
         for row, arch, *numbers in re.findall(
             r"entry function '\w+row_kernelINS_\d+(\w+?)EEEv\w+' for '(\w+)'.*?(\d+) bytes stack frame, "
@@ -178,13 +178,13 @@ def test_the_cuda_kernels_neither_warn_nor_spill(tmp_path, record_property):
         )
     }
     words = dict(re.findall(r"struct (\w+) {\n  static constexpr int kScratch = (\d+);", text_of("rows/*.h")))
-    for (row, arch), (stack, stores, loads, registers) in found.items():
+    for (row, arch), (stack, stores, loads, registers) in usage.items():
         shared = f"{4 * int(words[row])} bytes of shared memory a token"
         record_property("resources", f"{row}, {arch}: {registers} registers, {stack} bytes of stack, {shared}")
         assert (stack, stores, loads) == (0, 0, 0), (row, arch)
         assert registers <= 64, "a block of 1024 threads has 64 registers a thread"
     assert len(words) == 4
-    assert set(found) == {(row, arch) for row in words for arch in ("sm_80", "sm_90a", "sm_100")}
+    assert set(usage) == {(row, arch) for row in words for arch in ("sm_80", "sm_90a", "sm_100")}
     check_sass(tmp_path)
 
 
@@ -193,7 +193,7 @@ def text_of(pattern: str) -> str:
 
 
 def check_sass(objects: Path) -> None:
-    """Bins are counted by the instruction that adds up a warp's equal bins, so few exponents make nothing slower."""
+    """The kernels count bins by the instruction that adds up a warp's equal bins, so few exponents are no slower."""
     cuobjdump = shutil.which("cuobjdump") or next(Path(triton.__file__).parent.rglob("bin/cuobjdump"))
     for file in sorted(objects.iterdir()):
         sass = run([cuobjdump, "-sass", file])
@@ -222,7 +222,7 @@ def test_the_binary_uses_only_stable_interfaces():
 
 
 def build_wheel(tmp_path: Path, **environment: str) -> Path:
-    """A wheel of a copy of the sources, built as a user would, without the network."""
+    """Builds a wheel from a copy of the sources, as a user does, without the network."""
     copy = tmp_path / "source"
     copy.mkdir()
     for name in ("csrc", "rhythm_kernels", "train"):
@@ -251,7 +251,7 @@ def run_from(wheel: Path, code: str) -> str:
     installed = wheel.parent / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    # -S: no .pth files, so that an editable install of the checkout cannot lend its modules
+    # -S ignores .pth files, so that an editable install of the checkout cannot lend its modules
     path = os.pathsep.join([str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     return run([sys.executable, "-S", "-c", code], cwd=wheel.parent, env={**os.environ, "PYTHONPATH": path})
 

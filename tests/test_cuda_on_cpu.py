@@ -1,7 +1,6 @@
-"""The kernels of csrc/cuda themselves, on a CPU: a fiber for each thread of a block (tests/native/cuda_on_cpu).
+"""Runs the kernels of csrc/cuda on a CPU, with a fiber for each thread of a block (tests/native/cuda_on_cpu).
 
-Barriers, shuffles and votes are those of the source. Beside the test that finds nothing are those in which there is
-something to be found.
+Barriers, shuffles and votes are those of the source. Other tests plant a defect, which must be found.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Positions, rows and weights of models: what they take, and what is wrong with them."""
+"""Tests the limits of models: the positions and token ids that they take, and weights that are no numbers."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""What only a GPU can show, and the same code on a CPU at sizes that take no time.
+"""Tests what only a GPU can show, and the same code on a CPU at small sizes.
 
-Every test takes a `Scale`. On a CPU, where "auto" is the torch backend, it is a test as all others; on a GPU, where
-"auto" is Triton, it is marked `gpu` and gets the sizes that it exists for.
+Every test takes a `Scale`. On a CPU "auto" is the torch backend. On a GPU "auto" is Triton, and the test is marked
+`gpu` and gets the sizes that matter there.
 """
 
 from typing import NamedTuple
@@ -32,22 +32,24 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 class Scale(NamedTuple):
     device: str
     tokens: int
-    """Of a case that is held against fp64."""
+    """The tokens of a case that is compared with fp64."""
     many_tokens: int
+    """The tokens of the largest case that is compared with fp64."""
     long: tuple[int, ...]
-    """Tokens for which memory must be linear."""
+    """The numbers of tokens for which memory must be linear."""
     long_head_size: int
     slack: int
-    """Bytes that a call may take beside 64 a row: tiles."""
+    """The bytes that a call may take for tiles, beside 64 a row."""
     repeats: int
     under_load: tuple[int, int]
-    """Tokens of a call that is repeated, and rows of the square matrices that are multiplied meanwhile; 0: none."""
+    """The tokens of a repeated call, and the rows of the square matrices multiplied meanwhile; 0 for no matrices."""
     far: int
-    """A stride, in elements; twice it is past int32 on a GPU."""
+    """A stride in elements. On a GPU twice the stride is past int32."""
     far_tokens: tuple[int, int]
-    """Tokens, and elements from each to the next: on a GPU as many as the kernels take, and the last past int32."""
+    """The number of tokens, and the elements from one to the next: the most that the kernels take on a GPU, where the
+    last token is past int32."""
     large_batch: tuple[int, int, int, int]
-    """[B, HQ, T, D] of q; more than 2^31 elements on a GPU."""
+    """The shape [B, HQ, T, D] of q; more than 2^31 elements on a GPU."""
     model_tokens: int = 120
 
 
@@ -73,7 +75,7 @@ every_scale = pytest.mark.parametrize(
 
 
 def to(device: str, x):
-    """A tensor with its strides, on the device; anything else as it is."""
+    """Copies a tensor to the device with its strides, and returns anything else as it is."""
     if not isinstance(x, Tensor):
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
@@ -88,18 +90,18 @@ def response(tokens: int, begin: int) -> Tensor:
 
 
 def packed(tokens: int) -> Tensor:
-    """Four sequences, one of them empty and one of a single token."""
+    """Returns the bounds of four sequences, one of them empty and one of a single token."""
     third = tokens // 3
     return torch.tensor([0, third, third, third + 1, tokens], dtype=torch.int32)
 
 
 def padded(tokens: int) -> Tensor:
-    """On the left, on the right, and none."""
+    """Returns the mask of three rows: padded on the left, on the right, and not at all."""
     position = torch.arange(tokens)
     return torch.stack([position >= tokens // 4, position < tokens // 3, position >= 0])
 
 
-# name -> (B, HQ, H, D, Dv, options of a number of tokens)
+# (B, HQ, H, D, Dv, the options for a number of tokens) by name
 CASES = {
     "plain": (1, 4, 2, 128, 128, lambda n: {}),
     "head size 64, 9:3": (1, 9, 3, 64, 64, lambda n: {}),
@@ -115,27 +117,27 @@ CASES = {
 }
 DTYPES = [(torch.bfloat16, name) for name in CASES]
 DTYPES += [(dtype, name) for dtype in (torch.float16, torch.float32) for name in ("plain", "packed", "softcap")]
-if is_pretended():  # Triton's interpreter takes seconds for each
+if is_pretended():  # Triton's interpreter takes seconds for each case
     DTYPES = [(torch.bfloat16, n) for n in ("head sizes 192 and 128", "padded", "packed", "sinks", "open horizon")]
 
 
 def check_all_calls(known, value_size: int, device: str) -> None:
-    """The three public calls against fp64; `known` is a case with the log-sum-exp, which is also left out."""
-    case = known._replace(kwargs=known.options("lse"))
+    """Compares the three public calls with fp64. `known` is a case with the log-sum-exp, which is also left out."""
+    unknown = known._replace(kwargs=known.options("lse"))
     band = known._replace(kwargs=known.kwargs | {"need_span": False})
-    q, k = to(device, case.q), to(device, case.k)
-    for some in (case, band):
-        stats_cases.assert_close_to_reference(attention_stats(q, k, **options_on(device, some)), some)
+    q, k = to(device, known.q), to(device, known.k)
+    for case in (unknown, band):
+        stats_cases.assert_close_to_reference(attention_stats(q, k, **options_on(device, case)), case)
 
-    local_heads, global_heads = stats_cases.make_groups(case)
+    local_heads, global_heads = stats_cases.make_groups(unknown)
     groups = to(device, local_heads), to(device, global_heads)
-    for some in (case, known):
-        sums = group_stats(q, k, *groups, **options_on(device, some))
-        stats_cases.assert_groups_close(sums, some, local_heads, global_heads)
+    for case in (unknown, known):
+        sums = group_stats(q, k, *groups, **options_on(device, case))
+        stats_cases.assert_groups_close(sums, case, local_heads, global_heads)
 
-    v = stats_cases.make_values(case, value_size)
-    out, stats = attention(q, k, to(device, v), **options_on(device, case))
-    stats_cases.assert_attention_close(out, stats, case, v)
+    v = stats_cases.make_values(unknown, value_size)
+    out, stats = attention(q, k, to(device, v), **options_on(device, unknown))
+    stats_cases.assert_attention_close(out, stats, unknown, v)
 
 
 @every_scale
@@ -161,14 +163,14 @@ def test_many_tokens_against_fp64(scale):
 
 
 def random_inputs(heads: tuple[int, int], tokens: int, size: int, device: str, dtype=torch.bfloat16):
-    """q, k, v [1, HQ or H, T, D]."""
+    """Draws q [1, HQ, T, D], k and v [1, H, T, D]."""
     generator = torch.Generator(device).manual_seed(tokens)
     shapes = [(1, n, tokens, size) for n in (heads[0], heads[1], heads[1])]
     return [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
 
 
 def every_result(q, k, v, lse, groups, **options) -> list[Tensor]:
-    """All that the three calls give."""
+    """Returns all results of the three calls."""
     out, stats = attention(q, k, v, **options)
     band = attention_stats(q, k, lse=lse, need_span=False, **options)
     return [out, *stats, band.waad, band.fai, *group_stats(q, k, *groups, lse=lse, **options)]
@@ -177,7 +179,7 @@ def every_result(q, k, v, lse, groups, **options) -> list[Tensor]:
 @every_scale
 @pytest.mark.parametrize("horizon", [(10, 50), (1, None)], ids=["finite", "open"])
 def test_same_bits_under_load(horizon, scale):
-    """Run after run, while products on another stream take SMs away and bring kernels out of step."""
+    """Results keep their bits in every run, while products on another stream occupy SMs and disturb the kernels."""
     tokens, side = scale.under_load
     q, k, v = random_inputs((4, 2), tokens, 64, scale.device)
     groups = torch.tensor([True, False, True, False], device=scale.device)
@@ -236,7 +238,7 @@ def test_memory_is_linear(which, scale):
             "groups": lambda q=q, k=k, lse=lse, local=local: group_stats(q, k, local, ~local, lse=lse),
             "fused": lambda q=q, k=k, v=v: attention(q, k, v),
         }[which]
-        run()  # what is made once: kernels, thread pools
+        run()  # makes kernels and thread pools, which stay
         allowed = scale.slack + 64 * lse.numel() + q.numel() * q.element_size()
         maps = 4 * lse.numel() * tokens
         assert 2 * allowed < maps, "the test would not notice a map"
@@ -245,7 +247,7 @@ def test_memory_is_linear(which, scale):
 
 @every_scale
 def test_the_last_rows_of_a_long_sequence(scale):
-    """Positions up to the longest: lse, WAAD, span and output of the last rows, and the FAI that they give."""
+    """Checks the last rows of the longest sequence: lse, WAAD, span and output, and the FAI that they give."""
     tokens, rows = scale.long[-1], 64
     q, k, v = random_inputs((2, 1), tokens, 64, scale.device, torch.float32)
     position = torch.arange(tokens, device=scale.device)
@@ -253,9 +255,9 @@ def test_the_last_rows_of_a_long_sequence(scale):
     scores = (q[:, :, -rows:].double() @ k.double().mT / 8).masked_fill_(distance < 0, -torch.inf)
     weights = scores.softmax(-1)
     out, stats = attention(q, k, v, response_mask=(position >= tokens - rows)[None])
-    counted = (distance >= 10) & (distance <= 50)
-    fai = (weights * counted).sum(-2) / counted.sum(-2).clamp(min=1)
-    unit = 2.0**-18  # of a weight: fp32 scores, and fp32 sums over all keys
+    in_horizon = (distance >= 10) & (distance <= 50)
+    fai = (weights * in_horizon).sum(-2) / in_horizon.sum(-2).clamp(min=1)
+    unit = 2.0**-18  # the error of a weight: fp32 scores, and fp32 sums over all keys
     for got, want, largest in (
         (stats.lse[..., -rows:], scores.logsumexp(-1), 2),
         (stats.waad[..., -rows:], (weights * distance.clamp(max=10)).sum(-1), 10),
@@ -290,7 +292,7 @@ def test_strides_past_int32(where, scale):
 
 @every_scale
 def test_token_strides_past_those_of_the_kernels(scale):
-    """On a GPU "auto" is the torch backend for them, whose bits are its own."""
+    """On a GPU "auto" is the torch backend for such strides, with bits of its own."""
     case = stats_cases.make_case((1, 2, 2, 16), 2, dtype=torch.bfloat16)
     step = MAX_TOKEN_STRIDE + 1
     store = torch.empty(step + 32, device=scale.device, dtype=torch.bfloat16)
@@ -317,25 +319,26 @@ def test_more_elements_than_int32_counts(scale):
 
 @every_scale
 def test_selection_and_credit(scale):
-    """The extension on this device against the same rules composed of torch ops on the host: ties, NaN, packing."""
+    """Compares the extension on this device with the same rules of torch ops on the host: ties, NaN, packing."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(4, 5000, generator=generator).mul(8).round().div(8)
-    mask = torch.rand(4, 5000, generator=generator) < 0.8
+    response_mask = torch.rand(4, 5000, generator=generator) < 0.8
     cuts = torch.tensor([0, 1, 5000, 5000, 20_000], dtype=torch.int32)
     with_nan = values.clone()
     with_nan[1, ::7] = torch.nan
     for packed in (False, True):
-        rows = [x.reshape(1, -1) if packed else x for x in (values, with_nan, mask)]
+        rows = [x.reshape(1, -1) if packed else x for x in (values, with_nan, response_mask)]
         own = {"cu_seqlens": cuts if packed else None, "backend": "torch"}
         there = {"cu_seqlens": to(scale.device, own["cu_seqlens"]), "backend": "extension"}
         finite, broken, inside = rows
         on_device = [x.to(scale.device) for x in rows]
-        for q in (0.2, 0.4, 1.0):
-            got = segment_topq(*on_device[1:], q, return_nan=True, **there)
-            for x, y in zip(got, segment_topq(broken, inside, q, return_nan=True, **own), strict=True):
+        for fraction in (0.2, 0.4, 1.0):
+            got = segment_topq(*on_device[1:], fraction, return_nan=True, **there)
+            for x, y in zip(got, segment_topq(broken, inside, fraction, return_nan=True, **own), strict=True):
                 assert torch.equal(x.cpu(), y)
-            got = token_credit("coupled", on_device[2], Rhythm(on_device[0], on_device[0]), top_fraction=q, **there)
-            want = token_credit("coupled", inside, Rhythm(finite, finite), top_fraction=q, **own)
+            rhythm = Rhythm(on_device[0], on_device[0])
+            got = token_credit("coupled", on_device[2], rhythm, top_fraction=fraction, **there)
+            want = token_credit("coupled", inside, Rhythm(finite, finite), top_fraction=fraction, **own)
             assert torch.equal(got.cpu(), want)
         got = find_peaks(*on_device[1:], min_quantile=0.5, **there)
         assert torch.equal(got.cpu(), find_peaks(broken, inside, min_quantile=0.5, **own))
@@ -344,25 +347,25 @@ def test_selection_and_credit(scale):
 @every_scale
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_collect(dtype, scale):
-    """A model's forward keeps its bits; head groups that are known change no rhythm; in fp32 it is the eager maps'."""
+    """A model's forward keeps its bits, and known head groups do not change the rhythm, in fp32 that of eager maps."""
     model = models.llama().to(scale.device, dtype)
     tokens = scale.model_tokens
     ids = torch.randint(61, (2, tokens), generator=torch.Generator().manual_seed(0)).to(scale.device)
-    rows = (torch.arange(tokens, device=scale.device) >= tokens // 3).expand(2, -1)
+    response_mask = (torch.arange(tokens, device=scale.device) >= tokens // 3).expand(2, -1)
     with torch.no_grad():
         plain = model(ids).logits
-        with collect(model, response_mask=rows) as c:
+        with collect(model, response_mask=response_mask) as c:
             logits = model(ids).logits
     rhythm = c.rhythm()
-    with torch.no_grad(), collect(model, response_mask=rows, groups=rhythm.groups) as known:
+    with torch.no_grad(), collect(model, response_mask=response_mask, groups=rhythm.groups) as known:
         again = model(ids).logits
     assert torch.equal(plain, logits) and torch.equal(plain, again)
-    of_groups = known.rhythm()
-    torch.testing.assert_close(of_groups.waad, rhythm.waad, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(of_groups.fai, rhythm.fai, rtol=2e-5, atol=2e-5)
+    with_groups = known.rhythm()
+    torch.testing.assert_close(with_groups.waad, rhythm.waad, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(with_groups.fai, rhythm.fai, rtol=2e-5, atol=2e-5)
     if dtype == torch.float32:
         maps = [attended.cpu() for attended in models.eager_maps(model, input_ids=ids)]
         segments = torch.arange(2)[:, None].expand(2, tokens)
-        waad, fai, _ = models.dense_rhythm(maps, c.layers, rows.cpu(), segments, 2)
+        waad, fai, _ = models.dense_rhythm(maps, c.layers, response_mask.cpu(), segments, 2)
         torch.testing.assert_close(rhythm.waad.double().cpu(), waad, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(rhythm.fai.double().cpu(), fai, rtol=2e-5, atol=2e-5)

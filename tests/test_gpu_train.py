@@ -1,4 +1,4 @@
-"""On a GPU, attention over packed rows is torch's variable-length kernel: held against transformers' and torch's."""
+"""Compares attention over packed rows on a GPU, torch's variable-length kernel, with transformers' and torch's own."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def model_of(attention: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_packed_attention_is_that_of_each_sequence(dtype):
-    """Against the float32 model: at most twice as far off as transformers' sdpa in the same dtype, and rounding."""
+    """It is at most twice as far from the float32 model as transformers' sdpa in the same dtype, plus rounding."""
     exact, rounded, ours = model_of("sdpa", torch.float32), model_of("sdpa", dtype), model_of("packed", dtype)
     inputs = packed()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_statistics_read_its_log_sum_exp():
 
 
 def test_the_kernel_takes_what_packed_attention_gives_it():
-    """Also a sliding window: of 7 tokens, against torch's attention of each sequence with a mask."""
+    """A sliding window of 7 tokens is compared with torch's attention of each sequence with a mask."""
     draw = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, sum(LENGTHS), 64, generator=draw, device="cuda", dtype=torch.bfloat16)

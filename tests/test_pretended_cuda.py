@@ -1,4 +1,4 @@
-"""The pretended GPU itself: what it refuses, counts and gives back."""
+"""Tests the pretended GPU itself: what it refuses, counts and gives back."""
 
 import pytest
 import torch
@@ -37,9 +37,9 @@ MAKERS = {
 @pytest.mark.parametrize("around", [torch.no_grad, lambda: isolation.isolated(torch.device("cuda"))])
 def test_tensors_are_on_the_device_however_they_are_made(how, around, device):
     with around():
-        made = MAKERS[how]("cuda")
-    assert made.is_cuda and made.device == torch.device("cuda:0") and made.device.type == "cuda"
-    assert made.shape == (2,) and made.cpu().device.type == "cpu"
+        tensor = MAKERS[how]("cuda")
+    assert tensor.is_cuda and tensor.device == torch.device("cuda:0") and tensor.device.type == "cuda"
+    assert tensor.shape == (2,) and tensor.cpu().device.type == "cpu"
 
 
 def test_tensors_of_two_devices_do_not_meet(device):
@@ -47,7 +47,7 @@ def test_tensors_of_two_devices_do_not_meet(device):
     for mix in (torch.add, torch.dot, lambda x, y: torch.cat([x, y]), lambda x, y: torch.where(x > 0, x, y)):
         with pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
             mix(there, here)
-    assert (there + torch.tensor(1.0)).tolist() == [2, 2, 2]  # as with a GPU, a number may be on the CPU
+    assert (there + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number may be on the CPU
     with pytest.raises(TypeError, match="can't convert"):
         there.numpy()
 

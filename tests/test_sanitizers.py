@@ -1,6 +1,6 @@
-"""Sanitizers on the C++ code: memory and undefined behaviour of the CPU ops, data races of what a thread block runs.
+"""Runs sanitizers on the C++ code: memory and undefined behaviour of the CPU ops, data races of a thread block's code.
 
-Beside each test that finds nothing is one in which there is something to be found.
+Other tests plant a defect, which must be found.
 """
 
 import os
@@ -24,13 +24,13 @@ MEMORY = [
     "-fsanitize=address,undefined,float-cast-overflow",
     "-fno-sanitize-recover=all",
     "-D_GLIBCXX_ASSERTIONS",
-    "-D_GLIBCXX_SANITIZE_VECTOR",  # also behind the end of a vector that has room for more
+    "-D_GLIBCXX_SANITIZE_VECTOR",  # finds accesses behind the end of a vector that has room for more
 ]
 RACES = ["-fsanitize=thread", "-pthread"]
 
 
 def shipped(library: str) -> str | None:
-    """The path of a library that comes with gcc, if that is the compiler."""
+    """Returns the path of a library that comes with gcc, or None if another compiler is used."""
     if not CXX or "Free Software Foundation" not in run([*CXX, "--version"]):
         return None
     path = run([*CXX, f"-print-file-name={library}"]).strip()
@@ -38,21 +38,21 @@ def shipped(library: str) -> str | None:
 
 
 def at_fixed_addresses() -> list[str]:
-    """The runtimes of older compilers do not find their way in widely randomized addresses."""
+    """Returns a prefix that turns address randomization off, which the runtimes of older compilers need."""
     prefix = ["setarch", "-R"]
     allowed = shutil.which("setarch") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
     return prefix if allowed else []
 
 
 def found_in(command: list, **options) -> str:
-    """The report of a command that has to fail."""
+    """Returns the report of a command that has to fail."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     assert done.returncode != 0, f"{command}\n{done.stdout}"
     return done.stdout
 
 
 def changed_csrc(folder: Path, *changes: tuple[str, str, str]) -> Path:
-    """A copy of csrc/ in which (file, old, new) are replaced where they first occur."""
+    """Copies csrc/ and replaces, for each (file, old, new), the first `old` in the file."""
     shutil.copytree(CSRC, folder)
     for file, old, new in changes:
         text = (folder / file).read_text()
@@ -75,11 +75,11 @@ def compile_sources(sources: list[Path], folder: Path) -> list[Path]:
 
 
 def link_package(objects: list[Path], folder: Path) -> Path:
-    """A copy of the package with a library of these objects; returns the folder to import it from."""
+    """Links these objects into a copy of the package, and returns the folder to import it from."""
     package = folder / "rhythm_kernels"
     shutil.copytree(ROOT / "rhythm_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     torch_libraries = [flag for path in cpp_extension.library_paths() for flag in ("-L", path)]
-    # -Bsymbolic: of a template that libtorch has too, such as std::vector's, the one with the checks
+    # -Bsymbolic takes templates that libtorch has too, such as std::vector's, from the objects with the checks
     flags = ["-shared", "-Wl,-Bsymbolic", *MEMORY, *torch_libraries, "-lc10", "-ltorch_cpu"]
     run([*CXX, *objects, *flags, "-o", package / "_C.abi3.so"])
     return folder
@@ -91,9 +91,9 @@ def ops_command(package: Path, *op: str) -> dict:
         "env": {
             **os.environ,
             "PYTHONPATH": str(package),
-            # Python is not linked with them, and the first has to find the second's exceptions when it starts
+            # Python is not linked with these, and libasan must find libstdc++'s exceptions when it starts
             "LD_PRELOAD": f"{shipped('libasan.so')} {shipped('libstdc++.so.6')}",
-            # Python and torch keep much of what they allocate until their end
+            # Python and torch keep many allocations until their end
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         },
@@ -133,7 +133,7 @@ def test_a_defect_in_the_cpu_ops_is_found(objects, tmp_path, op, file, old, new,
 # ---- data races ------------------------------------------------------------------------------------------------------
 
 tsan = pytest.mark.skipif(not shipped("libtsan.so"), reason="no ThreadSanitizer of gcc")
-# as teams.cpp numbers them, from 1
+# The barriers in the order of their numbers in teams.cpp, from 1
 BARRIERS = (
     "for_each ends",
     "total is 0",
@@ -194,7 +194,7 @@ def test_a_defect_in_the_rows_is_found(tmp_path, file, old, new, report):
 
 
 def barriers(code: str, barrier: str) -> dict[str, int]:
-    """How often each member of a team has it."""
+    """Counts a barrier in each member function of a team."""
     members = re.split(r"\b(for_each|sum|find_bin|mark)\(int32_t n, ", code)
     return {name: len(re.findall(barrier, body)) for name, body in zip(members[1::2], members[2::2])}
 

@@ -1,4 +1,4 @@
-"""The reader of machine code, on listings written by hand and on one that ptxas makes."""
+"""Tests the reader of machine code on listings written by hand and on one that ptxas makes."""
 
 import subprocess
 
@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.sass import INSTRUCTION_BYTES, Instruction, disassemble, find_loops, parse
 
-# Two loops, one inside the other: the outer one from 0x10 to 0xd0, the inner one from 0x30 to 0x50. Inside the outer
-# one a spin loop that does no work (0x80); behind the end a block that jumps back into the outer loop, a part of it;
-# and the branch to itself that ends every kernel.
+# The listing has two loops, the outer one from 0x10 to 0xd0 and the inner one from 0x30 to 0x50. The outer one holds a
+# spin loop that does no work (0x80). A block behind the end jumps back into the outer loop and is a part of it. The
+# branch to itself at 0x110 ends every kernel.
 NESTED = """
 	.headerflags	@"EF_CUDA_SM90"
 .text.kernel:
@@ -121,7 +121,7 @@ def test_kind(opcode, kind):
 @pytest.mark.parametrize(
     "opcode, operands, flops, shared, loaded",
     [
-        # a quarter of a warpgroup's: 64 x 64 products of length 16; B comes from shared memory, A if it is no register
+        # a quarter of a warpgroup's 64 x 64 products of length 16; B, and A if not in registers, are in shared memory
         ("HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR4], R24", 2 * 64 * 64 * 16 // 4, (64 + 64) * 16 * 2 // 4, 0),
         ("HGMMA.64x128x16.F32.BF16", "R24, R4, gdesc[UR4], R24, gsb0", 2 * 64 * 128 * 16 // 4, 128 * 16 * 2 // 4, 0),
         ("HMMA.16816.F32.BF16", "R4, R8, R12, R4", 2 * 16 * 8 * 16, 0, 0),

@@ -1,4 +1,4 @@
-"""Statistics and credit give the same bits whatever the program around them has set."""
+"""Tests that statistics and credit have the same bits whatever the program around them has set."""
 
 import threading
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ TOKENS = 70
 
 
 def everything() -> dict[str, torch.Tensor]:
-    """Results of every public function, by name."""
+    """Returns the results of every public function, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -29,42 +29,42 @@ def everything() -> dict[str, torch.Tensor]:
     cuts = torch.tensor([0, 20, 21, TOKENS], dtype=torch.int32, device="cpu")
     padding = torch.arange(TOKENS, device="cpu") >= torch.tensor([[0], [13]], device="cpu")
     sinks, heads = random(4), torch.tensor([True, False, True, False], device="cpu")
-    found = {}
+    results = {}
     for name, options in {
         "padded": {"attention_mask": padding, "response_mask": where(2, TOKENS)},
         "capped": {"softcap": 3.0, "sinks": sinks, "sliding_window": 9, "horizon": (1, None)},
     }.items():
         stats = rk.attention_stats(q, k, **options)
-        found |= {f"{name} {field}": x for field, x in stats._asdict().items()}
+        results |= {f"{name} {field}": x for field, x in stats._asdict().items()}
         lse = stats.lse
         band = rk.attention_stats(q, k, lse=lse, need_span=False, **options)
-        found |= {f"{name} band {field}": x for field, x in band._asdict().items() if x is not None}
+        results |= {f"{name} band {field}": x for field, x in band._asdict().items() if x is not None}
         for given in (None, lse):
             sums = rk.group_stats(q, k, heads, ~heads, lse=given, **options)
-            found |= {f"{name} sums {given is None} {field}": x for field, x in sums._asdict().items()}
-        found[f"{name} out"], _ = rk.attention(q, k, v, **options)
+            results |= {f"{name} sums {given is None} {field}": x for field, x in sums._asdict().items()}
+        results[f"{name} out"], _ = rk.attention(q, k, v, **options)
     packed = rk.attention_stats(q[:1], k[:1], cu_seqlens=cuts)
-    found |= {f"packed {field}": x for field, x in packed._asdict().items()}
+    results |= {f"packed {field}": x for field, x in packed._asdict().items()}
 
     spans = packed.span.view(3, 2, 2)
     groups = rk.group_heads(spans)
-    found |= {"local": groups.local_heads, "global": groups.global_heads}
+    results |= {"local": groups.local_heads, "global": groups.global_heads}
     schedule = rk.GroupSchedule(2)
     schedule.add(spans, torch.tensor([20, 1, 49], device="cpu"))
     schedule.advance()
-    found["pooled"] = schedule.state_dict()["spans"]
+    results["pooled"] = schedule.state_dict()["spans"]
 
-    mask, waad, fai = where(2, TOKENS), random(2, TOKENS).abs() * 9, random(2, TOKENS).abs()
+    response_mask, waad, fai = where(2, TOKENS), random(2, TOKENS).abs() * 9, random(2, TOKENS).abs()
     rhythm = rk.Rhythm(waad, fai)
     for strategy in ("none", "random", "entropy", "local", "global", "coupled"):
-        gamma = rk.token_credit(strategy, mask, rhythm, entropy=waad, seed=3)
-        found |= {f"gamma {strategy}": gamma}
-        one = {"response_mask": mask[:1], "rhythm": rk.Rhythm(waad[:1], fai[:1]), "entropy": waad[:1]}
-        found[f"packed gamma {strategy}"] = rk.token_credit(strategy, cu_seqlens=cuts, seed=3, **one)
-    found["shaped"] = rk.shape_advantages(random(2), gamma)
-    found |= {f"sets {name}": x for name, x in rk.coupled_sets(mask, rhythm)._asdict().items()}
-    found["peaks"], found["top"] = rk.find_peaks(waad, mask), rk.segment_topq(waad, mask, 0.3)
-    return found
+        gamma = rk.token_credit(strategy, response_mask, rhythm, entropy=waad, seed=3)
+        results |= {f"gamma {strategy}": gamma}
+        one = {"response_mask": response_mask[:1], "rhythm": rk.Rhythm(waad[:1], fai[:1]), "entropy": waad[:1]}
+        results[f"packed gamma {strategy}"] = rk.token_credit(strategy, cu_seqlens=cuts, seed=3, **one)
+    results["shaped"] = rk.shape_advantages(random(2), gamma)
+    results |= {f"sets {name}": x for name, x in rk.coupled_sets(response_mask, rhythm)._asdict().items()}
+    results["peaks"], results["top"] = rk.find_peaks(waad, response_mask), rk.segment_topq(waad, response_mask, 0.3)
+    return results
 
 
 @contextmanager
@@ -123,8 +123,10 @@ def test_every_result_keeps_its_bits(name):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", [name for name in SURROUNDINGS if name != "autocast"])
 def test_collect_keeps_its_bits(name, attention):
-    """Autocast changes the model, and so its statistics. Medium precision may round the scores of the model's kernel,
-    whose log-sum-exp is not read then: another way to the same numbers."""
+    """Autocast changes the model and its statistics, so it is left out.
+
+    Medium precision may round the scores of the model's kernel. Its log-sum-exp is not read then, but computed.
+    """
     torch.manual_seed(1)
     model, ids = llama(attention), torch.randint(0, 61, (2, TOKENS))
     mask = torch.arange(TOKENS) >= torch.tensor([[0], [20]])
@@ -192,7 +194,7 @@ def test_a_thread_that_leaves_does_not_change_the_products_of_another():
 
 
 class Seen(TorchDispatchMode):
-    """Counts the operators of a block."""
+    """Counts the operators that run in its block."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +217,7 @@ def test_a_dispatch_mode_sees_the_model_alone():
 
 @pytest.mark.parametrize("saved", ["mm", "bmm", "_scaled_dot_product_flash_attention_for_cpu", "mul"])
 def test_selective_checkpointing_recomputes_the_same(saved):
-    """It keeps results in a queue for each operator, which the statistics must not enter."""
+    """Selective checkpointing keeps results in a queue for each operator, which the statistics must not enter."""
     torch.manual_seed(1)
     model, ids = llama("sdpa").train(), torch.randint(0, 61, (2, TOKENS))
     layers, operators = model.model.layers, getattr(torch.ops.aten, saved)
@@ -268,21 +270,21 @@ def test_a_context_belongs_to_the_thread_that_opened_it():
     def others_context():
         with torch.no_grad(), rk.collect(model) as theirs:
             model(ids)
-        found.append(theirs.rhythm())
+        rhythms.append(theirs.rhythm())
 
-    found = []
+    rhythms = []
     with torch.no_grad(), rk.collect(model) as c:
         run(threading.Thread(target=others_forward))
         assert not c.stats
         model(ids)
         run(threading.Thread(target=others_forward))
         run(threading.Thread(target=others_context))
-    for rhythm in (c.rhythm(), *found):
+    for rhythm in (c.rhythm(), *rhythms):
         assert torch.equal(rhythm.waad, expected.waad) and torch.equal(rhythm.fai, expected.fai)
 
 
 def test_a_context_belongs_to_its_own_forward():
-    """A second model that shares the layers is another one, before and after."""
+    """A second model with the same layers is not collected, neither before nor after."""
     torch.manual_seed(1)
     model, ids = llama("sdpa"), torch.randint(0, 61, (2, TOKENS))
     other = llama("sdpa")
@@ -300,7 +302,7 @@ def test_a_context_belongs_to_its_own_forward():
 
 
 class OnMps(torch.Tensor):
-    """Says that it lies on a device without float64."""
+    """A tensor that says it is on a device without float64."""
 
     device = torch.device("mps")
 
