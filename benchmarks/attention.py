@@ -58,8 +58,8 @@ from benchmarks.measure import interleave, make_parser, says_when_interrupted
 from rhythm_kernels import attention_stats, reference
 
 EXACT, ROUNDED = 1e-4, 2**-5
-CHECKED_IN_FP64 = 1024  # tokens
-COMPILED_UP_TO = 8192  # tokens, of variants that are compiled at one size
+CHECKED_IN_FP64 = 1024  # the most tokens that are checked against fp64
+COMPILED_UP_TO = 8192  # the most tokens for variants that run at one size
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -220,7 +220,7 @@ def check_backends(shape: str, calls: list[str], device: torch.device) -> None:
 
 
 class Trace(NamedTuple):
-    """What one call does on a GPU."""
+    """The work of one call on a GPU."""
 
     launches: int
     """The number of kernels and fills."""

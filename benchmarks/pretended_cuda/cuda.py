@@ -104,4 +104,4 @@ CUDA_FUNCTIONS: dict[str, Any] = {
     "stream": lambda stream: nullcontext(),
     "synchronize": lambda device=None: count_wait("torch.cuda.synchronize", reported=False),
 }
-"""What replaces the functions of torch.cuda. Random numbers are the CPU's, so the device has no state of its own."""
+"""The replacements for functions of torch.cuda. Random numbers are the CPU's, so the device keeps no state for them."""
