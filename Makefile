@@ -55,6 +55,11 @@ help:
 train: build
 	$(PY) -m train $(ARGS)
 
+# Leaves out what needs a GPU, draws random cases (hypothesis), shares something expensive with other tests (xdist_group)
+# or takes seconds (slow). A run of the tests lists those that take seconds without the mark.
+test-fast: build
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not (gpu or hypothesis or xdist_group or slow)" -n 2 $(ARGS)
+
 test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs $(VENV)/.verl $(VENV)/.chromium
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)
 	@$(MAKE) --no-print-directory test-pretended test-verl

@@ -10,6 +10,10 @@ from contextlib import ExitStack, nullcontext
 import pytest
 import torch
 
+UNMARKED_SECONDS = 5.0
+LEFT_OUT_OF_FAST = ("gpu", "hypothesis", "xdist_group", "slow")
+"""The marks of tests that `make test-fast` leaves out."""
+
 # Triton decides at its import whether it interprets kernels on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -51,7 +55,7 @@ def pytest_report_header(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints the texts that tests recorded for the log with record_property("resources", text)."""
+    """Prints what tests recorded with record_property("resources", text), and the slow tests without the mark."""
     reports = terminalreporter.stats.get("passed", [])
     for name, title in {
         "resources": "resources of compiled kernels",
@@ -61,6 +65,10 @@ def pytest_terminal_summary(terminalreporter):
         if lines:
             terminalreporter.section(title)
             terminalreporter.write_line("\n".join(lines))
+    slow = [x for x in reports if x.duration > UNMARKED_SECONDS and x.keywords.keys().isdisjoint(LEFT_OUT_OF_FAST)]
+    if slow:
+        terminalreporter.section("slow tests that make test-fast runs: mark them slow")
+        terminalreporter.write_line("\n".join(f"{report.duration:.0f} s {report.nodeid}" for report in slow))
 
 
 def poisoned(make):

@@ -79,6 +79,7 @@ def test_the_command_answers_and_writes(tiny, tmp_path, capsys):
         assert re.search(pattern, said, re.MULTILINE), said
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_answer(tiny, tmp_path):
     def ids(seed: int):
         arguments = [tiny, "--prompt", PROMPT, "--max-new-tokens", "24", "--temperature", "1", "--seed", str(seed)]
@@ -87,6 +88,7 @@ def test_the_same_seed_gives_the_same_answer(tiny, tmp_path):
     assert torch.equal(ids(1), ids(1)) and not torch.equal(ids(1), ids(2))
 
 
+@pytest.mark.slow
 def test_the_numbers_of_the_page_are_those_of_the_reading(tiny, answered):
     folder, shown = answered
     model, tokenizer = load(tiny)
@@ -193,6 +195,7 @@ def test_prompts_and_answers_from_files(tiny, tmp_path):
     assert not shown.reading.receiver_fai.any() and not shown.reading.receiver_peaks.any()
 
 
+@pytest.mark.slow
 def test_a_long_answer_has_maps_in_bins(tiny, tmp_path):
     arguments = [tiny, "--prompt", PROMPT, "--response", "ten words in all " * 25, "--out", str(tmp_path)]
     shown = show.show(show.parse(arguments))

@@ -94,6 +94,7 @@ def test_the_row_pass_can_be_asked_for():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.slow
 def test_flex_attention():
     """On a CPU, transformers does not ask FlexAttention for its log-sum-exp."""
     torch.manual_seed(1)

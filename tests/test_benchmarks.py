@@ -59,6 +59,7 @@ def test_a_report_has_no_long_lines_outside_of_tables_and_fences(tmp_path):
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_attention_runs_and_writes(tmp_path, capsys):
     out = tmp_path / "folder" / "result"
     attention.main([*TINY, "--tokens", "128", "64", "--variants", *ON_A_CPU, "--out", str(out)])

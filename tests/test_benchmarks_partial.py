@@ -267,6 +267,7 @@ print("built with", weights)
 """
 
 
+@pytest.mark.slow
 def test_the_trainer_benchmark_needs_no_package_that_a_gpu_machine_lacks():
     output = python(RUN)
     assert "usage: " in output and output.endswith("built with random weights\n")

@@ -155,6 +155,7 @@ def test_the_table_of_a_gpu():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+@pytest.mark.slow
 def test_the_loops_of_the_extension_are_found():
     """Each phase of a row, once for each place of its scratch; the searches by their atomics."""
     kernels = {kernel.row: kernel for kernel in extension.compile_kernels()}

@@ -148,6 +148,7 @@ def test_no_compiler_means_no_extension(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(build.find_cxx() is None, reason="no C++ compiler")
+@pytest.mark.slow
 def test_the_cpu_sources_have_no_warnings():
     command = [
         build.find_cxx(),
@@ -162,6 +163,7 @@ def test_the_cpu_sources_have_no_warnings():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+@pytest.mark.slow
 def test_the_cuda_kernels_neither_warn_nor_spill(tmp_path, record_property):
     """Compiles for every architecture of the default list. The end of the log shows registers and shared memory."""
     flags = [*build.nvcc_flags(build.parse_archs(build.DEFAULT_CUDA_ARCHS)), "-Werror=all-warnings", "-Xptxas=-v"]
@@ -269,6 +271,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.skipif(build.find_cxx() is None, reason="no C++ compiler")
+@pytest.mark.slow
 def test_a_wheel_with_the_extension(tmp_path):
     wheel = build_wheel(tmp_path)
     assert "-cp310-abi3-" in wheel.name
@@ -279,6 +282,7 @@ def test_a_wheel_with_the_extension(tmp_path):
     assert run_from(wheel, SELECT).splitlines() == ["[[True, False, True]]"] * 2
 
 
+@pytest.mark.slow
 def test_a_wheel_without_a_compiler(tmp_path):
     wheel = build_wheel(tmp_path, CXX="no-such-compiler")
     assert wheel.name.endswith("-py3-none-any.whl")

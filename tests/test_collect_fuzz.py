@@ -177,6 +177,7 @@ def functions(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_a_number_is_right_or_refused(name, functions, pytestconfig, record_property):
     outcomes = Counter()
     forwards = pytestconfig.getoption("forwards") // len(FAMILIES)

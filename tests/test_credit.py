@@ -161,6 +161,7 @@ def check_same(outputs, expected):
 
 
 @pytest.mark.parametrize("tokens", [8191, 131072])
+@pytest.mark.slow
 def test_long_sequences_equal_the_reference(tokens):
     generator = torch.Generator().manual_seed(tokens)
     waad, fai = torch.rand(2, tokens, generator=generator) * 10, torch.rand(2, tokens, generator=generator) ** 4
@@ -190,6 +191,7 @@ def example(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_opcheck(device):
     waad, fai, mask, cuts = example(device)
     options = (0.4, 1.5, 0.5, 3, True)
@@ -239,6 +241,7 @@ def test_compiles_into_one_graph(backend, compiler):
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["as needed", "dynamic"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
 def test_options_and_shapes_may_change_in_a_compiled_graph(backend, dynamic):
     def credit(waad, fai, mask, **options):
         return token_credit("coupled", mask, Rhythm(waad, fai), backend=backend, **options)

@@ -18,6 +18,7 @@ def names():
     return found
 
 
+@pytest.mark.slow
 def test_the_passes_agree(names):
     assert torch.equal(names["gamma"], names["gamma_now"])
     assert torch.equal(names["gamma"], names["unpacked"])

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 

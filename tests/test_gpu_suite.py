@@ -39,6 +39,7 @@ def test_each_half_fits_its_budget_and_the_first_has_what_matters_most():
     assert len(set(names)) == len(names) and all(re.fullmatch("[a-z-]+", name) for name in names)
 
 
+@pytest.mark.slow
 def test_the_commands_name_what_is_there():
     for step in gpu_suite.steps():
         paths = [argument for argument in step.command if argument.startswith("tests/")]
@@ -224,6 +225,7 @@ def test_a_step_out_of_time_says_what_it_has_so_far(tmp_path):
     assert stopped.status == "out of time" and stopped.tail == "one of two\nkept"
 
 
+@pytest.mark.slow
 def test_tests_that_hang_in_workers_leave_what_failed_in_the_report(tmp_path):
     """pytest waits for a worker that does not answer, and prints the failures after that."""
     begun = tmp_path / "begun"
@@ -239,6 +241,7 @@ def test_tests_that_hang_in_workers_leave_what_failed_in_the_report(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
+@pytest.mark.slow
 def test_tests_that_are_interrupted_say_what_failed(tmp_path, workers):
     tests = "import pathlib, time\ndef test_wrong(): assert 1 == 2\n"
     tests += "def test_slow():\n    pathlib.Path('begun').touch()\n    time.sleep(120)\n"
@@ -282,6 +285,7 @@ def plan(monkeypatch, *steps: Step) -> None:
     monkeypatch.setattr(gpu_suite, "steps", lambda: list(steps))
 
 
+@pytest.mark.slow
 def test_the_report_holds_what_passed_and_what_did_not(pretended_gpu, monkeypatch, tmp_path, capsys):
     rates = {"flops": 1e9, "bytes": 1e9, "exps": 1e9}
     write = f"open('{{out}}.md', 'w').write('rates'); open('{{out}}.json', 'w').write({json.dumps(json.dumps(rates))})"

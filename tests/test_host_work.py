@@ -7,6 +7,8 @@ from benchmarks.host_work import LENGTHS, HostWork, make_policy, measure, packed
 from benchmarks.pretended_cuda import pretended_cuda
 from rhythm_kernels import collect
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def counts() -> HostWork:

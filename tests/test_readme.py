@@ -15,6 +15,7 @@ def names():
     return run_blocks(ROOT / "README.md", {})
 
 
+@pytest.mark.slow
 def test_the_library_example_runs(names):
     gamma, per_token, response = names["gamma"], names["per_token"], names["response"]
     assert gamma.shape == per_token.shape == (4, 300)

@@ -237,6 +237,7 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_nothing(tmp_path):
     """SIGKILL before each operation on the file system in turn, pruning included: a good checkpoint is always there."""
     run = tmp_path / "run"
@@ -482,6 +483,7 @@ def of_two(rank: int, folder: Path):
     os._exit(0)  # gloo's threads may still hold tensors, and abort an interpreter that ends before they let go
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     """FSDP2: two ranks continue bit for bit, read what one wrote and the other way round, and fail together."""
     model, optimizer = build(3, tie_word_embeddings=True)

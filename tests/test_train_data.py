@@ -27,6 +27,7 @@ def test_stream_covers_each_epoch_and_continues_from_its_cursor():
     assert ProblemStream(problems, seed=4).take(len(problems)) != epoch
 
 
+@pytest.mark.slow
 def test_generated_countdown_is_split_for_good():
     train, test = load_set("countdown"), load_set("countdown-test")
     assert (len(train), len(test)) == (TRAIN, HELD_OUT)

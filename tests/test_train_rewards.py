@@ -75,7 +75,7 @@ def rewards():
     "verifier, error",
     [
         (loop_forever, "timed out"),
-        (loop_in_c, "timed out"),
+        pytest.param(loop_in_c, "timed out", marks=pytest.mark.slow),
         (leave, "worker died: exit code 7"),
         (raise_error, "KeyError: 'text'"),
         (return_nan, "ValueError: the verifier returned nan"),

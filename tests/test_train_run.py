@@ -159,6 +159,7 @@ def test_every_credit_runs(smoke, tmp_path, credit):
     ],
     ids=["grpo", "dr_grpo", "bfloat16", "no-steps", "one-step-checkpointed", "one-step-no-credit", "kl-and-correction"],
 )
+@pytest.mark.slow
 def test_other_settings_run(smoke, tmp_path, changes):
     assert launch(smoke(**{"max_steps": 1, **changes})) == 0
     records = read_metrics(tmp_path / "run")
@@ -246,6 +247,7 @@ def test_a_stopped_run_continues_bit_for_bit(smoke, tmp_path, monkeypatch, where
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_two_seeds_run_side_by_side(smoke, tmp_path):
     """Through the command line; each seed is the run that it would be alone."""
     flags = ["--preset", "countdown-smoke", "--cache", smoke().run.cache, "--max-steps", 2, "--seeds", 0, 1]

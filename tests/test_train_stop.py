@@ -47,6 +47,7 @@ def lines(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.slow
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_continues_bit_for_bit(tmp_path, number):
     changes = {"max_steps": 30, "save_steps": 100}
     run = subprocess.Popen(
@@ -67,6 +68,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_continues_bit_for_b
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
 def test_seeds_end_with_their_run_however_it_ends(tmp_path, number):
     given = command(*flags_of(tmp_path / "run", max_steps=3000, save_steps=3000), "--seeds", 0, 1)
     run = subprocess.Popen(given, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -81,6 +81,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("call", ["statistics", "statistics, lse given", "groups, lse given", "attention"])
 @pytest.mark.parametrize("shape, key_heads, options", FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.slow
 def test_feature(shape, key_heads, options, call):
     call, *given = call.split(", ")
     case = make_case(shape, key_heads, dtype=HALF, order="heads inside", lse_given=bool(given), **options)
@@ -111,6 +112,7 @@ def test_forward_pass_runs_only_when_needed(lse_given, need_span, monkeypatch):
 @pytest.mark.parametrize("call", ["statistics", "statistics, lse given", "groups, lse given", "attention"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kind", ["packed", "batch"])
+@pytest.mark.slow
 def test_nan_stays_in_its_sequence(kind, bad, call):
     """Sequences of 13, 20 and 27 tokens share tiles; the middle one goes bad. The others keep every bit."""
     call, *given = call.split(", ")
@@ -173,6 +175,7 @@ def test_padding_content_changes_nothing(call):
 
 
 @pytest.mark.parametrize("order", ["heads inside", "slice"])
+@pytest.mark.slow
 def test_strides_change_no_bit(order):
     """q, k and lse as models hand them over, and contiguous."""
     case = make_case((2, 4, 50, 20), 2, dtype=HALF, order=order, lse_given=True)
@@ -184,6 +187,7 @@ def test_strides_change_no_bit(order):
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("horizon", [(10, 50), (1, None)])
+@pytest.mark.slow
 def test_same_input_same_bits(horizon, call):
     case = make_case((1, 4, 90, 32), 2, dtype=HALF, horizon=horizon, sinks=torch.ones(4), response_mask=holes(90))
     first, *others = [outputs(call, case) for _ in range(3)]
@@ -195,6 +199,7 @@ def test_same_input_same_bits(horizon, call):
 @pytest.mark.parametrize("horizon", [(10, 50), (1, None)])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])
+@pytest.mark.slow
 def test_a_sequence_in_a_batch_has_the_bits_that_it_has_alone(kind, call, horizon):
     lengths = (70, 41, 23, 1)
     options = {"horizon": horizon, "sliding_window": 33, "sinks": torch.ones(2)}
@@ -232,6 +237,7 @@ def outputs_of_values(call: str, case: StatsCase, v: torch.Tensor) -> dict[str, 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the sparse file is read where the kernels are interpreted")
 @pytest.mark.parametrize("far", ["batch", "head", "token"])
+@pytest.mark.slow
 def test_offsets_past_int32(far, tmp_path):
     """Strides below 2^31 whose multiples pass it, over a sparse file of 4 GB: only the touched pages exist."""
     shape, step = {

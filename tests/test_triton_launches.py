@@ -62,6 +62,7 @@ CALLS = {
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted where the kernels are interpreted")
 @pytest.mark.parametrize("call, options", CALLS.values(), ids=CALLS.keys())
 @pytest.mark.parametrize("kind", [{}, PADDED, PACKED], ids=["plain", "padded", "packed"])
+@pytest.mark.slow
 def test_a_layer_takes_few_launches(kind, call, options, monkeypatch):
     """The first layer of a forward also makes what its layout alone decides."""
     from triton.runtime.interpreter import GridExecutor
