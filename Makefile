@@ -55,10 +55,12 @@ help:
 train: build
 	$(PY) -m train $(ARGS)
 
-# Leaves out what needs a GPU, draws random cases (hypothesis), shares something expensive with other tests (xdist_group)
-# or takes seconds (slow). A run of the tests lists those that take seconds without the mark.
+# Leaves out the tests of the benchmarks, and those that need a GPU, draw random cases (hypothesis), share something
+# expensive (xdist_group) or take seconds (slow). A run of the tests lists those that take seconds without the mark. Files whose
+# tests are all left out are not imported, which would take seconds too.
 test-fast: build
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not (gpu or hypothesis or xdist_group or slow)" -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not (gpu or hypothesis or xdist_group or slow)" -n 2 $(ARGS) \
+		$(shell grep -LE '^(from benchmarks import|pytestmark = .*(gpu|slow|xdist_group))' tests/test_*.py)
 
 test: lint build $(VENV)/.smollm2 $(VENV)/.vllm $(VENV)/.docs $(VENV)/.verl $(VENV)/.chromium
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup $(ARGS)

@@ -280,6 +280,7 @@ def example(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_opcheck(device):
     values, mask = example(device)
     for sample in (values, values.T.contiguous().T, values[:0], values[:, :0]):

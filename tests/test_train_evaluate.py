@@ -118,6 +118,7 @@ def test_evaluations_come_back_from_metrics():
     assert cells == "| 20.0 ± 5.0 | 70.0 ± 2.0 | 45.0 |"
 
 
+@pytest.mark.slow
 def test_command_line_on_a_run(tmp_path, capsys):
     """A run's folder stands for its last checkpoint, with the run's settings: the rates are those that the run had."""
     config = load_preset("countdown-smoke").change(

@@ -84,6 +84,7 @@ def few_probes(monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_both_find_the_same(name):
     shape, key_heads, size_v, options = CASES[name]
     dtype = DTYPES[len(name) % len(DTYPES)]
@@ -119,6 +120,7 @@ def test_calls_that_round_their_factors(dtype):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "out", "lse"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.slow
 def test_what_is_not_finite_is_left_out_in_the_map_and_found_in_the_call(bad, name):
     """In the second of three sequences; the others are held against the map as before."""
     case = make_case((1, 2, 90, 16), 2, cu_seqlens=packed(30, 30, 30))
@@ -205,6 +207,7 @@ def moved(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 @pretended
 @pytest.mark.parametrize("name", ["packed, some empty", "sinks"])
+@pytest.mark.slow
 def test_three_launches_and_no_wait(name, monkeypatch):
     monkeypatch.setattr(torch, "empty", torch._C._VariableFunctions.empty)  # poison is a launch
     shape, key_heads, size_v, options = CASES[name]

@@ -32,7 +32,7 @@ from rhythm_kernels.statistics.options import check_options
 from rhythm_kernels.statistics.verify import FEWEST, PROBES, probe_lse, probe_output, probed_rows, rounding_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-modules = [sys.modules[f"rhythm_kernels.{name}"] for name in ("findings", "signals", "attention.api")]
+modules = [sys.modules[f"rhythm_kernels.{name}"] for name in ("listen.findings", "signals", "statistics.api")]
 
 
 def options_of(q, k, **options):
@@ -133,6 +133,7 @@ def test_the_weakest_mismatch_that_is_found(dtype, call):
     assert all(ratio < 0.5 for name, ratio in found.items() if name.startswith("sound"))
 
 
+@pytest.mark.slow
 def test_the_table_of_mismatches(tmp_path, capsys):
     weakest_mismatch.main(["--draws", "1", "--out", str(tmp_path / "table")])
     text = (tmp_path / "table.md").read_text()
