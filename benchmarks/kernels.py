@@ -274,7 +274,7 @@ def main() -> None:
     else:
         where = environment()
         head = ", ".join(f"{name} {where[name]}" for name in ("triton", "torch", "commit"))
-        text = fold("\n\n".join([head, report(rows), *([lines_report(rows)] if args.lines else [])]))
+        text = "\n\n".join([fold(f"{head}\n\n{report(rows)}"), *([lines_report(rows)] if args.lines else [])])
     show(text, args.out)
 
 
