@@ -123,7 +123,7 @@ def test_the_triton_baseline_is_tuned_for_each_class_of_sizes(monkeypatch):
 
 
 class Interrupting:
-    """A function that is interrupted in its call of a number, and counts them."""
+    """Wraps a function, counts its calls, and interrupts call number `at`."""
 
     def __init__(self, function, at: int):
         self.function, self.at, self.calls = function, at, 0

@@ -1,4 +1,4 @@
-"""The benchmarks of selection and credit: they refuse wrong results, and read the CUDA kernels' loops right."""
+"""Tests the benchmarks of selection and credit: they refuse wrong results, and find the loops of the CUDA kernels."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_packed_sequences_have_the_signals_of_padded_ones():
 
 
 def flip_one(selected):
-    """The result with another one for a token that is in R."""
+    """Returns the result with another value for one token in R."""
     other = selected.clone()
     other[0, 60] = ~other[0, 60] if other.dtype == torch.bool else other[0, 60].nextafter(other.new_tensor(9.0))
     return other
@@ -157,7 +157,7 @@ def test_the_table_of_a_gpu():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
 @pytest.mark.slow
 def test_the_loops_of_the_extension_are_found():
-    """Each phase of a row, once for each place of its scratch; the searches by their atomics."""
+    """Every phase of a row has a loop for each place of its scratch. Searches are known by their atomics."""
     kernels = {kernel.row: kernel for kernel in extension.compile_kernels()}
     assert set(kernels) == {"TopQ", "Peaks", "TopQCredit", "CoupledCredit"}
     for row, searches in {"TopQ": 1, "Peaks": 1, "TopQCredit": 1, "CoupledCredit": 3}.items():
