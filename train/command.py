@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 
+from rhythm_kernels.console import escape_unencodable, missing_package, print_error
 from train.config import BadSetting, RunError
 from train.stop import Stopped, heeded
 
@@ -16,7 +17,7 @@ def run(program: str, work: Callable[[], int], *, when_stopped: str = "") -> int
     2 for a setting, 1 for what is missing, full, damaged or not allowed, 130, 143 and 129 after SIGINT, SIGTERM and
     SIGHUP. Anything else is raised: it is a fault of the program.
     """
-    say_what_the_console_can()
+    escape_unencodable()
     try:
         with heeded():
             return work()
@@ -42,23 +43,5 @@ def explain(program: str, error: Exception) -> int:
         text = str(error)
     else:
         raise error
-    print(f"{program}: {' '.join(line.strip() for line in text.splitlines())}", file=sys.stderr)
+    print_error(program, text)
     return 2 if isinstance(error, BadSetting) else 1
-
-
-def missing_package(error: ImportError) -> str:
-    """An import that failed, with what to install where a package is missing and the error does not say so itself."""
-    cause = error
-    while cause.__cause__ is not None and isinstance(cause, ImportError):  # transformers raises its own from another's
-        cause = cause.__cause__
-    if not isinstance(cause, ModuleNotFoundError) or not cause.name or "pip install" in str(error):
-        return str(error)
-    package = cause.name.partition(".")[0].replace("_", "-")
-    return f"the package {package} is needed and not installed: pip install {package}"
-
-
-def say_what_the_console_can() -> None:
-    """Has output escape the characters that the console's encoding lacks, as C and ascii lack ±, and not fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")

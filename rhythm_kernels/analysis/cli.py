@@ -10,6 +10,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from rhythm_kernels.console import escape_unencodable, missing_package, print_error
+
 COMMANDS = {
     "show": "the rhythm of an answer, as a page and as figures",
     "couple": "do anchors follow preplan tokens? (the paper's Table 2)",
@@ -20,9 +22,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; 0, or 2 after an error of the caller or the machine, told in one line, or 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # an encoding without a character must not cost what was computed
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_unencodable()
     parser = argparse.ArgumentParser(
         prog="rhythm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,21 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if isinstance(error, ImportError) and (error.name or "").startswith("rhythm_kernels"):
             raise  # a fault of the package
-        lines = (line.strip() for line in missing_package(error).splitlines())
-        print(f"rhythm {chosen}: {' '.join(lines)}", file=sys.stderr)
+        print_error(f"rhythm {chosen}", missing_package(error) if isinstance(error, ImportError) else str(error))
         return 2
     return 0
-
-
-def missing_package(error: Exception) -> str:
-    """The text of an error, with what to install where a package is missing and the error does not say so itself."""
-    cause = error
-    while cause.__cause__ is not None and isinstance(cause, ImportError):  # transformers raises its own from another's
-        cause = cause.__cause__
-    if not isinstance(cause, ModuleNotFoundError) or not cause.name or "pip install" in str(error):
-        return str(error)
-    package = cause.name.partition(".")[0].replace("_", "-")
-    return f"the package {package} is needed and not installed: pip install {package}"
 
 
 if __name__ == "__main__":
