@@ -1,9 +1,12 @@
-"""GRPO with rhythm credit as a plain loop: transformers to generate, one forward, and the credit between them.
+"""Trains with GRPO and rhythm credit in a plain loop, with transformers alone.
 
     python examples/plain_loop.py                                       # a tiny random model, seconds on a CPU
     python examples/plain_loop.py --model Qwen/Qwen3-0.6B --learning-rate 1e-6 --new-tokens 128
 
-The reward is the share of digits in the answer, so that any model can learn something within a few steps.
+Rhythm credit raises the advantage of the tokens that the model's attention marks as important. The reward is the share
+of digits in the answer, which any model can learn within a few steps.
+
+Shapes: B answers, T tokens of a prompt and its answer. R, the response mask, is True on the tokens of the answer.
 """
 
 import argparse
@@ -18,7 +21,7 @@ PROMPTS = ["Count to nine: ", "The first ten primes are ", "My telephone number:
 
 
 def load(name: str | None):
-    """(model, tokenizer): of transformers by name or path, or a tiny random model that reads bytes."""
+    """Returns (model, tokenizer) for a name or path of transformers, or else a tiny random model that reads bytes."""
     if name is not None:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # 16 bits round small updates away
         return model.to(DEVICE), AutoTokenizer.from_pretrained(name, padding_side="left")
@@ -28,18 +31,18 @@ def load(name: str | None):
 
 
 def reward(answer: str) -> float:
-    """The share of digits."""
+    """Returns the share of digits."""
     return sum(character in "0123456789" for character in answer) / max(len(answer), 1)
 
 
 def train(model, tokenizer, args):
-    """Yields (mean reward, gamma [B, T], response mask [B, T]) of each step."""
+    """Yields (mean reward, gamma [B, T], response mask [B, T]) after each step; gamma multiplies the advantages."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     ends = torch.tensor(model.generation_config.eos_token_id, device=DEVICE)
     for _ in range(args.steps):
-        # Answers: several to each prompt. Prompts are padded on the left, so that all answers begin at one position.
+        # Answers: several per prompt. Prompts are padded on the left, so that all answers begin at the same position.
         prompts = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=False).to(DEVICE)
         ids = model.generate(
             input_ids=prompts.input_ids,
@@ -55,29 +58,29 @@ def train(model, tokenizer, args):
         prompt = prompts.attention_mask.repeat_interleave(args.answers, 0).bool()
         answers = ids[:, prompt.shape[1] :]
         ended = torch.isin(answers, ends).int()
-        live = ended.cumsum(1) - ended == 0  # up to the first end, with it
+        live = ended.cumsum(1) - ended == 0  # up to and including the first end token
         attention_mask = torch.cat([prompt, live], 1)
         response = torch.cat([torch.zeros_like(prompt), live], 1)  # R, [B, T]
 
-        # Advantages: each reward against the mean of its prompt's answers.
+        # Advantages: each reward minus the mean reward of its prompt's answers, over their standard deviation.
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         rewards = torch.tensor([reward(text) for text in texts], device=DEVICE).view(-1, args.answers)
         spread = rewards.std(1, keepdim=True) + 1e-4
         advantages = ((rewards - rewards.mean(1, keepdim=True)) / spread).flatten()  # [B]
 
-        # The loss's own forward, with the statistics read on the way. gamma is needed only after it, so a batch with a
-        # single update takes no other pass. With more updates a batch, this block is the old-log-prob pass: run it once
-        # under torch.no_grad(), keep gamma and the log-probs, and let each update run a forward without collect.
+        # The loss's own forward, in which the statistics are read. gamma is needed only after it, so a batch with one
+        # update needs no other pass. With several updates per batch, this block is the old-log-prob pass: run it once
+        # under torch.no_grad(), keep gamma and the log-probs, and run a forward without collect in each update.
         with collect(model, response_mask=response) as c:
             logits = model(ids, attention_mask=attention_mask.long(), use_cache=False).logits
         gamma = token_credit("coupled", response, c.rhythm())  # [B, T]
         per_token = shape_advantages(advantages, gamma)  # [B, T]
 
-        # Token t is predicted at t - 1. The ratio to the sampling policy is 1 here, and its gradient that of log p.
+        # Token t is predicted at t - 1. The ratio to the sampling policy is 1 here, its gradient is that of log p.
         log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         ratio = (log_probs - log_probs.detach()).exp()
-        counted = response[:, 1:]
-        loss = -(ratio * per_token[:, 1:])[counted].sum() / counted.sum()
+        is_answer = response[:, 1:]
+        loss = -(ratio * per_token[:, 1:])[is_answer].sum() / is_answer.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -86,19 +89,19 @@ def train(model, tokenizer, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="GRPO with rhythm credit as a plain loop")
-    parser.add_argument("--model", help="name or path of a transformers model; a tiny random one if left out")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--answers", type=int, default=8, help="to each prompt")
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a name or path of a transformers model; a tiny random one if left out")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (20)")
+    parser.add_argument("--answers", type=int, default=8, help="answers per prompt (8)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="largest length of an answer (32)")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="learning rate of AdamW (0.005)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model and the sampling (0)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, tokenizer = load(args.model)
     for step, (mean, gamma, response) in enumerate(train(model, tokenizer, args), 1):
-        credited = (gamma[response] > 1).float().mean()
-        print(f"step {step}  reward {mean:.3f}  gamma > 1 on {credited:.0%} of the tokens")
+        raised = (gamma[response] > 1).float().mean()
+        print(f"step {step}  reward {mean:.3f}  gamma > 1 on {raised:.0%} of the tokens")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""GRPO on Countdown with TRL and rhythm credit.
+"""Trains a model on Countdown with TRL's GRPO and rhythm credit.
 
     python examples/trl_countdown.py --model Qwen/Qwen3-4B-Base
     accelerate launch --num_processes 8 examples/trl_countdown.py --model Qwen/Qwen3-4B-Base --use_vllm
 
-The three lines that end in `# rhythm` are all that differs from plain GRPO. Every field of the config is a flag:
---credit global, --credit_top_fraction 0.2, --learning_rate 2e-6, ... A trial on a CPU, with a small model:
+Only the three lines that end in `# rhythm` differ from plain GRPO. Every field of the config is a flag, such as
+--credit global, --credit_top_fraction 0.2 or --learning_rate 2e-6. To try it on a CPU, with a small model:
 
     python examples/trl_countdown.py --model PATH --use_cpu --bf16 false --max_steps 2 --problems 8 \\
         --num_generations 4 --steps_per_generation 1 --max_completion_length 32 --report_to none
@@ -19,7 +19,7 @@ from trl import TrlParser
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer  # rhythm
 from rhythm_kernels.tasks.countdown import from_row, generate_rows, verify
 
-# The paper's, on eight processes: 300 batches of 64 problems with 8 answers each, in 16 optimizer steps of 32 answers
+# The paper's settings on eight processes: 300 batches of 64 problems with 8 answers each, in 16 steps of 32 answers
 DEFAULTS = {
     "output_dir": "runs/trl-countdown",
     "loss_type": "grpo",
@@ -37,23 +37,25 @@ DEFAULTS = {
 
 @dataclass
 class Options:
+    """The flags of this script, beside those of the config."""
+
     model: str = field(metadata={"help": "A transformers model: a folder, or a name on the hub."})
-    problems: int = field(default=20_000, metadata={"help": "How many problems are made to train on."})
+    problems: int = field(default=20_000, metadata={"help": "Number of problems to train on."})
     problem_seed: int = field(default=0, metadata={"help": "Seed of the problems."})
 
 
 def make_dataset(options: Options, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Columns prompt and answer; prompts are messages where the tokenizer has a chat template."""
+    """Returns the columns prompt and answer; prompts are messages where the tokenizer has a chat template."""
     problems = [from_row(**row) for row in generate_rows(options.problems, options.problem_seed)]
-    prompts = [each.prompt for each in problems]
+    prompts = [problem.prompt for problem in problems]
     if tokenizer.chat_template is not None:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return Dataset.from_dict({"prompt": prompts, "answer": [each.answer for each in problems]})
+    return Dataset.from_dict({"prompt": prompts, "answer": [problem.answer for problem in problems]})
 
 
 def solved(completions, answer, **_) -> list[float]:
-    """The reward: 1 for a right expression in <answer> tags, else 0."""
-    texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
+    """Returns the reward of each completion: 1 for a right expression in <answer> tags, else 0."""
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
     return [verify(text, right) for text, right in zip(texts, answer, strict=True)]
 
 

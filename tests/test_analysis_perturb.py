@@ -132,15 +132,18 @@ def plain(model, tokens: list[int], count: int) -> list[int]:
 
 @torch.no_grad()
 def check_forks(model, ids, forks, places, alternatives, new_tokens, refused):
-    assert [fork.place for fork in forks] == places
+    assert [fork.position for fork in forks] == places
     for fork in forks:
-        log_probs = model(ids[None, : fork.place], use_cache=False).logits[0, -1].log_softmax(-1)
-        out = {int(ids[fork.place]), model.generation_config.eos_token_id, *refused}
+        log_probs = model(ids[None, : fork.position], use_cache=False).logits[0, -1].log_softmax(-1)
+        out = {int(ids[fork.position]), model.generation_config.eos_token_id, *refused}
         likely = [token for token in log_probs.argsort(descending=True).tolist() if token not in out]
-        assert fork.tokens == [int(ids[fork.place]), *likely[:alternatives]]
+        assert fork.tokens == [int(ids[fork.position]), *likely[:alternatives]]
         np.testing.assert_allclose(fork.probabilities, log_probs[fork.tokens].exp(), rtol=1e-4)
         for token, continuation in zip(fork.tokens, fork.continuations, strict=True):
-            assert continuation == plain(model, [*ids[: fork.place].tolist(), token], new_tokens), (fork.place, token)
+            assert continuation == plain(model, [*ids[: fork.position].tolist(), token], new_tokens), (
+                fork.position,
+                token,
+            )
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# GRPO of Qwen3-4B-Base on Countdown with rhythm credit, in verl 0.9.1, on one node with eight GPUs.
+# Trains Qwen3-4B-Base on Countdown with GRPO and rhythm credit, in verl 0.9.1, on one node with eight GPUs.
 #
-#   bash examples/verl/one_node.sh                       # any flag of verl may follow, or of the block rhythm:
-#   bash examples/verl/one_node.sh +rhythm.q=0.2 trainer.logger='[console,wandb]'
+#   bash examples/verl/one_node.sh                       # any flag of verl or of the block `rhythm` may follow:
+#   bash examples/verl/one_node.sh +rhythm.top_fraction=0.2 trainer.logger='[console,wandb]'
 #   STRATEGY=none bash examples/verl/one_node.sh         # the same run without credit
 #   bash examples/verl/one_node.sh --cfg job             # prints the config and ends
 #
-# Needs verl 0.9.1 with vLLM or SGLang and FlashAttention as verl's own manual has it, then in the same environment, on
-# every node: pip install --no-build-isolation --no-deps PATH_OF_THIS_REPOSITORY
+# Needs verl 0.9.1 with vLLM or SGLang and FlashAttention, installed as verl's manual says, then in the same environment,
+# on every node: pip install --no-build-isolation --no-deps PATH_OF_THIS_REPOSITORY
 #
-# Untested on a GPU. The tests run these very flags through verl's config and, with a tiny model, tiny batches and fixed
-# answers, three steps of verl's trainer on a CPU. Batch sizes and token budgets are meant for 80 GB and may need tuning.
+# Untested on a GPU. The tests load these flags with verl's config and run three steps of verl's trainer on a CPU, with a
+# tiny model, tiny batches and fixed answers. Batch sizes and token budgets are meant for 80 GB and may need tuning.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=${PYTHON:-python3}
 MODEL=${MODEL:-Qwen/Qwen3-4B-Base}
-DATA=${DATA:-$HOME/data/countdown}             # on two nodes: a folder that both see
+DATA=${DATA:-$HOME/data/countdown}             # with two nodes: a folder that both share
 RUNS=${RUNS:-$HOME/runs/verl-countdown}        # the same
 STRATEGY=${STRATEGY:-coupled}
 NODES=${NODES:-1}
-GPUS=${GPUS:-8}                                # of each node
+GPUS=${GPUS:-8}                                # per node
 
 [ -e "$DATA/test.parquet" ] || "$PYTHON" "$HERE/countdown.py" --out "$DATA"
 
@@ -68,7 +68,7 @@ flags=(
   trainer.experiment_name="countdown-$STRATEGY"
   trainer.default_local_dir="$RUNS/$STRATEGY"
 
-  +rhythm.strategy="$STRATEGY"                         # the line that asks for the credit
+  +rhythm.strategy="$STRATEGY"                         # asks for rhythm credit
 )
 
 exec "$PYTHON" -m verl.trainer.main_ppo "${flags[@]}" "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The run of one_node.sh on two nodes with eight GPUs each, over Ray. On the first node, then on the second:
+# Runs one_node.sh on two nodes with eight GPUs each, over Ray. Call it on the first node, then on the second:
 #
 #   bash examples/verl/two_nodes.sh head                 # any flag of verl may follow
 #   bash examples/verl/two_nodes.sh join FIRST_NODE      # its name or address, as the second node sees it
 #
-# The first waits until both are there. Environment, this repository, MODEL, DATA and RUNS must be the same on both, at the
-# same paths. Ray's workers load the plug-in by its entry point; nothing is to be set for them. Untested on GPUs.
+# The first node waits for the second. The environment, this repository, MODEL, DATA and RUNS must be the same on both, at
+# the same paths. Ray's workers load the plug-in by its entry point and need no setting. Untested on GPUs.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,1 +1,1 @@
-"""The rhythm of a model, to look at: what its attention says of each token and each head (the paper's section 4)."""
+"""Shows the rhythm of a model: what its attention says about each token and each head (the paper's section 4)."""

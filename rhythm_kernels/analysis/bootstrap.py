@@ -1,4 +1,4 @@
-"""Intervals over problems: what a number could have been, had other problems of the same kind been drawn."""
+"""Bootstrap intervals over problems: how far a number may move when other problems of the same kind are drawn."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,27 +20,29 @@ class Estimate(NamedTuple):
 def bootstrap(
     columns: np.ndarray, statistic: Callable[..., np.ndarray], *, seed: int, resamples: int = RESAMPLES
 ) -> Estimate:
-    """The percentile bootstrap of a statistic that is a function of sums over problems.
+    """Returns the percentile bootstrap of a statistic that is a function of sums over problems.
 
     Args:
-        columns: [n, c], of each of n problems what is summed: hits and trials of a share, say.
-        statistic: takes the c sums, each a float or [resamples], and returns the same: hits / trials, say.
-        seed: equal seeds draw the same problems, so estimates of one study move together.
+        columns: [n, c], the c numbers of each of n problems that are summed, such as hits and trials of a share.
+        statistic: takes the c sums, each a float or [resamples], and returns the same, such as hits / trials.
+        seed: equal seeds draw the same problems, so the estimates of one study move together.
     """
     columns = np.asarray(columns, dtype=np.float64)
     if not len(columns):
         return Estimate(np.nan, np.nan, np.nan)
-    draws = np.random.default_rng(seed).multinomial(
+    counts = np.random.default_rng(seed).multinomial(
         len(columns), np.full(len(columns), 1 / len(columns)), size=resamples
-    )
+    )  # [resamples, n]: how often each problem is drawn
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(*columns.sum(0)))
-        drawn = np.asarray(statistic(*(draws @ columns).T))
-    drawn = drawn[np.isfinite(drawn)]  # a draw may hold no trial at all
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(drawn) else (np.nan, np.nan)
+        resampled = np.asarray(statistic(*(counts @ columns).T))
+    resampled = resampled[np.isfinite(resampled)]  # a resample may hold no trial at all
+    low, high = np.nan, np.nan
+    if len(resampled):
+        low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
 
 
 def share(hits: np.ndarray, trials: np.ndarray) -> np.ndarray:
-    """The statistic of two columns that most numbers are."""
+    """Returns hits / trials: the statistic of most numbers in the reports."""
     return hits / trials

@@ -1,6 +1,8 @@
-"""Do anchors follow preplan tokens? Table 2 of the paper, on a model of yours.
+"""Tests whether anchors follow preplan tokens, as in the paper's Table 2, on any model.
 
-The model answers problems; its entropy, WAAD and FAI are read along each answer, and their peaks are held against the
+The model answers problems. In each answer the command finds the peaks of two numbers: of the windowed average attention
+distance (WAAD), where the model reaches back before it goes on, and of the future attention influence (FAI), at tokens
+that later ones look back at. It counts how often the peaks coincide or follow each other, and compares that with the
 same peaks shifted along the answer.
 """
 
@@ -20,76 +22,78 @@ from rhythm_kernels.analysis.study import (
     Answer,
     Study,
     check_flags,
-    command_of,
     parser_of,
+    report_of,
     shown,
     table,
-    versions,
+    too_short,
     write_report,
 )
+from rhythm_kernels.analysis.style import COLORS, hide_frame
 from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.credit.selection import find_peaks
 
 FEWEST_TOKENS = 16
-"""That an answer must have to be counted, apart from its last FEWEST_ROWS."""
+"""An answer counts if it has at least so many tokens before its last FEWEST_ROWS."""
 NEARBY = 20
-"""Tokens that a nearby shift moves peaks by at most: what rises or falls along an answer then stays the same."""
+"""A nearby shift moves peaks by at most so many tokens, so that a trend along the answer stays in place."""
 FURTHEST = 3
-"""Coupling is reported up to so many tokens after a WAAD peak."""
+"""Coupling is reported for FAI peaks up to so many tokens after a WAAD peak."""
 PAPER = {
     "entropy": (0.3608, 0.2386),
     "co-occurrence": (0.6084, 0.2241),
     "coupling": (0.5253, 0.3687),
 }
-"""(observed, baseline) of Qwen3-4B-Base in the paper's Table 2; entropy in nats."""
+"""(observed, baseline) for Qwen3-4B-Base in the paper's Table 2; entropy in nats."""
 
 
 class Peaks(NamedTuple):
-    """One answer, the tokens that count: [m] each."""
+    """The m tokens of one answer that count; all fields are [m]."""
 
     entropy: np.ndarray
-    """Nats, of what the token was drawn from."""
+    """Nats, of the distribution that the token was drawn from."""
     next_entropy: np.ndarray
-    """Nats, of what the next token was drawn from, which is what the row of WAAD predicts."""
+    """Nats, of the distribution of the next token, which the row of WAAD predicts."""
     waad: np.ndarray
-    """bool, the peaks of WAAD, and so on."""
+    """bool, the peaks of WAAD; `fai` and `receiver` are the peaks of FAI and of the receiver heads' FAI."""
     fai: np.ndarray
     receiver: np.ndarray
 
 
 class Row(NamedTuple):
-    """One number, its baseline, and both in the paper."""
+    """One row of the table: a number, its baseline, and both in the paper."""
 
     name: str
     observed: Estimate
     baseline: float
-    """Of peaks shifted anywhere along the answer; of entropy, that of all tokens."""
+    """The number for peaks shifted anywhere along the answer; for entropy, the mean over all tokens."""
     lift: Estimate
     """observed / baseline."""
     p: float
-    """Share of the shuffles that reach what is observed."""
+    """The share of shuffles that reach the observed number."""
     nearby_lift: Estimate
-    """observed / that of peaks shifted by at most NEARBY tokens."""
+    """observed / the number for peaks shifted by at most NEARBY tokens."""
     paper: tuple[float, float] | None
+    """(observed, baseline)."""
 
 
 # ---- one answer ------------------------------------------------------------------------------------------------------
 
 
 def signals(study: Study, answer: Answer) -> dict[str, list[float]]:
-    """Reads an answer; of each of its tokens entropy, WAAD, FAI and the receiver heads' FAI."""
+    """Reads an answer; returns the entropy, WAAD, FAI and receiver heads' FAI of each of its tokens."""
     device = study.model.device
     ids = torch.tensor(answer.prompt + answer.tokens, device=device)
     response = torch.arange(len(ids), device=device) >= len(answer.prompt)
-    found = read(study.model, ids, response, layers=study.args.layers, receivers=study.args.receivers)
-    of = {"entropy": found.entropy, "waad": found.waad, "fai": found.fai, "receiver_fai": found.receiver_fai}
-    return {name: signal[len(answer.prompt) :].tolist() for name, signal in of.items()}
+    reading = read(study.model, ids, response, layers=study.args.layers, receivers=study.args.receivers)
+    names = ("entropy", "waad", "fai", "receiver_fai")
+    return {name: getattr(reading, name)[len(answer.prompt) :].tolist() for name in names}
 
 
 def peaks_of(signal: dict[str, list[float]], quantile: float) -> Peaks | None:
-    """The peaks of an answer's signals, among the tokens that FEWEST_ROWS later ones look back at; None if few are.
+    """Returns the peaks of an answer's signals, or None for an answer that is too short.
 
-    FAI of the last tokens is the attention of a few neighbours, which is large for any token.
+    The last FEWEST_ROWS tokens do not count: their FAI is the attention of a few neighbours, large for any token.
     """
     counted = len(signal["entropy"]) - FEWEST_ROWS
     if counted < FEWEST_TOKENS:
@@ -107,30 +111,30 @@ def peaks_of(signal: dict[str, list[float]], quantile: float) -> Peaks | None:
 
 
 def after(leaders: np.ndarray, within: int) -> np.ndarray:
-    """[..., m] bool -> [..., m] bool: at a leader, or at most `within` positions after one."""
-    found = leaders.copy()
+    """Returns the positions at a leader or at most `within` positions after one, bool [..., m] like `leaders`."""
+    reached = leaders.copy()
     for distance in range(1, min(within, leaders.shape[-1] - 1) + 1):
-        found[..., distance:] |= leaders[..., :-distance]
-    return found
+        reached[..., distance:] |= leaders[..., :-distance]
+    return reached
 
 
 def shifted(values: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """[m] and [S] -> [S, m]: moved to the right by each shift, around the end."""
+    """Returns [S, m]: the values [m] moved to the right by each of the shifts [S], around the end."""
     size = len(values)
     return values[(np.arange(size) - shifts[:, None]) % size]
 
 
 def draw_shifts(size: int, count: int, seed: int, index: int, nearby: bool) -> np.ndarray:
-    """[count] int64: never 0; of problem `index`."""
+    """Returns `count` shifts for problem `index`, int64, never 0."""
     generator = np.random.default_rng([seed, index, nearby])
     if not nearby:
         return generator.integers(1, size, count)
-    distance = generator.integers(1, min(NEARBY, size - 1) + 1, count)
-    return distance * generator.choice([-1, 1], count)
+    distances = generator.integers(1, min(NEARBY, size - 1) + 1, count)
+    return distances * generator.choice([-1, 1], count)
 
 
 def shuffled_sums(kind: str, answers: list[Peaks], shuffles: int, seed: int, nearby: bool, within: int) -> np.ndarray:
-    """[n, shuffles]: `observed_sums` of each answer with the leading peaks shifted, before the division."""
+    """Returns the first column of `observed_sums` with the leading peaks shifted, [n, shuffles]."""
     sums = np.zeros((len(answers), shuffles))
     for index, answer in enumerate(answers):
         shifts = draw_shifts(len(answer.waad), shuffles, seed, index, nearby)
@@ -140,21 +144,22 @@ def shuffled_sums(kind: str, answers: list[Peaks], shuffles: int, seed: int, nea
 
 
 def observed_sums(kind: str, answers: list[Peaks], within: int) -> np.ndarray:
-    """[n, 2] of each answer: the sum at the peaks and how many there are; their ratio is the number of a row.
+    """Returns a sum and a count for each answer, [n, 2]; the ratio of their totals is the number of a row.
 
-    "entropy": of tokens at WAAD peaks; "next entropy": of the token after. "co-occurrence": the receiver heads' FAI
-    peaks that are the global heads', of all of theirs. "coupling": FAI peaks at most `within` tokens after a WAAD peak,
-    or at one, of all FAI peaks.
+    The kinds are "entropy", the mean entropy at WAAD peaks; "next entropy", that of the token after; "co-occurrence",
+    the share of the receiver heads' FAI peaks that are FAI peaks of the global heads; and "coupling", the share of FAI
+    peaks that stand at a WAAD peak or at most `within` tokens after one.
     """
-    found = np.zeros((len(answers), 2))
+    sums = np.zeros((len(answers), 2))
     for index, answer in enumerate(answers):
         leaders, values = _sides(kind, answer)
-        found[index] = (after(leaders, within) * values).sum(), leaders.sum() if "entropy" in kind else values.sum()
-    return found
+        count = leaders.sum() if "entropy" in kind else values.sum()
+        sums[index] = (after(leaders, within) * values).sum(), count
+    return sums
 
 
 def _sides(kind: str, answer: Peaks) -> tuple[np.ndarray, np.ndarray]:
-    """(peaks that are shifted, what is added up at them)."""
+    """Returns (the peaks that are shifted, the values that are summed at them)."""
     if kind == "entropy":
         return answer.waad, answer.entropy
     if kind == "next entropy":
@@ -163,18 +168,18 @@ def _sides(kind: str, answer: Peaks) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row_of(name: str, kind: str, answers: list[Peaks], *, within: int, shuffles: int, seed: int, paper=None) -> Row:
-    """A row of the table: see `observed_sums`."""
+    """Returns a row of the table; `observed_sums` says what the kinds are."""
     hits = observed_sums(kind, answers, within)
-    anywhere, near = (shuffled_sums(kind, answers, shuffles, seed, nearby, within) for nearby in (False, True))
+    anywhere, nearby = (shuffled_sums(kind, answers, shuffles, seed, is_nearby, within) for is_nearby in (False, True))
     if "entropy" in kind:
         values = [_sides(kind, answer)[1] for answer in answers]
-        base = np.array([[each.sum(), len(each)] for each in values]).reshape(-1, 2)
+        base = np.array([[entropy.sum(), len(entropy)] for entropy in values]).reshape(-1, 2)
     else:
         base = np.stack([anywhere.mean(1), hits[:, 1]], 1)
-    near_base = np.stack([near.mean(1), hits[:, 1]], 1)
+    nearby_base = np.stack([nearby.mean(1), hits[:, 1]], 1)
 
-    def lift(hit, of, expected, among):
-        return (hit / of) / (expected / among)
+    def lift(hits, trials, base_hits, base_trials):
+        return (hits / trials) / (base_hits / base_trials)
 
     reached = (anywhere.sum(0) >= hits[:, 0].sum()).sum()
     return Row(
@@ -183,13 +188,13 @@ def row_of(name: str, kind: str, answers: list[Peaks], *, within: int, shuffles:
         baseline=bootstrap(base, share, seed=seed).value,
         lift=bootstrap(np.hstack([hits, base]), lift, seed=seed),
         p=float(1 + reached) / (1 + shuffles),
-        nearby_lift=bootstrap(np.hstack([hits, near_base]), lift, seed=seed),
+        nearby_lift=bootstrap(np.hstack([hits, nearby_base]), lift, seed=seed),
         paper=paper,
     )
 
 
 def table_2(answers: list[Peaks], *, within: int, shuffles: int, seed: int) -> list[Row]:
-    """All rows; coupling at several distances, of which that at `within` stands beside the paper's."""
+    """Returns all rows; coupling has one per distance, and that of `within` is compared with the paper."""
     options = {"shuffles": shuffles, "seed": seed}
     rows = [
         row_of("entropy at WAAD peaks", "entropy", answers, within=0, paper=PAPER["entropy"], **options),
@@ -206,22 +211,30 @@ def table_2(answers: list[Peaks], *, within: int, shuffles: int, seed: int) -> l
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 EXPLAINED = [
-    "*Entropy* is that of the distribution a token was drawn from, in nats at temperature 1: at WAAD peaks, "
-    "against all tokens. *Co-occurrence*: of the FAI peaks of the receiver heads, the share that are FAI peaks of"
-    " the global heads. *Coupling*: of the FAI peaks of the global heads, the share that a WAAD peak is at or "
-    "shortly before. *Baseline*: the same with the peaks shifted around the answer by a random number of tokens; "
-    "p is the share of shuffles that reach the observed number. *Nearby*: the lift against shifts by at most "
-    f"{NEARBY} tokens, which leaves in place what merely rises or falls along an answer. {INTERVALS}",
-    "Not the paper's: the model, its size, the problems. Chosen here, and perhaps otherwise there: which peaks "
-    "count (local maxima above a quantile of the answer's own values), how far after a WAAD peak an FAI peak may "
-    f"come, and the shuffle. The last {FEWEST_ROWS} tokens of an answer do not count: too few look back at them.",
+    "*Entropy* is the entropy of the distribution that a token was drawn from, in nats at temperature 1. The first "
+    "row is its mean at WAAD peaks, the baseline its mean over all tokens. *Co-occurrence* is the share of the "
+    "receiver heads' FAI peaks that are also FAI peaks of the global heads. *Coupling* is the share of the global "
+    "heads' FAI peaks at or shortly after a WAAD peak. The *baseline* shifts the peaks around the answer by a "
+    "random number of tokens; p is the share of shuffles that reach the observed number. The *nearby lift* compares "
+    f"with shifts by at most {NEARBY} tokens, which keep a trend along the answer in place. {INTERVALS}",
+    "The model, its size and the problems are not the paper's. Chosen here, and perhaps different there: which "
+    "peaks count (local maxima above a quantile of the answer's own values), how far after a WAAD peak an FAI peak "
+    f"may stand, and the shuffle. The last {FEWEST_ROWS} tokens of an answer do not count, because too few tokens "
+    "look back at them.",
 ]
 
 
-def report(rows: list[Row], answers: list[Peaks], left_out: int, study: Study, command: str) -> tuple[str, dict]:
-    """(report.md, report.json)."""
-    args, environment = study.args, versions(study.model.device)
-    tokens, peaks = sum(len(each.waad) for each in answers), [sum(a[i].sum() for a in answers) for i in (2, 3, 4)]
+def report(
+    rows: list[Row], answers: list[Peaks], left_out: int, study: Study, arguments: list[str]
+) -> tuple[str, dict]:
+    """Returns (report.md, the data of report.json)."""
+    args = study.args
+    tokens = sum(len(answer.waad) for answer in answers)
+    peaks = {
+        "waad": sum(int(answer.waad.sum()) for answer in answers),
+        "fai": sum(int(answer.fai.sum()) for answer in answers),
+        "receiver_fai": sum(int(answer.receiver.sum()) for answer in answers),
+    }
     head = ["", "observed", "baseline", "lift", "p", "nearby lift", "paper: observed", "baseline", "lift"]
     lines = []
     for row in rows:
@@ -232,80 +245,81 @@ def report(rows: list[Row], answers: list[Peaks], left_out: int, study: Study, c
         ours = [shown(row.observed, form), f"{row.baseline:{form}}", shown(row.lift, ".2f"), f"{row.p:.3f}"]
         lines.append([row.name, *ours, shown(row.nearby_lift, ".2f"), *paper])
     skipped = f"; {left_out} shorter answers left out" if left_out else ""
-    text = "\n".join(
-        [
-            "# Preplan tokens and anchors (Table 2)\n",
-            f"    {command}\n",
-            ", ".join(f"{name} {value}" for name, value in environment.items()) + "\n",
-            f"{args.model}, {len(answers)} answers, {tokens:,} tokens{skipped}; peaks above the {args.peak_quantile} "
-            f"quantile: {peaks[0]:,} of WAAD, {peaks[1]:,} of FAI, {peaks[2]:,} of the receiver heads' FAI; "
-            f"{args.shuffles:,} shuffles. The paper's numbers are of Qwen3-4B-Base.\n",
-            table(head, lines) + "\n",
-            *(paragraph + "\n" for paragraph in EXPLAINED),
-            "![Entropy at WAAD peaks; co-occurrence and coupling](figure.png)\n",
-        ]
-    )
-    data = {
-        "command": command,
-        "versions": environment,
-        "settings": study.settings,
+    paragraphs = [
+        f"{args.model}, {len(answers)} answers, {tokens:,} tokens{skipped}; peaks above the {args.peak_quantile} "
+        f"quantile: {peaks['waad']:,} of WAAD (windowed average attention distance), {peaks['fai']:,} of FAI (future "
+        f"attention influence), {peaks['receiver_fai']:,} of the receiver heads' FAI; {args.shuffles:,} shuffles. The "
+        "paper's numbers are those of Qwen3-4B-Base.",
+        table(head, lines),
+        *EXPLAINED,
+        "![Entropy at WAAD peaks; co-occurrence and coupling](figure.png)",
+    ]
+    numbers = {
         "peak_quantile": args.peak_quantile,
         "within": args.within,
         "shuffles": args.shuffles,
         "answers": len(answers),
         "left_out": left_out,
         "tokens": tokens,
-        "peaks": dict(zip(("waad", "fai", "receiver_fai"), map(int, peaks), strict=True)),
+        "peaks": peaks,
         "rows": [row._asdict() for row in rows],
     }
-    return text, data
+    return report_of(study, arguments, "Preplan tokens and anchors (Table 2)", paragraphs, numbers)
 
 
 def draw(rows: list[Row], answers: list[Peaks], within: int, path: Path) -> None:
-    """The entropy at WAAD peaks against all tokens, and both shares against their baselines."""
+    """Draws the entropy at WAAD peaks beside that of all tokens, and both shares beside their baselines."""
     matplotlib.use("Agg")  # files only
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    every = np.concatenate([answer.entropy for answer in answers])
+    of_all = np.concatenate([answer.entropy for answer in answers])
     at_peaks = np.concatenate([answer.entropy[answer.waad] for answer in answers])
-    for values, label, color in ((every, "all tokens", "#7d8491"), (at_peaks, "at WAAD peaks", "#2f6db5")):
+    for values, label, color in ((of_all, "all tokens", "soft"), (at_peaks, "at WAAD peaks", "waad")):
         ordered = np.sort(values)
-        left.plot(ordered, 1 - np.arange(len(ordered)) / max(1, len(ordered)), color=color, label=label)
+        above = 1 - np.arange(len(ordered)) / max(1, len(ordered))
+        left.plot(ordered, above, color=COLORS[color], label=label)
         if len(values):
-            left.axvline(values.mean(), color=color, linestyle=":", linewidth=1)
+            left.axvline(values.mean(), color=COLORS[color], linestyle=":", linewidth=1)
     left.set(xlabel="entropy, nats (dotted: means)", ylabel="share of tokens above", xlim=(0, None), ylim=(0, 1))
     left.legend(frameon=False)
 
-    shown_rows = [row for row in rows if row.name == "co-occurrence" or (row.paper and row.name.startswith("coupling"))]
-    for place, row in enumerate(shown_rows):
-        observed, label = row.observed, {"label": "observed"} if place == 0 else {}
-        error = [[observed.value - observed.low], [observed.high - observed.value]]
-        right.bar(place - 0.2, observed.value, 0.36, yerr=error, capsize=3, color="#2f6db5", **label)
-        right.bar(place + 0.2, row.baseline, 0.36, color="#c9cdd4", **({"label": "shifted"} if place == 0 else {}))
-        for value, x in zip(row.paper, (place - 0.2, place + 0.2), strict=True):
-            name = {"label": "paper, Qwen3-4B-Base"} if place == 0 and value == row.paper[0] else {}
-            right.plot(x, value, "D", color="#c2620e", markersize=5, **name)
+    bars = [row for row in rows if row.name == "co-occurrence" or (row.paper and row.name.startswith("coupling"))]
+    x, observed = np.arange(len(bars)), [row.observed for row in bars]
+    value = np.array([estimate.value for estimate in observed])
+    error = [value - [estimate.low for estimate in observed], [estimate.high for estimate in observed] - value]
+    right.bar(x - 0.2, value, 0.36, yerr=error, capsize=3, color=COLORS["waad"], label="observed")
+    right.bar(x + 0.2, [row.baseline for row in bars], 0.36, color="#c9cdd4", label="shifted")
+    places, paper = np.concatenate([x - 0.2, x + 0.2]), np.array([row.paper for row in bars]).T.flatten()
+    right.plot(places, paper, "D", color=COLORS["fai"], markersize=5, label="paper, Qwen3-4B-Base")
     reach = f"0 to {within} after" if within else "at"
     names = ["receiver peaks\nthat are FAI peaks", f"FAI peaks {reach}\na WAAD peak"]
-    right.set_xticks(range(len(shown_rows)), names[: len(shown_rows)])
+    right.set_xticks(x, names[: len(bars)])
     right.set(ylabel="share", ylim=(0, 1))
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+        hide_frame(axes)
     figure.savefig(path, dpi=130)
 
 
 def main(arguments: list[str]) -> None:
-    """`rhythm couple`: answers, reads, and writes the report."""
-    parser = parser_of("couple", __doc__.splitlines()[0])
-    parser.add_argument("--receivers", type=int, default=16, help="receiver heads, of all layers")
+    """Runs `rhythm couple`: generates answers, reads them, and writes the report."""
+    parser = parser_of("couple", __doc__)
     parser.add_argument(
-        "--peak-quantile", type=float, default=0.6, help="peaks count among the values of an answer above this quantile"
+        "--receivers",
+        type=int,
+        default=16,
+        help="number of receiver heads: those whose attention falls on the fewest tokens",
     )
     parser.add_argument(
-        "--within", type=int, default=1, help="tokens that a coupled FAI peak may come after a WAAD peak"
+        "--peak-quantile",
+        type=float,
+        default=0.6,
+        help="a local maximum is a peak if it is above this quantile of the answer's values",
     )
-    parser.add_argument("--shuffles", type=int, default=1000)
+    parser.add_argument(
+        "--within", type=int, default=1, help="largest number of tokens from a WAAD peak to an FAI peak coupled with it"
+    )
+    parser.add_argument("--shuffles", type=int, default=1000, help="number of random shifts that the baseline averages")
     args = parser.parse_args(arguments)
     check_flags(args, "couple")
     check_int("--receivers", args.receivers, 1)
@@ -313,16 +327,12 @@ def main(arguments: list[str]) -> None:
     check_int("--within", args.within, 0)
     check_int("--shuffles", args.shuffles, 1)
     with Study("couple", args, also=["receivers"]) as study:
-        found = study.measured(lambda answer: signals(study, answer))
-    answers = [each for each in (peaks_of(signal, args.peak_quantile) for signal in found) if each is not None]
+        measured = study.measured(lambda answer: signals(study, answer))
+    all_peaks = [peaks_of(signal, args.peak_quantile) for signal in measured]
+    answers = [peaks for peaks in all_peaks if peaks is not None]
     if not answers:
-        raise ValueError(
-            f"no answer has {FEWEST_ROWS + FEWEST_TOKENS} tokens, which are needed to look at one: give more "
-            "--max-new-tokens, or other problems"
-        )
+        raise too_short(FEWEST_ROWS + FEWEST_TOKENS)
     rows = table_2(answers, within=args.within, shuffles=args.shuffles, seed=args.seed)
-    text, data = report(rows, answers, len(found) - len(answers), study, command_of("couple", arguments))
+    text, data = report(rows, answers, len(measured) - len(answers), study, arguments)
     draw(rows, answers, args.within, args.out / "figure.png")
     write_report(args.out, text, data)
-    print(text)
-    print(f"{args.out / 'report.md'}, {args.out / 'report.json'}, {args.out / 'figure.png'}")

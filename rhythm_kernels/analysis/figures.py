@@ -1,4 +1,4 @@
-"""The figures of `rhythm show`, drawn by matplotlib without a display: curves, heat in the text, maps, spans."""
+"""Draws the figures of `rhythm show` with matplotlib: the curves, the tinted text, the maps and the spans."""
 
 import math
 import warnings
@@ -12,28 +12,19 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from rhythm_kernels.analysis.page import ShownAnswer
+from rhythm_kernels.analysis.style import COLORS, hide_frame
 
-COLORS = {  # those of the documentation's light pictures
-    "text": "#3c4048",
-    "soft": "#7d828c",
-    "grid": "#e4e2dd",
-    "waad": "#2f6db5",
-    "fai": "#c2620e",
-    "entropy": "#7357b8",
-    "receiver": "#ad3f66",
-    "coupled": "#2b8259",
-}
 DPI = 150
-MOST_WORDS = 400  # of the answer in the heat figure
-LINE = 76  # characters of a line in the heat figure
-NAMED = 12  # peaks of a curve with their words
-LATE = 32  # tokens that few others follow: FAI is a mean over these few, and does not set a curve's scale
-MANY = 500  # tokens of an answer whose scale leaves out single values far above the rest
+MOST_WORDS = 400  # tokens of the answer in the tinted text
+LINE = 76  # characters of a line of the tinted text
+NAMED = 12  # peaks of a curve that are labelled with their words
+LATE = 32  # last tokens, which do not set the scale of a curve: their FAI is a mean over few tokens
+MANY = 500  # in an answer of more tokens, the scale leaves out single values far above the rest
 STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False, "axes.unicode_minus": False}
 
 
 def write(shown: ShownAnswer, folder: Path) -> list[Path]:
-    """Writes curves.png, text.png, maps.png, spans.png and, with a window, maps-window.png; the paths."""
+    """Writes curves.png, text.png, maps.png, spans.png and, with a window, maps-window.png; returns the paths."""
     drawn = {
         "curves.png": draw_curves(shown),
         "text.png": draw_text(shown),
@@ -44,13 +35,13 @@ def write(shown: ShownAnswer, folder: Path) -> list[Path]:
         drawn["maps-window.png"] = draw_maps(shown, 1)
     for name, figure in drawn.items():
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font does not have
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks some scripts
             figure.savefig(folder / name, dpi=DPI, facecolor="white")
     return [folder / name for name in drawn]
 
 
 def draw_curves(shown: ShownAnswer) -> Figure:
-    """WAAD, FAI, entropy and receiver-head FAI along the answer, with their peaks and the words of the highest."""
+    """Draws WAAD, FAI, entropy and receiver-head FAI along the answer, with peaks and the words of the highest."""
     reading = shown.reading
     parts = (
         ("WAAD, tokens", "waad", reading.waad, reading.waad_peaks),
@@ -83,35 +74,39 @@ def draw_curves(shown: ShownAnswer) -> Figure:
 
 
 def _scale(values: np.ndarray) -> tuple[float, float]:
-    """The least and the largest value, without the last, which few rows look at, nor, of many, single large ones."""
+    """Returns the range of the values without the LATE last ones and, among many, without single large ones."""
     values = values[:-LATE] if len(values) > LATE else values
     high = float(values.max())
     return float(values.min()), min(high, 2.5 * float(np.quantile(values, 0.99))) if len(values) > MANY else high
 
 
 def _name_peaks(ax, shown: ShownAnswer, tops: np.ndarray, values: np.ndarray, high: float) -> np.ndarray:
-    """Writes the words of the highest peaks that have room; which they are."""
+    """Writes the words of the highest peaks that have room; returns these peaks."""
     begin, count = shown.prompt_tokens, len(values)
-    taken: list[int] = []
+    named: list[int] = []
     for top in sorted(tops, key=lambda t: -values[t]):
         word = _visible(shown.texts[begin + top]).strip()[:14]
-        if word and len(taken) < NAMED and all(abs(top - other) > 0.07 * count for other in taken):
-            taken.append(top)
+        if word and len(named) < NAMED and all(abs(top - other) > 0.07 * count for other in named):
+            named.append(top)
             at = (begin + top, min(values[top], high))
             ax.annotate(word, at, (0, 5), textcoords="offset points", ha="center", fontsize=8, color=COLORS["text"])
-    return np.array(taken, dtype=np.int64)
+    return np.array(named, dtype=np.int64)
 
 
 def draw_text(shown: ShownAnswer) -> Figure:
-    """The first words of the answer, tinted by WAAD and by the FAI of credit; anchors and preplan tokens underlined."""
+    """Draws the first words of the answer, tinted by WAAD and by credit's FAI, with preplan tokens and anchors."""
     reading, begin = shown.reading, shown.prompt_tokens
     end = min(reading.tokens, begin + MOST_WORDS)
     lines = _lines([_visible(text) for text in shown.texts[begin:end]], shown.texts[begin:end])
     count = 1 + max(line for line, *_ in lines)
     with matplotlib.rc_context(STYLE):
-        wide, high, share = 11, 0.7 + 0.2 * count, 0.485  # inches, and of the width for a column
+        wide, high, share = (
+            11,
+            0.7 + 0.2 * count,
+            0.485,
+        )  # inches, inches, and the width of a column relative to the figure
         figure = Figure(figsize=(wide, high))
-        font = 0.97 * 72 * wide * share / (LINE + 1) / 0.602  # points: a character of the font is 0.602 as wide as high
+        font = 0.97 * 72 * wide * share / (LINE + 1) / 0.602  # points: a character is 0.602 times as wide as high
         parts = (
             ("WAAD; preplan tokens underlined", "waad", reading.waad, reading.sets.preplan),
             ("FAI, 10 to 50 tokens later; anchors underlined", "fai", reading.credit_fai, reading.sets.anchors),
@@ -136,28 +131,28 @@ def draw_text(shown: ShownAnswer) -> Figure:
 
 
 def _lines(words: list[str], raw: list[str]) -> list[tuple[int, int, str]]:
-    """(line, column, word) of each word, broken at LINE characters and behind line breaks."""
-    found, line, column = [], 0, 0
+    """Returns (line, column, word) of each word; lines break after LINE characters and after line breaks."""
+    placed, line, column = [], 0, 0
     for word, text, after in zip(words, raw, [*raw[1:], ""], strict=True):
         word = word[:LINE]
         if column and column + len(word) > LINE:
             line, column = line + 1, 0
-        found.append((line, column, word))
+        placed.append((line, column, word))
         column += len(word)
         if "\n" in text and not after.lstrip(" ").startswith("\n"):
             line, column = line + 1, 0
-    return found
+    return placed
 
 
 def _heat(values: Tensor) -> list[float]:
-    """Values from their 5th to their 98th percentile, as 0 to 1."""
+    """Returns the values scaled from their 5th to their 98th percentile to 0 to 1."""
     values = values.double()
     low, high = (float(values.quantile(share)) for share in (0.05, 0.98))
     return ((values - low) / max(high - low, 1e-9)).clamp(0, 1).tolist()
 
 
 def draw_maps(shown: ShownAnswer, index: int) -> Figure:
-    """The mean maps of the local and of the global heads; the answer begins at the dashes."""
+    """Draws the mean maps of the local and of the global heads; the answer begins at the dashes."""
     maps, begin = shown.maps[index], shown.prompt_tokens
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -182,7 +177,7 @@ def draw_maps(shown: ShownAnswer, index: int) -> Figure:
 
 
 def draw_spans(shown: ShownAnswer) -> Figure:
-    """The span of every head: layers are columns; local and global heads outlined, receiver heads dotted."""
+    """Draws the span of every head: layers are columns; local and global heads are outlined, receiver heads dotted."""
     reading = shown.reading
     layers, heads = reading.spans.shape
     with matplotlib.rc_context(STYLE):
@@ -226,7 +221,7 @@ def _visible(text: str) -> str:
 
 def _quiet(ax, grid: bool = True) -> None:
     ax.tick_params(colors=COLORS["text"], length=2, labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+    hide_frame(ax)
     ax.spines[["left", "bottom"]].set_color(COLORS["grid"])
     if grid:
         ax.grid(axis="y", color=COLORS["grid"], linewidth=0.6)

@@ -1,4 +1,4 @@
-"""How things are measured: interleaved variants, medians, peak extra memory."""
+"""Measures time and memory: interleaved variants, medians over rounds, peak extra memory."""
 
 import ctypes
 import gc
@@ -12,29 +12,31 @@ from typing import NamedTuple
 import torch
 
 CPU = torch.device("cpu")
-FEWEST_ROUNDS = 3  # timed even when the time for them is over
-HEAD_START = 2_000_000  # GPU clock cycles, about 1 ms: launches queue up behind it before the clock starts
+FEWEST_ROUNDS = 3  # rounds that are timed even after the time limit
+HEAD_START = 2_000_000  # GPU clock cycles, about 1 ms, in which the launches queue up before the clock starts
 TRACED_RUNS = 3
 
 
 class Measured(NamedTuple):
+    """What was measured of one variant."""
+
     seconds: float
-    """Median over the rounds: wall time on a CPU; on a GPU between two events, gaps between kernels included."""
+    """The median over the rounds: wall time on a CPU, time between two events on a GPU."""
     samples: tuple[float, ...]
-    """Of each round, seconds."""
+    """The seconds of each round."""
     extra_bytes: int
-    """Peak memory above what was held before the call, its results included."""
+    """The peak memory above what was held before the call, its results included."""
     kernel_seconds: float | None = None
-    """On a GPU, time inside kernels and copies alone, median of a few runs; None where no trace can be had."""
+    """On a GPU the time inside kernels and copies alone, the median of a few runs; None without a trace."""
 
 
 def ratios(above: Measured, below: Measured) -> list[float]:
-    """One variant's time over another's, in each round."""
+    """Returns one variant's time over another's in each round."""
     return [a / b for a, b in zip(above.samples, below.samples, strict=True)]
 
 
 def ratio(above: Measured, below: Measured) -> float:
-    """The median of `ratios`."""
+    """Returns the median of `ratios`."""
     return statistics.median(ratios(above, below))
 
 
@@ -46,20 +48,23 @@ def interleave(
     limit: float = float("inf"),
     after_round: Callable[[dict[str, Measured]], object] | None = None,
 ) -> dict[str, Measured]:
-    """Runs the variants in turn, so that a drifting machine hits all alike.
+    """Runs the variants in turn in each round, so that a machine that drifts slows all of them alike.
 
-    Two rounds come first that are not timed: they warm up, and the lesser of their memory counts. On a GPU each timed
-    run finds an L2 cache full of other data; on a CPU the caches hold what the variant before it left.
+    Two untimed rounds come first: they warm up, and the smaller of their two memory peaks is reported. On a GPU each
+    timed run finds an L2 cache full of other data; on a CPU the caches hold what the variant before it left.
 
     Args:
-        rounds: at most so many are timed; fewer, but at least `FEWEST_ROUNDS`, once `limit` seconds are over.
-        after_round: gets what is measured so far after each timed round, without `kernel_seconds`.
+        variants: the functions to measure, by name.
+        rounds: the largest number of timed rounds.
+        label: names the progress bar.
+        limit: seconds after which no further round starts, once `FEWEST_ROUNDS` are timed.
+        after_round: is called after each timed round with the measurements so far, without `kernel_seconds`.
     """
     extra: dict[str, list[int]] = {name: [] for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     begin = time.perf_counter()
     gc.collect()
-    gc.freeze()  # collections between the runs then look at what the runs left only
+    gc.freeze()  # collections between the runs then only look at objects that the runs left
     for i in progress(range(-2, rounds), label):
         if i >= FEWEST_ROUNDS and time.perf_counter() - begin > limit:
             break
@@ -85,7 +90,7 @@ def interleave_long(
     device: torch.device = CPU,
     after_round: Callable[[dict[str, Measured]], object] | None = None,
 ) -> dict[str, Measured]:
-    """As `interleave`, for runs of minutes: none is for warming up, and the same runs give time and memory."""
+    """Like `interleave`, for runs of minutes: without warm-up, and with time and memory from the same runs."""
     extra: dict[str, list[int]] = {name: [] for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in progress(range(rounds), label):
@@ -98,11 +103,11 @@ def interleave_long(
 
 
 def _summed_up(
-    seconds: dict[str, list[float]], extra: dict[str, list[int]], of_memory: Callable[[list[int]], float]
+    seconds: dict[str, list[float]], extra: dict[str, list[int]], memory_of: Callable[[list[int]], float]
 ) -> dict[str, Measured]:
     return {
-        name: Measured(statistics.median(taken), tuple(taken), int(of_memory(extra[name])))
-        for name, taken in seconds.items()
+        name: Measured(statistics.median(samples), tuple(samples), int(memory_of(extra[name])))
+        for name, samples in seconds.items()
     }
 
 
@@ -139,13 +144,13 @@ def _kernel_seconds(run: Callable[[], object], device: torch.device) -> float | 
 
 @cache
 def _l2_sized_buffer(device: torch.device) -> torch.Tensor:
-    """Twice the L2 cache: writing it evicts what a run left there."""
+    """Returns a buffer of twice the size of the L2 cache: writing it evicts what a run left there."""
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     return torch.empty(size, dtype=torch.int8, device=device)
 
 
 def progress(items: Iterable, label: str) -> Iterable:
-    """A progress bar, where tqdm is installed."""
+    """Returns the items with a progress bar, where tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -157,7 +162,7 @@ def progress(items: Iterable, label: str) -> Iterable:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What can still be allocated: on a GPU, or on a CPU within the limit of a container."""
+    """Returns the bytes that can still be allocated, on a CPU within the memory limit of a container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -169,15 +174,15 @@ def available_bytes(device: torch.device) -> int:
 
 
 def extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Peak memory of one call above what was held before it; on a CPU of the resident set, with malloc's slack."""
+    """Returns the peak memory of one call above what was held before it; on a CPU that of the resident set."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    _libc().malloc_trim(0)  # what was freed must not hide what is allocated next
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set (Linux)
+    _libc().malloc_trim(0)  # otherwise freed memory would hide the next allocations
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set, on Linux
     status = Path("/proc/self/status")
     before = _field(status, "VmRSS")
     run()
@@ -190,7 +195,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _field(path: Path, name: str) -> int:
-    """Bytes of a line "name: 123 kB"."""
+    """Returns the bytes of a line "name: 123 kB"."""
     for line in path.read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) << 10

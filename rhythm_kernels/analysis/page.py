@@ -1,7 +1,7 @@
-"""One page of an answer's rhythm: a file that holds its numbers and needs no network.
+"""Renders the page of `rhythm show`: one HTML file with its numbers and scripts, which needs no network.
 
-The page is drawn by page.js from the data inside it. What a model or a user wrote only enters as JSON, whose `<` are
-escaped, and page.js puts it on the page as text; the page's own policy runs no other script.
+The scripts in web/ draw the page from the data inside it. Text of a model or a user enters as JSON in which `<`, `>`
+and `&` are escaped, and the scripts put it on the page as text. The page's content policy runs no other script.
 """
 
 import base64
@@ -17,37 +17,40 @@ from torch import Tensor
 from rhythm_kernels.analysis.maps import MeanMaps
 from rhythm_kernels.analysis.reading import Reading
 
-FOLDER = Path(__file__).parent
+WEB = Path(__file__).parent / "web"
+SCRIPTS = ("base.js", "curves.js", "pointer.js", "text.js", "maps.js", "heads.js", "start.js")
+"""The parts of the page's one script, in order; they share one scope."""
 PREPLAN, ANCHORS, DOMINATED, INTRO, WAAD_PEAK, FAI_PEAK, RECEIVER_PEAK = (1 << bit for bit in range(7))
-"""What a token is, in the page's `flags`."""
+"""The bits of the page's `flags`: the sets that a token is in."""
 LOCAL, GLOBAL, RECEIVER = 1, 2, 4
-"""What a head is, in the page's `members`."""
+"""The bits of the page's `members`: the groups that a head is in."""
 
 
 class ShownAnswer(NamedTuple):
-    """What the page, the figures and the files of numbers are made of."""
+    """An answer with all that the page, the figures and the files of numbers show."""
 
     reading: Reading
     texts: list[str]
-    """Of each of the T tokens."""
+    """The texts of the T tokens."""
     maps: list[MeanMaps]
-    """Of all tokens, and of a window if one was asked for."""
+    """The maps of all tokens, and those of the window if one was asked for."""
     model: str
     peak_quantile: float
-    """Peaks are among the values above this quantile of the answer."""
+    """Only values above this quantile of the answer can be peaks."""
     settings: dict[str, str]
     versions: dict[str, str]
 
     @property
     def prompt_tokens(self) -> int:
+        """The number of tokens before the answer."""
         return int(self.reading.response.long().argmax())
 
 
 def render(answer: ShownAnswer) -> str:
-    """The page, in one file; everything that a model or a user wrote is escaped."""
+    """Returns the page as HTML; all text of a model or a user is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((FOLDER / "page.html.jinja").read_text(encoding="utf-8"))
-    js = (FOLDER / "page.js").read_text(encoding="utf-8")
+    template = environment.from_string(_file("page.html.jinja"))
+    js = '"use strict";\n(() => {\n' + "\n".join(_file(name) for name in SCRIPTS) + "})();\n"
     digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
     reading = answer.reading
     return template.render(
@@ -61,7 +64,7 @@ def render(answer: ShownAnswer) -> str:
         peak_quantile=answer.peak_quantile,
         settings=answer.settings,
         versions=answer.versions,
-        css=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        css=_file("page.css"),
         js=js,
         script_hash=f"sha256-{digest}",
         data=as_json(page_data(answer)),
@@ -69,20 +72,20 @@ def render(answer: ShownAnswer) -> str:
 
 
 def as_json(data: dict) -> str:
-    """JSON that ends no script element and reads the same as JavaScript: ASCII, without <, > and &."""
+    """Returns JSON in ASCII without `<`, `>` and `&`, so that it cannot end a script element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def page_data(answer: ShownAnswer) -> dict:
-    """What page.js reads; arrays are little-endian fp32 or bytes in base64.
+    """Returns the data that the scripts read; arrays are little-endian fp32 or bytes in base64.
 
-    For the answer's n tokens: values (fp32 [n] each), flags (a byte each, such as PREPLAN) and intro_back (a byte each,
-    tokens from a dominated anchor back to its intro, else 0). Of the heads, [L, HQ]: spans and kurtosis (fp32), members
-    (a byte each, LOCAL and so on). Of each map the rows up to the diagonal, one after another.
+    For the answer's n tokens these are `values` (fp32 [n] each), `flags` (bytes of PREPLAN and so on) and `intro_back`
+    (bytes: the tokens from a dominated anchor back to its intro, else 0). For the heads, [L, HQ], they are `spans` and
+    `kurtosis` (fp32) and `members` (bytes of LOCAL and so on). A map has its rows up to the diagonal, in order.
     """
     reading, sets = answer.reading, answer.reading.sets
-    here = reading.response
+    response = reading.response
     flags = (
         sets.preplan * PREPLAN
         + sets.anchors * ANCHORS
@@ -103,23 +106,27 @@ def page_data(answer: ShownAnswer) -> dict:
         "gamma": reading.gamma,
     }
     members = reading.receivers * RECEIVER
-    for place, layer in enumerate(reading.sampled):
-        row = reading.groups.local_heads[place] * LOCAL + reading.groups.global_heads[place] * GLOBAL
-        members[reading.layers.index(layer)] += row
+    for row, layer in enumerate(reading.sampled):
+        groups = reading.groups.local_heads[row] * LOCAL + reading.groups.global_heads[row] * GLOBAL
+        members[reading.layers.index(layer)] += groups
     return {
         "texts": answer.texts,
         "prompt_tokens": answer.prompt_tokens,
-        "values": {name: _floats(x[here]) for name, x in values.items()},
-        "flags": _bytes(flags[here]),
-        "intro_back": _bytes(back[here]),
+        "values": {name: _floats(x[response]) for name, x in values.items()},
+        "flags": _bytes(flags[response]),
+        "intro_back": _bytes(back[response]),
         "layers": reading.layers,
         "heads": reading.spans.shape[1],
         "sampled": reading.sampled,
         "spans": _floats(reading.spans),
         "kurtosis": _floats(reading.kurtosis),
         "members": _bytes(members),
-        "maps": [_map(each) for each in answer.maps],
+        "maps": [_map(maps) for maps in answer.maps],
     }
+
+
+def _file(name: str) -> str:
+    return (WEB / name).read_text(encoding="utf-8")
 
 
 def _map(maps: MeanMaps) -> dict:

@@ -1,4 +1,7 @@
-"""One forward over one sequence, and all that it says of tokens and heads."""
+"""Reads one sequence in one forward: the numbers of its tokens and of the model's heads.
+
+Shapes: T tokens, C channels, V words, L layers of HQ query heads. R is the answer.
+"""
 
 from typing import NamedTuple
 
@@ -17,50 +20,51 @@ from rhythm_kernels.tensor_checks import check_tensor
 from rhythm_kernels.types import HeadGroups
 
 TO_THE_END = (1, None)
-"""The horizon of FAI in the paper's analysis; credit has its own."""
-MOST_LOGITS = 2**26  # held at a time, 256 MiB in float32
+"""The horizon of FAI, future attention influence, in the paper's analysis; credit has its own."""
+MOST_LOGITS = 2**26  # logits held at once, 256 MiB in fp32
 
 
 class Reading(NamedTuple):
-    """What a forward says about a sequence of T tokens, of which those of R are the answer. All on the CPU."""
+    """The numbers that one forward gives about a sequence. All tensors are on the CPU."""
 
     ids: Tensor
     """[T] int64."""
     response: Tensor
-    """[T] bool, R."""
+    """[T] bool, R: the tokens of the answer."""
     waad: Tensor
-    """[T] fp32, tokens, of the local heads (Eq. 9); 0 outside R."""
+    """[T] fp32, tokens: windowed average attention distance of the local heads (Eq. 9); 0 outside R."""
     fai: Tensor
-    """[T] fp32, of the global heads, attention from the next token to the last (Eq. 10 in the paper's analysis)."""
+    """[T] fp32: FAI of the global heads, from the next token to the last (Eq. 10 in the paper's analysis)."""
     credit_fai: Tensor
-    """[T] fp32, the same from 10 to 50 tokens later: what credit is made of."""
+    """[T] fp32: FAI of the global heads, from 10 to 50 tokens later, which credit is computed from."""
     receiver_fai: Tensor
-    """[T] fp32, FAI to the end of the receiver heads' mean map; 0 where there are none."""
+    """[T] fp32: FAI of the receiver heads, from the next token to the last; 0 without receiver heads."""
     entropy: Tensor
-    """[T] fp32, nats: of the distribution that the token was drawn from; 0 outside R."""
+    """[T] fp32, nats: entropy of the distribution that the token was drawn from; 0 outside R."""
     waad_peaks: Tensor
-    """[T] bool."""
+    """[T] bool: the peaks of WAAD, as of FAI and receiver-head FAI below."""
     fai_peaks: Tensor
     receiver_peaks: Tensor
     sets: CoupledSets
-    """[T] each: T_loc, T_glob, D, I(D), and which token introduces which anchor."""
+    """[T] each: preplan tokens, anchors, dominated anchors, intros, and the intro of each dominated anchor."""
     gamma: Tensor
-    """[T] fp32, coupled credit."""
+    """[T] fp32: the factor of each token's advantage under coupled credit."""
     layers: list[int]
-    """All L layers with softmax attention."""
+    """The indices of all L layers with softmax attention."""
     spans: Tensor
-    """[L, HQ] fp32, tokens (Eq. 7)."""
+    """[L, HQ] fp32, tokens: mean attention distance (Eq. 7)."""
     kurtosis: Tensor
-    """[L, HQ] fp64, of each head's columns."""
+    """[L, HQ] fp64: kurtosis of each head's columns."""
     receivers: Tensor
-    """[L, HQ] bool; none of an answer in which no token has rows enough behind it (`FEWEST_ROWS`)."""
+    """[L, HQ] bool; no head where the answer is too short to tell heads apart (`FEWEST_ROWS`)."""
     sampled: list[int]
-    """The layers that WAAD and FAI come from."""
+    """The indices of the layers that WAAD and FAI are read in."""
     groups: HeadGroups
-    """Of the sampled layers, [l, HQ] bool."""
+    """The local and the global heads of the sampled layers, [len(sampled), HQ] bool each."""
 
     @property
     def tokens(self) -> int:
+        """The number of tokens, T."""
         return len(self.ids)
 
 
@@ -79,13 +83,13 @@ def read(
     Args:
         model: a transformers causal language model, in evaluation mode.
         ids: [T] int64, prompt and answer, on the model's device.
-        response: [T] bool, R: the answer. The first token cannot be of it, nothing was drawn there.
-        layers: as of `collect`, of WAAD and FAI. Spans and kurtosis are of all layers.
-        receivers: how many heads of all layers are receiver heads.
-        min_quantile: of `find_peaks`: peaks below this quantile of R do not count.
+        response: [T] bool, R: the answer. It must not hold the first token, which was not drawn from the model.
+        layers: the layers that WAAD and FAI are read in, as in `collect`. Spans and kurtosis are of all layers.
+        receivers: the number of receiver heads among the heads of all layers.
+        min_quantile: peaks below this quantile of R do not count, as in `find_peaks`.
 
     Raises:
-        TypeError, ValueError: wrong arguments, an empty R, a model that `collect` refuses.
+        TypeError, ValueError: an argument has a wrong type, shape or value, R is empty, or `collect` refuses the model.
     """
     check_tensor("ids", ids, ["T"], [torch.int64])
     check_tensor("response", response, [len(ids)], [torch.bool], ids.device)
@@ -95,33 +99,34 @@ def read(
             f"{', the first among them' if response[:1].any() else ''}"
         )
     decoder = decoder_of(model)
-    every = softmax_layers(decoder)
+    all_layers = softmax_layers(decoder)
     heads = decoder.config.num_attention_heads
-    check_int("receivers", receivers, 1, len(every) * heads)
+    check_int("receivers", receivers, 1, len(all_layers) * heads)
     mask = response[None]
     with (
         collect(model, layers=layers, response_mask=mask) as credit,
-        collect(model, layers=every, response_mask=mask, horizon=TO_THE_END) as whole,
+        collect(model, layers=all_layers, response_mask=mask, horizon=TO_THE_END) as whole,
     ):
         entropy = _entropies(model, ids, response)
     rhythm = credit.rhythm()
     groups = HeadGroups(*(group[0] for group in rhythm.groups))
     to_the_end = rhythm_of({layer: whole.stats[layer] for layer in credit.layers}, whole.layout, groups=groups)
 
-    stats = [whole.stats[layer] for layer in every]
+    stats = [whole.stats[layer] for layer in all_layers]
     columns = counted_columns(mask, TO_THE_END[0])
-    kurtosis = torch.cat([column_moments(each.fai, columns).kurtosis for each in stats])  # [L, HQ]
-    chosen, receiver_fai = torch.zeros(kurtosis.shape, dtype=torch.bool), torch.zeros(len(ids), device=ids.device)
+    kurtosis = torch.cat([column_moments(layer.fai, columns).kurtosis for layer in stats])  # [L, HQ]
+    is_receiver = torch.zeros(kurtosis.shape, dtype=torch.bool)
+    receiver_fai = torch.zeros(len(ids), device=ids.device)
     if columns.any():  # else nothing tells one head from another
-        chosen = receiver_heads(kurtosis, receivers)
-        members = [each.fai[0][row.to(ids.device)] for each, row in zip(stats, chosen, strict=True)]
+        is_receiver = receiver_heads(kurtosis, receivers)
+        members = [layer.fai[0][row.to(ids.device)] for layer, row in zip(stats, is_receiver, strict=True)]
         receiver_fai = torch.cat(members).mean(0)
 
     def peaks(signal: Tensor) -> Tensor:
         return find_peaks(signal[None], mask, min_quantile=min_quantile)[0]
 
     sets = coupled_sets(mask, rhythm)
-    found = Reading(
+    reading = Reading(
         ids=ids,
         response=response,
         waad=rhythm.waad[0],
@@ -132,45 +137,44 @@ def read(
         waad_peaks=peaks(rhythm.waad[0]),
         fai_peaks=peaks(to_the_end.fai[0]),
         receiver_peaks=peaks(receiver_fai),
-        sets=CoupledSets(*(each[0].cpu() for each in sets)),
+        sets=CoupledSets(*(members[0].cpu() for members in sets)),
         gamma=token_credit("coupled", mask, rhythm)[0],
-        layers=every,
-        spans=torch.cat([each.span for each in stats]),
+        layers=all_layers,
+        spans=torch.cat([layer.span for layer in stats]),
         kurtosis=kurtosis,
-        receivers=chosen,
+        receivers=is_receiver,
         sampled=credit.layers,
         groups=HeadGroups(*(group.cpu() for group in groups)),
     )
-    return found._replace(**{name: x.cpu() for name, x in found._asdict().items() if isinstance(x, Tensor)})
+    return reading._replace(**{name: x.cpu() for name, x in reading._asdict().items() if isinstance(x, Tensor)})
 
 
 def _entropies(model: nn.Module, ids: Tensor, response: Tensor) -> Tensor:
-    """[T] fp32, nats, of what each token of R was drawn from at temperature 1; runs the model's one forward."""
+    """Runs the model's one forward and returns `Reading.entropy`, at temperature 1."""
     hidden = []
     hook = decoder_of(model).register_forward_hook(lambda _, args, output: hidden.append(output[0]))
     try:
         last = model(ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
     finally:
         hook.remove()
-    places = response.nonzero().flatten()
+    positions = response.nonzero().flatten()
     output = model.get_output_embeddings()
-    near = max(1e-3, 4 * torch.finfo(output.weight.dtype).eps)  # 16-bit logits may round to a neighbour
-    if not torch.allclose(
-        _logits(model, output, hidden[0][0, -1:])[0], last, rtol=near, atol=near * float(last.abs().amax())
-    ):
+    tolerance = max(1e-3, 4 * torch.finfo(output.weight.dtype).eps)  # 16-bit logits may round differently
+    recomputed = _logits(model, output, hidden[0][0, -1:])[0]
+    if not torch.allclose(recomputed, last, rtol=tolerance, atol=tolerance * float(last.abs().amax())):
         raise ValueError(
             f"model must have logits that are its output layer's, scaled or soft-capped as its config says, got "
             f"{type(model).__name__}"
         )
     entropy = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
-    for part in places.split(max(1, MOST_LOGITS // output.weight.shape[0])):
+    for part in positions.split(max(1, MOST_LOGITS // output.weight.shape[0])):
         log_probs = _logits(model, output, hidden[0][0, part - 1]).log_softmax(-1)
         entropy[part] = -(log_probs.exp() * log_probs).sum(-1)
     return entropy
 
 
 def _logits(model: nn.Module, output: nn.Module, hidden: Tensor) -> Tensor:
-    """[n, C] -> [n, V] fp32."""
+    """Returns the logits of hidden states [n, C], [n, V] fp32."""
     logits = linear(hidden, output.weight, output.bias).float()
     config = model.config.get_text_config()
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere

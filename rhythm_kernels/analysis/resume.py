@@ -1,4 +1,4 @@
-"""What a study has found so far, in a file that a killed run goes on from."""
+"""The log of a study: what it has measured so far, in a file from which a killed run continues."""
 
 import fcntl
 import hashlib
@@ -12,19 +12,20 @@ BEGIN = b'{"study": '
 
 
 class Log:
-    """A JSONL file: the settings in its first line, then one finished piece of work in each.
+    """A JSONL file: the settings in the first line, then one finished piece of work per line.
 
-    Each line has a digest over the settings, the key and the value, so that what another run or hand wrote is noticed.
-    A last line that is torn, by a kill or a full disk, is dropped, and its work is done again.
+    Each line has a digest over the settings, the key and the value, so that a line from another run or an edited line
+    is refused. A last line that a kill or a full disk cut short is dropped, and its work is done again.
 
     Raises:
-        ValueError: a file of other settings, and which differ; a damaged line that is not the last; no log at all.
-        OSError: another process has it open.
+        ValueError: the file has other settings (the message names them), has a damaged line before its last one, or is
+            no log of this study.
+        OSError: another process has the log open.
     """
 
     def __init__(self, path: Path, study: str, settings: dict[str, Any]):
         self.path = path
-        self._found: dict[str, str] = {}  # values as JSON
+        self._values: dict[str, str] = {}  # by key, as JSON
         head = json.dumps({"study": study, "settings": settings}, allow_nan=False)
         self._fingerprint = hashlib.sha256(head.encode()).hexdigest()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,21 +43,25 @@ class Log:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file and releases its lock."""
         self._file.close()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._found
+        return key in self._values
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """The value of a key: what the file has, else what `make` returns, once it is safely in the file.
+        """Returns the value of a key from the log; where it has none, calls `make` and writes the result first.
 
-        Either way it comes back as JSON gives it, so that a resumed run sees the very same.
+        The value always comes back as parsed JSON, so that a resumed run sees exactly what the first run saw.
         """
-        if key not in self._found:
+        if key not in self._values:
             value = json.dumps(make(), allow_nan=False)
             self._write(f'{{"key": {json.dumps(key)}, "digest": "{self._digest(key, value)}", "value": {value}}}')
-            self._found[key] = value
-        return json.loads(self._found[key])
+            self._values[key] = value
+        return json.loads(self._values[key])
 
     def _digest(self, key: str, value: str) -> str:
         return hashlib.sha256("\n".join((self._fingerprint, key, value)).encode()).hexdigest()[:16]
@@ -73,6 +78,7 @@ class Log:
             raise OSError(f"{self.path} is being written by another process") from error
 
     def _read(self, study: str, settings: dict[str, Any]) -> None:
+        """Reads the values, checks them, and cuts off a last line that is incomplete."""
         self._file.seek(0)
         *lines, rest = self._file.read().split(b"\n")
         if not lines:
@@ -81,19 +87,19 @@ class Log:
             self._file.truncate(0)
             return
         self._check_settings(lines[0], study, settings)
-        good = len(lines[0]) + 1
+        good_bytes = len(lines[0]) + 1
         for number, line in enumerate(lines[1:], 2):
             entry = self._entry(line)
             if entry is None and number == len(lines):
                 break
             if entry is None:
                 raise ValueError(f"{self.path}, line {number}: damaged, or not of this run")
-            self._found[entry[0]] = entry[1]
-            good += len(line) + 1
-        self._file.truncate(good)
+            self._values[entry[0]] = entry[1]
+            good_bytes += len(line) + 1
+        self._file.truncate(good_bytes)
 
     def _entry(self, line: bytes) -> tuple[str, str] | None:
-        """(key, value as JSON), or None for a line that this log did not write."""
+        """Returns (key, value as JSON), or None for a line that this log did not write."""
         try:
             entry = json.loads(line)
             key, digest, value = entry["key"], entry["digest"], json.dumps(entry["value"])
@@ -104,16 +110,16 @@ class Log:
     def _check_settings(self, line: bytes, study: str, settings: dict[str, Any]) -> None:
         try:
             head = json.loads(line)
-            had_study, had = head["study"], dict(head["settings"])
+            old_study, old_settings = head["study"], dict(head["settings"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{self.path} is not the log of a study") from None
-        if had_study != study:
-            raise ValueError(f"{self.path} is the log of {had_study}, not of {study}")
+        if old_study != study:
+            raise ValueError(f"{self.path} is the log of {old_study}, not of {study}")
         absent = object()
         differing = [
-            f"{name} was {had.get(name, 'absent')!r} and is {settings.get(name, 'absent')!r}"
-            for name in {**had, **settings}
-            if had.get(name, absent) != settings.get(name, absent)
+            f"{name} was {old_settings.get(name, 'absent')!r} and is {settings.get(name, 'absent')!r}"
+            for name in {**old_settings, **settings}
+            if old_settings.get(name, absent) != settings.get(name, absent)
         ]
         if differing:
             raise ValueError(

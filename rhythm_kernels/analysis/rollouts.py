@@ -1,4 +1,4 @@
-"""What a model writes after a token that it is made to take: greedy continuations of one sequence's prefixes."""
+"""Greedy continuations of a sequence after one of its tokens was replaced."""
 
 from typing import NamedTuple
 
@@ -7,19 +7,21 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from rhythm_kernels.analysis.sources import generate
+from rhythm_kernels.analysis.sources import end_tokens, generate
 
 
 class Fork(NamedTuple):
-    """A place in a sequence, the tokens that could stand there, and what follows each."""
+    """One position of a sequence, the tokens that were put there, and the continuation after each of them."""
 
-    place: int
-    """In the sequence."""
+    position: int
+    """The index in the sequence."""
     tokens: list[int]
-    """The sequence's own token, then its alternatives, the likeliest first."""
+    """The sequence's own token, then its alternatives, the most likely first."""
     probabilities: list[float]
+    """The probability of each token."""
     continuations: list[list[int]]
-    """Of each token, without it; to the end of the answer, its end token left out, or as far as it was let."""
+    """The tokens after each token, up to the end of the answer or the limit; the token itself and the end token are not
+    included."""
 
 
 @torch.no_grad()
@@ -27,7 +29,7 @@ def roll_out(
     model: PreTrainedModel,
     tokenizer,
     ids: Tensor,
-    places: list[int],
+    positions: list[int],
     *,
     alternatives: int,
     new_tokens: int,
@@ -35,80 +37,77 @@ def roll_out(
     shared: bool = True,
     progress=None,
 ) -> list[Fork]:
-    """Forks a sequence at each place into its own token and the ones next most likely there.
+    """Forks a sequence at each position into its own token and the most likely other tokens.
 
-    The sequence's own token is rolled out as well, beside its alternatives: a continuation differs from it by the token
-    alone, not by the batch or the settings that the sequence was generated with.
+    The sequence's own token is rolled out in the same batch as its alternatives, so that their continuations differ
+    because of the token, and not because of the batch or the settings that the sequence was generated with.
 
     Args:
         ids: [T] int64, on the model's device.
-        places: in 1..T-1.
-        alternatives: at each place.
-        new_tokens: at most, after the forked token.
-        refused: tokens that are no alternatives; those that end an answer never are.
-        shared: one batch for all places, on one cache, where every layer sees all tokens. With a sliding window, a
-            state or False, each place is a batch of its own, and its prefix is computed for every row.
-        progress: called with 1 for each token that all rows of the batch have grown by.
+        positions: the positions to fork at, in 1..T-1.
+        alternatives: the number of alternatives at each position.
+        new_tokens: the largest number of tokens after the forked one.
+        refused: tokens that are never alternatives, beside those that end an answer.
+        shared: whether all positions share one batch and one cache. Needs layers that see all tokens: with a sliding
+            window or a recurrent state, each position gets its own batch, which computes its prefix for every row.
+        progress: is called with 1 for each token by which all rows of the batch have grown.
+
+    Raises:
+        ValueError: `alternatives` is not below the number of allowed tokens.
     """
-    ends = _ends(model)
-    rows = torch.tensor(places, device=ids.device)
-    output = model(ids[None, : int(rows.max())], use_cache=True, logits_to_keep=rows - 1)
-    log_probs = output.logits[0].float().log_softmax(-1)  # [places, V]
-    own = ids[rows]
+    ends = end_tokens(model)
+    at = torch.tensor(positions, device=ids.device)
+    output = model(ids[None, : int(at.max())], use_cache=True, logits_to_keep=at - 1)
+    log_probs = output.logits[0].float().log_softmax(-1)  # [positions, V]
+    own = ids[at]
     allowed = log_probs.clone().scatter_(1, own[:, None], -torch.inf)
     banned = sorted({*ends, *refused} & set(range(log_probs.shape[1])))
     allowed[:, torch.tensor(banned, dtype=torch.long, device=ids.device)] = -torch.inf
     if alternatives > int(allowed.isfinite().sum(1).min()):
         raise ValueError(f"alternatives must be fewer than the tokens of the model, got {alternatives}")
-    likely = allowed.topk(alternatives, dim=1).indices
-    tokens = torch.cat([own[:, None], likely], 1)  # [places, 1 + alternatives]
+    most_likely = allowed.topk(alternatives, dim=1).indices
+    tokens = torch.cat([own[:, None], most_likely], 1)  # [positions, 1 + alternatives]
     cache = output.past_key_values
     if shared and isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
-        made = _on_one_cache(model, cache, rows, tokens, new_tokens, ends, progress)
+        continuations = _on_one_cache(model, cache, at, tokens, new_tokens, ends, progress)
     else:
-        made = []
-        for place, forced in zip(places, tokens.tolist(), strict=True):
-            prompts = [[*ids[:place].tolist(), token] for token in forced]
-            made += generate(model, tokenizer, prompts, max_new_tokens=new_tokens, progress=progress)
-    made = [[token for token in row if token not in ends] for row in made]
-    width = tokens.shape[1]
-    return [
-        Fork(place, tokens[i].tolist(), log_probs[i, tokens[i]].exp().tolist(), made[i * width : (i + 1) * width])
-        for i, place in enumerate(places)
-    ]
+        continuations = []
+        for position, forced in zip(positions, tokens.tolist(), strict=True):
+            prompts = [[*ids[:position].tolist(), token] for token in forced]
+            continuations += generate(model, tokenizer, prompts, max_new_tokens=new_tokens, progress=progress)
+    continuations = [[token for token in row if token not in ends] for row in continuations]
+    forks, width = [], tokens.shape[1]
+    for i, position in enumerate(positions):
+        probabilities = log_probs[i, tokens[i]].exp().tolist()
+        forks.append(Fork(position, tokens[i].tolist(), probabilities, continuations[i * width : (i + 1) * width]))
+    return forks
 
 
 def _on_one_cache(
-    model, cache: DynamicCache, places: Tensor, tokens: Tensor, new_tokens: int, ends: set[int], progress
+    model, cache: DynamicCache, positions: Tensor, tokens: Tensor, new_tokens: int, ends: set[int], progress
 ) -> list[list[int]]:
-    """All rows in one batch: each sees the cache up to its own place, and its tokens' positions go on from there."""
+    """Continues all rows in one batch: each sees the cache up to its own position and counts on from there."""
     width = tokens.shape[1]
-    at = places.repeat_interleave(width)  # [rows]
+    at = positions.repeat_interleave(width)  # [rows]
     cache.batch_repeat_interleave(len(at))
-    seen = torch.arange(int(places.max()), device=at.device) < at[:, None]
+    visible = torch.arange(int(positions.max()), device=at.device) < at[:, None]
     token = tokens.flatten()
-    made, ended = [], torch.zeros_like(at, dtype=torch.bool)
+    columns, ended = [], torch.zeros_like(at, dtype=torch.bool)
     end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=at.device)
     for step in range(new_tokens):
-        seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+        visible = torch.cat([visible, torch.ones_like(visible[:, :1])], 1)
         output = model(
             token[:, None],
-            attention_mask=seen.long(),
+            attention_mask=visible.long(),
             position_ids=(at + step)[:, None],
             past_key_values=cache,
             use_cache=True,
         )
         token = output.logits[:, -1].argmax(-1)
-        made.append(torch.where(ended, -1, token))
+        columns.append(torch.where(ended, -1, token))
         ended |= torch.isin(token, end_tokens)
         if progress:
             progress(1)
         if ended.all():
             break
-    return [[token for token in row if token >= 0] for row in torch.stack(made, 1).tolist()]
-
-
-def _ends(model: PreTrainedModel) -> set[int]:
-    """Tokens that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends]) - {None}
+    return [[token for token in row if token >= 0] for row in torch.stack(columns, 1).tolist()]

@@ -1,17 +1,19 @@
-"""`rhythm show`: the rhythm of an answer as a page, as figures and as numbers.
+"""Shows the rhythm of an answer: writes a page that needs no network, the same figures as PNG, and the numbers.
 
     rhythm show smollm2 --prompt "A box holds 12 pencils. Sara buys 3 boxes. How many pencils does she have?"
     rhythm show Qwen/Qwen3-0.6B --prompt-file problem.txt --max-new-tokens 2000 --window 400:900
-    rhythm show smollm2 --prompt "2 + 2 =" --response "2 + 2 is 4."      # an answer that you have
+    rhythm show smollm2 --prompt "2 + 2 =" --response "2 + 2 is 4."      # an answer that is given
 
-Two forwards over the sequence, and one more for a window. Memory grows with the tokens, not with their square.
+The page shows two numbers per token of the answer, which are read from the model's own attention: the windowed average
+attention distance (WAAD), how far back the local heads look, and the future attention influence (FAI), how much
+attention later tokens pay to the token in the global heads. It also shows entropy, mean attention maps, and how far
+each head looks back. The command runs two forwards over the sequence, and a third one for --window. Memory grows with
+the number of tokens, not with its square.
 """
 
 import argparse
 import json
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rhythm_kernels.analysis import figures, page
+from rhythm_kernels.analysis.environment import package_versions
 from rhythm_kernels.analysis.maps import mean_maps
 from rhythm_kernels.analysis.page import ShownAnswer
 from rhythm_kernels.analysis.reading import Reading, read
 from rhythm_kernels.analysis.receivers import FEWEST_ROWS
 from rhythm_kernels.analysis.sources import (
+    DTYPES,
     SMOLLM2,
     check_device,
     check_folder,
@@ -39,16 +43,16 @@ from rhythm_kernels.analysis.sources import (
 from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.taps import decoder_of, softmax_layers
+from rhythm_kernels.options import CreditOptions
 
-MOST_WINDOW = 1024  # tokens of a dense map: two of them are 6 MB of the page
+MOST_WINDOW = 1024  # tokens of a map without bins: the two maps take 6 MB of the page
 PEAK_QUANTILE = 0.6
-"""Peaks that are shown are among the largest 40 % of the answer's values, as TopQ is."""
+"""Only peaks among the largest 40 % of the answer's values are shown, the fraction that credit selects."""
 RECEIVERS = 16
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Request(NamedTuple):
-    """The command's arguments, checked."""
+    """The command's arguments, after the checks that need no model."""
 
     model: str
     prompt: str
@@ -58,7 +62,7 @@ class Request(NamedTuple):
     seed: int
     layers: int | list[int]
     receivers: int | None
-    """None: 16, or all heads of a model with fewer."""
+    """None is RECEIVERS, or all heads of a model with fewer."""
     window: tuple[int, int] | None
     out: Path
     device: str
@@ -66,39 +70,52 @@ class Request(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command.
+    """Runs `rhythm show`.
 
     Raises:
-        ValueError: an argument with a wrong value, named; before the model is loaded, where that can be known.
-        OSError: no such model or file.
+        ValueError: an argument has a wrong value; raised before the model is loaded where that is possible.
+        OSError: there is no such model or file.
     """
     show(parse(arguments))
 
 
 def parse(arguments: list[str] | None = None) -> Request:
+    """Returns the arguments, checked."""
     parser = argparse.ArgumentParser(
         prog="rhythm show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "model", nargs="?", default=SMOLLM2, help="a folder, a name on the Hugging Face hub, or smollm2 (the default)"
+        "model", nargs="?", default=SMOLLM2, help='a folder, a name on the Hugging Face hub, or "smollm2" (the default)'
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the user's turn where the model has a chat template")
-    prompt.add_argument("--prompt-file", type=Path, help="a file that holds it, UTF-8")
+    prompt.add_argument("--prompt", help="the prompt; the user's turn where the model has a chat template")
+    prompt.add_argument("--prompt-file", type=Path, help="a text file with the prompt, in UTF-8")
     response = parser.add_mutually_exclusive_group()
-    response.add_argument("--response", help="the answer to look at; the model's own if left out")
-    response.add_argument("--response-file", type=Path, help="a file that holds it, UTF-8")
-    parser.add_argument("--max-new-tokens", type=int, default=300)
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the model's own answer; 0: greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", default="5", help="that WAAD and FAI are read in: how many, or a list as 10,13,15")
-    parser.add_argument("--receivers", type=int, help="how many heads are receiver heads; 16")
-    parser.add_argument("--window", help="BEGIN:END, tokens of the sequence, whose maps are also shown token by token")
-    parser.add_argument("--out", type=Path, default=Path("rhythm-show"), help="the folder to write into")
-    parser.add_argument("--device", default="auto", help="auto: cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: that of the weights, float32 on a CPU")
+    response.add_argument("--response", help="the answer to show; the model's own if left out")
+    response.add_argument("--response-file", type=Path, help="a text file with the answer, in UTF-8")
+    parser.add_argument("--max-new-tokens", type=int, default=300, help="largest length of the answer (300)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature of the answer; 0: greedy (0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument(
+        "--layers",
+        default="5",
+        help="layers that WAAD and FAI are read in: so many of the middle third, or a list such as 10,13,15 (5)",
+    )
+    parser.add_argument(
+        "--receivers", type=int, help="number of receiver heads: those whose attention falls on the fewest tokens (16)"
+    )
+    parser.add_argument(
+        "--window", help="BEGIN:END, a range of tokens whose attention maps are also shown token by token"
+    )
+    parser.add_argument("--out", type=Path, default=Path("rhythm-show"), help="the folder to write into (rhythm-show)")
+    parser.add_argument("--device", default="auto", help="auto (cuda where torch finds a GPU), cpu, cuda or cuda:1")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved, float32 on a CPU"
+    )
     given = parser.parse_args(arguments)
-    found = Request(
+    return Request(
         model=given.model,
         prompt=_text("prompt", given.prompt, given.prompt_file),
         response=_text("response", given.response, given.response_file),
@@ -112,11 +129,10 @@ def parse(arguments: list[str] | None = None) -> Request:
         device=_device(given.device),
         dtype=given.dtype,
     )
-    return found
 
 
 def show(request: Request) -> ShownAnswer:
-    """Loads the model, looks at its answer and writes the folder; says what it found."""
+    """Loads the model, reads its answer, writes the folder and prints a summary."""
     check_folder(request.out)
     times = _Times()
     with times("load"):
@@ -148,7 +164,13 @@ def show(request: Request) -> ShownAnswer:
                 mean_maps(model, ids[None], reading.sampled, reading.groups, begin=begin, end=end, bins=end - begin)
             )
     shown = ShownAnswer(
-        reading, texts, maps, _name(model, request), PEAK_QUANTILE, _settings(model, request, reading), _versions()
+        reading,
+        texts,
+        maps,
+        _name(model, request),
+        PEAK_QUANTILE,
+        _settings(model, request, reading),
+        package_versions(),
     )
     with times("page and figures"):
         files = write(shown, request.out)
@@ -157,7 +179,7 @@ def show(request: Request) -> ShownAnswer:
 
 
 def write(shown: ShownAnswer, folder: Path) -> list[Path]:
-    """Writes the page, the figures, reading.npz (all numbers) and reading.json (what they are of) into a folder."""
+    """Writes the page, the figures, reading.npz (all numbers) and reading.json (texts, settings); returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "index.html", folder / "reading.json", folder / "reading.npz"]
     paths[0].write_text(page.render(shown), encoding="utf-8")
@@ -177,39 +199,39 @@ def write(shown: ShownAnswer, folder: Path) -> list[Path]:
 
 
 def arrays(shown: ShownAnswer) -> dict[str, np.ndarray]:
-    """Every number, by name: the fields of a Reading, with sets_... and groups_... of its parts, and the maps.
+    """Returns every number by name.
 
-    map_local, map_global are of all tokens, map_bounds their (begin, end, tokens in a bin); window_... of the window.
+    The names are the fields of `Reading`; sets_* and groups_* for the fields of its parts; map_local and map_global for
+    the maps of all tokens, map_bounds for their (begin, end, tokens in a bin); and window_* for those of the window.
     """
     reading = shown.reading
-    found = {name: x for name, x in reading._asdict().items() if isinstance(x, Tensor)}
-    found |= {f"sets_{name}": x for name, x in reading.sets._asdict().items()}
-    found |= {f"groups_{name.rstrip('_')}": x for name, x in reading.groups._asdict().items()}
+    numbers = {name: x for name, x in reading._asdict().items() if isinstance(x, Tensor)}
+    numbers |= {f"sets_{name}": x for name, x in reading.sets._asdict().items()}
+    numbers |= {f"groups_{name.rstrip('_')}": x for name, x in reading.groups._asdict().items()}
     for name, maps in zip(("map", "window"), shown.maps):
         bounds = torch.tensor([maps.begin, maps.end, maps.bin])
-        found |= {f"{name}_local": maps.local_map, f"{name}_global": maps.global_map, f"{name}_bounds": bounds}
-    return {name: x.numpy() for name, x in found.items()}
+        numbers |= {f"{name}_local": maps.local_map, f"{name}_global": maps.global_map, f"{name}_bounds": bounds}
+    return {name: x.numpy() for name, x in numbers.items()}
 
 
 def summary(shown: ShownAnswer) -> list[str]:
-    """A few lines about the answer."""
+    """Returns a few lines about the answer."""
     reading, sets = shown.reading, shown.reading.sets
-    here = reading.response
-    places = [reading.layers.index(layer) for layer in reading.sampled]
-    local_span, global_span = (reading.spans[places][group].mean() for group in reading.groups)
+    rows = [reading.layers.index(layer) for layer in reading.sampled]
+    local_span, global_span = (reading.spans[rows][group].mean() for group in reading.groups)
     answer = reading.tokens - shown.prompt_tokens
     lines = [
         f"model     {shown.model}, {len(reading.layers)} layers of {reading.spans.shape[1]} heads",
-        f"layers    {', '.join(map(str, reading.sampled))}: WAAD and FAI are of these",
+        f"layers    {', '.join(map(str, reading.sampled))}: WAAD and FAI are read in these",
         f"tokens    {shown.prompt_tokens} of prompt, {answer} of answer",
         f"spans     local heads look {local_span:.1f} tokens back, global heads {global_span:.1f}",
     ]
-    parts = (("WAAD", reading.waad, reading.waad_peaks), ("FAI", reading.fai, reading.fai_peaks))
-    for name, values, peaks in parts:
-        top = [t for t in values.masked_fill(~peaks, -1).argsort(descending=True).tolist() if peaks[t]][:5]
-        words = ", ".join(f"{shown.texts[t]!r} ({t})" for t in top)
-        found = f"{int(peaks.sum())} peaks" + f", highest at {words}" * bool(top)
-        lines.append(f"{name:9} {values[here].mean():.3g} on average, {found}")
+    signals = (("WAAD", reading.waad, reading.waad_peaks), ("FAI", reading.fai, reading.fai_peaks))
+    for name, values, peaks in signals:
+        highest = [t for t in values.masked_fill(~peaks, -1).argsort(descending=True).tolist() if peaks[t]][:5]
+        words = ", ".join(f"{shown.texts[t]!r} ({t})" for t in highest)
+        line = f"{name:9} {values[reading.response].mean():.3g} on average, {int(peaks.sum())} peaks"
+        lines.append(line + f", highest at {words}" * bool(highest))
     lines.append(
         f"coupled   {int(sets.preplan.sum())} preplan tokens, {int(sets.anchors.sum())} anchors, of which "
         f"{int(sets.dominated.sum())} are dominated, {int(sets.intros.sum())} intros"
@@ -242,12 +264,12 @@ def _text(name: str, given: str | None, file: Path | None) -> str | None:
 
 def _layers(given: str) -> int | list[int]:
     try:
-        found = [int(part) for part in given.split(",") if part.strip()]
+        numbers = [int(part) for part in given.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--layers must be a number or a list such as 10,13,15, got {given!r}") from None
-    if "," in given and found:
-        return found
-    return check_int("--layers", found[0] if found else 0, 1)
+    if "," in given and numbers:
+        return numbers
+    return check_int("--layers", numbers[0] if numbers else 0, 1)
 
 
 def _window(given: str) -> tuple[int, int]:
@@ -275,7 +297,7 @@ def _check_length(model: nn.Module, prompt: int, request: Request, given: list[i
 
 
 def _check_heads(model: nn.Module, request: Request) -> int:
-    """The number of receiver heads; checks --layers and --receivers, as `read` would only behind the answer."""
+    """Returns the number of receiver heads; checks --layers and --receivers before the model answers."""
     decoder = decoder_of(model)
     try:
         collect(model, layers=request.layers)
@@ -310,36 +332,28 @@ def _name(model: nn.Module, request: Request) -> str:
 
 
 def _settings(model: nn.Module, request: Request, reading: Reading) -> dict[str, str]:
-    own = f"at most {request.max_new_tokens} tokens, temperature {request.temperature:g}, seed {request.seed}"
+    generated = f"at most {request.max_new_tokens} tokens, temperature {request.temperature:g}, seed {request.seed}"
+    credit = CreditOptions()
     return {
         "model": request.model,
         "weights": f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}",
         "attention": str(model.config._attn_implementation),
-        "answer": own if request.response is None else "given",
-        "statistics": "WAAD: window of 10 tokens; FAI: from 1 token later to the end of the answer; FAI 10-50, sets "
-        "and gamma: coupled credit, q 0.4, amp 1.5, alpha 0.5, k 3",
-        "receiver heads": f"{int(reading.receivers.sum())} of {reading.receivers.numel()}{_few(reading)}",
+        "answer": generated if request.response is None else "given",
+        "statistics": f"WAAD: window of {credit.window} tokens; FAI: from 1 token later to the end of the answer; FAI "
+        f"{credit.horizon[0]}-{credit.horizon[1]}, sets and gamma: coupled credit, top_fraction {credit.top_fraction}, "
+        f"amplification {credit.amplification}, shared_fraction {credit.shared_fraction}, max_lookback "
+        f"{credit.max_lookback}",
+        "receiver heads": f"{int(reading.receivers.sum())} of {reading.receivers.numel()}{_too_short(reading)}",
     }
 
 
-def _few(reading: Reading) -> str:
-    """A warning where no column has rows enough to tell heads apart."""
-    short = not reading.receivers.any()
-    return f": only an answer of more than {FEWEST_ROWS} tokens tells which" * short
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("rhythm_kernels", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            found[package] = "of a checkout"
-    return found
+def _too_short(reading: Reading) -> str:
+    """Returns a warning where the answer is too short to tell heads apart."""
+    return f": only an answer of more than {FEWEST_ROWS} tokens tells which" * (not reading.receivers.any())
 
 
 class _Times:
-    """Seconds of each part."""
+    """Measures the seconds of each part of the command."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

