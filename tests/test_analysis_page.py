@@ -1,31 +1,17 @@
-"""The page of `rhythm show` in a real browser: headless Chromium, driven over a pipe by its own protocol."""
+"""The page of `rhythm show` in a real browser, headless Chromium."""
 
-import base64
-import fcntl
-import itertools
-import json
-import os
-import select
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from browser import CHROMIUM, Browser
 
 from rhythm_kernels import HeadGroups, Rhythm, coupled_sets, find_peaks, group_heads, token_credit
 from rhythm_kernels.analysis.maps import MeanMaps
 from rhythm_kernels.analysis.page import ShownAnswer, render
 from rhythm_kernels.analysis.reading import Reading
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars"),
-    "--remote-debugging-pipe",
-]
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
     pytest.mark.xdist_group("chromium"),
@@ -34,26 +20,12 @@ PROMPT, TOKENS = 11, 200
 HEADS, LAYERS, SAMPLED = 6, 8, [3, 4]
 SCRIPT = '</script><img src=x onerror="window.hacked=1">'
 NASTY = [SCRIPT, "<b>bold</b>", "&amp;", "\u2028", "十二", "🍎", "\n\n", "\t", ""]
-# long tasks are those over 50 ms, as the browser tells them
-WATCH = """
-window.tasks = [];
-new PerformanceObserver((list) => list.getEntries().forEach((entry) => tasks.push(entry.duration)))
-  .observe({type: "longtask", buffered: true});
-"""
-# Chromium reads from 3 and writes to 4
-PLACE = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.dup2(int(sys.argv[2]), 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-
 
 # ---- a page ----------------------------------------------------------------------------------------------------------
 
 
 def made_up(tokens: int = TOKENS, window: tuple[int, int] | None = (40, 90)) -> ShownAnswer:
-    """An answer of random numbers, with what would break a careless page among its words."""
+    """Returns an answer of random numbers, with words that would break a careless page."""
     torch.manual_seed(0)
     words = [" the", " number", " of", " pencils", ".", " Sara", " has", " 12", "\n", " so", *NASTY]
     texts = [words[place % len(words)] for place in range(tokens)]
@@ -86,7 +58,7 @@ def made_up(tokens: int = TOKENS, window: tuple[int, int] | None = (40, 90)) -> 
         waad_peaks=peaks(waad),
         fai_peaks=peaks(fai),
         receiver_peaks=peaks(receiver_fai),
-        sets=type(sets)(*(each[0] for each in sets)),
+        sets=type(sets)(*(members[0] for members in sets)),
         gamma=token_credit("coupled", mask, rhythm)[0],
         layers=list(range(LAYERS)),
         spans=spans,
@@ -99,152 +71,7 @@ def made_up(tokens: int = TOKENS, window: tuple[int, int] | None = (40, 90)) -> 
     return ShownAnswer(reading, texts, shown, "made <up>", 0.6, {"seed": "0 </script>"}, {"torch": "2"})
 
 
-# ---- a browser -------------------------------------------------------------------------------------------------------
-
-
-def _pipe() -> tuple[int, int]:
-    """(to read from, to write to), behind the numbers that Chromium wants for itself."""
-    ends = os.pipe()
-    moved = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
-    for end in ends:
-        os.close(end)
-    return moved
-
-
-class Browser:
-    """One tab of headless Chromium, spoken to as its DevTools do: messages of JSON over a pipe, each ended by NUL."""
-
-    def __init__(self, profile: Path):
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        self.pictures = itertools.count()
-        to_read, self.out = _pipe()
-        self.into, to_write = _pipe()
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PLACE, str(to_read), str(to_write), *command],
-            pass_fds=(to_read, to_write),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_read)
-        os.close(to_write)
-        self.waiting, self.numbers, self.session = b"", itertools.count(1), None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-        self.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
-
-    def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        os.close(self.out)
-        os.close(self.into)
-
-    def call(self, method: str, **parameters):
-        number = next(self.numbers)
-        message = {"id": number, "method": method, "params": parameters}
-        if self.session is not None:
-            message["sessionId"] = self.session
-        os.write(self.out, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next(60)
-            if answer.get("id") == number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return answer["result"]
-
-    def _next(self, seconds: float) -> dict:
-        until = time.monotonic() + seconds
-        while b"\0" not in self.waiting:
-            if not select.select([self.into], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise TimeoutError(f"chromium said nothing in {seconds} s")
-            part = os.read(self.into, 1 << 20)
-            if not part:
-                raise RuntimeError(f"chromium has ended with {self.process.wait(10)}")
-            self.waiting += part
-        message, _, self.waiting = self.waiting.partition(b"\0")
-        message = json.loads(message)
-        self._note(message)
-        return message
-
-    def _note(self, message: dict) -> None:
-        method, parameters = message.get("method"), message.get("params", {})
-        if method == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(parameters["exceptionDetails"])[:600])
-        elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
-            self.errors.append(json.dumps(parameters["args"])[:600])
-        elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
-            self.errors.append(parameters["entry"]["text"])
-        elif method == "Network.requestWillBeSent":
-            self.requests.append(parameters["request"]["url"])
-
-    def js(self, expression: str):
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in found:
-            raise RuntimeError(json.dumps(found["exceptionDetails"])[:600])
-        return found["result"].get("value")
-
-    def open(self, path: Path, width: int = 1200, height: int = 900, dark: bool = False, touch: bool = False) -> float:
-        """Seconds until the page says that it is ready and has been painted."""
-        self.errors.clear()
-        self.requests.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=touch)
-        self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-        begin = time.perf_counter()
-        self.call("Page.navigate", url=path.as_uri())
-        while not self.js("document.documentElement?.dataset.ready === 'true'"):
-            assert not self.errors, self.errors
-            assert time.perf_counter() - begin < 60
-            time.sleep(0.01)
-        self.settle()
-        return time.perf_counter() - begin
-
-    def settle(self) -> None:
-        self.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
-
-    def box(self, selector: str) -> dict:
-        found = f"document.querySelector({json.dumps(selector)})"
-        self.js(f"{found}.scrollIntoView({{block: 'center'}})")
-        self.settle()
-        return self.js(f"{found}.getBoundingClientRect().toJSON()")
-
-    def mouse(self, kind: str, x: float, y: float, **more) -> None:
-        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
-
-    def hover(self, selector: str, across: float = 0.5, down: float = 0.5) -> tuple[float, float]:
-        box = self.box(selector)
-        x, y = box["x"] + across * box["width"], box["y"] + down * box["height"]
-        self.mouse("mouseMoved", x, y)
-        self.settle()
-        return x, y
-
-    def key(self, key: str, **more) -> None:
-        text = {"text": key} if len(key) == 1 else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text, **more)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, **more)
-        self.settle()
-
-    def text(self, selector: str) -> str:
-        return self.js(f"document.querySelector({json.dumps(selector)}).textContent")
-
-    def picture(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
-
-    def pixels(self, selector: str) -> int:
-        """How many colours a canvas has."""
-        canvas = f"document.querySelector({json.dumps(selector)})"
-        return self.js(
-            f"(() => {{const c = {canvas}, d = new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height)"
-            ".data.buffer); return new Set(d).size})()"
-        )
+# ---- opening and reading it ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +98,7 @@ def value(browser: Browser, name: str) -> float:
 
 
 def at(browser: Browser) -> int:
-    """The token that the readout is at."""
+    """Returns the token that the readout shows."""
     return int(browser.text("#where").split("(")[0].replace("Token", "").replace(",", ""))
 
 
@@ -448,7 +275,7 @@ def test_heads_tell_their_span_and_groups(browser, answer, path):
     reading = answer.reading
     wide = browser.js("document.querySelector('#spans').getBoundingClientRect().toJSON()")
     cell = (wide["width"] - 36) / LAYERS
-    found = {}
+    texts = {}
     for layer in range(LAYERS):
         box = browser.box("#spans")
         for head in range(HEADS):
@@ -456,7 +283,7 @@ def test_heads_tell_their_span_and_groups(browser, answer, path):
             browser.mouse("mouseMoved", box["x"] + 34 + (layer + 0.5) * cell, y)
             browser.settle()
             text = browser.text("#span-value")
-            found[layer, head] = text
+            texts[layer, head] = text
             assert text.startswith(f"Layer {layer}, head {head}: ")
             assert float(text.split("span ")[1].split()[0]) == pytest.approx(
                 float(reading.spans[layer, head]), rel=1e-3
@@ -464,8 +291,8 @@ def test_heads_tell_their_span_and_groups(browser, answer, path):
             assert ("receiver" in text) == bool(reading.receivers[layer, head])
     for place, layer in enumerate(SAMPLED):
         for head in range(HEADS):
-            assert (", local" in found[layer, head]) == bool(reading.groups.local_heads[place, head])
-            assert (", global" in found[layer, head]) == bool(reading.groups.global_heads[place, head])
+            assert (", local" in texts[layer, head]) == bool(reading.groups.local_heads[place, head])
+            assert (", global" in texts[layer, head]) == bool(reading.groups.global_heads[place, head])
 
 
 def test_arrows_lead_to_intros_where_they_are_in_view(browser, answer, path):
@@ -474,7 +301,7 @@ def test_arrows_lead_to_intros_where_they_are_in_view(browser, answer, path):
     marks = browser.js("document.querySelectorAll('.cell.fai svg path').length")
     assert 0 < marks < browser.js("document.querySelectorAll('.row').length") + 1
     assert browser.js("document.querySelector('.cell.fai svg path').getAttribute('d').length") > 20
-    dominated = browser.js("[...document.querySelectorAll('.cell.fai .dom')].map((s) => Number(s.dataset.t))")
+    dominated = browser.js("[...document.querySelectorAll('.cell.fai .dominated')].map((s) => Number(s.dataset.t))")
     assert dominated == answer.reading.sets.dominated.nonzero().flatten().tolist()
     browser.js("document.querySelector('#show-arrows').click()")
     assert browser.js("document.querySelectorAll('.cell.fai svg').length") == 0
@@ -542,14 +369,14 @@ def test_a_page_of_8192_tokens(browser, tmp_path, record_property):
     browser.js("new Promise((done) => setTimeout(() => done(1), 300))")
     after = browser.js("[...tasks]")
     size = path.stat().st_size / 2**20
-    said = (
+    report = (
         f"a page of 8,192 tokens ({size:.1f} MiB): open in {opened:.2f} s, longest task while it loads "
         f"{max(loading, default=0):.0f} ms, while it scrolls and zooms {max(after, default=0):.0f} ms; frames of "
         f"scrolling: median {sorted(frames)[len(frames) // 2]:.0f} ms, longest {max(frames):.0f} ms; a hover "
         f"{hovered * 1e3:.0f} ms"
     )
-    print(said)
-    record_property("resources", said)
+    print(report)
+    record_property("resources", report)
     assert browser.errors == [] and opened < 30
     assert max(after, default=0) < 2000, after
 

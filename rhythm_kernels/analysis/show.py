@@ -207,7 +207,7 @@ def arrays(shown: ShownAnswer) -> dict[str, np.ndarray]:
     reading = shown.reading
     numbers = {name: x for name, x in reading._asdict().items() if isinstance(x, Tensor)}
     numbers |= {f"sets_{name}": x for name, x in reading.sets._asdict().items()}
-    numbers |= {f"groups_{name.rstrip('_')}": x for name, x in reading.groups._asdict().items()}
+    numbers |= {f"groups_{name.removesuffix('_heads')}": x for name, x in reading.groups._asdict().items()}
     for name, maps in zip(("map", "window"), shown.maps):
         bounds = torch.tensor([maps.begin, maps.end, maps.bin])
         numbers |= {f"{name}_local": maps.local_map, f"{name}_global": maps.global_map, f"{name}_bounds": bounds}

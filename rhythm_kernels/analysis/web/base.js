@@ -1,12 +1,12 @@
-// The first part of the page's script: the data, the colours, and the cursor that all views share. page.py joins the parts
-// in one function. Text of a model or a user is untrusted: it only enters as textContent, nothing is parsed as HTML.
+// The first part of the page's script: the data, the colours, and the cursor that all views share. page.py joins the
+// parts in one function. Text of a model or a user is untrusted: it only enters as textContent, never as HTML.
 
 const $ = (id) => document.getElementById(id);
 const bytes = (text) => {
   if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
-  const raw = atob(text), found = new Uint8Array(raw.length);
-  for (let i = 0; i < raw.length; i++) found[i] = raw.charCodeAt(i);
-  return found;
+  const raw = atob(text), array = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) array[i] = raw.charCodeAt(i);
+  return array;
 };
 const floats = (text) => new Float32Array(bytes(text).buffer);
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
@@ -18,12 +18,12 @@ const make = (name, className = "", text = "") => {
 };
 
 const data = JSON.parse($("data").textContent);
-const first = data.prompt_tokens; // of the answer; tokens are counted from the beginning of the prompt
-const end = data.texts.length;
+const first = data.prompt_tokens; // the answer's first token; indices count from the beginning of the prompt
+const end = data.texts.length; // one after the last token
 const PEAK = { waad: 16, fai: 32, receiver: 64 };
-const LOC = 1, GLOB = 2, DOM = 4, INTRO = 8;
+const PREPLAN = 1, ANCHOR = 2, DOMINATED = 4, INTRO = 8;
 const flags = bytes(data.flags);
-const back = bytes(data.intro_back); // how many tokens before an anchor its intro is; 0: none
+const introBack = bytes(data.intro_back); // tokens from a dominated anchor back to its intro; 0: none
 const values = Object.fromEntries(Object.entries(data.values).map(([name, text]) => [name, floats(text)]));
 const SIGNALS = [
   { name: "waad", title: "WAAD", unit: "tokens", peak: PEAK.waad },
@@ -59,7 +59,7 @@ const channels = (color) => color.match(/[\d.]+/g).slice(0, 3).map(Number);
 const redraws = [];
 const redraw = () => {
   readColors();
-  for (const each of redraws) each();
+  for (const draw of redraws) draw();
 };
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 const themes = document.querySelectorAll("[data-theme-name]");
@@ -69,11 +69,11 @@ const setTheme = (name) => {
   for (const button of themes) button.setAttribute("aria-pressed", button.dataset.themeName === name);
   try {
     localStorage.setItem("rhythm-theme", name);
-  } catch {} // a browser may keep nothing for files
+  } catch {} // some browsers store nothing for files
   redraw();
 };
 
-/** A canvas as large as its box, in pixels of the screen; drawn in pixels of CSS. */
+/** Returns the context of a canvas that has the screen's resolution and is drawn in CSS pixels. */
 const fitted = (canvas, width, height) => {
   const ratio = window.devicePixelRatio || 1;
   const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
@@ -84,13 +84,14 @@ const fitted = (canvas, width, height) => {
   context.font = "12px ui-sans-serif, system-ui, sans-serif";
   return context;
 };
+/** Returns a function that draws once in the next frame, however often it is called before. */
 const later = (draw) => {
-  let asked = false;
+  let requested = false;
   return () => {
-    if (asked) return;
-    asked = true;
+    if (requested) return;
+    requested = true;
     requestAnimationFrame(() => {
-      asked = false;
+      requested = false;
       draw();
     });
   };
@@ -134,7 +135,7 @@ followers.push((t) => {
   $("where").replaceChildren(where);
   for (const [name, cell] of Object.entries(cells)) cell.textContent = long(values[name][t - first]);
   const bits = flags[t - first];
-  const names = [[LOC, "preplan"], [GLOB, "anchor"], [DOM, "dominated"], [INTRO, "intro"]];
+  const names = [[PREPLAN, "preplan"], [ANCHOR, "anchor"], [DOMINATED, "dominated"], [INTRO, "intro"]];
   const peaks = SIGNALS.filter((signal) => bits & signal.peak).map((signal) => `${signal.title} peak`);
   sets.textContent = [...names.filter(([bit]) => bits & bit).map(([, name]) => name), ...peaks].join(", ");
   $("to-text").hidden = $("values").hidden = false;

@@ -1,20 +1,20 @@
 // The curves of WAAD, FAI, entropy and receiver-head FAI along the tokens, and the navigator below them.
 
-const stage = $("curves").parentElement, over = $("cursor");
+const stage = $("curves").parentElement, overlay = $("cursor");
 const LEFT = 52, RIGHT = 8, TITLE = 38, GAP = 12, AXIS = 22; // pixels
-const LATE = 32; // tokens that few others follow: FAI is a mean over these few
-const MANY = 500; // tokens
+const LATE = 32; // last tokens, which do not set the scale: their FAI is a mean over few tokens
+const MANY = 500; // with more tokens in view, the scale leaves out single values far above the rest
 let view = [first, end];
-let panels = []; // {top, low, high} of each signal, as drawn
+let panels = []; // {top, y} of each signal, as drawn
 const FEWEST = Math.min(8, end - first);
-let box = null; // what `size` found, until the page changes its width
+let currentSize = null; // of the stage; null after its width has changed
 const size = () => {
-  if (box) return box;
+  if (currentSize) return currentSize;
   const width = stage.clientWidth;
   const panel = width < 600 ? 64 : 84;
   const height = SIGNALS.length * (TITLE + panel + GAP) + AXIS;
-  box = { width, panel, height, plot: Math.max(1, width - LEFT - RIGHT) };
-  return box;
+  currentSize = { width, panel, height, plot: Math.max(1, width - LEFT - RIGHT) };
+  return currentSize;
 };
 const xOf = (t) => LEFT + ((t + 0.5 - view[0]) * size().plot) / (view[1] - view[0]);
 const tokenAt = (x) => Math.floor(view[0] + ((x - LEFT) * (view[1] - view[0])) / size().plot);
@@ -31,7 +31,7 @@ const zoom = (factor, at = (view[0] + view[1]) / 2) => {
   setView(at - share * length, at + (1 - share) * length);
 };
 
-/** The line of values[from..to): where several tokens fall on a pixel, from their smallest to their largest. */
+/** Draws the line of values[from..to); where several tokens share a pixel, from their smallest to their largest. */
 const trace = (context, line, from, to, x, y) => {
   const perPixel = (view[1] - view[0]) / size().plot;
   context.beginPath();
@@ -59,7 +59,7 @@ const niceStep = (range, count) => {
   return [1, 2, 5, 10].find((digit) => digit * power >= raw * 0.999) * power;
 };
 
-/** The least and the largest value; of many, without single ones far above the rest. */
+/** Returns the least and the largest value; among many, without single ones far above the rest. */
 const scaleOf = (list) => {
   const sorted = list.slice().sort(), high = sorted[sorted.length - 1];
   return [sorted[0], sorted.length > MANY ? Math.min(high, 2.5 * sorted[Math.floor(0.99 * sorted.length)]) : high];
@@ -111,13 +111,13 @@ const drawPanel = (context, signal, top, panel, plot) => {
   return { top, y };
 };
 
-/** Dots at the peaks, the tallest of those that would touch, and the words of the tallest that have room. */
+/** Draws dots at the peaks, where several would touch at the tallest, and the words of the tallest that have room. */
 const drawPeaks = (context, signal, from, to, y, top, plot) => {
   const tallest = new Map();
   for (let t = from; t < to; t++) {
     if (!(flags[t - first] & signal.peak)) continue;
-    const place = Math.floor(xOf(t) / 6), other = tallest.get(place);
-    if (other === undefined || signal.values[t - first] > signal.values[other - first]) tallest.set(place, t);
+    const column = Math.floor(xOf(t) / 6), other = tallest.get(column);
+    if (other === undefined || signal.values[t - first] > signal.values[other - first]) tallest.set(column, t);
   }
   const peaks = [...tallest.values()].sort((a, b) => signal.values[b - first] - signal.values[a - first]);
   context.fillStyle = colors[signal.name];
@@ -144,10 +144,10 @@ const drawPeaks = (context, signal, from, to, y, top, plot) => {
 const drawCurves = () => {
   const { width, panel, height, plot } = size();
   if (width === 0) return;
-  for (const canvas of [$("curves"), over]) canvas.style.height = `${height}px`;
+  for (const canvas of [$("curves"), overlay]) canvas.style.height = `${height}px`;
   const context = fitted($("curves"), width, height);
-  panels = SIGNALS.map((signal, place) => {
-    return drawPanel(context, signal, place * (TITLE + panel + GAP) + TITLE, panel, plot);
+  panels = SIGNALS.map((signal, row) => {
+    return drawPanel(context, signal, row * (TITLE + panel + GAP) + TITLE, panel, plot);
   });
   const step = Math.max(1, niceStep(view[1] - view[0], plot / 90));
   context.fillStyle = colors.soft;
@@ -174,7 +174,7 @@ const drawNavigator = () => {
   context.globalAlpha = 0.7;
   context.lineWidth = 0.7;
   const whole = view;
-  view = [first, end]; // the line of all tokens
+  view = [first, end]; // `trace` draws the tokens in view: here all
   trace(context, values.waad, first, end, x, (value) => height - 3 - (value / top) * (height - 6));
   view = whole;
   context.globalAlpha = 1;
@@ -182,11 +182,11 @@ const drawNavigator = () => {
   context.lineWidth = 1;
   context.strokeRect(begin + 0.5, 0.5, Math.max(2, length - 1), height - 1);
 };
-let selected = null; // [x, x] of a drag
+let selected = null; // [x, x] of a drag, in pixels
 const drawCursor = () => {
   const { width, height, plot, panel } = size();
   if (width === 0) return;
-  const context = fitted(over, width, height);
+  const context = fitted(overlay, width, height);
   if (selected) {
     const [a, b] = [Math.min(...selected), Math.max(...selected)].map((x) => clamp(x, LEFT, LEFT + plot));
     context.fillStyle = colors.soft;
@@ -204,9 +204,9 @@ const drawCursor = () => {
     context.lineTo(x, top + panel + 4);
   }
   context.stroke();
-  SIGNALS.forEach((signal, place) => {
+  SIGNALS.forEach((signal, row) => {
     context.beginPath();
-    context.arc(x, panels[place].y(signal.values[cursor - first]), 4, 0, 7);
+    context.arc(x, panels[row].y(signal.values[cursor - first]), 4, 0, 7);
     context.fillStyle = colors.card;
     context.fill();
     context.lineWidth = 2;
@@ -218,6 +218,6 @@ const drawSoon = later(drawCurves);
 redraws.push(drawCurves);
 followers.push(drawCursor);
 new ResizeObserver(() => {
-  box = null;
+  currentSize = null;
   drawSoon();
 }).observe(stage);

@@ -7,13 +7,13 @@ const logs = span.map((value) => Math.log(Math.max(value, 1e-3)));
 const ranked = Float32Array.from(logs).sort();
 const nearest = ranked[0], farthest = ranked[ranked.length - 1];
 const median = (ranked[(ranked.length - 1) >> 1] + ranked[ranked.length >> 1]) / 2;
-let chosen = null; // [layer, head], their places
+let chosen = null; // [index of the layer, head]
 const cellSize = () => {
   const room = board.parentElement.clientWidth - EDGE - 2;
   const width = clamp(room / layers.length, 11, 36);
   return [width, Math.min(width, 22)];
 };
-/** From the shortest span over the median to the longest. */
+/** Returns the colour of a span: from that of the shortest through that of the median to that of the longest. */
 const tone = (log) => {
   const [low, middle, high] = [colors.waad, colors.grid, colors.fai].map(channels);
   const share = log < median ? (median - log) / (median - nearest) : (log - median) / (farthest - median || 1);
@@ -54,13 +54,13 @@ const drawSpans = () => {
   }
   context.fillStyle = colors.soft;
   context.textAlign = "center";
-  const every = Math.ceil(26 / w);
-  for (let place = 0; place < layers.length; place += every) {
+  const layerStep = Math.ceil(26 / w);
+  for (let place = 0; place < layers.length; place += layerStep) {
     context.fillText(layers[place], EDGE + (place + 0.5) * w, height - FOOT / 2 + 2);
   }
   context.textAlign = "right";
-  const each = Math.ceil(15 / h);
-  for (let head = 0; head < heads; head += each) context.fillText(head, EDGE - 8, (head + 0.5) * h);
+  const headStep = Math.ceil(15 / h);
+  for (let head = 0; head < heads; head += headStep) context.fillText(head, EDGE - 8, (head + 0.5) * h);
   if (chosen) {
     context.strokeStyle = colors.ink;
     context.lineWidth = 2;

@@ -1,13 +1,13 @@
 // The mean attention maps of the local and of the global heads.
 
 const parts = data.maps;
-let part = 0, spot = null; // [row, column] in bins
+let part = 0, spot = null; // the map that is shown, and the cell under the pointer, [row, column]
 const weights = (map, kind) => {
-  if (typeof map[kind] === "string") map[kind] = floats(map[kind]); // when it is first looked at
+  if (typeof map[kind] === "string") map[kind] = floats(map[kind]); // decoded when it is drawn
   return map[kind];
 };
 const weight = (map, kind, row, column) => weights(map, kind)[(row * (row + 1)) / 2 + column];
-const pictures = new Map(); // of a part and a kind, in the present colours
+const pictures = new Map(); // by part and kind, in the current colours
 const picture = (kind) => {
   const key = `${part} ${kind}`;
   if (pictures.has(key)) return pictures.get(key);
@@ -17,7 +17,7 @@ const picture = (kind) => {
   const full = channels(colors[kind === "local" ? "waad" : "fai"]);
   let most = 1e-12;
   for (let i = 0; i < list.length; i++) if (list[i] > most) most = list[i];
-  // colours by the root of a weight: a power of each would take long
+  // looks colours up by the root of a weight, because a power of each weight would take long
   const STEPS = 1024, table = new Uint8ClampedArray(3 * (STEPS + 1));
   for (let i = 0; i <= STEPS; i++) {
     const heat = (i / STEPS) ** 0.8;
@@ -122,12 +122,12 @@ const setPart = (chosen) => {
     ends.children[0].textContent = group(map.begin);
     ends.children[2].textContent = group(map.end - 1);
   }
-  soon.forEach((draw, place) => setTimeout(draw, 40 * place)); // each makes its picture in a task of its own
+  soon.forEach((draw, place) => setTimeout(draw, 40 * place)); // each map is coloured in a task of its own
 };
 parts.forEach((map, place) => {
   const whole = map.begin === 0 && map.end === end;
-  const some = `Tokens ${group(map.begin)} to ${group(map.end - 1)}`;
-  const button = make("button", "", whole ? `All ${group(end)} tokens` : some);
+  const range = `Tokens ${group(map.begin)} to ${group(map.end - 1)}`;
+  const button = make("button", "", whole ? `All ${group(end)} tokens` : range);
   button.type = "button";
   button.addEventListener("click", () => setPart(place));
   $("parts").append(button);

@@ -1,23 +1,23 @@
 // Mouse, touch and keyboard on the curves: the cursor, zoom and pan.
 
-const pointers = new Map(); // id -> x, of those that are down
+const pointers = new Map(); // id -> x of the pointers that are down
 let pressed = null; // {x, view, pan} of a drag with a mouse
 let pinched = null; // {distance, middle, view} of two fingers
 const xIn = (event, element) => event.clientX - element.getBoundingClientRect().left;
-over.addEventListener("pointerdown", (event) => {
-  const x = xIn(event, over);
+overlay.addEventListener("pointerdown", (event) => {
+  const x = xIn(event, overlay);
   pointers.set(event.pointerId, x);
   if (event.pointerType !== "touch") {
     if (event.button !== 0) return;
-    over.setPointerCapture(event.pointerId);
+    overlay.setPointerCapture(event.pointerId);
     pressed = { x, view, pan: event.shiftKey };
   } else if (pointers.size === 2) {
     const [a, b] = [...pointers.values()];
     pinched = { distance: Math.max(20, Math.abs(a - b)), middle: (a + b) / 2, view };
   } else setCursor(tokenAt(x));
 });
-over.addEventListener("pointermove", (event) => {
-  const x = xIn(event, over), { plot } = size();
+overlay.addEventListener("pointermove", (event) => {
+  const x = xIn(event, overlay), { plot } = size();
   if (pointers.has(event.pointerId)) pointers.set(event.pointerId, x);
   if (pinched && pointers.size === 2) {
     const [a, b] = [...pointers.values()];
@@ -46,24 +46,24 @@ const release = (event) => {
   pressed = selected = null;
   drawCursor();
 };
-over.addEventListener("pointerup", release);
-over.addEventListener("pointercancel", release);
-over.addEventListener("dblclick", () => setView(first, end));
-over.addEventListener("wheel", (event) => {
+overlay.addEventListener("pointerup", release);
+overlay.addEventListener("pointercancel", release);
+overlay.addEventListener("dblclick", () => setView(first, end));
+overlay.addEventListener("wheel", (event) => {
   const { plot } = size();
   if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) {
     if (view[1] - view[0] >= end - first) return;
     event.preventDefault();
     const moved = (event.deltaX * (view[1] - view[0])) / plot;
     setView(view[0] + moved, view[1] + moved);
-  } else if (event.ctrlKey || event.metaKey || document.activeElement === over) { // else the page scrolls
+  } else if (event.ctrlKey || event.metaKey || document.activeElement === overlay) { // else the page scrolls
     event.preventDefault();
     const lines = event.deltaMode === 1 ? 20 : 1;
-    const rate = event.ctrlKey && Math.abs(event.deltaY) < 40 ? 0.012 : 0.003; // a touchpad's pinch: small steps
-    zoom(Math.exp(event.deltaY * lines * rate), clamp(tokenAt(xIn(event, over)) + 0.5, view[0], view[1]));
+    const rate = event.ctrlKey && Math.abs(event.deltaY) < 40 ? 0.012 : 0.003; // a touchpad's pinch sends small steps
+    zoom(Math.exp(event.deltaY * lines * rate), clamp(tokenAt(xIn(event, overlay)) + 0.5, view[0], view[1]));
   }
 }, { passive: false });
-over.addEventListener("keydown", (event) => {
+overlay.addEventListener("keydown", (event) => {
   const at = cursor < 0 ? Math.ceil(view[0]) : cursor, page = Math.max(1, Math.round((view[1] - view[0]) / 2));
   const leap = event.shiftKey ? 10 : 1;
   const steps = { ArrowLeft: -leap, ArrowRight: leap, PageUp: -page, PageDown: page, Home: -end, End: end };

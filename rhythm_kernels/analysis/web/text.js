@@ -11,17 +11,17 @@ const bounds = (list) => {
 const heats = { waad: values.waad, fai: values.credit_fai };
 const scales = { waad: bounds(heats.waad), fai: bounds(heats.fai) };
 
-/** Where rows end: at line breaks, or at the end of a sentence or phrase in a long paragraph. */
+/** Returns where rows begin: after line breaks, or after a sentence or phrase of a long paragraph. */
 const cuts = () => {
-  const found = [first];
+  const starts = [first];
   for (let t = first; t < end; t++) {
-    const length = t + 1 - found[found.length - 1], word = data.texts[t];
+    const length = t + 1 - starts[starts.length - 1], word = data.texts[t];
     const paragraph = length >= 24 && word.includes("\n") && !/^\s*\n/.test(data.texts[t + 1] ?? "");
     const sentence = length >= 140 && /[.!?;]\s*$/.test(word);
-    if (paragraph || sentence || length >= 220) found.push(t + 1);
+    if (paragraph || sentence || length >= 220) starts.push(t + 1);
   }
-  if (found[found.length - 1] !== end) found.push(end);
-  return found;
+  if (starts[starts.length - 1] !== end) starts.push(end);
+  return starts;
 };
 const buildRow = (begin, stop) => {
   const row = make("div", "row");
@@ -31,9 +31,9 @@ const buildRow = (begin, stop) => {
     for (let t = begin; t < stop; t++) {
       const bits = flags[t - first], raw = data.texts[t];
       const span = make("span", "", visible(raw));
-      if (bits & LOC) span.classList.add("loc");
-      if (bits & GLOB) span.classList.add("glob");
-      if (bits & DOM) span.classList.add("dom");
+      if (bits & PREPLAN) span.classList.add("preplan");
+      if (bits & ANCHOR) span.classList.add("anchor");
+      if (bits & DOMINATED) span.classList.add("dominated");
       span.dataset.t = t;
       span.style.setProperty("--h", clamp((heats[kind][t - first] - low) / (high - low), 0, 1).toFixed(3));
       cell.append(span);
@@ -48,7 +48,7 @@ const buildRow = (begin, stop) => {
   return row;
 };
 
-/** From dominated anchors to their intros, above the words; where a line ends between them, only both ends. */
+/** Returns the arrows from dominated anchors to their intros, above the words; across lines only their ends. */
 const arrowPath = (begin, stop, cell) => {
   const box = cell.getBoundingClientRect();
   const place = (t) => {
@@ -58,7 +58,7 @@ const arrowPath = (begin, stop, cell) => {
   const parts = [];
   const head = (x, y) => parts.push(`M${x - 3.4} ${y - 4.6}L${x} ${y}L${x + 3.6} ${y - 4.2}`);
   for (let t = begin; t < Math.min(stop + 3, end); t++) {
-    const step = back[t - first], u = t - step;
+    const step = introBack[t - first], u = t - step;
     if (!step || u >= stop) continue;
     const from = t < stop ? place(t) : null, to = u >= begin ? place(u) : null;
     if (from && to && Math.abs(from.y - to.y) < 8) {
@@ -79,7 +79,7 @@ const arrowPath = (begin, stop, cell) => {
 const SVG = "http://www.w3.org/2000/svg";
 const drawArrows = () => {
   const shown = $("show-arrows").checked ? rows.filter((row) => row.seen) : [];
-  // all places are read before anything is written
+  // reads all positions before it writes anything, so that the layout is computed once
   const paths = shown.map((row) => arrowPath(row.begin, row.stop, row.element.children[1]));
   for (const row of rows) row.svg?.remove();
   shown.forEach((row, place) => {
@@ -100,18 +100,19 @@ new ResizeObserver(arrowsSoon).observe(text);
 $("show-arrows").addEventListener("change", drawArrows);
 $("show-marks").addEventListener("change", (event) => text.classList.toggle("marks", event.target.checked));
 
-const build = (found, place) => {
+/** Builds rows for 20 ms at a time, so that the page stays responsive while it loads. */
+const build = (starts, row) => {
   const until = performance.now() + 20, part = document.createDocumentFragment();
-  for (; place + 1 < found.length && performance.now() < until; place++) {
-    const element = buildRow(found[place], found[place + 1]);
+  for (; row + 1 < starts.length && performance.now() < until; row++) {
+    const element = buildRow(starts[row], starts[row + 1]);
     element.dataset.row = rows.length;
-    rows.push({ begin: found[place], stop: found[place + 1], element, seen: false });
+    rows.push({ begin: starts[row], stop: starts[row + 1], element, seen: false });
     part.append(element);
   }
   const added = [...part.children];
   text.append(part);
   for (const element of added) watcher.observe(element);
-  if (place + 1 < found.length) setTimeout(build, 0, found, place);
+  if (row + 1 < starts.length) setTimeout(build, 0, starts, row);
   else document.documentElement.dataset.ready = "true";
 };
 const tokenOf = (target) => Number(target.closest?.("[data-t]")?.dataset.t ?? NaN);
@@ -121,19 +122,19 @@ for (const kind of ["pointerover", "pointerdown"]) {
     if (!Number.isNaN(t)) setCursor(t);
   });
 }
-let at = -1;
+let marked = -1; // the token that is outlined
 followers.push((t) => {
   for (const kind of ["waad", "fai"]) {
-    spans[kind][at - first]?.classList.remove("at");
+    spans[kind][marked - first]?.classList.remove("at");
     spans[kind][t - first]?.classList.add("at");
   }
-  at = t;
+  marked = t;
 });
 $("to-text").addEventListener("click", () => {
   spans.waad[cursor - first]?.scrollIntoView({ block: "center" });
 });
 const count = (bit) => group(flags.reduce((sum, bits) => sum + (bits & bit ? 1 : 0), 0));
 $("sets").textContent =
-  `${count(LOC)} preplan tokens, ${count(GLOB)} anchors, ${count(DOM)} of them dominated, ${count(INTRO)} intros`;
+  `${count(PREPLAN)} preplan tokens, ${count(ANCHOR)} anchors, ${count(DOMINATED)} of them dominated, ${count(INTRO)} intros`;
 $("prompt").textContent = data.texts.slice(0, first).join("");
 $("prompt-details").open = first <= 120;
