@@ -1,4 +1,4 @@
-"""A tiny random model in a folder, and problems for it: what the studies of rhythm_kernels/analysis are tested on."""
+"""A tiny random model in a folder and problems for it, on which the studies of rhythm_kernels/analysis are tested."""
 
 import json
 from pathlib import Path
@@ -22,12 +22,13 @@ SIZES = {
 
 
 def tiny_model(**sizes) -> Qwen3ForCausalLM:
+    """Returns a random Qwen3 over bytes, in evaluation mode."""
     torch.manual_seed(0)
     return Qwen3ForCausalLM(Qwen3Config(**SIZES | sizes)).eval()
 
 
 def run(main, arguments: list[str]) -> str | None:
-    """Runs a study; the message of an error that is the caller's, None without one."""
+    """Runs a study; returns the message of an error of the caller, or None."""
     try:
         main(arguments)
     except (ValueError, TypeError, OSError) as error:
@@ -36,20 +37,22 @@ def run(main, arguments: list[str]) -> str | None:
 
 
 def tiny_folder(folder: Path) -> Path:
-    """With the model and a tokenizer that reads bytes."""
+    """Saves the model and a tokenizer that reads bytes in a folder, and returns it."""
     tiny_model().save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
     return folder
 
 
 def problem_file(path: Path, count: int) -> Path:
+    """Writes a task file of `count` problems and returns its path."""
     path.write_text("".join(json.dumps({"question": f"What is {n} times {n + 3}?"}) + "\n" for n in range(count)))
     return path
 
 
 def cut_places(content: bytes) -> list[int]:
-    """Where a kill may have left a log of two batches of two: at the start, inside of answers and of a problem, and
-    between two problems.
+    """Returns where a kill may have cut a log of two batches of two problems.
+
+    The places are the start, inside of answers, inside of a problem, and between two problems.
     """
     lines = content.splitlines(keepends=True)  # settings, answers, problems 0 and 1, answers, problems 2 and 3
     starts = [sum(map(len, lines[:number])) for number in range(len(lines))]
@@ -57,5 +60,5 @@ def cut_places(content: bytes) -> list[int]:
 
 
 def kept_problems(content: bytes) -> int:
-    """How many problems a log that ends anywhere has for good."""
+    """Returns the number of finished problems in a log that was cut anywhere."""
     return sum(b'"key": "problem' in line and line.endswith(b"\n") for line in content.splitlines(keepends=True))

@@ -1,4 +1,4 @@
-"""`rhythm couple`: its statistics on signals made by hand, the log that a killed run goes on from, and task files."""
+"""`rhythm couple`: its statistics on signals by hand, the log that a killed run continues from, and task files."""
 
 import json
 import sys
@@ -74,7 +74,10 @@ def test_the_baseline_is_the_mean_over_all_shifts():
 
 
 def random_answers(plant: float, *, rising: bool = False, count: int = 40, size: int = 200) -> list[Peaks]:
-    """Sparse peaks; of FAI a share `plant` sits a token after a WAAD peak. Rising: most in the last quarter."""
+    """Returns sparse peaks; a share `plant` of the WAAD peaks has an FAI peak one token later.
+
+    With `rising`, most peaks are in the last quarter.
+    """
     draw = np.random.default_rng(7)
     chance = np.where(np.arange(size) > 0.75 * size, 0.4, 0.04) if rising else np.full(size, 0.15)
     answers = []
@@ -110,9 +113,9 @@ def test_peaks_are_of_the_tokens_that_enough_others_look_back_at():
     wave = [0.0, 1.0, 0.0, 3.0, 0.0, 2.0, 0.0, 4.0] * 2 + [0.0, 0.0]
     signal = {name: wave + [9.0, 0.0] * (FEWEST_ROWS // 2) for name in ("waad", "fai", "receiver_fai")}
     signal["entropy"] = [float(n) for n in range(len(signal["waad"]))]
-    found = couple.peaks_of(signal, 0.0)
-    assert (found.waad == marks(".x.x.x.x.x.x.x.x..")).all() and (found.fai == found.receiver).all()
-    assert found.entropy.tolist() == list(range(18)) and found.next_entropy.tolist() == list(range(1, 19))
+    counted = couple.peaks_of(signal, 0.0)
+    assert (counted.waad == marks(".x.x.x.x.x.x.x.x..")).all() and (counted.fai == counted.receiver).all()
+    assert counted.entropy.tolist() == list(range(18)) and counted.next_entropy.tolist() == list(range(1, 19))
     # the 15th smallest of 18 is 3: ceil(0.8 x 18)
     assert (couple.peaks_of(signal, 0.8).waad == marks("...x...x...x...x..")).all()
     short = {name: values[: FEWEST_ROWS + couple.FEWEST_TOKENS - 1] for name, values in signal.items()}
@@ -123,13 +126,13 @@ def test_an_interval_covers_what_it_should():
     draw = np.random.default_rng(3)
     covered = 0
     for seed in range(200):
-        found = bootstrap(np.stack([draw.normal(2.0, 1.0, 60), np.ones(60)], 1), share, seed=seed, resamples=500)
-        covered += found.low <= 2.0 <= found.high
+        estimate = bootstrap(np.stack([draw.normal(2.0, 1.0, 60), np.ones(60)], 1), share, seed=seed, resamples=500)
+        covered += estimate.low <= 2.0 <= estimate.high
     assert 178 <= covered <= 200  # of 200, 95 % expected
     columns = np.array([[1, 2], [3, 4], [0, 0]])
-    found = bootstrap(columns, share, seed=0)
-    assert found.value == 4 / 6 and (found.low, found.high) == (0.5, 0.75)
-    assert found == bootstrap(columns, share, seed=0)
+    estimate = bootstrap(columns, share, seed=0)
+    assert estimate.value == 4 / 6 and (estimate.low, estimate.high) == (0.5, 0.75)
+    assert estimate == bootstrap(columns, share, seed=0)
     assert bootstrap(columns[:1], share, seed=0) == (0.5, 0.5, 0.5)
     for nothing in (columns[2:], np.zeros((0, 2))):
         assert np.isnan(bootstrap(nothing, share, seed=0)).all()
@@ -310,8 +313,8 @@ def test_more_problems_go_on_where_fewer_ended(setting, tmp_path):
     given = [*arguments, "--out", str(tmp_path)]
     assert run(couple.main, [*given, "--problems", "3"]) is None  # the second batch has one problem
     assert run(couple.main, given) is None
-    found, expected = (data_of(folder) for folder in (tmp_path, out))
-    assert found == expected
+    got, expected = (data_of(folder) for folder in (tmp_path, out))
+    assert got == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`rhythm perturb`: words and places by hand, rollouts against plain ones without a cache, and runs that are cut."""
+"""`rhythm perturb`: words and positions by hand, rollouts against plain ones without a cache, interrupted runs."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_jaccard_of_known_texts():
 
 
 def test_extremes_by_hand():
-    tail = [9.0] * FEWEST_ROWS  # of too few rows to be ranked
+    tail = [9.0] * FEWEST_ROWS  # too few rows look back at these
     assert perturb.extremes([0.3, 0.1, 0.9, 0.5, 0.0, 0.7, *tail], 2) == {"top": [2, 5], "bottom": [1, 4]}
     assert perturb.extremes([0.5, 0.5, 0.5, 0.5, *tail], 2) == {"top": [0, 1], "bottom": [2, 3]}
     assert perturb.extremes([0.0, 0.0, 0.1, 0.0, *tail], 1) == {"top": [2], "bottom": [0]}
@@ -74,9 +74,9 @@ def place(kind: str, where: int, tokens: list[str], continuations: list[str]) ->
 def test_overlaps_by_hand():
     top = place("top", 4, [" Tom", " Ann", "1"], ["x 1 2 3 4", "y 1 2 3 5", "z 9"])  # letters that end a word
     bottom = place("bottom", 2, ["$", " ", "e"], ["1 2", "1 2", " 2"])
-    found = perturb.overlaps({"tokens": 9, "places": [bottom, top]})
-    assert found["top"] == [Overlap(pytest.approx(0.3), 0.04, 0.5, 0.5, pytest.approx(0.2))]  # 3/5 and 0
-    assert found["bottom"] == [Overlap(0.75, 0.02, 0.5, 0.25, pytest.approx(0.2))]
+    got = perturb.overlaps({"tokens": 9, "places": [bottom, top]})
+    assert got["top"] == [Overlap(pytest.approx(0.3), 0.04, 0.5, 0.5, pytest.approx(0.2))]  # 3/5 and 0
+    assert got["bottom"] == [Overlap(0.75, 0.02, 0.5, 0.25, pytest.approx(0.2))]
     assert perturb.overlaps({"tokens": 9, "places": []}) is None
 
 
@@ -88,10 +88,10 @@ def test_table_1_by_hand():
         }
 
     answers = [answer([0.2, 0.4], [0.8, 0.6]), answer([0.5], [0.5]), answer([0.9], [0.1]), answer([0.0], [1.0])]
-    found = {name: estimate.value for name, estimate in perturb.table_1(answers, 0).items()}
+    got = {name: estimate.value for name, estimate in perturb.table_1(answers, 0).items()}
     expected = {"top": 0.425, "bottom": 0.575, "top - bottom": -0.15, "top below bottom": 0.5, "tied": 0.25}
     # the first answer has two pairs of places, and so twice the weight in the regression
-    assert found == pytest.approx(expected | {"held equal": (2 * -0.4 + 0.0 + 0.8 - 1.0) / 5})
+    assert got == pytest.approx(expected | {"held equal": (2 * -0.4 + 0.0 + 0.8 - 1.0) / 5})
     for estimate in perturb.table_1(answers, 0).values():
         assert estimate.low <= estimate.value <= estimate.high
     drop = perturb.table_1([answer([n / 80], [n / 80 + 0.1]) for n in range(70)], 0)
@@ -109,10 +109,10 @@ def test_a_difference_in_entropy_is_told_from_one_in_fai(hangs_on, raw, equal):
             jaccard_of = 0.9 - 0.2 * (entropy if hangs_on == "entropy" else kind == "top") + noise
             answer[kind] = [Overlap(*pair, draw.random(), 0.1) for pair in zip(jaccard_of, [0.0] * 2, entropy)]
         answers.append(answer)
-    found = perturb.table_1(answers, 0)
-    assert found["top - bottom"].value == pytest.approx(raw, abs=0.03)
-    assert found["held equal"].low - 0.01 < equal < found["held equal"].high + 0.01
-    assert found["held equal"].value == pytest.approx(equal, abs=0.03)
+    got = perturb.table_1(answers, 0)
+    assert got["top - bottom"].value == pytest.approx(raw, abs=0.03)
+    assert got["held equal"].low - 0.01 < equal < got["held equal"].high + 0.01
+    assert got["held equal"].value == pytest.approx(equal, abs=0.03)
 
 
 # ---- rollouts --------------------------------------------------------------------------------------------------------
@@ -120,14 +120,14 @@ def test_a_difference_in_entropy_is_told_from_one_in_fai(hangs_on, raw, equal):
 
 @torch.no_grad()
 def plain(model, tokens: list[int], count: int) -> list[int]:
-    """Greedy, each token from a forward over all before it; without the token that ends it."""
-    made: list[int] = []
+    """Returns a greedy continuation without its end token, each token from a forward over all before it."""
+    continuation: list[int] = []
     for _ in range(count):
-        best = int(model(torch.tensor([tokens + made]), use_cache=False).logits[0, -1].argmax())
+        best = int(model(torch.tensor([tokens + continuation]), use_cache=False).logits[0, -1].argmax())
         if best == model.generation_config.eos_token_id:
             break
-        made.append(best)
-    return made
+        continuation.append(best)
+    return continuation
 
 
 @torch.no_grad()

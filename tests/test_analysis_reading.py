@@ -26,7 +26,7 @@ models = pytest.mark.parametrize("name", MODELS)
 
 
 def sequence(name: str):
-    """(model, ids [T], response [T])."""
+    """Returns (model, ids [T], response [T])."""
     torch.manual_seed(0)
     model = MODELS[name]()
     ids = torch.randint(61, (TOKENS,))
@@ -34,24 +34,25 @@ def sequence(name: str):
 
 
 class Dense:
-    """Everything that a Reading holds, from whole maps in fp64."""
+    """Computes everything that a Reading holds from whole maps in fp64."""
 
     def __init__(self, model, ids, response, sampled: list[int]):
         self.rows, self.segments = response[None], torch.zeros(1, len(ids), dtype=torch.long)
-        self.maps = [each.double() for each in eager_maps(model, input_ids=ids[None])]
+        self.maps = [attention.double() for attention in eager_maps(model, input_ids=ids[None])]
         self.waad, self.credit_fai, (self.groups,) = dense_rhythm(self.maps, sampled, self.rows, self.segments, 1)
         stacked = torch.stack([self.maps[layer][0] for layer in sampled])  # [l, HQ, T, T]
         self.local_map, self.global_map = (stacked[group].mean(0) for group in self.groups)
         self.fai = self._fai(self.global_map)
-        every = [dense_stats(each, self.rows, self.segments, 1, horizon=TO_THE_END) for each in self.maps]
-        self.columns = torch.cat([fai for _, fai, _ in every])  # [L, HQ, T]
-        self.spans = torch.cat([span for *_, span in every])
+        stats = [dense_stats(layer, self.rows, self.segments, 1, horizon=TO_THE_END) for layer in self.maps]
+        self.columns = torch.cat([fai for _, fai, _ in stats])  # [L, HQ, T]
+        self.spans = torch.cat([span for *_, span in stats])
 
     def _fai(self, attention):
         return reference.fai(attention[None, None], self.rows, self.segments, TO_THE_END)[0, 0]
 
     def receiver_fai(self, receivers):
-        return self._fai(torch.cat([each[0][row] for each, row in zip(self.maps, receivers, strict=True)]).mean(0))
+        heads = [layer[0][row] for layer, row in zip(self.maps, receivers, strict=True)]
+        return self._fai(torch.cat(heads).mean(0))
 
 
 def kurtosis(columns: np.ndarray) -> np.ndarray:
@@ -60,59 +61,60 @@ def kurtosis(columns: np.ndarray) -> np.ndarray:
     return (away**4).mean(-1) / (away**2).mean(-1) ** 2 - 3.0
 
 
-def close(found, expected, **near):
-    torch.testing.assert_close(found.double(), expected.double(), **(NEAR | near))
+def close(got, expected, **near):
+    torch.testing.assert_close(got.double(), expected.double(), **(NEAR | near))
 
 
 @models
 def test_every_number_equals_that_of_whole_maps(name):
     model, ids, response = sequence(name)
-    found = read(model, ids, response, layers=4, receivers=5)
-    dense = Dense(model, ids, response, found.sampled)
+    reading = read(model, ids, response, layers=4, receivers=5)
+    dense = Dense(model, ids, response, reading.sampled)
 
-    assert found.sampled == reference.sampled_layers(6, 4) and found.layers == list(range(6)) and found.tokens == TOKENS
-    assert torch.equal(found.ids, ids) and torch.equal(found.response, response)
-    for group, expected in zip(found.groups, dense.groups, strict=True):
+    assert reading.sampled == reference.sampled_layers(6, 4) and reading.layers == list(range(6))
+    assert reading.tokens == TOKENS
+    assert torch.equal(reading.ids, ids) and torch.equal(reading.response, response)
+    for group, expected in zip(reading.groups, dense.groups, strict=True):
         assert torch.equal(group, expected)
-    close(found.waad, dense.waad[0], atol=2e-5)
-    close(found.fai, dense.fai)
-    close(found.credit_fai, dense.credit_fai[0])
-    close(found.spans, dense.spans, atol=2e-5)
-    assert found.waad[response].min() > 0 and found.waad[~response].eq(0).all()
+    close(reading.waad, dense.waad[0], atol=2e-5)
+    close(reading.fai, dense.fai)
+    close(reading.credit_fai, dense.credit_fai[0])
+    close(reading.spans, dense.spans, atol=2e-5)
+    assert reading.waad[response].min() > 0 and reading.waad[~response].eq(0).all()
 
     counted = response & (torch.arange(TOKENS) + 1 + FEWEST_ROWS <= TOKENS)
-    close(found.kurtosis, torch.from_numpy(kurtosis(dense.columns[..., counted].numpy())), rtol=1e-4, atol=1e-4)
-    top = found.kurtosis.flatten().sort(descending=True).values
-    assert found.receivers.sum() == 5 and torch.equal(found.receivers, found.kurtosis >= top[4])
-    close(found.receiver_fai, dense.receiver_fai(found.receivers))
+    close(reading.kurtosis, torch.from_numpy(kurtosis(dense.columns[..., counted].numpy())), rtol=1e-4, atol=1e-4)
+    top = reading.kurtosis.flatten().sort(descending=True).values
+    assert reading.receivers.sum() == 5 and torch.equal(reading.receivers, reading.kurtosis >= top[4])
+    close(reading.receiver_fai, dense.receiver_fai(reading.receivers))
 
 
 @models
 def test_selections_are_those_of_the_reference(name):
     model, ids, response = sequence(name)
-    found = read(model, ids, response, receivers=5, min_quantile=0.6)
+    reading = read(model, ids, response, receivers=5, min_quantile=0.6)
     rows = response[None]
     for peaks, values in (
-        (found.waad_peaks, found.waad),
-        (found.fai_peaks, found.fai),
-        (found.receiver_peaks, found.receiver_fai),
+        (reading.waad_peaks, reading.waad),
+        (reading.fai_peaks, reading.fai),
+        (reading.receiver_peaks, reading.receiver_fai),
     ):
         assert torch.equal(peaks[None], reference.find_peaks(values[None], rows, 0.6)) and peaks.any()
-    waad, fai = found.waad[None], found.credit_fai[None]
+    waad, fai = reading.waad[None], reading.credit_fai[None]
     anchors, dominated, intros = reference.coupled_sets(waad, fai, rows)
-    assert torch.equal(found.sets.preplan[None], reference.segment_topq(reference.delta(waad, rows), rows, 0.4))
-    assert torch.equal(found.sets.anchors[None], anchors)
-    assert torch.equal(found.sets.dominated[None], dominated)
-    assert torch.equal(found.sets.intros[None], intros)
-    named = found.sets.intro_of[found.sets.dominated]
-    assert found.sets.dominated.any() and torch.equal(named.unique(), intros[0].nonzero().flatten())
-    assert found.sets.intro_of[~found.sets.dominated].eq(-1).all()
-    assert torch.equal(found.gamma[None], reference.gamma("coupled", rows, waad, fai))
+    assert torch.equal(reading.sets.preplan[None], reference.segment_topq(reference.delta(waad, rows), rows, 0.4))
+    assert torch.equal(reading.sets.anchors[None], anchors)
+    assert torch.equal(reading.sets.dominated[None], dominated)
+    assert torch.equal(reading.sets.intros[None], intros)
+    named = reading.sets.intro_of[reading.sets.dominated]
+    assert reading.sets.dominated.any() and torch.equal(named.unique(), intros[0].nonzero().flatten())
+    assert reading.sets.intro_of[~reading.sets.dominated].eq(-1).all()
+    assert torch.equal(reading.gamma[None], reference.gamma("coupled", rows, waad, fai))
 
 
 @pytest.mark.parametrize("name", ["llama", "Gemma2", "Cohere", "Granite"])
 def test_entropy_is_that_of_the_whole_logits(name):
-    """Soft-capped, scaled up and scaled down logits among them."""
+    """The models have soft-capped, scaled up and scaled down logits too."""
     _, ids, response = sequence("llama")
     torch.manual_seed(1)
     if name == "llama":
@@ -121,22 +123,22 @@ def test_entropy_is_that_of_the_whole_logits(name):
         options = {"Cohere": {"logit_scale": 0.5}, "Granite": {"logits_scaling": 3.0}}
         architecture = ARCHITECTURES[name]
         model = architecture._replace(options=architecture.options | options.get(name, {})).build("sdpa")
-    found = read(model, ids, response, receivers=4)
+    reading = read(model, ids, response, receivers=4)
     with torch.no_grad():
         log_probs = model(ids[None]).logits[0].double().log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     expected = torch.zeros(TOKENS, dtype=torch.float64)
     expected[response] = entropy[:-1][response[1:]]  # a token was drawn from the logits of the one before
-    close(found.entropy, expected, atol=1e-5)
-    assert found.entropy[response].min() > 0 and found.entropy.max() < math.log(61)
+    close(reading.entropy, expected, atol=1e-5)
+    assert reading.entropy[response].min() > 0 and reading.entropy.max() < math.log(61)
 
 
 def test_a_model_in_16_bits_is_read():
     model, ids, response = sequence("llama")
     exact = read(model, ids, response, receivers=4)
-    found = read(model.bfloat16(), ids, response, receivers=4)
-    assert found.waad.dtype == torch.float32
-    torch.testing.assert_close(found.waad, exact.waad, rtol=0.1, atol=0.3)
+    reading = read(model.bfloat16(), ids, response, receivers=4)
+    assert reading.waad.dtype == torch.float32
+    torch.testing.assert_close(reading.waad, exact.waad, rtol=0.1, atol=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -147,8 +149,8 @@ def test_the_default_dtype_changes_no_bit(dtype):
 
     def tensors():
         signals = read(model, ids, answer, receivers=4), mean_maps(model, ids[None], [2, 3], groups)
-        found = [vars(x) if hasattr(x, "__dict__") else x for x in signals]
-        return [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        maps = [vars(x) if hasattr(x, "__dict__") else x for x in signals]
+        return [x for x in tree_leaves(maps) if isinstance(x, torch.Tensor)]
 
     expected = tensors()
     torch.set_default_dtype(dtype)
@@ -206,20 +208,20 @@ def test_moments_are_those_of_the_counted_columns():
     torch.manual_seed(2)
     fai = torch.rand(2, 3, 50) ** 4
     columns = torch.rand(2, 50) < 0.6
-    found = column_moments(fai, columns)
+    got = column_moments(fai, columns)
     for row in range(2):
         values = fai[row][:, columns[row]].double().numpy()
-        assert found.count[row] == columns[row].sum()
-        close(found.kurtosis[row], torch.from_numpy(kurtosis(values)), rtol=1e-9, atol=1e-9)
-        close(found.m3[row], torch.from_numpy(((values - values.mean(-1, keepdims=True)) ** 3).mean(-1)), rtol=1e-9)
+        assert got.count[row] == columns[row].sum()
+        close(got.kurtosis[row], torch.from_numpy(kurtosis(values)), rtol=1e-9, atol=1e-9)
+        close(got.m3[row], torch.from_numpy(((values - values.mean(-1, keepdims=True)) ** 3).mean(-1)), rtol=1e-9)
 
 
 def test_wrong_input_of_heads_and_maps_is_refused():
     model, ids = llama("sdpa"), torch.randint(0, 61, (40,))
-    found = read(model, ids, torch.arange(40) >= 10)
+    reading = read(model, ids, torch.arange(40) >= 10)
     for wrong in (ids, ids[None].expand(2, -1)):
         with pytest.raises(ValueError, match=r"ids must have shape \[1, T\], got"):
-            mean_maps(model, wrong, found.sampled, found.groups)
+            mean_maps(model, wrong, reading.sampled, reading.groups)
     with pytest.raises(ValueError, match=r"response must have shape \[B, T\], got \[40\]"):
         counted_columns(ids > 3, 1)
     with pytest.raises(TypeError, match="response must be torch.bool, got torch.int64"):
@@ -239,10 +241,10 @@ def test_equal_columns_and_none_have_a_kurtosis_of_0():
 def test_columns_count_where_enough_rows_look_back():
     response = torch.arange(100)[None] >= 40
     response[0, 70] = False
-    found = counted_columns(response, 4)
+    got = counted_columns(response, 4)
     for s in range(100):
         rows = int(response[0, s + 4 :].sum())
-        assert found[0, s] == bool(response[0, s] and rows >= FEWEST_ROWS), s
+        assert got[0, s] == bool(response[0, s] and rows >= FEWEST_ROWS), s
 
 
 def test_receiver_heads_break_ties_by_place():
@@ -254,15 +256,15 @@ def test_receiver_heads_break_ties_by_place():
 
 
 def binned(attention: torch.Tensor, begin: int, end: int, size: int) -> torch.Tensor:
-    """What rows of a bin give to the tokens of another, on average over its rows; [T, T] -> [bins, bins]."""
+    """Returns a map [T, T] in bins, [bins, bins]: what the rows of one pay to another, averaged over the rows."""
     window = attention[begin:end, begin:end]
     bins = math.ceil(len(window) / size)
-    found = torch.zeros(bins, bins, dtype=torch.float64)
+    got = torch.zeros(bins, bins, dtype=torch.float64)
     for row in range(bins):
         for column in range(bins):
             block = window[row * size : (row + 1) * size, column * size : (column + 1) * size]
-            found[row, column] = block.sum(-1).mean()
-    return found
+            got[row, column] = block.sum(-1).mean()
+    return got
 
 
 @models
@@ -272,9 +274,9 @@ def binned(attention: torch.Tensor, begin: int, end: int, size: int) -> torch.Te
 def test_mean_maps_equal_whole_ones(monkeypatch, name, begin, end, bins, size):
     monkeypatch.setattr("rhythm_kernels.analysis.maps.TILE", 700)  # several tiles, none of which fits a bin
     model, ids, response = sequence(name)
-    found = read(model, ids, response, receivers=4)
-    dense = Dense(model, ids, response, found.sampled)
-    maps = mean_maps(model, ids[None], found.sampled, found.groups, begin=begin, end=end, bins=bins)
+    reading = read(model, ids, response, receivers=4)
+    dense = Dense(model, ids, response, reading.sampled)
+    maps = mean_maps(model, ids[None], reading.sampled, reading.groups, begin=begin, end=end, bins=bins)
     assert (maps.begin, maps.end, maps.bin) == (begin, end, size) and maps.local_map.dtype == torch.float32
     close(maps.local_map, binned(dense.local_map, begin, end, size))
     close(maps.global_map, binned(dense.global_map, begin, end, size))
@@ -319,9 +321,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor) and each.untyped_storage().nbytes() > each.element_size():  # not expanded
-                self.most = max(self.most, each.numel())
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() > x.element_size():  # not expanded
+                self.most = max(self.most, x.numel())
         return out
 
 
@@ -330,14 +332,14 @@ def largest_of(tokens: int, what: str) -> int:
     model = llama(max_position_embeddings=tokens)
     ids = torch.randint(61, (tokens,))
     groups = HeadGroups(*(torch.rand(2, 6) < 0.5 for _ in range(2)))
-    with Largest() as found:
+    with Largest() as maps:
         if what == "read":
             read(model, ids, torch.arange(tokens) >= 20, receivers=4)
         elif what == "maps":
             mean_maps(model, ids[None], [2, 3], groups)
         else:
             mean_maps(model, ids[None], [2, 3], groups, begin=500, end=756)
-    return found.most
+    return maps.most
 
 
 @pytest.mark.usefixtures("open_to_modes")
@@ -363,7 +365,7 @@ def test_token_texts_put_characters_together_from_bytes():
 
 
 def test_token_texts_keep_the_spaces_that_a_text_would_begin_without(tmp_path):
-    """A tokenizer in the way of Llama 1 and 2, whose tokens say where a word begins."""
+    """The tokenizer is like that of Llama 1 and 2, whose tokens say where a word begins."""
     from tokenizers import Tokenizer, decoders
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast
@@ -392,6 +394,6 @@ def test_generated_answers_end_where_they_should():
     alone = generate(model, tokenizer, prompts[:1], max_new_tokens=12)
     together = generate(model, tokenizer, prompts, max_new_tokens=12)
     assert alone[0] == together[0]
-    made = sequence_of(tokenizer, prompts[0], alone[0], "cpu")
-    assert made.response.sum() == len(alone[0]) and not made.response[: len(prompts[0])].any()
-    assert len(made.texts) == len(made.ids)
+    sequence = sequence_of(tokenizer, prompts[0], alone[0], "cpu")
+    assert sequence.response.sum() == len(alone[0]) and not sequence.response[: len(prompts[0])].any()
+    assert len(sequence.texts) == len(sequence.ids)

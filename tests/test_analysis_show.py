@@ -21,7 +21,7 @@ PROMPT = "Two pens cost "
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """A folder that from_pretrained reads: a random Qwen3 over bytes, with 24 heads."""
+    """Returns a folder that from_pretrained reads: a random Qwen3 over bytes, with 24 heads."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -42,16 +42,16 @@ def tiny(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def answered(tiny, tmp_path_factory):
-    """(folder, ShownAnswer, what was printed is tested elsewhere) of a given answer and a window."""
+    """Returns (folder, ShownAnswer) for a given answer and a window."""
     out = tmp_path_factory.mktemp("out")
     arguments = [tiny, "--prompt", PROMPT + NASTY, "--response", NASTY * 4, "--window", "20:90", "--layers", "3"]
     return out, show.show(show.parse([*arguments, "--out", str(out)]))
 
 
 def data_of(html: str) -> dict:
-    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert len(found) == 1
-    return json.loads(found[0])
+    got = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert len(got) == 1
+    return json.loads(got[0])
 
 
 def floats(text: str) -> np.ndarray:
@@ -135,20 +135,20 @@ def test_the_numbers_of_the_page_are_those_of_the_reading(tiny, answered):
 def test_the_maps_of_the_page_are_those_of_the_model(answered):
     folder, shown = answered
     data = data_of((folder / "index.html").read_text(encoding="utf-8"))
-    assert [(each["begin"], each["end"], each["bin"]) for each in data["maps"]] == [
+    assert [(maps["begin"], maps["end"], maps["bin"]) for maps in data["maps"]] == [
         (0, shown.reading.tokens, -(-shown.reading.tokens // 256)),
         (20, 90, 1),
     ]
-    for each, maps in zip(data["maps"], shown.maps, strict=True):
-        row, column = np.tril_indices(each["bins"])
-        np.testing.assert_allclose(floats(each["local"]), maps.local_map.numpy()[row, column], atol=1e-6)
-        np.testing.assert_allclose(floats(each["global"]), maps.global_map.numpy()[row, column], atol=1e-6)
+    for drawn, maps in zip(data["maps"], shown.maps, strict=True):
+        row, column = np.tril_indices(drawn["bins"])
+        np.testing.assert_allclose(floats(drawn["local"]), maps.local_map.numpy()[row, column], atol=1e-6)
+        np.testing.assert_allclose(floats(drawn["global"]), maps.global_map.numpy()[row, column], atol=1e-6)
 
 
 def test_the_files_of_numbers_hold_the_reading(answered):
     folder, shown = answered
-    with np.load(folder / "reading.npz", allow_pickle=False) as found:
-        arrays = dict(found)
+    with np.load(folder / "reading.npz", allow_pickle=False) as got:
+        arrays = dict(got)
     reading = shown.reading
     for name in (
         "ids",

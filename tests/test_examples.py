@@ -1,4 +1,4 @@
-"""The example scripts run as they stand, at a tiny size."""
+"""The example scripts run unchanged, at a tiny size."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def run(script: str, *args: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """A folder that from_pretrained reads: a random Qwen3 over bytes."""
+    """Returns a folder that from_pretrained reads: a random Qwen3 over bytes."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
@@ -43,7 +43,7 @@ def test_the_plain_loop_credits_tokens_and_learns():
     assert [int(step) for step, *_ in steps] == list(range(1, 9)), out
     rewards = [float(reward) for _, reward, _ in steps]
     assert rewards[-1] > rewards[0] + 0.05  # 0.06 to 0.25 or so
-    assert all(30 <= int(share) <= 60 for *_, share in steps)  # q is 0.4, and what introduces comes on top
+    assert all(30 <= int(share) <= 60 for *_, share in steps)  # top_fraction is 0.4, and the intros are added
 
 
 def test_the_plain_loop_takes_a_saved_model(tiny):
@@ -69,6 +69,6 @@ def test_look_at_rhythm_takes_an_answer_and_prints_without_colours(tiny, tmp_pat
 
 
 def assert_drawn(picture: Path):
-    """Lines and bars on white."""
+    """Checks that a picture has lines and bars on white."""
     pixels = np.asarray(Image.open(picture).convert("L"))
     assert pixels.shape[0] > 300 and 0.005 < (pixels < 200).mean() < 0.5
