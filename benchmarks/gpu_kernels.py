@@ -18,7 +18,8 @@ from rhythm_kernels import (
 )
 from rhythm_kernels.statistics.layout import make_layout
 from rhythm_kernels.statistics.options import check_options
-from rhythm_kernels.statistics.verify import probe_output, rounding_of
+from rhythm_kernels.statistics.probes import rounding_of
+from rhythm_kernels.statistics.verify import probe_output
 
 TOKENS = 300
 QUERY_HEADS, KEY_HEADS = 4, 2

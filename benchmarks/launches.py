@@ -23,7 +23,8 @@ from rhythm_kernels import attention, attention_stats, group_stats
 from rhythm_kernels.statistics import api
 from rhythm_kernels.statistics.layout import make_layout
 from rhythm_kernels.statistics.options import check_options
-from rhythm_kernels.statistics.verify import probe_output, rounding_of
+from rhythm_kernels.statistics.probes import rounding_of
+from rhythm_kernels.statistics.verify import probe_output
 
 TARGETS = (80, 90, 100)  # compute capabilities, times ten
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8

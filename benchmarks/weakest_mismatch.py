@@ -21,7 +21,8 @@ from tqdm import tqdm
 from benchmarks.measure import environment, heading, make_parser, markdown_table, publish
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.options import check_options
-from rhythm_kernels.statistics.verify import probe_output, rounding_of
+from rhythm_kernels.statistics.probes import rounding_of
+from rhythm_kernels.statistics.verify import probe_output
 
 TOKENS, QUERY_HEADS, KEY_HEADS, SIZE = 512, 8, 2, 64
 SCALE = SIZE**-0.5

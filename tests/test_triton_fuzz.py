@@ -11,7 +11,7 @@ from stats_strategy import stats_case
 from triton_calls import CALLS, DEVICE, HALF, check
 from verify_cases import assert_same_probes, assumed, damaged, exact
 
-from rhythm_kernels.statistics.verify import rounding_of
+from rhythm_kernels.statistics.probes import rounding_of
 
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 300))
 # on a GPU each new shape compiles kernels: a failing case comes out as it was drawn

@@ -9,9 +9,10 @@ from triton_calls import DEVICE, HALF, on_device
 from verify_cases import assert_same_probes, assumed, damaged, exact, found_by
 
 from benchmarks.pretended_cuda import counted, pretended_cuda
-from rhythm_kernels.statistics import triton_verify, verify
+from rhythm_kernels.statistics import probes, triton_verify
 from rhythm_kernels.statistics.layout import make_layout
-from rhythm_kernels.statistics.verify import probe_lse, probe_output, probed_rows, rounding_of
+from rhythm_kernels.statistics.probes import probed_rows, rounding_of
+from rhythm_kernels.statistics.verify import probe_lse, probe_output
 
 DTYPES = [torch.float32, HALF] if DEVICE == "cpu" else [torch.float32, HALF, torch.bfloat16]
 
@@ -80,7 +81,7 @@ CASES = {
 def few_probes(monkeypatch):
     """The interpreter takes its time for each row."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(verify, "PROBES", 4)
+        monkeypatch.setattr(probes, "PROBES", 4)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -29,7 +29,8 @@ from rhythm_kernels import attention_stats, collect, group_stats, reference
 from rhythm_kernels.listen.backend_lse import FUSED_OPS
 from rhythm_kernels.statistics.layout import make_layout
 from rhythm_kernels.statistics.options import check_options
-from rhythm_kernels.statistics.verify import FEWEST, PROBES, probe_lse, probe_output, probed_rows, rounding_of
+from rhythm_kernels.statistics.probes import FEWEST, PROBES, probed_rows, rounding_of
+from rhythm_kernels.statistics.verify import probe_lse, probe_output
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 modules = [sys.modules[f"rhythm_kernels.{name}"] for name in ("listen.findings", "signals", "statistics.api")]

@@ -6,10 +6,11 @@ from torch import Tensor
 from triton_calls import on_device
 
 from rhythm_kernels.reference import attention_map
-from rhythm_kernels.statistics import verify
+from rhythm_kernels.statistics import probes
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.options import Options, check_options
-from rhythm_kernels.statistics.verify import Deviation, Rounding, probe_lse, probe_output, probed_rows
+from rhythm_kernels.statistics.probes import Deviation, Rounding, probed_rows
+from rhythm_kernels.statistics.verify import probe_lse, probe_output
 
 MASKS = ("response_mask", "attention_mask", "cu_seqlens")
 MAP = ("scale", "sliding_window", "softcap", "sinks")
@@ -37,7 +38,7 @@ def exact(case: StatsCase, v: Tensor) -> tuple[Tensor, Tensor]:
 def damaged(out: Tensor, lse: Tensor, layout: Layout, seed: int, error: float) -> tuple[Tensor, Tensor]:
     """A probed row and head of each is off by so much; nothing where no row is probed."""
     generator = torch.Generator().manual_seed(seed)
-    out, lse, rows = out.clone(), lse.clone(), probed_rows(layout, verify.PROBES).cpu()
+    out, lse, rows = out.clone(), lse.clone(), probed_rows(layout, probes.PROBES).cpu()
     places = (rows >= 0).nonzero()
     for x in (out.transpose(1, 2), lse):
         if len(places):

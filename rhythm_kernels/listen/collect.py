@@ -37,7 +37,8 @@ from rhythm_kernels.statistics.api import BACKENDS, run_group_stats, run_stats
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.options import Options, check_options
 from rhythm_kernels.statistics.poison import scaled
-from rhythm_kernels.statistics.verify import Rounding, probe_output, rounding_of
+from rhythm_kernels.statistics.probes import Rounding, rounding_of
+from rhythm_kernels.statistics.verify import probe_output
 from rhythm_kernels.tensor_checks import check_cu_seqlens, check_device, check_tensor
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from rhythm_kernels.host import fetch
 from rhythm_kernels.listen.clock import Clock
 from rhythm_kernels.statistics.poison import factor_of
-from rhythm_kernels.statistics.verify import Deviation
+from rhythm_kernels.statistics.probes import Deviation
 from rhythm_kernels.tensor_checks import can_look
 
 

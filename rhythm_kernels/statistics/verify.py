@@ -1,12 +1,13 @@
-"""Holds the map that the statistics assume against what an attention call returned, on a few rows of each sequence.
+"""Checks the assumed attention map against what an attention call returned, on a few rows of each sequence.
 
-The output of a row is sum_s A[t, s] v[s], and its log-sum-exp is that of its scores: both are computed here again, from
-q, k and v under the assumed scale, window, soft cap, sinks and sequences, and compared. A mask, window or sequence
-border that was taken for another one shows in them.
+The output of a row is sum_s A[t, s] v[s], and its log-sum-exp is that of its scores. Both are computed again from q, k
+and v, under the assumed scale, window, soft cap, sinks and sequence borders, and compared with those of the call. A
+wrong mask, window or border shows as a difference. DESIGN.md, "The map is checked", derives the tolerance.
 
-The rule is written here for torch; triton_verify.py has it for a GPU, in three launches.
+This file has the check in torch; triton_verify.py has it for a GPU, in three launches.
 
-Shapes: S sequences, P probed rows of each, L the most keys of a sequence, HQ query heads, H key heads.
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences,
+P probed rows of each, L keys of the longest sequence.
 """
 
 import math
@@ -18,79 +19,12 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels.host import send
+from rhythm_kernels.statistics import probes
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import DTYPES, Options
+from rhythm_kernels.statistics.probes import ACCUMULATED, END_ROWS, SLACK, VANISHING, Deviation, Rounding, probed_rows
 
-PROBES = 12
-"""Probed rows of a batch row; more where it is packed from many sequences, of which each gets at least FEWEST."""
-FEWEST = 4
-END_ROWS = 2  # of a log-sum-exp alone: the first and the last
 CHUNK_BYTES = 64 << 20  # of fp32 keys and values held at once
-SLACK = 2.0
-"""How many times the size of its rounding errors a row may be off. Each error counts at its largest."""
-FP32 = 2.0**-24  # the unit roundoff
-TINY = torch.finfo(torch.float32).tiny
-VANISHING = 1e-18  # values below it say nothing: their squares are 0 in fp32
-ACCUMULATED = 24 * FP32
-"""Error of a sum of fp32 products, in the call and again in this file, relative to the lengths of the vectors."""
-
-
-class Rounding(NamedTuple):
-    """How coarsely an attention call computes: unit roundoffs, relative to what is rounded."""
-
-    factors: float
-    """The rounding of q and k on their way into the product, beyond the dtype that they arrive in."""
-    scores: float
-    """The rounding of scores; 0 where it is below that of their sum in fp32."""
-    weights: float
-    """The rounding of the weights and of v."""
-    out: float
-    """The rounding of the output."""
-    smallest: float
-    """Absolute error of a weight close to 0: half the smallest number above 0; 0 where fp32 has none so small."""
-
-
-class Deviation(NamedTuple):
-    """Where an attention call is furthest from the assumed map, relative to what its rounding explains."""
-
-    excess: Tensor
-    """0-dim fp32: the difference there over what is allowed; above 1 it is a mismatch."""
-    place: Tensor
-    """int64 [3]: batch row, token, query head."""
-    values: Tensor
-    """fp32 [3]: what the call gave there, what the assumed map gives, and the allowed difference."""
-
-
-def rounding_of(
-    dtype: torch.dtype, *, lowered: torch.dtype | None = None, fused: bool = False, softcap: bool = False
-) -> Rounding:
-    """Returns the rounding of a call on inputs of `dtype`.
-
-    Args:
-        lowered: the dtype that its products round fp32 factors to (autocast, TF32), if they do.
-        fused: whether the scores stay in fp32 inside one kernel. The eager formula rounds them to the dtype, after the
-            product and after the scale.
-        softcap: whether there is one, which takes three roundings more.
-    """
-    unit, coarse = (torch.finfo(x).eps / 2 for x in (dtype, lowered or dtype))
-    scores = 0.0 if fused else (3.0 if softcap else 1.5) * coarse
-    smallest = torch.finfo(lowered or dtype).smallest_normal * coarse
-    return Rounding(
-        factors=coarse if coarse > unit else 0.0,
-        scores=scores if scores > ACCUMULATED else 0.0,
-        weights=coarse,
-        out=coarse,
-        smallest=smallest if smallest > TINY else 0.0,
-    )
-
-
-def probed_rows(layout: Layout, most: int = PROBES) -> Tensor:
-    """Returns the rows of R that are probed: int64 [S, P], -1 where a sequence has none.
-
-    They are the first and the last of each sequence and, by a fixed rule, some between: dense at the beginning, where
-    tokens of another sequence or of the padding would weigh most.
-    """
-    return layout.keep(("probes", most), lambda: _probed_rows(layout, most))
 
 
 def probe_output(
@@ -104,29 +38,34 @@ def probe_output(
     rounding: Rounding,
     backend: str = "auto",
 ) -> list[tuple[str, Deviation]]:
-    """Returns the worst deviation of an attention call's output and, where given, of its log-sum-exp.
+    """Returns the worst deviation of an attention call's output and, where it is given, of its log-sum-exp.
 
     Args:
-        q: [B, HQ, T, D]; k: [B, H, T, D]; v: [B, H, T, Dv], floating, any strides.
+        q: [B, HQ, T, D] floating, any strides.
+        k: [B, H, T, D], the same.
+        v: [B, H, T, Dv], the same.
         out: [B, T, HQ, Dv], as transformers' attention functions return it.
         lse: [B, HQ, T] fp32, natural log, sinks included.
-        layout, options: the map that is assumed.
-        backend: of `attention_stats`; where its kernels do not take these inputs, torch computes the check.
+        layout: the sequences and rows of the assumed map.
+        options: the scale, window, soft cap and sinks of the assumed map.
+        rounding: the rounding of the call, from `rounding_of`.
+        backend: as in `attention_stats`. Torch computes the check where the kernels do not take these inputs.
 
     Returns:
-        ("output", Deviation) and ("log-sum-exp", Deviation), on the device of q, which is not waited for; the list is
-        empty without a row of R. Rows whose own values are not finite are left out: so are their statistics.
+        [("output", Deviation), ("log-sum-exp", Deviation)] on the device of q, which is not waited for; an empty list
+        where R is empty. Rows for which the map itself gives values that are not finite are left out: their
+        statistics are not finite either.
     """
     kernels = _kernels(backend, q=q, k=k, v=v)
     if kernels is not None:
         return kernels.probe(q, k, v, out, lse, layout, options, rounding)
-    found = []
-    for part in _parts(k, v, layout, options, PROBES):
-        row = _Row.of(part, q, k, options, with_sizes=rounding.scores > 0, with_lse=lse is not None)
-        found.append(("output", _worst(part, *_output_errors(part, row, v, out, rounding))))
+    deviations = []
+    for part in _parts(k, v, layout, options, probes.PROBES):
+        rows = _MapRows.of(part, q, k, options, with_sizes=rounding.scores > 0, with_lse=lse is not None)
+        deviations.append(("output", _worst(part, *_output_errors(part, rows, v, out, rounding))))
         if lse is not None:
-            found.append(("log-sum-exp", _worst(part, *_lse_errors(part, row, lse))))
-    return _by_name(found)
+            deviations.append(("log-sum-exp", _worst(part, *_lse_errors(part, rows, lse))))
+    return _worst_by_name(deviations)
 
 
 def probe_lse(
@@ -141,74 +80,62 @@ def probe_lse(
     """Returns the worst deviation of a log-sum-exp at the first and the last row of R of each sequence.
 
     Args:
-        heads: bool [S, HQ], those that are looked at; all if None.
+        heads: bool [S, HQ], the query heads that are checked; None for all.
         q, k, lse, layout, options, backend: as in `probe_output`.
+
+    Returns:
+        The deviation on the device of q, which is not waited for; None where R is empty.
     """
     kernels = _kernels(backend, q=q, k=k)
     if kernels is not None:
-        return next(iter(kernels.probe(q, k, None, None, lse, layout, options, None, heads)), (None, None))[1]
-    found = []
+        deviations = kernels.probe(q, k, None, None, lse, layout, options, None, heads)
+        return next((deviation for _, deviation in deviations), None)
+    deviations = []
     for part in _parts(k, None, layout, options, END_ROWS):
-        row = _Row.of(part, q, k, options)
-        known = None if heads is None else heads[part.sequences, row.heads]
-        found.append(("log-sum-exp", _worst(part, *_lse_errors(part, row, lse), known)))
-    return next((deviation for _, deviation in _by_name(found)), None)
+        rows = _MapRows.of(part, q, k, options)
+        checked = None if heads is None else heads[part.sequences, rows.heads]
+        deviations.append(("log-sum-exp", _worst(part, *_lse_errors(part, rows, lse), checked)))
+    return next((deviation for _, deviation in _worst_by_name(deviations)), None)
 
 
 def _kernels(backend: str, **inputs: Tensor) -> ModuleType | None:
-    """The Triton kernels of this file where they run, by the rule of the statistics; None for torch."""
+    """Returns the module of the Triton kernels where they run these inputs; None for torch."""
     if backend != "triton" and not (backend == "auto" and inputs["q"].is_cuda):
         return None
     # imported here, since Triton decides at its import whether it interprets or compiles
     from rhythm_kernels.statistics import triton_backend, triton_verify
 
-    known = all(x.dtype in DTYPES for x in inputs.values())  # v need not have the dtype of q
+    known = all(x.dtype in DTYPES for x in inputs.values())  # v may have another dtype than q
     return triton_verify if known and triton_backend.unsupported(**inputs) is None else None
 
 
-# ---- which rows ------------------------------------------------------------------------------------------------------
-
-
-def _probed_rows(layout: Layout, most: int) -> Tensor:
-    batch, tokens = layout.rows.shape
-    device = layout.rows.device
-    probes = most if layout.sequences <= batch else max(min(FEWEST, most), most * batch // layout.sequences)
-    # positions along all batch rows, one after another; before[i]: how many rows of R lie below position i
-    before = torch.nn.functional.pad(layout.rows.flatten().long().cumsum(0), (1, 0))
-    batch_row, begin, end = layout.table.unbind(-1)
-    first, count = before[batch_row * tokens + begin], before[batch_row * tokens + end]
-    count = count - first
-    index = torch.arange(probes, device=device)
-    rank = (count[:, None] - 1) * index**2 // max(1, (probes - 1) ** 2)  # 0 to count - 1
-    place = torch.searchsorted(before[1:], first[:, None] + rank + 1)
-    return torch.where(count[:, None] > 0, place - batch_row[:, None] * tokens, -1)
+# ---- sequences, a part at a time -------------------------------------------------------------------------------------
 
 
 class _Part(NamedTuple):
-    """Some sequences of similar length, with the rows that are probed in them and the keys that these may see."""
+    """Some sequences of similar length and some key heads: the probed rows, and the keys that these may see."""
 
     sequences: Tensor
-    """int64 [S]: their indices in the layout."""
+    """int64 [S]: indices of the sequences in the layout."""
     batch_row: Tensor
     """int64 [S]."""
     rows: Tensor
-    """int64 [S, P], 0 where there is none."""
+    """int64 [S, P]: the probed rows, 0 where there is none."""
     exists: Tensor
-    """bool [S, P]."""
+    """bool [S, P]: whether there is a row."""
     keys: Tensor
-    """int64 [S, L]: positions, the sequence's last one again behind its end."""
-    alone: tuple[int, int, int] | None
-    """(batch row, first position, one past the last) where it is one sequence, whose keys need no copy."""
+    """int64 [S, L]: positions of the keys; behind a sequence's end, its last position again."""
+    single: tuple[int, int, int] | None
+    """(batch row, first position, one past the last) of a part of one sequence, whose keys need no copy."""
     bias: Tensor
-    """fp32 [S, P, L]: 0 where the row sees the key, else -inf; a sum is several times as fast as a fill by a mask."""
+    """fp32 [S, P, L]: 0 where the row sees the key, else -inf. Adding it is several times as fast as a masked fill."""
     heads: slice
     """The key heads of this part."""
 
 
 def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: int) -> list[_Part]:
-    """Sequences whose lengths are within a factor of two together, as many as CHUNK_BYTES hold."""
+    """Returns the parts of a batch; `most` is that of `probed_rows`. All layers of a forward share them."""
     size, window = k.shape[-1] + (0 if v is None else v.shape[-1]), options.sliding_window
-    # the layers of a forward share them
     return layout.keep(
         ("parts", most, k.shape[1], size, window, CHUNK_BYTES),
         lambda: list(_make_parts(layout, k.shape[1], size, window, most)),
@@ -216,23 +143,24 @@ def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: 
 
 
 def _make_parts(layout: Layout, key_heads: int, size: int, window: int | None, most: int) -> Iterator[_Part]:
+    """Yields parts of sequences whose lengths are within a factor of two, each as large as CHUNK_BYTES allows."""
     device = layout.rows.device
     rows, (batch_row, begin, end) = probed_rows(layout, most), layout.table.unbind(-1)
-    by_size: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for index, (_, first, last) in enumerate(layout.bounds):
         if last > first:
-            by_size.setdefault((last - first - 1).bit_length(), []).append(index)
-    for bits, members in by_size.items():
+            by_length.setdefault((last - first - 1).bit_length(), []).append(index)
+    for bits, members in by_length.items():
         head_bytes = 4 * size << bits  # at most
         heads = max(1, min(key_heads, CHUNK_BYTES // head_bytes))
         run = max(1, CHUNK_BYTES // (head_bytes * heads))
         for at in range(0, len(members), run):
             bounds = [layout.bounds[index] for index in members[at : at + run]]
             length = max(last - first for _, first, last in bounds)
-            alone = bounds[0] if len(bounds) == 1 else None
-            some = send(torch.tensor(members[at : at + run], device="cpu"), device)
-            row, first, last = batch_row[some], begin[some, None], end[some, None]
-            probed = rows[some]
+            single = bounds[0] if len(bounds) == 1 else None
+            sequences = send(torch.tensor(members[at : at + run], device="cpu"), device)
+            row, first, last = batch_row[sequences], begin[sequences, None], end[sequences, None]
+            probed = rows[sequences]
             position = first + torch.arange(length, device=device)
             distance = probed[:, :, None] - position[:, None]
             visible = (position < last)[:, None] & (distance >= 0)
@@ -241,48 +169,48 @@ def _make_parts(layout: Layout, key_heads: int, size: int, window: int | None, m
             bias = torch.zeros(visible.shape, dtype=torch.float32, device=device).masked_fill_(~visible, -math.inf)
             keys = torch.minimum(position, last - 1)
             for head in range(0, key_heads, heads):
-                some_heads = slice(head, min(head + heads, key_heads))
-                yield _Part(some, row, probed.clamp(min=0), probed >= 0, keys, alone, bias, some_heads)
+                part_heads = slice(head, min(head + heads, key_heads))
+                yield _Part(sequences, row, probed.clamp(min=0), probed >= 0, keys, single, bias, part_heads)
 
 
-def _keys_of(x: Tensor, part: _Part) -> Tensor:
-    """x [B, H, T, D] at the keys of a part: fp32 [S, heads, L, D]."""
-    if part.alone is not None:
-        batch_row, begin, end = part.alone
+def _at_keys(x: Tensor, part: _Part) -> Tensor:
+    """Returns x [B, H, T, D] at the keys of a part, fp32 [S, H of the part, L, D]."""
+    if part.single is not None:
+        batch_row, begin, end = part.single
         return x[batch_row : batch_row + 1, part.heads, begin:end].float()
     return x[part.batch_row[:, None], part.heads, part.keys].transpose(1, 2).float()
 
 
-# ---- the assumed map on these rows -----------------------------------------------------------------------------------
+# ---- the assumed map on the probed rows ------------------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
+class _MapRows(NamedTuple):
     """The probed rows of the assumed map."""
 
     heads: slice
-    """Their query heads."""
+    """The query heads of these rows."""
     weights: Tensor
     """A [S, HQ, P, L] fp32, before a sink takes its share."""
     sizes: Tensor | None
-    """The absolute scores after the soft cap, [S, HQ, P, L] fp32, also of what is hidden; None if not asked for."""
+    """[S, HQ, P, L] fp32: absolute scores after the soft cap, also of hidden keys; None if not asked for."""
     largest: Tensor | None
-    """[S, HQ, P, 1] fp32: the largest score, that of the sink included; None if not asked for."""
+    """[S, HQ, P, 1] fp32: the largest score, the sink's included; None if not asked for."""
     lse: Tensor | None
     """[S, HQ, P, 1] fp32, the sink included; None if not asked for."""
     reach: Tensor
-    """[S, HQ, P, 1] fp32: scale |q| max |k|, to which the rounding error of a sum of D products is proportional."""
+    """[S, HQ, P, 1] fp32: scale |q| max |k|. The rounding error of a sum of D products is proportional to it."""
     sink: tuple[Tensor, Tensor] | None
-    """The sink's logit [HQ, 1, 1], and the share that it leaves of each row [S, HQ, P, 1]; fp32."""
+    """The sink's logit, fp32 [HQ, 1, 1], and the share of each row that it leaves, fp32 [S, HQ, P, 1]."""
 
     @classmethod
     def of(
         cls, part: _Part, q: Tensor, k: Tensor, options: Options, with_sizes: bool = False, with_lse: bool = True
-    ) -> "_Row":
+    ) -> "_MapRows":
         group = q.shape[1] // k.shape[1]
         heads = slice(part.heads.start * group, part.heads.stop * group)
         queries = q[part.batch_row[:, None], heads, part.rows].transpose(1, 2).float()  # [S, HQ, P, D]
-        keys = _keys_of(k, part)  # [S, H, L, D]
-        longest = keys.norm(dim=-1).amax(-1).repeat_interleave(group, 1)[..., None, None]  # of each query head
+        keys = _at_keys(k, part)  # [S, H, L, D]
+        longest = keys.norm(dim=-1).amax(-1).repeat_interleave(group, 1)[..., None, None]  # for each query head
         reach = abs(options.scale) * queries.norm(dim=-1, keepdim=True) * longest
 
         scores = queries.mul(options.scale).unflatten(1, (-1, group)).flatten(2, 3) @ keys.mT
@@ -291,7 +219,7 @@ class _Row(NamedTuple):
             scores.div_(options.softcap).tanh_().mul_(options.softcap)
         sizes = scores.abs() if with_sizes else None
         scores += part.bias[:, None]
-        weights = scores.softmax(-1)  # one pass over memory, where its steps are seven
+        weights = scores.softmax(-1)  # one pass over memory; written out it would take seven
         if not with_lse and options.sinks is None:
             return cls(heads, weights, sizes, None, None, reach, None)
         largest = scores.amax(-1, keepdim=True)
@@ -299,112 +227,116 @@ class _Row(NamedTuple):
         if options.sinks is None:
             return cls(heads, weights, sizes, largest, lse, reach, None)
         sink = options.sinks[heads, None, None]
-        kept = (lse - sink).sigmoid()  # not 1 - share, which loses its bits where the sink takes almost all
+        kept = (lse - sink).sigmoid()  # 1 - the sink's share would lose its bits where the sink takes almost all
         return cls(heads, weights, sizes, largest.maximum(sink), lse.logaddexp(sink), reach, (sink, kept))
 
 
-def _output_errors(part: _Part, row: _Row, v: Tensor, out: Tensor, rounding: Rounding) -> tuple:
-    """(what the call gave, what the map gives, the allowed norm of their difference over Dv, the heads of q).
+def _output_errors(part: _Part, rows: _MapRows, v: Tensor, out: Tensor, rounding: Rounding) -> tuple:
+    """Returns the arguments of `_worst` for the output, n = Dv.
 
-    Each weight has a relative error, of which one of size e moves the output by e A[t, s] (v[s] - out). Errors of
-    different keys are added as independent ones, and, since equal keys have equal errors, half of their plain sum
-    beside that.
+    A relative error e of one weight moves the output by e A[t, s] (v[s] - out). The errors of different keys are added
+    as independent ones. Half of their plain sum is added too, since equal keys have equal errors.
     """
-    values = _keys_of(v, part)  # [S, H, L, Dv]
+    values = _at_keys(v, part)  # [S, H, L, Dv]
     lengths = values.norm(dim=-1, keepdim=True)
-    both = torch.cat([lengths, torch.ones_like(lengths)], -1)  # of v[s], and of out
-    expected = _grouped(row.weights, values)
-    got = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, row.heads].float()
+    factors = torch.cat([lengths, torch.ones_like(lengths)], -1)  # an error of a weight counts times |v[s]| and |out|
+    expected = _weighted(rows.weights, values)
+    returned = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, rows.heads].float()
 
-    slip = rounding.weights + (rounding.factors + ACCUMULATED) * row.reach
-    kept, sink_error = 1.0, 0.0  # of a row without a sink
-    if row.sink is not None:
-        sink, kept = row.sink
-        share = 1 - kept
-        sink_error = share * slip
+    error = rounding.weights + (rounding.factors + ACCUMULATED) * rows.reach  # of a weight, relative
+    kept, sink_error = 1.0, 0.0  # without a sink
+    if rows.sink is not None:
+        sink, kept = rows.sink
+        sink_share = 1 - kept
+        sink_error = sink_share * error
         expected *= kept
-        if rounding.scores > 0:  # the maximum is subtracted in the dtype
-            sink_size = sink.abs().masked_fill(sink == -math.inf, 0.0)  # of no weight
-            sink_size = rounding.scores * (sink_size + row.largest.abs())
-            slip, sink_error = slip + sink_size, share * sink_size
+        if rounding.scores > 0:  # the call subtracts the maximum in its dtype
+            sink_size = sink.abs().masked_fill(sink == -math.inf, 0.0)  # a sink of -inf has no weight
+            rounded = rounding.scores * (sink_size + rows.largest.abs())
+            error, sink_error = error + rounded, sink_share * rounded
     size = expected.norm(dim=-1, keepdim=True)
-    if rounding.smallest > 0:  # weights below it vanish, all of them
-        vanish = _grouped((row.weights * kept).clamp_(max=rounding.smallest), both)
-        visible = (part.bias == 0).float()[:, None] @ both.square()  # [S, H, P, 2]
+    if rounding.smallest > 0:  # smaller weights vanish, each of them
+        vanished = _weighted((rows.weights * kept).clamp_(max=rounding.smallest), factors)
+        visible = (part.bias == 0).float()[:, None] @ factors.square()  # [S, H, P, 2]
         visible = visible.repeat_interleave(size.shape[1] // values.shape[1], 1)
-    if row.sizes is None:
-        together = _grouped(row.weights, both)
-        apart = _grouped(row.weights.square_(), both.square())
+    if rows.sizes is None:
+        plain_sum = _weighted(rows.weights, factors)
+        square_sum = _weighted(rows.weights.square_(), factors.square())
     else:
-        errors = torch.add(slip, row.sizes, alpha=rounding.scores, out=row.sizes).mul_(row.weights)
-        slip = 1.0
-        together = _grouped(errors, both)
-        apart = _grouped(errors.square_(), both.square())
-    together, apart = together * (kept * slip), apart * (kept * slip) ** 2
+        weight_errors = torch.add(error, rows.sizes, alpha=rounding.scores, out=rows.sizes).mul_(rows.weights)
+        error = 1.0
+        plain_sum = _weighted(weight_errors, factors)
+        square_sum = _weighted(weight_errors.square_(), factors.square())
+    plain_sum, square_sum = plain_sum * (kept * error), square_sum * (kept * error) ** 2
     if rounding.smallest > 0:
-        together += 2 * vanish
-        apart += rounding.smallest**2 * visible
-    together[..., 1:] += sink_error
+        plain_sum += 2 * vanished
+        square_sum += rounding.smallest**2 * visible
+    plain_sum[..., 1:] += sink_error
     scale = torch.cat([torch.ones_like(size), size], -1)
-    noise = ((apart + (together / 2).square()) * scale.square()).sum(-1)
+    noise = ((square_sum + (plain_sum / 2).square()) * scale.square()).sum(-1)
     noise += (rounding.out * size.squeeze(-1)).square()
     longest = lengths.amax((-2, -1)).repeat_interleave(noise.shape[1] // values.shape[1], 1)
     noise += (ACCUMULATED * longest[..., None]).square()
     noise += values.shape[-1] * max(rounding.smallest, VANISHING) ** 2
-    return got, expected, SLACK * noise.sqrt(), row.heads
+    return returned, expected, SLACK * noise.sqrt(), rows.heads
 
 
-def _grouped(weights: Tensor, values: Tensor) -> Tensor:
-    """[S, HQ, P, L] and [S, H, L, Dv] -> [S, HQ, P, Dv], each query head with the values of its key head."""
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Returns sum_s A[t, s] v[s]: [S, HQ, P, L] and [S, H, L, Dv] -> [S, HQ, P, Dv]."""
     grouped = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
     return (grouped @ values).view(*weights.shape[:3], -1)
 
 
-def _lse_errors(part: _Part, row: _Row, lse: Tensor) -> tuple:
-    """The same as `_output_errors` returns. A log-sum-exp that is off by x moves each weight by the share x."""
-    got = lse[part.batch_row[:, None], row.heads, part.rows].transpose(1, 2)
-    allowed = SLACK * ACCUMULATED * (8 + row.lse.abs() + row.reach)
-    return got[..., None].float(), row.lse, allowed.squeeze(-1), row.heads
+def _lse_errors(part: _Part, rows: _MapRows, lse: Tensor) -> tuple:
+    """Returns the arguments of `_worst` for the log-sum-exp, n = 1. An error x of it multiplies each weight by e^-x."""
+    returned = lse[part.batch_row[:, None], rows.heads, part.rows].transpose(1, 2)
+    allowed = SLACK * ACCUMULATED * (8 + rows.lse.abs() + rows.reach)
+    return returned[..., None].float(), rows.lse, allowed.squeeze(-1), rows.heads
 
 
 def _worst(
     part: _Part,
-    got: Tensor,
+    returned: Tensor,
     expected: Tensor,
     allowed: Tensor,
     heads: slice,
-    wanted: Tensor | None = None,
+    checked: Tensor | None = None,
 ) -> Deviation:
-    """The largest difference relative to what is allowed, of the wanted heads [S, HQ].
+    """Returns the largest difference relative to the allowed one.
 
-    got and expected [S, HQ, P, n], allowed [S, HQ, P].
+    Args:
+        returned: [S, HQ, P, n], what the call returned.
+        expected: [S, HQ, P, n], what the map gives.
+        allowed: [S, HQ, P], the largest allowed norm of their difference.
+        heads: the query heads of these rows.
+        checked: bool [S, HQ], the heads that count; None for all.
     """
-    error = got - expected
+    error = returned - expected
     excess = error.norm(dim=-1) / allowed
-    # what is not finite where the map is finite is a mismatch; where the map, and so what is allowed, is not, nothing
-    # can be said
+    # A call that is not finite where the map is finite does not match it. Where the map is not finite, neither is what
+    # is allowed, and nothing can be said.
     known = part.exists[:, None] & allowed.isfinite()
-    if wanted is not None:
-        known &= wanted[..., None]
+    if checked is not None:
+        known &= checked[..., None]
     excess = excess.nan_to_num(nan=math.inf, posinf=math.inf).where(known, 0.0)
-    best = excess.flatten().argmax(keepdim=True)  # [1]: an index of no dimensions would be waited for
-    sequence, rest = best // excess[0].numel(), best % excess[0].numel()
+    worst = excess.flatten().argmax(keepdim=True)  # [1]: the device would be waited for with a 0-dim index
+    sequence, rest = worst // excess[0].numel(), worst % excess[0].numel()
     head, probe = rest // excess.shape[2], rest % excess.shape[2]
-    largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[best].argmax(-1)
-    values = [x.flatten(0, 2)[best, largest] for x in (got, expected)]
+    largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[worst].argmax(-1)
+    values = [x.flatten(0, 2)[worst, largest] for x in (returned, expected)]
     place = [part.batch_row[sequence], part.rows[sequence, probe], head + heads.start]
     return Deviation(
-        excess.flatten()[best].squeeze(0), torch.cat(place), torch.cat([*values, allowed.flatten()[best].float()])
+        excess.flatten()[worst].squeeze(0), torch.cat(place), torch.cat([*values, allowed.flatten()[worst].float()])
     )
 
 
-def _by_name(found: list[tuple[str, Deviation]]) -> list[tuple[str, Deviation]]:
-    """The worst of each name."""
+def _worst_by_name(deviations: list[tuple[str, Deviation]]) -> list[tuple[str, Deviation]]:
+    """Returns the worst deviation of each name."""
     worst = []
-    for name in dict.fromkeys(name for name, _ in found):
-        parts = [deviation for other, deviation in found if other == name]
-        if len(parts) > 1:
-            best = torch.stack([part.excess for part in parts]).argmax(keepdim=True)
-            parts = [Deviation(*(torch.stack(field)[best].squeeze(0) for field in zip(*parts)))]
-        worst += [(name, part) for part in parts]
+    for name in dict.fromkeys(name for name, _ in deviations):
+        candidates = [deviation for other, deviation in deviations if other == name]
+        if len(candidates) > 1:
+            index = torch.stack([candidate.excess for candidate in candidates]).argmax(keepdim=True)
+            candidates = [Deviation(*(torch.stack(field)[index].squeeze(0) for field in zip(*candidates)))]
+        worst += [(name, candidate) for candidate in candidates]
     return worst
