@@ -1,8 +1,15 @@
 """The definitions, dense and readable: one function for each row of the table in DESIGN.md, "Definitions".
 
-Everything else in this package is held against this file. Nothing here is fast, and no fast code imports it. Equation
-numbers are those of Li et al., arXiv 2510.13554. A is an attention map [B, HQ, T, T] (row t: the query; column s: the
-key), R = `rows` [B, T] bool the response positions, `segments` [B, T] int the sequence of each token (-1: padding).
+All other code of this package is tested against this file. It is slow, and no fast code imports it. Equation numbers
+are those of Li et al., arXiv 2510.13554.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences, B
+where the batch is not packed; L layers.
+
+- A, the attention map: [B, HQ, T, T], with a row t for each query and a column s for each key.
+- R, the response positions: `rows` or `response_mask`, [B, T] bool.
+- `segments`: [B, T] int64, the sequence of each token, -1 for padding.
+- WAAD is windowed average attention distance, FAI future attention influence.
 """
 
 import math
@@ -13,6 +20,7 @@ from torch import Tensor
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups
 
 Horizon = tuple[int, int | None]
+"""(lo, hi) in tokens; hi is None for the end of the sequence."""
 
 
 # ---- attention maps and their statistics -----------------------------------------------------------------------------
@@ -21,7 +29,7 @@ Horizon = tuple[int, int | None]
 def segment_ids(
     batch: int, tokens: int, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """[B, T] int64: the index of the sequence that each token belongs to, -1 for padding."""
+    """Returns `segments` [B, T] of a batch with attention_mask [B, T] or with packed bounds cu_seqlens [S + 1]."""
     if cu_seqlens is not None:
         ids = torch.full((1, tokens), -1)
         for s in range(len(cu_seqlens) - 1):
@@ -42,7 +50,17 @@ def attention_map(
     sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """(A [B, HQ, T, T], lse [B, HQ, T]) of q [B, HQ, T, D] and k [B, H, T, D]. Rows of padding are all 0."""
+    """Returns A and the rows' log-sum-exp [B, HQ, T], natural log, in `dtype`. Rows of padding are 0 in A.
+
+    Args:
+        q: [B, HQ, T, D].
+        k: [B, H, T, D].
+        segments: [B, T].
+        scale: factor of the scores; None for D ** -0.5.
+        sliding_window: row t sees the keys s with t - s < sliding_window.
+        softcap: scores become softcap * tanh(score / softcap) before the mask.
+        sinks: [HQ], a logit for each head that takes a share of every row and belongs to no token.
+    """
     tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q.to(dtype) @ k.to(dtype).repeat_interleave(groups, 1).mT * scale
@@ -53,7 +71,7 @@ def attention_map(
     if sliding_window is not None:
         visible &= distance < sliding_window
     scores = torch.where(visible[:, None], scores, -math.inf)
-    if sinks is not None:  # one more column, which no token receives
+    if sinks is not None:  # one more column, which belongs to no token
         sink = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
     lse = torch.logsumexp(scores, -1)
@@ -62,42 +80,48 @@ def attention_map(
 
 
 def attention_out(attention: Tensor, v: Tensor) -> Tensor:
-    """sum_s A[t, s] v[s], in A's dtype. v [B, H, T, Dv] -> [B, HQ, T, Dv]; 0 in padding.
+    """Returns sum_s A[t, s] v[s] of v [B, H, T, Dv], [B, HQ, T, Dv] in A's dtype; 0 in padding.
 
-    A key without weight does not count, whatever its value holds: NaN in padding stays there.
+    A key with a weight of 0 does not count, even if its value is NaN. So a NaN in padding stays there.
     """
     v = v.to(attention.dtype).repeat_interleave(attention.shape[1] // v.shape[1], 1)
     finite = v.isfinite()
     out = attention @ torch.where(finite, v, 0.0)
-    weighted = attention.ne(0).to(attention.dtype) @ (~finite).to(attention.dtype)
-    return out.masked_fill(weighted > 0, math.nan)
+    broken_keys = attention.ne(0).to(attention.dtype) @ (~finite).to(attention.dtype)
+    return out.masked_fill(broken_keys > 0, math.nan)
 
 
 def distances(tokens: int) -> Tensor:
-    """[T, T]: t - s, in tokens."""
+    """Returns t - s for each row t and column s, int64 [T, T], in tokens."""
     position = torch.arange(tokens)
     return position[:, None] - position[None, :]
 
 
 def span(attention: Tensor, rows: Tensor, segments: Tensor, sequences: int) -> Tensor:
-    """Eq. 7: mean over t in R of sum_s A[t, s] (t - s), for each sequence. [sequences, HQ]; 0 where R is empty."""
+    """Returns the mean over t in R of sum_s A[t, s] (t - s), for each sequence: [S, HQ], in tokens (Eq. 7).
+
+    It is 0 where R is empty.
+    """
     looked_back = (attention * distances(attention.shape[-1])).sum(-1)
     out = attention.new_zeros(sequences, attention.shape[1])
     for sequence in range(sequences):
-        here = rows & (segments == sequence)
-        if here.any():
-            out[sequence] = looked_back.transpose(1, 2)[here].mean(0)
+        own_rows = rows & (segments == sequence)
+        if own_rows.any():
+            out[sequence] = looked_back.transpose(1, 2)[own_rows].mean(0)
     return out
 
 
 def waad(attention: Tensor, rows: Tensor, window: int = 10) -> Tensor:
-    """Eq. 9: sum_s A[t, s] min(t - s, W) for t in R, else 0. [B, HQ, T]."""
+    """Returns sum_s A[t, s] min(t - s, W) for t in R, else 0: [B, HQ, T], in tokens (Eq. 9). `window` is W."""
     clipped = distances(attention.shape[-1]).clamp(max=window)
     return torch.where(rows[:, None], (attention * clipped).sum(-1), 0.0)
 
 
 def fai(attention: Tensor, rows: Tensor, segments: Tensor, horizon: Horizon = (10, 50)) -> Tensor:
-    """Eq. 10: mean of A[t, s] for t in T(s) = {t in R, s + lo <= t <= min(N, s + hi)}; 0 if empty. [B, HQ, T]."""
+    """Returns the mean of A[t, s] over T(s) = {t in R : s + lo <= t <= min(N, s + hi)}: [B, HQ, T] (Eq. 10).
+
+    It is 0 where T(s) is empty. N is the last position of the sequence of s.
+    """
     distance = distances(attention.shape[-1])
     lo, hi = horizon
     future = (distance >= lo) if hi is None else (distance >= lo) & (distance <= hi)
@@ -121,7 +145,7 @@ def attention_stats(
     sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> AttentionStats:
-    """The contract of `rhythm_kernels.attention_stats`, dense, in `dtype`."""
+    """Returns what `rhythm_kernels.attention_stats` must return for the same arguments, in `dtype`."""
     batch, _, tokens, _ = q.shape
     segments = segment_ids(batch, tokens, attention_mask, cu_seqlens)
     rows = segments >= 0 if response_mask is None else (segments >= 0) & response_mask
@@ -140,9 +164,14 @@ def attention_stats(
 def group_sums(
     waad_h: Tensor, fai_h: Tensor, local_heads: Tensor, global_heads: Tensor, segments: Tensor
 ) -> GroupStats:
-    """The sums over the heads of a token's group, before the mean of Eq. 8. [B, HQ, T] -> [B, T].
+    """Returns WAAD summed over the local heads and FAI summed over the global heads, [B, T]: Eq. 8 before its mean.
 
-    local_heads, global_heads: [HQ], or [sequences, HQ] where each sequence has its own groups.
+    Args:
+        waad_h: [B, HQ, T], WAAD of each head.
+        fai_h: [B, HQ, T], FAI of each head.
+        local_heads: bool [HQ], or [S, HQ] where each sequence has its own group.
+        global_heads: bool [HQ] or [S, HQ], the same.
+        segments: [B, T].
     """
 
     def total(values: Tensor, group: Tensor) -> Tensor:
@@ -156,7 +185,10 @@ def group_sums(
 
 
 def sampled_layers(num_layers: int, count: int = 5) -> list[int]:
-    """`count` layers, evenly spaced over floor(L/3)..floor(2L/3), both ends in, halves rounded up, no repeats."""
+    """Returns `count` layers, evenly spaced over floor(L/3)..floor(2L/3), both ends included.
+
+    Halves are rounded up; a layer occurs once.
+    """
     first, last = num_layers // 3, 2 * num_layers // 3
     if count == 1:
         return [(first + last) // 2]
@@ -165,11 +197,13 @@ def sampled_layers(num_layers: int, count: int = 5) -> list[int]:
 
 
 def group_heads(spans: Tensor, local_fraction: float = 0.3, global_fraction: float = 0.3) -> HeadGroups:
-    """Eq. 8: the ceil(local_fraction n) heads of the lowest span, and the ceil(global_fraction n) of the highest.
+    """Returns the ceil(local_fraction n) heads of lowest and the ceil(global_fraction n) of highest span (Eq. 8).
 
-    Ties go to the lower head.
+    Ties go to the lower head. The local heads are taken first, so that the groups are disjoint also when all spans are
+    equal.
 
-    The local heads are taken first, so that the groups are disjoint also when all spans are equal.
+    Args:
+        spans: [L, HQ] floating, in tokens; n = L x HQ.
     """
     flat = spans.flatten().tolist()
     take = [math.ceil(fraction * len(flat) - 1e-9) for fraction in (local_fraction, global_fraction)]
@@ -184,9 +218,9 @@ def group_heads(spans: Tensor, local_fraction: float = 0.3, global_fraction: flo
 
 
 def segment_topq(values: Tensor, response_mask: Tensor, top_fraction: float, largest: bool = True) -> Tensor:
-    """TopQ: the ceil(top_fraction n) largest (smallest) of a row's n masked positions, never a NaN.
+    """Returns TopQ: the ceil(top_fraction n) largest (smallest) of the n values of R in each batch row, [B, T] bool.
 
-    Ties go to the lower position.
+    Ties go to the lower position. A NaN is never taken, but counts in n. values: [B, T].
     """
     out = torch.zeros_like(response_mask)
     for b in range(len(values)):
@@ -200,11 +234,15 @@ def segment_topq(values: Tensor, response_mask: Tensor, top_fraction: float, lar
 
 
 def find_peaks(values: Tensor, response_mask: Tensor, min_quantile: float = 0.0) -> Tensor:
-    """Strict local maxima inside runs of consecutive masked positions; a plateau counts at its first position.
+    """Returns the strict local maxima inside runs of consecutive positions of R, [B, T] bool.
 
-    As in scipy.signal.find_peaks, a plateau that touches an end of its run is no peak. Of the peaks, those stay that
-    reach the ceil(p n)-th smallest of the row's n masked values (p = min_quantile; 0: all stay). Comparisons with NaN
-    are false, and NaN is the largest value when values are put in order.
+    A plateau counts at its first position. As in scipy.signal.find_peaks, a plateau that touches an end of its run is
+    no peak. Comparisons with NaN are false.
+
+    Args:
+        values: [B, T].
+        min_quantile: a peak must reach the ceil(min_quantile n)-th smallest of the batch row's n values in R, among
+            which NaN is the largest; with 0 every peak stays.
     """
     out = torch.zeros_like(response_mask)
     for b in range(len(values)):
@@ -221,13 +259,13 @@ def find_peaks(values: Tensor, response_mask: Tensor, min_quantile: float = 0.0)
 
 
 def lower_quantile(values: list[float], p: float) -> float | None:
-    """The ceil(p n)-th smallest of n values, NaN last; None if p n is 0."""
+    """Returns the ceil(p n)-th smallest of n values, NaN last; None if p n is 0."""
     rank = math.ceil(p * len(values) - 1e-9)
     return sorted(values, key=lambda v: (math.isnan(v), v))[rank - 1] if rank > 0 else None
 
 
 def delta(waad_t: Tensor, response_mask: Tensor) -> Tensor:
-    """Eq. 13: Delta_t = |WAAD_t - WAAD_{t+1}| for t and t+1 in R, else 0. [B, T]."""
+    """Returns Delta_t = |WAAD_t - WAAD_{t+1}| where t and t + 1 are in R, else 0: [B, T], in tokens (Eq. 13)."""
     out = torch.zeros_like(waad_t)
     both = response_mask[:, :-1] & response_mask[:, 1:]
     out[:, :-1] = torch.where(both, (waad_t[:, :-1] - waad_t[:, 1:]).abs(), 0.0)
@@ -244,21 +282,28 @@ def coupled_sets(
     tau_waad: float | None = None,
     tau_delta: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 15, 17: (T_glob, D, I(D)), each [B, T] bool."""
+    """Returns the anchors T_glob, the dominated ones D, and their intros I(D), each [B, T] bool (Eq. 15, 17).
+
+    Args:
+        waad_t: [B, T], in tokens.
+        fai_t: [B, T].
+        tau_waad: a dominated anchor has at most this WAAD; None for the lower median of WAAD over R.
+        tau_delta: its intro has at least this Delta; None for the smallest Delta of T_loc.
+    """
     change = delta(waad_t, response_mask)
     anchors = segment_topq(fai_t, response_mask, top_fraction, largest)
     dominated, intros = torch.zeros_like(response_mask), torch.zeros_like(response_mask)
     for b in range(len(response_mask)):
         positions = response_mask[b].nonzero().flatten().tolist()
-        peaks = segment_topq(change[b : b + 1], response_mask[b : b + 1], top_fraction)[0]
-        low = tau_waad if tau_waad is not None else lower_quantile([waad_t[b, p].item() for p in positions], 0.5)
-        high = tau_delta if tau_delta is not None else min(change[b][peaks].tolist(), default=math.inf)
+        preplan = segment_topq(change[b : b + 1], response_mask[b : b + 1], top_fraction)[0]
+        most_waad = tau_waad if tau_waad is not None else lower_quantile([waad_t[b, p].item() for p in positions], 0.5)
+        least_delta = tau_delta if tau_delta is not None else min(change[b][preplan].tolist(), default=math.inf)
         for t in anchors[b].nonzero().flatten().tolist():
             before = [u for u in range(t - max_lookback, t) if u >= 0 and response_mask[b, u]]
-            if not before or waad_t[b, t].item() > low:
+            if not before or waad_t[b, t].item() > most_waad:
                 continue
             intro = max(before, key=lambda u: (change[b, u].item(), u))
-            if change[b, intro].item() >= high:
+            if change[b, intro].item() >= least_delta:
                 dominated[b, t], intros[b, intro] = True, True
     return anchors, dominated, intros
 
@@ -279,7 +324,16 @@ def gamma(
     tau_waad: float | None = None,
     tau_delta: float | None = None,
 ) -> Tensor:
-    """Eq. 14, 16, 18 and the baselines: the factor of each token's advantage, [B, T] fp32; 1 outside R."""
+    """Returns the factor of each token's advantage, [B, T] fp32, 1 outside R (Eq. 14, 16, 18 and the baselines).
+
+    Args:
+        strategy: as in `token_credit`.
+        waad_t: [B, T], in tokens.
+        fai_t: [B, T].
+        entropy: [B, T], for the strategy "entropy".
+        draw: [B, T] random numbers, for the strategy "random".
+        top_fraction, amplification, shared_fraction, max_lookback, largest, tau_waad, tau_delta: as in `token_credit`.
+    """
     if strategy == "coupled":
         anchors, dominated, intros = coupled_sets(
             waad_t, fai_t, response_mask, top_fraction, max_lookback, largest, tau_waad, tau_delta
@@ -299,6 +353,6 @@ def gamma(
 
 
 def shape_advantages(advantages: Tensor, gamma_t: Tensor) -> Tensor:
-    """A_t gamma_t where A_t >= 0, else A_t. [B, T]."""
+    """Returns A_t gamma_t where A_t >= 0, else A_t: [B, T]. advantages: [B] or [B, T]; gamma_t: [B, T]."""
     per_token = advantages[:, None].expand_as(gamma_t) if advantages.ndim == 1 else advantages
     return torch.where(per_token >= 0, per_token * gamma_t, per_token)

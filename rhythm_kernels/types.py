@@ -1,4 +1,9 @@
-"""What flows between the steps: per-head statistics -> head groups -> the rhythm of the tokens."""
+"""The results that flow between the steps: statistics of each head -> head groups -> the rhythm of the tokens.
+
+Shapes: B batch rows, T tokens, L collected layers, HQ query heads; S sequences, B where the batch is not packed. R is
+the set of response positions (rows) of a sequence. WAAD is windowed average attention distance, FAI future attention
+influence. Equations are those of Li et al., arXiv 2510.13554.
+"""
 
 from typing import NamedTuple
 
@@ -6,44 +11,44 @@ import torch
 
 
 class AttentionStats(NamedTuple):
-    """Statistics of one layer's attention maps, per query head. S is the number of packed sequences."""
+    """Statistics of one layer's attention maps, for each query head."""
 
     waad: torch.Tensor
-    """[B, HQ, T] fp32, tokens: windowed average attention distance of each row (Eq. 9); 0 outside R."""
+    """[B, HQ, T] fp32, in tokens: WAAD of each row (Eq. 9); 0 outside R."""
     fai: torch.Tensor
-    """[B, HQ, T] fp32, a probability: future attention influence of each column (Eq. 10); 0 where no row looks back."""
+    """[B, HQ, T] fp32, a mean weight between 0 and 1: FAI of each column (Eq. 10); 0 where no row of R looks back."""
     span: torch.Tensor | None
-    """[B, HQ], packed [S, HQ], fp32, tokens: mean attention distance over R (Eq. 7); None if it was not asked for."""
+    """[S, HQ] fp32, in tokens: mean attention distance over R (Eq. 7); None if it was not asked for."""
     lse: torch.Tensor
-    """[B, HQ, T] fp32, natural log: log-sum-exp of each row of R, a sink included; 0 outside R."""
+    """[B, HQ, T] fp32, natural log: log-sum-exp of the scores of each row of R, a sink included; 0 outside R."""
 
 
 class GroupStats(NamedTuple):
-    """What one layer adds to the rhythm when its local and global heads are known (Eq. 8-10, before the mean)."""
+    """One layer's sums over known local and global heads: the parts of Eq. 8-10 before the mean over all layers."""
 
     waad: torch.Tensor
-    """[B, T] fp32, tokens: the sum of WAAD over the layer's local heads; 0 outside R."""
+    """[B, T] fp32, in tokens: the sum of WAAD over the layer's local heads; 0 outside R."""
     fai: torch.Tensor
-    """[B, T] fp32: the sum of FAI over the layer's global heads, for every column; 0 where no row looks back."""
+    """[B, T] fp32: the sum of FAI over the layer's global heads, for every column; 0 where no row of R looks back."""
 
 
 class HeadGroups(NamedTuple):
-    """The heads with the shortest and the longest spans, for the whole batch or for each sequence (Eq. 8)."""
+    """The heads with the shortest and the longest spans, of the whole batch or of each sequence (Eq. 8)."""
 
     local_heads: torch.Tensor
-    """[L, HQ] or [B, L, HQ] bool."""
+    """[L, HQ], or [S, L, HQ] for each sequence, bool: the heads with the shortest spans."""
     global_heads: torch.Tensor
-    """[L, HQ] or [B, L, HQ] bool."""
+    """[L, HQ], or [S, L, HQ] for each sequence, bool: the heads with the longest spans."""
 
 
 class Rhythm(NamedTuple):
     """The preplan-and-anchor rhythm of a batch: one WAAD and one FAI for each token."""
 
     waad: torch.Tensor | None = None
-    """[B, T] fp32, tokens: WAAD of the mean map of the local heads; 0 outside R."""
+    """[B, T] fp32, in tokens: WAAD of the mean map of the local heads; 0 outside R."""
     fai: torch.Tensor | None = None
     """[B, T] fp32: FAI of the mean map of the global heads, for every column."""
     spans: torch.Tensor | None = None
-    """[B, L, HQ] or [L, HQ] fp32, tokens: the spans that the groups come from; None if the groups were given."""
+    """[S, L, HQ] or [L, HQ] fp32, in tokens: the spans that the groups come from; None if the groups were given."""
     groups: HeadGroups | None = None
-    """The groups of which WAAD and FAI are means. On a GPU they mean nothing where a span, and so a signal, is NaN."""
+    """The groups that WAAD and FAI are means over. On a GPU they mean nothing where a span, and so a signal, is NaN."""

@@ -1,4 +1,8 @@
-"""The three calls on q and k: checks what arrives, brings it to one form and hands it to a backend."""
+"""The three public calls on q and k: they check the arguments, bring them to one form and run a backend.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences, B
+where the batch is not packed. R is the set of rows (query positions) that the statistics are computed for.
+"""
 
 from types import ModuleType
 
@@ -10,7 +14,7 @@ from rhythm_kernels.isolation import isolated
 from rhythm_kernels.statistics import blockwise
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.options import Options, check_options, check_values
-from rhythm_kernels.statistics.poison import factor_of, scaled
+from rhythm_kernels.statistics.poison import Stats, factor_of, scaled
 from rhythm_kernels.statistics.verify import probe_lse
 from rhythm_kernels.tensor_checks import can_look, check_tensor
 from rhythm_kernels.types import AttentionStats, GroupStats
@@ -35,52 +39,44 @@ def attention_stats(
     need_span: bool = True,
     backend: str = "auto",
 ) -> AttentionStats:
-    """WAAD, FAI, span and log-sum-exp of causal attention maps, without the maps (Eq. 7, 9, 10 of arXiv 2510.13554).
+    """Returns WAAD, FAI, span and log-sum-exp of causal attention maps without computing whole maps.
 
-    Memory beside the results is O(T x tile) per head. Nothing is differentiated: q and k are detached.
+    Windowed average attention distance (WAAD) is Eq. 9 of arXiv 2510.13554, future attention influence (FAI) Eq. 10,
+    and the span Eq. 7. Memory beside the results is O(T x tile) for each head. Gradients do not flow: q and k are
+    detached.
 
     Args:
-        q: [B, HQ, T, D] bf16, fp16 or fp32, positions and norms applied; last dimension contiguous, others free.
-        k: [B, H, T, D], same dtype; query head h reads key head h // (HQ / H).
-        scale: factor of the scores; D ** -0.5 if None. Models that scale otherwise must pass theirs.
-        lse: [B, HQ, T] fp32, natural log, of the scores of each row of R, a sink included, if the caller has it. Then
-            only a band of each map is computed, unless the span or an open horizon asks for more. Two rows of each
-            sequence are computed again to check it: on a GPU, which is not waited for, a wrong one gives NaN.
+        q: [B, HQ, T, D] bf16, fp16 or fp32, after norms and rotary positions. The last dimension is contiguous; other
+            strides are free.
+        k: [B, H, T, D] in q's dtype. Query head h reads key head h // (HQ / H).
+        scale: factor of the scores; None for D ** -0.5. A model with another scale must pass it.
+        lse: [B, HQ, T] fp32, natural log: the log-sum-exp of the scores of each row of R, a sink included. With it only
+            a band of each map is computed, unless the span or an open horizon needs more. It is checked at two rows of
+            each sequence. A wrong one raises on a CPU and turns the results into NaN on a GPU, which is not waited for.
         window: W of WAAD, in tokens, 1 to 256.
-        horizon: (lo, hi) of FAI, in tokens, lo >= 0; hi None: to the end of the sequence.
-        response_mask: [B, T] bool, R, holes allowed; every valid token if None.
-        attention_mask: [B, T] bool or int, 1 for tokens, padded on the left or the right.
-        cu_seqlens: int32 [S + 1], bounds of packed sequences; then B = 1. Both may be on the CPU: those on a GPU are
-            waited for.
-        sliding_window: row t sees the keys with t - s < sliding_window.
-        softcap: scores become softcap * tanh(score / softcap), before the mask.
-        sinks: [HQ] floating, a logit per head that takes its share of each row and belongs to no token.
+        horizon: (lo, hi) of FAI, in tokens, lo >= 0. hi = None reaches to the end of the sequence.
+        response_mask: [B, T] bool, the rows R; holes are allowed. None for all tokens that are not padding.
+        attention_mask: [B, T] bool or int, 1 for tokens and 0 for padding, which is on the left or on the right.
+        cu_seqlens: [S + 1] int32 or int64, bounds of packed sequences; then B = 1. This and attention_mask may be on
+            the CPU. On a GPU they are waited for.
+        sliding_window: row t sees the keys s with t - s < sliding_window, in tokens; None for all earlier keys.
+        softcap: scores become softcap * tanh(score / softcap) before the mask; None for no cap.
+        sinks: [HQ] floating, a logit for each head that takes a share of every row and belongs to no token.
         need_span: False skips the span, which needs every key of every row of R.
-        backend: "triton", "torch" (blockwise), or "auto": Triton on a GPU, else torch; torch also for what the kernels
-            do not take (heads above 256 in 16 bits, above 128 in fp32).
+        backend: "triton", "torch" (blockwise) or "auto". "auto" is Triton on a GPU and torch elsewhere, and also torch
+            for head sizes that the kernels do not take (above 256 in 16 bits, above 128 in fp32).
 
     Returns:
-        AttentionStats(waad [B, HQ, T], fai [B, HQ, T], span [B, HQ] ([S, HQ] if packed; None without `need_span`),
-        lse [B, HQ, T]), fp32. A span over an empty R is 0. A NaN in a sequence stays in that sequence.
+        AttentionStats of waad [B, HQ, T] in tokens, fai [B, HQ, T], span [S, HQ] in tokens (None without `need_span`)
+        and lse [B, HQ, T], all fp32. A span over an empty R is 0. A NaN in a sequence stays in that sequence.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, rank, size, device or value, before anything runs.
     """
-    options = check_options(
-        q,
-        k,
-        scale=scale,
-        window=window,
-        horizon=horizon,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        need_span=need_span,
-    )
-    layout = _checked_layout(q, lse, response_mask, attention_mask, cu_seqlens)
-    factor = None if lse is None else _check_lse(q, k, lse, layout, options, None, backend)
-    stats = run_stats(q, k, lse, layout, options, backend)
-    return stats if factor is None else scaled([stats], factor)[0]
+    options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span)
+    layout = _check_layout(q, lse, response_mask, attention_mask, cu_seqlens)
+    lse_factor = _check_lse(q, k, lse, layout, options, backend)
+    return _marked(run_stats(q, k, lse, layout, options, backend), lse_factor)
 
 
 def group_stats(
@@ -101,41 +97,31 @@ def group_stats(
     sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> GroupStats:
-    """WAAD summed over a layer's local heads and FAI summed over its global heads; other heads are skipped (Eq. 8-10).
+    """Returns WAAD summed over a layer's local heads and FAI summed over its global heads (Eq. 8-10).
 
-    The same maps and the same options as `attention_stats`, for head groups that are known from an earlier batch.
+    Heads in neither group are not computed. The groups come from an earlier batch. All other arguments are those of
+    `attention_stats`.
 
     Args:
-        local_heads: bool [HQ], or [S, HQ] where each sequence has its own groups (S = B if not packed).
-        global_heads: the same.
+        local_heads: bool [HQ], or [S, HQ] where each sequence has its own group.
+        global_heads: bool [HQ] or [S, HQ], the same.
 
     Returns:
-        GroupStats(waad [B, T], fai [B, T]), fp32: sums, so that the layers' results add up. A NaN in a head outside
-        the groups stays outside.
+        GroupStats of waad [B, T] in tokens and fai [B, T], fp32. They are sums, so that those of several layers can be
+        added. A NaN in a head outside the groups changes nothing.
 
     Raises:
         TypeError, ValueError: as `attention_stats`.
     """
-    options = check_options(
-        q,
-        k,
-        scale=scale,
-        window=window,
-        horizon=horizon,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        need_span=False,
-    )
-    layout = _checked_layout(q, lse, response_mask, attention_mask, cu_seqlens)
+    options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span=False)
+    layout = _check_layout(q, lse, response_mask, attention_mask, cu_seqlens)
     for name, group in (("local_heads", local_heads), ("global_heads", global_heads)):
-        each = isinstance(group, Tensor) and group.ndim == 2
-        shape = [layout.sequences, q.shape[1]] if each else [q.shape[1]]
+        by_sequence = isinstance(group, Tensor) and group.ndim == 2
+        shape = [layout.sequences, q.shape[1]] if by_sequence else [q.shape[1]]
         check_tensor(name, group, shape, [torch.bool], q.device)
     heads = (local_heads | global_heads).expand(layout.sequences, -1)
-    factor = None if lse is None else _check_lse(q, k, lse, layout, options, heads, backend)
-    stats = run_group_stats(q, k, lse, local_heads, global_heads, layout, options, backend)
-    return stats if factor is None else scaled([stats], factor)[0]
+    lse_factor = _check_lse(q, k, lse, layout, options, backend, heads)
+    return _marked(run_group_stats(q, k, lse, local_heads, global_heads, layout, options, backend), lse_factor)
 
 
 def attention(
@@ -155,44 +141,34 @@ def attention(
     need_span: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, AttentionStats]:
-    """Causal attention and its statistics: the forward whose log-sum-exp the statistics read.
+    """Returns the output of causal attention and the statistics of its map, from one forward.
 
-    The same maps and the same options as `attention_stats`. Inference only.
+    It has no backward. All other arguments are those of `attention_stats`.
 
     Args:
-        v: [B, H, T, Dv], q's dtype; last dimension contiguous. Dv may differ from D.
+        v: [B, H, T, Dv] in q's dtype, contiguous in its last dimension. Dv may differ from D.
 
     Returns:
-        (out [B, HQ, T, Dv] in q's dtype, contiguous, 0 in padding; AttentionStats, whose rows are those of R).
+        (out [B, HQ, T, Dv] in q's dtype, contiguous, 0 in padding; AttentionStats of the rows of R).
 
     Raises:
-        TypeError, ValueError: as `attention_stats`; also if a gradient would be lost (use torch.no_grad()).
+        TypeError, ValueError: as `attention_stats`, and if a gradient would be lost (use torch.no_grad()).
     """
-    options = check_options(
-        q,
-        k,
-        scale=scale,
-        window=window,
-        horizon=horizon,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        need_span=need_span,
-    )
+    options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span)
     check_values(v, k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("attention has no backward, got an input that requires a gradient: call it in torch.no_grad()")
-    layout = _checked_layout(q, None, response_mask, attention_mask, cu_seqlens)
+    layout = _check_layout(q, None, response_mask, attention_mask, cu_seqlens)
     with isolated(q.device):
-        return _implementation(backend, q=q, k=k, v=v).attention(q.detach(), k.detach(), v.detach(), layout, options)
+        return _backend_module(backend, q=q, k=k, v=v).attention(q.detach(), k.detach(), v.detach(), layout, options)
 
 
 def run_stats(
     q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, backend: str = "auto"
 ) -> AttentionStats:
-    """`attention_stats` behind its checks, for callers that prepare the layout once for many layers."""
+    """Does the work of `attention_stats` on checked arguments; several layers can share one layout."""
     with isolated(q.device):
-        return _implementation(backend, q=q, k=k).attention_stats(q.detach(), k.detach(), lse, layout, options)
+        return _backend_module(backend, q=q, k=k).attention_stats(q.detach(), k.detach(), lse, layout, options)
 
 
 def run_group_stats(
@@ -205,14 +181,15 @@ def run_group_stats(
     options: Options,
     backend: str = "auto",
 ) -> GroupStats:
-    """`group_stats` behind its checks; groups bool [HQ] or [sequences, HQ]."""
+    """Does the work of `group_stats` on checked arguments; the groups are bool [HQ] or [S, HQ]."""
     local_heads, global_heads = (group.expand(layout.sequences, -1) for group in (local_heads, global_heads))
     with isolated(q.device):
-        run = _implementation(backend, q=q, k=k).group_stats
+        run = _backend_module(backend, q=q, k=k).group_stats
         return run(q.detach(), k.detach(), lse, local_heads, global_heads, layout, options)
 
 
-def _checked_layout(q: Tensor, lse, response_mask, attention_mask, cu_seqlens) -> Layout:
+def _check_layout(q: Tensor, lse: object, response_mask: object, attention_mask: object, cu_seqlens: object) -> Layout:
+    """Returns the layout of the masks; checks them, and the shape and dtype of lse."""
     batch, query_heads, tokens, _ = q.shape
     if lse is not None:
         check_tensor("lse", lse, [batch, query_heads, tokens], [torch.float32], q.device)
@@ -220,12 +197,24 @@ def _checked_layout(q: Tensor, lse, response_mask, attention_mask, cu_seqlens) -
 
 
 def _check_lse(
-    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, heads: Tensor | None, backend: str
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    layout: Layout,
+    options: Options,
+    backend: str,
+    heads: Tensor | None = None,
 ) -> Tensor | None:
-    """Raises for a log-sum-exp that is not that of the rows' scores, in base 2, say, or of scaled ones.
+    """Raises for a given log-sum-exp of other scores, for example of scores in base 2 or without their scale.
 
-    Where a GPU would have to be waited for, returns the factor of the statistics: 1, or NaN if it is one.
+    Args:
+        heads: bool [S, HQ], the query heads that are checked; None for all.
+
+    Returns:
+        None where the host has looked. On a GPU, which is not waited for, the factor of `_marked`.
     """
+    if lse is None:
+        return None
     with isolated(q.device):
         deviation = probe_lse(q.detach(), k.detach(), lse.detach(), layout, options, heads, backend)
     if deviation is None:
@@ -234,16 +223,21 @@ def _check_lse(
         return factor_of(deviation.excess)
     if deviation.excess.item() > 1:
         row, token, head = deviation.place.tolist()
-        got, exact, _ = deviation.values.tolist()
+        given, exact, _ = deviation.values.tolist()
         raise ValueError(
             "lse must be the natural log-sum-exp of each row's scores, a sink included, got "
-            f"{got:.6g} for token {token} of row {row}, head {head}, whose scores have {exact:.6g}"
+            f"{given:.6g} for token {token} of row {row}, head {head}, whose scores have {exact:.6g}"
         )
     return None
 
 
-def _implementation(backend: str, **inputs: Tensor) -> ModuleType:
-    """The module whose `attention_stats`, `group_stats` and `attention` run behind these checks."""
+def _marked(stats: Stats, lse_factor: Tensor | None) -> Stats:
+    """Returns the statistics times a factor of 1 or NaN, or as they are without one."""
+    return stats if lse_factor is None else scaled([stats], lse_factor)[0]
+
+
+def _backend_module(backend: str, **inputs: Tensor) -> ModuleType:
+    """Returns the module whose `attention_stats`, `group_stats` and `attention` run on q, k and v."""
     check_choice("backend", backend, BACKENDS)
     if backend == "torch" or (backend == "auto" and not inputs["q"].is_cuda):
         return blockwise

@@ -1,4 +1,7 @@
-"""Where sequences begin and end inside a [B, T] batch, padded or packed: the one form that every backend reads."""
+"""Where sequences begin and end in a batch, padded or packed: the one form that every backend reads.
+
+Shapes: B batch rows, T tokens, S sequences (B where the batch is not packed), H heads, HQ query heads.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -14,37 +17,38 @@ from rhythm_kernels.host import send
 from rhythm_kernels.tensor_checks import at_hand, check_cu_seqlens, check_tensor
 
 Kept = TypeVar("Kept")
-SPAN_UNIT = 2.0**-20  # tokens: the spans' sums are integers of this unit, so that their order does not matter
+SPAN_UNIT = 2.0**-20  # tokens: spans are summed as integers of this unit, so that the order does not matter
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Key s is visible from row t of the same batch row if first[t] <= s <= t (and within the layer's window).
+    """The sequences and rows of a batch. Row t sees key s of its batch row if first[t] <= s <= t.
 
-    Made once for a batch and read by each of its layers: what is derived from it is kept.
+    A layer may narrow that by a sliding window. One layout serves all layers of a batch and keeps what they derive
+    from it.
     """
 
     first: Tensor
-    """[B, T] int32: the first position of the token's own sequence; t + 1 for padding, which so sees nothing."""
+    """[B, T] int32: the first position of the token's own sequence; t + 1 for padding, which then sees nothing."""
     last: Tensor
     """[B, T] int32: the last position of the token's own sequence; t - 1 for padding."""
     rows: Tensor
-    """[B, T] bool: R, without padding."""
+    """[B, T] bool: the rows R, which are never padding."""
     segments: Tensor
-    """[B, T] int64: the sequence of each token, 0 to sequences - 1; padding counts to its row's sequence."""
+    """[B, T] int64: the sequence of each token, 0 to S - 1; padding has that of its batch row."""
     bounds: tuple[tuple[int, int, int], ...]
-    """(batch row, first position, one past the last position) of each sequence, known to the host."""
+    """(batch row, first position, one past the last position) of each sequence, on the host."""
     table: Tensor
-    """[sequences, 3] int64: the bounds, on the device."""
+    """[S, 3] int64: the bounds, on the device."""
     _kept: dict = field(default_factory=dict, repr=False)
 
     @property
     def sequences(self) -> int:
-        """B, or S for packed sequences."""
+        """S, the number of sequences."""
         return len(self.bounds)
 
     def slice(self, part: slice) -> "Layout":
-        """The layout of some rows of a batch that is not packed."""
+        """Returns the layout of some batch rows; the batch is not packed."""
         begin = part.indices(len(self.rows))[0]
         bounds = tuple((b - begin, *ends) for b, *ends in self.bounds[part])
         table = self.table[part].clone()
@@ -52,38 +56,43 @@ class Layout:
         return Layout(self.first[part], self.last[part], self.rows[part], self.segments[part] - begin, bounds, table)
 
     def rows_looking_back(self, horizon: tuple[int, int | None]) -> Tensor:
-        """|T(s)|: how many rows of R look at column s from the horizon (Eq. 10), and 1 for none. [B, T] int32."""
+        """Returns how many rows of R look at each column from its horizon, |T(s)| of Eq. 10, at least 1: [B, T] int32.
+
+        Args:
+            horizon: (lo, hi), in tokens; hi is None for the end of the sequence.
+        """
         return self.keep(("looking back", *horizon), lambda: _rows_looking_back(self, horizon))
 
     def row_counts(self) -> Tensor:
-        """How many rows of R each sequence has. [sequences] int64."""
+        """Returns how many rows of R each sequence has: [S] int64."""
         return self.keep("row counts", lambda: _sum_over_tokens(self.rows[:, None], self)[:, 0].contiguous())
 
     def next_row(self) -> Tensor:
-        """[B, T + 1] int32: the first row of R at or behind each position; T if there is none."""
+        """Returns the first row of R at or behind each position, T if there is none: [B, T + 1] int32."""
         return self.keep("next row", lambda: _next_row(self.rows))
 
     def row_end(self) -> Tensor:
-        """[B, T + 1] int32: one past the last row of R before each position; 0 if there is none."""
+        """Returns one past the last row of R before each position, 0 if there is none: [B, T + 1] int32."""
         return self.keep("row end", lambda: _row_end(self.rows))
 
     def tiles(self, block: int, order: str = "position", padding: bool = False) -> Tensor:
-        """Every sequence cut into tiles of `block` tokens from its own first token, on the layout's device.
+        """Cuts every sequence into tiles of `block` tokens, beginning with its own first token.
 
         A tile never holds tokens of two sequences, and its place in its sequence does not depend on the batch.
 
         Args:
-            order: "position"; "past": the tiles with the most tokens before them first; "future": behind them.
-            padding: also the tiles of padding, last, so that a kernel which writes its tiles writes every token.
+            order: "position"; "past", the tiles with the most tokens of their sequence before them first; "future", the
+                tiles with the most tokens behind their first one first.
+            padding: adds tiles of padding, last. A kernel that writes its tiles then writes every token.
 
         Returns:
-            int32 [tiles, 5]: (batch row, first token, the sequence's first token and end, the sequence's index); of
-            padding, where it begins and ends, and -1.
+            int32 [tiles, 5], on the device: batch row, the tile's first token, the sequence's first token, one past
+            its last token, and its index. A tile of padding has the bounds of its run of padding, and the index -1.
         """
         return self.keep(("tiles", block, order, padding), lambda: _tiles(self, block, order, padding))
 
     def keep(self, key: tuple | str, make: Callable[[], Kept]) -> Kept:
-        """Returns what `make` returns, made once for this layout."""
+        """Returns what `make` returned for this key, and calls it only the first time."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
@@ -97,11 +106,16 @@ def make_layout(
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Layout:
-    """Checks the masks and brings padding (left or right) and packing to one form.
+    """Checks the masks and returns the layout of the batch.
 
-    attention_mask, cu_seqlens: on the device, which is then waited for once, or on the CPU.
+    Args:
+        response_mask: [B, T] bool on `device`, the rows R; None for all tokens that are not padding.
+        attention_mask: [B, T] bool or int, 1 for tokens and 0 for padding, which is on the left or on the right.
+        cu_seqlens: [S + 1] int32 or int64, the bounds of packed sequences. This and attention_mask may be on the CPU.
+            On `device` they are waited for once.
 
-    Raises: TypeError or ValueError for a mask of the wrong dtype, shape, device or content.
+    Raises:
+        TypeError, ValueError: a mask of the wrong dtype, shape, device or content.
     """
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask and cu_seqlens exclude each other: packed sequences have no padding")
@@ -118,7 +132,7 @@ def make_layout(
     position = torch.arange(tokens, device=device)
     if cu_seqlens is None:
         segments = torch.arange(batch, device=device)[:, None].expand(batch, tokens)
-    else:  # an empty sequence ends where the one before it does: `right` passes over it
+    else:  # an empty sequence ends where the one before it does; `right` passes over both
         segments = torch.searchsorted(table[:, 2].contiguous(), position, right=True)[None]
     first, end = table.int()[segments][..., 1:].unbind(-1)  # [B, T]
     position = position.int().expand(batch, tokens)
@@ -156,44 +170,44 @@ def _packed_bounds(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.de
 
 def _rows_looking_back(layout: Layout, horizon: tuple[int, int | None]) -> Tensor:
     tokens = layout.rows.shape[1]
-    before = pad(layout.rows.long().cumsum(-1), (1, 0))  # before[t]: rows of R below t
+    rows_before = pad(layout.rows.long().cumsum(-1), (1, 0))  # [B, T + 1]: the number of rows of R below t
     position = torch.arange(tokens, device=layout.rows.device)
     lo, hi = horizon
     end = layout.last.long() + 1 if hi is None else torch.minimum(layout.last.long(), position + hi) + 1
     begin = torch.minimum(position + lo, end).clamp(min=0)
-    return (before.gather(1, end.clamp(min=0)) - before.gather(1, begin)).clamp(min=1).int()
+    return (rows_before.gather(1, end.clamp(min=0)) - rows_before.gather(1, begin)).clamp(min=1).int()
 
 
 def _next_row(rows: Tensor) -> Tensor:
     tokens = rows.shape[1]
     position = torch.arange(tokens, dtype=torch.int32, device=rows.device)
-    row = pad(torch.where(rows, position, tokens), (0, 1), value=tokens)
-    return row.flip(-1).cummin(-1).values.flip(-1).int().contiguous()
+    row_or_none = pad(torch.where(rows, position, tokens), (0, 1), value=tokens)
+    return row_or_none.flip(-1).cummin(-1).values.flip(-1).int().contiguous()
 
 
 def _row_end(rows: Tensor) -> Tensor:
-    behind = torch.arange(1, rows.shape[1] + 1, dtype=torch.int32, device=rows.device)
-    return pad(torch.where(rows, behind, 0), (1, 0)).cummax(-1).values.int()
+    position_after = torch.arange(1, rows.shape[1] + 1, dtype=torch.int32, device=rows.device)
+    return pad(torch.where(rows, position_after, 0), (1, 0)).cummax(-1).values.int()
 
 
 def _tiles(layout: Layout, block: int, order: str, padding: bool) -> Tensor:
-    stretches = [(*bounds, sequence) for sequence, bounds in enumerate(layout.bounds)]
+    runs = [(*bounds, sequence) for sequence, bounds in enumerate(layout.bounds)]
     if padding:
-        stretches += [(*bounds, -1) for bounds in _padding(layout)]
-    batch_row, begin, end, sequence = torch.tensor(stretches, dtype=torch.int64, device="cpu").view(-1, 4).unbind(-1)
+        runs += [(*bounds, -1) for bounds in _padding(layout)]
+    batch_row, begin, end, sequence = torch.tensor(runs, dtype=torch.int64, device="cpu").view(-1, 4).unbind(-1)
     count = (end - begin + block - 1) // block
-    stretch = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
-    index = torch.arange(len(stretch), device="cpu") - (count.cumsum(0) - count)[stretch]
-    start = begin[stretch] + index * block
-    table = torch.stack([batch_row[stretch], start, begin[stretch], end[stretch], sequence[stretch]], -1)
+    run = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
+    index = torch.arange(len(run), device="cpu") - (count.cumsum(0) - count)[run]
+    start = begin[run] + index * block
+    table = torch.stack([batch_row[run], start, begin[run], end[run], sequence[run]], -1)
     if order != "position":
-        work = start - begin[stretch] if order == "past" else end[stretch] - start
-        table = table[torch.where(table[:, 4] < 0, -1, work).argsort(descending=True, stable=True)]
+        tokens = start - begin[run] if order == "past" else end[run] - start
+        table = table[torch.where(table[:, 4] < 0, -1, tokens).argsort(descending=True, stable=True)]
     return send(table.int(), layout.rows.device)
 
 
 def _padding(layout: Layout) -> list[tuple[int, int, int]]:
-    """(batch row, first position, one past the last position) of what no sequence covers."""
+    """Returns (batch row, first position, one past the last position) of the padding before and behind sequences."""
     batch, tokens = layout.rows.shape
     if layout.sequences != batch:  # packed
         return []
@@ -201,10 +215,12 @@ def _padding(layout: Layout) -> list[tuple[int, int, int]]:
 
 
 def mean_over_rows(values: Tensor, layout: Layout) -> Tensor:
-    """Mean over R of values [B, HQ, T] (0 outside R, below 2^20): [sequences, HQ] fp32, 0 if R is empty.
+    """Returns the mean over R of each sequence, fp32 [S, HQ]: 0 if R is empty, NaN if a value is not finite.
 
-    Summed as integers of `SPAN_UNIT`, so that a sequence has the same mean alone and in any batch. A sequence with a
-    value that is not finite has NaN.
+    The values are summed as integers of `SPAN_UNIT`. So a sequence has the same mean alone and in any batch.
+
+    Args:
+        values: [B, HQ, T] below 2^20, 0 outside R.
     """
     finite = values.isfinite()
     units = torch.where(finite, values.double() / SPAN_UNIT, 0.0).round().long()
@@ -214,7 +230,7 @@ def mean_over_rows(values: Tensor, layout: Layout) -> Tensor:
 
 
 def _sum_over_tokens(x: Tensor, layout: Layout) -> Tensor:
-    """Integers [B, H, T] -> [sequences, H] int64."""
+    """Returns the sum of integers or bools [B, H, T] over the tokens of each sequence: int64 [S, H]."""
     if layout.sequences == len(x):
         return x.long().sum(-1)
     out = torch.zeros(layout.sequences, x.shape[1], dtype=torch.int64, device=x.device)

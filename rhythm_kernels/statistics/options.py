@@ -1,11 +1,14 @@
-"""A layer's attention options: checked once, read by every backend."""
+"""A layer's attention options, which are checked once and read by every backend.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rhythm_kernels.checks import check_float, check_horizon, check_int
+from rhythm_kernels.checks import check_bool, check_float, check_horizon, check_int
 from rhythm_kernels.options import MAX_WINDOW
 from rhythm_kernels.tensor_checks import check_tensor
 
@@ -13,21 +16,25 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Options(NamedTuple):
-    """What a backend needs beside q, k and the layout."""
+    """The options of `attention_stats` that a backend reads beside q, k and the layout."""
 
     scale: float
+    """The factor of the scores."""
     window: int
+    """W of WAAD, in tokens."""
     horizon: tuple[int, int | None]
+    """(lo, hi) of FAI, in tokens; hi is None for the end of the sequence."""
     sliding_window: int | None
+    """Row t sees the keys s with t - s < sliding_window."""
     softcap: float | None
     sinks: Tensor | None
+    """fp32 [HQ]."""
     need_span: bool
 
 
 def check_options(
     q: Tensor,
     k: Tensor,
-    *,
     scale: float | None,
     window: int,
     horizon: tuple[int, int | None],
@@ -36,7 +43,11 @@ def check_options(
     sinks: Tensor | None,
     need_span: bool,
 ) -> Options:
-    """Checks q, k and the options of a layer, whatever the layout."""
+    """Checks q, k and the options of a layer, and returns the options; `attention_stats` describes them.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, rank, size, device or value.
+    """
     check_tensor("q", q, ["B", "HQ", "T", "D"], DTYPES)
     batch, query_heads, tokens, size = q.shape
     check_tensor("k", k, [batch, "H", tokens, size], [q.dtype], q.device)
@@ -44,15 +55,11 @@ def check_options(
         raise ValueError(
             f"the query heads of q must be a multiple of the key heads of k, got {query_heads}, {k.shape[1]}"
         )
-    if size == 0:
-        raise ValueError(f"q must have a head size of at least 1, got shape {list(q.shape)}")
-    for name, x in (("q", q), ("k", k)):
-        if x.stride(-1) != 1 and size > 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
+    _check_heads("q", q)
+    _check_heads("k", k)
     if sinks is not None:
         check_tensor("sinks", sinks, [query_heads], (*DTYPES, torch.float64), q.device)
-    if not isinstance(need_span, bool):
-        raise TypeError(f"need_span must be a bool, got {type(need_span).__name__}: {need_span!r}")
+    check_bool("need_span", need_span)
     if sliding_window is not None:
         check_int("sliding_window", sliding_window, 1)
     if softcap is not None and check_float("softcap", softcap, 0.0) == 0.0:
@@ -69,9 +76,14 @@ def check_options(
 
 
 def check_values(v: Tensor, k: Tensor) -> None:
-    """Checks v of the fused forward against k."""
+    """Checks v [B, H, T, Dv] of the fused forward against k [B, H, T, D]."""
     check_tensor("v", v, [*k.shape[:3], "Dv"], [k.dtype], k.device)
-    if v.shape[-1] == 0:
-        raise ValueError(f"v must have a head size of at least 1, got shape {list(v.shape)}")
-    if v.stride(-1) != 1 and v.shape[-1] > 1:
-        raise ValueError(f"v must be contiguous in its last dimension, got strides {v.stride()}")
+    _check_heads("v", v)
+
+
+def _check_heads(name: str, x: Tensor) -> None:
+    """Checks the head size of q, k or v, and that each head's numbers lie side by side."""
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} must have a head size of at least 1, got shape {list(x.shape)}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")

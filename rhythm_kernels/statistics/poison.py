@@ -1,13 +1,14 @@
-"""Turns statistics that are wrong into NaN on a device that is not waited for."""
+"""Turns wrong statistics into NaN on a device that the host does not wait for."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rhythm_kernels.types import AttentionStats, GroupStats
 
-Stats = AttentionStats | GroupStats
+Stats = TypeVar("Stats", AttentionStats, GroupStats)
 
 
 def factor_of(excess: Tensor) -> Tensor:
@@ -16,6 +17,9 @@ def factor_of(excess: Tensor) -> Tensor:
 
 
 def scaled(stats: Sequence[Stats], factor: Tensor) -> list[Stats]:
-    """Returns the statistics of some layers times a number on their device, by one launch; 1 keeps their bits."""
-    products = iter(torch._foreach_mul([value for each in stats for value in each if value is not None], factor))
-    return [type(each)(*(None if value is None else next(products) for value in each)) for each in stats]
+    """Returns the statistics of some layers times a 0-dim factor on their device, in one launch.
+
+    A factor of 1 keeps every bit; a factor of NaN marks all of them.
+    """
+    products = iter(torch._foreach_mul([value for layer in stats for value in layer if value is not None], factor))
+    return [type(layer)(*(None if value is None else next(products) for value in layer)) for layer in stats]
