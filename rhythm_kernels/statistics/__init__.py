@@ -1,1 +1,1 @@
-"""The statistics of one layer's attention: three calls (`api`), one layout, two backends, and the check of the map."""
+"""The statistics of one layer's attention: three public calls (`api`), two backends, and the check of the map."""

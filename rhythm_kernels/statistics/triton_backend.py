@@ -1,4 +1,7 @@
-"""The three calls of api.py on a GPU: the forward pass where a statistic needs every key, then the band."""
+"""The three calls of api.py in Triton: a forward pass where a statistic needs every key, then a band pass.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences.
+"""
 
 import torch
 import triton
@@ -12,13 +15,14 @@ from rhythm_kernels.statistics.triton_scores import aligned
 from rhythm_kernels.statistics.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, MAX_TOKEN_STRIDE, Tiles, choose_tiles
 from rhythm_kernels.types import AttentionStats, GroupStats
 
-INTERPRETING = triton.knobs.runtime.interpret  # as it was when the kernels were made
+INTERPRETING = triton.knobs.runtime.interpret  # Triton decides it once, when the kernels are defined
 
 
 def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
-    """As in api.py, behind its checks.
+    """Computes `api.attention_stats` on checked arguments.
 
-    Raises: ValueError for a device, head size, stride or dtype that these kernels do not run on; so do the others.
+    Raises:
+        ValueError: a device, head size, stride or dtype that these kernels do not take. The other calls raise it too.
     """
     tiles, span = _choose_tiles(q=q, k=k), None
     with torch.cuda.device_of(q):
@@ -43,7 +47,7 @@ def group_stats(
     layout: Layout,
     options: Options,
 ) -> GroupStats:
-    """As in api.py, behind its checks; groups bool [sequences, HQ]."""
+    """Computes `api.group_stats` on checked arguments; local_heads and global_heads are bool [S, HQ]."""
     tiles = _choose_tiles(q=q, k=k)
     with torch.cuda.device_of(q):
         q, k = aligned(q), aligned(k)
@@ -53,7 +57,7 @@ def group_stats(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> tuple[Tensor, AttentionStats]:
-    """As in api.py, behind its checks."""
+    """Computes `api.attention` on checked arguments."""
     tiles = _choose_tiles(q=q, k=k, v=v)
     with torch.cuda.device_of(q):
         q, k = aligned(q), aligned(k)
@@ -62,7 +66,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options)
 
 
 def unsupported(**inputs: Tensor) -> str | None:
-    """Why these kernels cannot take q, k and v: what they take, and what arrived; None if they can."""
+    """Returns why these kernels cannot take q, k and v: what they take, and what arrived; None if they can."""
     q = inputs["q"]
     if not (q.is_cuda or INTERPRETING):
         return f"needs q on a GPU, got q on {q.device}"

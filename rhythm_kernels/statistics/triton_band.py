@@ -1,12 +1,15 @@
-"""WAAD and FAI from the log-sum-exp: only the part of each map is computed that the window and the horizon reach.
+"""The band pass: WAAD and FAI from the log-sum-exp, from only the part of a map within the window and the horizon.
 
 A program owns one tile of tokens of one query head. As rows, its tokens look at themselves and at the keys of their
-windows before the tile (WAAD); as columns, they are looked at by themselves and by the rows behind the tile (FAI). Each
-output is written by one program, in a fixed order. With known head groups, the programs of the other heads end at once.
+windows before the tile: that gives WAAD. As columns, they are looked at by themselves and by the rows behind the tile:
+that gives FAI. Each output is written by one program, which sums in a fixed order. With known head groups, the programs
+of other heads end at once.
 
-A program takes little more time than its loads wait for each other, so they form a short chain: the tile's line of
-`band_table`, with groups its head's flags, and then everything else at once. Only a window or a horizon that is longer
-than a tile is read in a loop.
+Most of a program's time is waiting for loads. So they form a short chain: first the tile's line of `band_table`, with
+groups the flags of its head, then everything else at once. Only a window or a horizon that is longer than a tile is
+read in a loop.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, SIZE (D) the head size of q and k; S sequences.
 """
 
 import torch
@@ -31,8 +34,8 @@ from rhythm_kernels.statistics.triton_scores import (
 from rhythm_kernels.statistics.triton_tiles import BandTile
 
 TABLE_FIELDS = tl.constexpr(8)  # of a row of `band_table`
-FAR = 1 << 30  # tokens: a horizon without an end
-SUM_HEADS = 32  # heads that `sum_heads_kernel` adds at a time
+FAR = 1 << 30  # tokens: the length of an open horizon
+SUM_HEADS = 32  # `sum_heads_kernel` adds so many heads at a time
 STRIDES = ("stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt")
 GROUP_STRIDES = ("stride_ls", "stride_lh", "stride_gs", "stride_gh")
 
@@ -42,7 +45,7 @@ def _looked_at_before(
     query, early, log_sum, at, s, start, window, near_end, factor, cap,
     BLOCK_BEFORE: tl.constexpr, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """sum A (W - (t - s)) over the keys at..start that lie in the windows of the rows [BLOCK]."""
+    """Returns sum A (W - (t - s)) over the keys at..start in the windows of the rows, [BLOCK]."""
     scores = scores_of(multiply(query, early), factor, cap, SCALE_FIRST, USE_SOFTCAP)
     weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
     j = tl.arange(0, BLOCK_BEFORE)
@@ -56,7 +59,7 @@ def _received_behind(
     late_query, key, late, late_lse, t, s, lo, horizon, factor, cap,
     SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """A [BLOCK, BLOCK] of the rows t behind the tile that are `late`, where it lies within the horizon."""
+    """Returns A [BLOCK, BLOCK] of the rows t behind the tile, 0 outside the horizon and in rows that are not `late`."""
     scores = scores_of(multiply(late_query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
     weights = weights_of(scores, factor, late_lse * LOG2E, SCALE_FIRST)
     limit = tl.where(late, horizon, 0)[:, None]
@@ -69,19 +72,19 @@ def _received_behind(
     ]
 )  # fmt: skip
 def band_kernel(
-    q,
-    k,
+    q,  # [B, HQ, T, SIZE]
+    k,  # [B, H, T, SIZE]
     tiles,  # [tiles, TABLE_FIELDS], of `band_table`
-    rows,
-    counts,  # [B, T]
-    sinks,
+    rows,  # [B, T]
+    counts,  # [B, T], of `Layout.rows_looking_back`
+    sinks,  # [HQ]
     lse,  # [B, HQ, T]; outside R it may hold anything
-    local_heads,  # [sequences, HQ]
-    global_heads,  # [sequences, HQ]
-    waad,  # [B, HQ, T]; GROUPED: written for local heads only, in tiles with rows of R
-    fai,  # [B, HQ, T]; GROUPED: sums over T(s), written for global heads only, in tiles that rows of R look at
+    local_heads,  # [S, HQ]
+    global_heads,  # [S, HQ]
+    waad,  # [B, HQ, T]; GROUPED: written only for local heads, in tiles with rows of R
+    fai,  # [B, HQ, T]; GROUPED: sums over T(s), written only for global heads, in tiles that rows of R look at
     row_lse,  # [B, HQ, T]; COPY_LSE: lse in R, 0 elsewhere
-    stride_qb,  # of q and k: in UNITs
+    stride_qb,  # the strides of q and k are in UNITs
     stride_qh,
     stride_qt,
     stride_kb,
@@ -99,21 +102,21 @@ def band_kernel(
     window,
     near_end,  # WAAD counts the distances 0 .. near_end - 1
     lo,
-    horizon,  # FAI counts lo .. lo + horizon - 1
+    horizon,  # FAI counts the distances lo .. lo + horizon - 1
     SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_BEFORE: tl.constexpr,
-    LOOP_BEFORE: tl.constexpr,  # else no window reaches further than BLOCK_BEFORE
-    LOOP_BEHIND: tl.constexpr,  # else no row looks at the tile from further behind it than BLOCK
+    LOOP_BEFORE: tl.constexpr,  # False if no window reaches further than BLOCK_BEFORE
+    LOOP_BEHIND: tl.constexpr,  # False if no row further than BLOCK behind the tile looks at it
     SCALE_FIRST: tl.constexpr,
     USE_SOFTCAP: tl.constexpr,
     USE_SINKS: tl.constexpr,
     GROUPED: tl.constexpr,
     COPY_LSE: tl.constexpr,
 ):
-    """Token tile and query head fixed."""
+    """Computes WAAD and FAI of one tile of tokens and one query head."""
     batch, start, first, last, sequence, head = load_place(tiles, query_heads, TABLE_FIELDS)
     row_end, after, after_end = load_reach(tiles + tl.program_id(0) // query_heads * TABLE_FIELDS)
     i = tl.arange(0, BLOCK)
@@ -137,7 +140,7 @@ def band_kernel(
                 tl.store(row_lse + to, nothing, mask=inside)
             return
 
-    # everything that is read without a loop, before anything waits for it
+    # load everything that is read without a loop, before anything waits for it
     rows += batch * tokens
     lse += (batch * query_heads + head) * tokens
     stride_qt, stride_kt = stride_qt * UNIT, stride_kt * UNIT
@@ -150,7 +153,7 @@ def band_kernel(
     k_before = k + before.to(tl.int64) * stride_kt
     q_after = q + after.to(tl.int64) * stride_qt
     t = after + i
-    # the small ones first: the compiler lets the store of a tile to shared memory wait in front of what follows
+    # small loads come first: the compiler puts the wait of a tile's store to shared memory before what follows
     active = tl.load(rows + s, mask=inside, other=0) != 0
     own_lse = tl.load(lse + s, mask=inside, other=0.0)
     if not LOOP_BEHIND:
@@ -172,7 +175,7 @@ def band_kernel(
     weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
     distance = i[:, None] - i[None, :]  # tokens
 
-    # selections come after exp2, since what is hidden may be NaN, and rows outside R go last
+    # hidden weights are removed after exp2, since they may be NaN; rows outside R are removed last
     if is_local:  # W x row sum - sum_s A (W - (t - s)) over t - s < W
         near = (window - i).to(tl.float32)[:, None] + i.to(tl.float32)[None, :]
         nearness = tl.sum(tl.where(is_within(distance, near_end), weights * near, 0.0), 1)
@@ -223,20 +226,20 @@ def band_kernel(
 
 @triton.jit
 def load_reach(tile):
-    """(one past the last row of R in a tile, the first row of R behind it that looks at it, one past the last one)."""
+    """Returns the last three fields of a tile's line of `band_table`."""
     return tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
 
 
 @triton.jit(do_not_specialize=[*GROUP_STRIDES, "tokens", "heads"])
 def sum_heads_kernel(
     waad,  # [B, HQ, T], of `band_kernel`
-    fai,
+    fai,  # [B, HQ, T], of `band_kernel`
     tiles,  # [tiles, TABLE_FIELDS], of `band_table`
-    local_heads,  # [sequences, HQ]
-    global_heads,
-    counts,  # [B, T]
+    local_heads,  # [S, HQ]
+    global_heads,  # [S, HQ]
+    counts,  # [B, T], of `Layout.rows_looking_back`
     waad_sum,  # [B, T]
-    fai_sum,
+    fai_sum,  # [B, T]
     stride_ls,
     stride_lh,
     stride_gs,
@@ -246,7 +249,7 @@ def sum_heads_kernel(
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Sums a tile's tokens over the heads of their groups, in an order that only HQ decides; FAI divided by counts."""
+    """Sums a tile's tokens over the heads of their groups, in an order that only HQ decides, and takes FAI's mean."""
     batch, start, _, last, sequence, _ = load_place(tiles, 1, TABLE_FIELDS)
     row_end, _, after_end = load_reach(tiles + tl.program_id(0) * TABLE_FIELDS)
     t = start + tl.arange(0, BLOCK)
@@ -276,9 +279,13 @@ def band_pass(
     tile: BandTile,
     copy_lse: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(WAAD, FAI) [B, HQ, T] fp32 or, of groups (local_heads, global_heads) bool [sequences, HQ], their sums [B, T].
+    """Returns WAAD and FAI, fp32 [B, HQ, T], or with groups their sums over the heads of the groups, fp32 [B, T].
 
-    q and k are `aligned`. copy_lse: without groups also lse [B, HQ, T], 0 outside R, where it may hold anything.
+    Args:
+        q, k: [B, HQ, T, D] and [B, H, T, D], `aligned`.
+        lse: [B, HQ, T] fp32; outside R it may hold anything.
+        groups: (local_heads, global_heads), each bool [S, HQ].
+        copy_lse: without groups, also returns lse, with 0 outside R.
     """
 
     def empty(*shape: int) -> Tensor:
@@ -339,11 +346,11 @@ def band_pass(
 
 
 def band_table(layout: Layout, block: int, order: str, lo: int, horizon: int) -> Tensor:
-    """`Layout.tiles` with padding, and what no head changes. FAI counts the distances lo .. lo + horizon - 1.
+    """Returns the tiles with what is the same for all heads. FAI counts the distances lo .. lo + horizon - 1.
 
     Returns:
-        int32 [tiles, 8]: the five numbers of `Layout.tiles`; one past the tile's last row of R, or 0; the first row of
-        R behind the tile that looks at it and one past the last one, or 0, 0.
+        int32 [tiles, 8]: the five fields of `Layout.tiles`, padding included; one past the last row of R in the tile,
+        or 0; the first row of R behind the tile that looks at it, and one past the last such row, or 0 and 0.
     """
     table = layout.tiles(block, order, padding=True)
     batch, start, _, end, _ = table.long().unbind(-1)
@@ -358,8 +365,10 @@ def band_table(layout: Layout, block: int, order: str, lo: int, horizon: int) ->
 
 
 def _horizon(options: Options) -> tuple[int, int]:
-    """(lo, how many distances from it FAI counts), whatever the length of a sequence, so that it has the same kernel
-    alone and in any batch."""
+    """Returns lo, and how many distances from lo on FAI counts.
+
+    They do not depend on the lengths of sequences, so that a sequence has the same kernel alone and in any batch.
+    """
     lo, hi = options.horizon
     end = FAR if hi is None else hi + 1
     if options.sliding_window is not None:
@@ -368,6 +377,7 @@ def _horizon(options: Options) -> tuple[int, int]:
 
 
 def _group_arguments(groups: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | int | None]:
+    """Returns the groups and their strides by the kernels' names for them."""
     names = ("local_heads", "stride_ls", "stride_lh", "global_heads", "stride_gs", "stride_gh")
     if groups is None:
         return dict.fromkeys(names[::3]) | dict.fromkeys((*names[1:3], *names[4:]), 0)

@@ -1,6 +1,9 @@
-"""Each row's visible keys in one pass: the log-sum-exp, the mean distance that the row looks back, and the output.
+"""The forward pass: it reads each row's visible keys once, for its log-sum-exp, its mean distance and its output.
 
-Without v it is the row pass of the sidecar, which skips the rows outside R; with v it is the fused forward.
+Without v it computes only the rows of R; with v it is the fused forward and computes all rows.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, SIZE (D) the head size of q and k, SIZE_V (Dv) that of v;
+S sequences.
 """
 
 import torch
@@ -32,16 +35,16 @@ from rhythm_kernels.statistics.triton_tiles import Tile
 
 PLACE_FIELDS = tl.constexpr(5)  # of a row of Layout.tiles
 PER_TOKEN = tl.constexpr(1 / SPAN_UNIT)
-BROKEN = tl.constexpr(-(1 << 62))  # the sum of a tile with a distance that is not finite
-SPAN_BLOCK = 128  # tiles that a program of `span_kernel` adds at a time
+BROKEN = tl.constexpr(-(1 << 62))  # in place of the sum of a tile with a distance that is not finite
+SPAN_BLOCK = 128  # a program of `span_kernel` adds so many tiles at a time
 
 
 @triton.jit
 def _key_tiles(
-    highest,  # [BLOCK_M] the largest score so far, or the lse
+    highest,  # [BLOCK_M] the largest score so far; with USE_LSE the log-sum-exp
     total,  # [BLOCK_M] sum of exp2(score - highest)
     distance,  # [BLOCK_M] the same sum, weighted with t - s
-    output,  # [BLOCK_M, BLOCK_DV] the same sum of v
+    output,  # [BLOCK_M, BLOCK_DV] the same sum, weighted with v
     query,
     k,  # points to token 0
     v,
@@ -67,7 +70,7 @@ def _key_tiles(
     USE_SPAN: tl.constexpr,
     USE_OUT: tl.constexpr,
 ):
-    """Takes the keys begin..end into the sums; WHOLE: whole tiles that every row sees."""
+    """Adds the keys begin..end to the sums. WHOLE: they are whole tiles that every row sees."""
     j = tl.arange(0, BLOCK_N)
     k += begin.to(tl.int64) * stride_kt
     if USE_OUT:
@@ -106,7 +109,7 @@ def _key_tiles(
 
 @triton.jit
 def span_units(distance):
-    """Mean distances as int64 numbers of `SPAN_UNIT`, rounded to the nearest, halves to the even one; finite ones."""
+    """Returns finite mean distances as int64 multiples of `SPAN_UNIT`, rounded to the nearest, halves to even."""
     units = distance * PER_TOKEN
     below = tl.floor(units)
     rest, number = units - below, below.to(tl.int64)
@@ -120,16 +123,16 @@ def span_units(distance):
     ]
 )
 def forward_kernel(
-    q,
-    k,
-    v,
-    tiles,
-    rows,
-    sinks,
+    q,  # [B, HQ, T, SIZE]
+    k,  # [B, H, T, SIZE]
+    v,  # [B, H, T, SIZE_V]
+    tiles,  # [tiles, PLACE_FIELDS], of `Layout.tiles`
+    rows,  # [B, T]
+    sinks,  # [HQ]
     lse,  # [B, HQ, T], read with USE_LSE, else written
-    totals,  # [HQ, slots]: the tiles' sums of their rows' mean distances, in `span_units`, or BROKEN
-    out,  # [B, HQ, T, SIZE_V] contiguous
-    stride_qb,  # in UNITs, as the others
+    totals,  # [HQ, slots]: each tile's sum of its rows' mean distances, in `span_units`, or BROKEN
+    out,  # [B, HQ, T, SIZE_V], contiguous
+    stride_qb,  # all strides are in UNITs
     stride_qh,
     stride_qt,
     stride_kb,
@@ -161,14 +164,14 @@ def forward_kernel(
     USE_SPAN: tl.constexpr,
     USE_OUT: tl.constexpr,
 ):
-    """Row tile fixed, its visible keys streamed through an online softmax."""
+    """Computes one tile of rows of one query head, by an online softmax over the keys that they see."""
     batch, row, first, last, sequence, head = load_place(tiles, query_heads, PLACE_FIELDS)
     key_head = head // (query_heads // key_heads)
     stride_qt, stride_kt, stride_vt = stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT
     t = row + tl.arange(0, BLOCK_M)
     in_response = tl.load(rows + batch * tokens + t, mask=t < last, other=0) != 0
     active = (t < last) & (sequence >= 0) if USE_OUT else in_response
-    # keys begin..end are seen by some row; whole_begin..whole_end, whole tiles of them, by every active row
+    # some row sees each of the keys begin..end; every active row sees those of the whole tiles whole_begin..whole_end
     begin = first
     whole_begin = first
     if USE_WINDOW:
@@ -187,7 +190,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     looked_back = tl.zeros([BLOCK_M], tl.float32)
     output = total
-    # zeros behind the head size; tl.cdiv of constants is no constant before Triton 3.7
+    # v has zeros behind its head size; before Triton 3.7, tl.cdiv of constants is not a constant
     PADDED_V: tl.constexpr = (SIZE_V + UNIT - 1) // UNIT * UNIT
     if USE_OUT:
         v += (batch * stride_vb + key_head * stride_vh) * UNIT
@@ -196,7 +199,7 @@ def forward_kernel(
         highest = tl.load(lse + at, mask=active, other=0.0) * LOG2E
     else:
         highest = tl.full([BLOCK_M], LOWEST, tl.float32)
-        if USE_SINKS:  # a first key without a position
+        if USE_SINKS:  # a sink counts as a first key without a position
             sink = tl.load(sinks + head) * LOG2E
             highest = tl.zeros([BLOCK_M], tl.float32) + tl.where(sink < LOWEST, LOWEST, sink)
             total += 1.0
@@ -238,23 +241,23 @@ def forward_kernel(
 
 @triton.jit
 def first_slot(batch, begin, sequence, tokens, BLOCK_M: tl.constexpr):
-    """The slot of a sequence's first tile: each sequence has those of its tiles, and slots between may stay empty."""
+    """Returns the slot of a sequence's first tile. Every tile has a slot of its own; some slots stay empty."""
     return (batch * tokens + begin) // BLOCK_M + sequence
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "slots"])
 def span_kernel(
     totals,  # [HQ, slots], of `forward_kernel`
-    bounds,  # [sequences, 3] int64
-    row_counts,  # [sequences] int64
-    span,  # [sequences, HQ]
+    bounds,  # [S, 3] int64, `Layout.table`
+    row_counts,  # [S] int64
+    span,  # [S, HQ]
     tokens,
     heads,
     slots,
     BLOCK_M: tl.constexpr,  # tokens of a tile
     BLOCK: tl.constexpr,
 ):
-    """Sequence and head fixed: the mean over R of the distance that a row looks back, as `mean_over_rows` has it."""
+    """Computes the span of one sequence and head, with the bits of `mean_over_rows`."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     bounds += sequence * 3
     batch, begin, end = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
@@ -275,9 +278,9 @@ def span_kernel(
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, layout: Layout, options: Options, tile: Tile
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(lse [B, HQ, T], 0 outside R; span [sequences, HQ] or None; out [B, HQ, T, Dv], 0 in padding, or None).
+    """Returns lse fp32 [B, HQ, T], 0 outside R; span fp32 [S, HQ] or None; out [B, HQ, T, Dv], 0 in padding, or None.
 
-    q and k are `aligned`. lse and span are fp32. A given lse comes back as it is.
+    q [B, HQ, T, D] and k [B, H, T, D] are `aligned`. A given lse [B, HQ, T] is returned as it is.
     """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -316,13 +319,16 @@ def forward_pass(
         USE_OUT=v is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=tile.max_registers if options.softcap is None else None,  # a soft cap takes more, and would spill
+        maxnreg=tile.max_registers if options.softcap is None else None,  # a soft cap takes more and would spill
     )
     return row_lse, None if totals is None else mean_spans(totals, layout, tile.block_m), out
 
 
 def mean_spans(totals: Tensor, layout: Layout, block_m: int) -> Tensor:
-    """[sequences, HQ] fp32 from what `forward_kernel` sums over tiles of block_m rows, int64 [HQ, slots]."""
+    """Returns the spans, fp32 [S, HQ], from the sums of `forward_kernel` over tiles of block_m rows.
+
+    totals: int64 [HQ, slots].
+    """
     heads, slots = totals.shape
     span = torch.empty((layout.sequences, heads), dtype=torch.float32, device=totals.device)
     span_kernel[(layout.sequences * heads,)](

@@ -1,7 +1,9 @@
-"""What the Triton kernels here share: who a program works for, how a tile is loaded, and a tile of scores.
+"""The functions that the Triton kernels share: the place of a program, the load of a tile, and a tile of scores.
 
-Scores are base-2 logarithms: exp2 of them is what exp of the natural ones is. A position is an int32 token index, and
-pointers move to a tile in int64, so that no tensor is too large.
+Scores are base-2 logarithms, so that exp2 of them gives what exp of the natural ones does. A position is an int32 token
+index. Pointers move to a tile in int64, so that a tensor may be of any size.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size; in a tile M rows, N keys.
 """
 
 import math
@@ -16,17 +18,17 @@ from rhythm_kernels.statistics.options import Options
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
-LOWEST = tl.constexpr(-3.4028235e38)  # the least fp32: stands for -inf where a difference must not be NaN
-NOWHERE = tl.constexpr(1 << 30)  # a position behind every token
-UNIT_BYTES = 16  # what a thread reads at a time
+LOWEST = tl.constexpr(-3.4028235e38)  # the lowest fp32, in place of -inf where a difference must not be NaN
+NOWHERE = tl.constexpr(1 << 30)  # a position behind all tokens
+UNIT_BYTES = 16  # a thread reads so many at a time
 
 
 @triton.jit
 def load_place(tiles, heads, FIELDS: tl.constexpr):
-    """(batch row, first token, the sequence's begin and end, its index, head) of this program.
+    """Returns this program's batch row, first token, its sequence's begin, end and index, and its head.
 
-    tiles: [tiles, FIELDS], which begin with those of `Layout.tiles`. The heads of one tile run side by side and share
-    what they read in L2.
+    tiles: [tiles, FIELDS]; the first five fields are those of `Layout.tiles`. The heads of a tile run side by side and
+    share in L2 what they read.
     """
     program = tl.program_id(0)
     tile = tiles + program // heads * FIELDS
@@ -45,7 +47,10 @@ def load_tile(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr = False,
 ):
-    """Tokens start..end of x as [BLOCK, BLOCK_D], 0 elsewhere; x points to token `start`. WHOLE: all are there."""
+    """Returns the tokens start..end of x as [BLOCK, BLOCK_D], 0 elsewhere. x points to token `start`.
+
+    WHOLE: all BLOCK tokens lie before `end`.
+    """
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     at = x + i[:, None] * stride_t + d[None, :]
@@ -71,7 +76,10 @@ def load_parts(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr = False,
 ):
-    """`load_tile` in two parts along the head size, so that 80 is 64 + 16 and not 128; without REST_D in one."""
+    """Returns what `load_tile` does in two parts along the head size, so that a head of 80 takes 64 + 16 and not 128.
+
+    Without REST_D the two are one and the same.
+    """
     if REST_D > 0:
         part = load_tile(x, stride_t, start, end, BLOCK_D, BLOCK_D, BLOCK, WHOLE)
         rest = load_tile(x + BLOCK_D, stride_t, start, end, SIZE - BLOCK_D, REST_D, BLOCK, WHOLE)
@@ -83,13 +91,13 @@ def load_parts(
 
 @triton.jit
 def multiply(query, key):
-    """q k^T [M, N] of query [M, D] and key [N, D]."""
+    """Returns q k^T, fp32 [M, N], of query [M, D] and key [N, D]."""
     return tl.dot(query, tl.trans(key), input_precision="ieee")
 
 
 @triton.jit
 def multiply_parts(query, key, REST_D: tl.constexpr):
-    """q k^T [M, N] of what `load_parts` gives."""
+    """Returns q k^T, fp32 [M, N], of the parts that `load_parts` returns."""
     product = multiply(query[0], key[0])
     if REST_D > 0:
         product = tl.dot(query[1], tl.trans(key[1]), product, input_precision="ieee")
@@ -98,7 +106,7 @@ def multiply_parts(query, key, REST_D: tl.constexpr):
 
 @triton.jit
 def scores_of(product, factor, cap, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.constexpr):
-    """Scores of q k^T [M, N], hidden pairs included; without SCALE_FIRST scores / factor."""
+    """Returns the scores of a product q k^T [M, N], hidden ones too; without SCALE_FIRST they are not scaled yet."""
     if SCALE_FIRST:
         product *= factor
     if USE_SOFTCAP:  # cap * tanh(x) = cap - 2 cap / (1 + exp(2 x)), and exp2(product) = exp(2 x)
@@ -108,7 +116,7 @@ def scores_of(product, factor, cap, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.c
 
 @triton.jit
 def weights_of(scores, factor, minus, SCALE_FIRST: tl.constexpr):
-    """exp2(score - minus) [M, N] of what `scores_of` gives: one FMA and one exp2 each."""
+    """Returns exp2(score - minus) [M, N] of the result of `scores_of`, by one FMA and one exp2 each. minus: [M]."""
     if not SCALE_FIRST:
         scores *= factor
     return tl.exp2(scores - minus[:, None])
@@ -116,12 +124,15 @@ def weights_of(scores, factor, minus, SCALE_FIRST: tl.constexpr):
 
 @triton.jit
 def is_within(distance, limit):
-    """0 <= distance < limit, int32, in one comparison: as an unsigned number, what is negative is far away."""
+    """Returns 0 <= distance < limit of int32 numbers by one comparison: as unsigned, a negative distance is large."""
     return distance.to(tl.uint32, bitcast=True) < limit.to(tl.uint32, bitcast=True)
 
 
 def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | float | bool | Tensor | None]:
-    """The arguments of both kernels that say what a score is, and where q and k, `aligned`, lie."""
+    """Returns the arguments that `forward_kernel` and `band_kernel` share: where q and k lie, and what a score is.
+
+    q [B, HQ, T, D] and k [B, H, T, D] are `aligned`.
+    """
     factor, cap = options.scale * LOG2E.value, 0.0
     if options.softcap is not None:
         factor, cap = 2 * factor / options.softcap, options.softcap * LOG2E.value
@@ -138,7 +149,7 @@ def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | f
         "cap": cap,
         "SIZE": q.shape[-1],
         "UNIT": unit_of(q),
-        # a factor after the maximum must not change the order of the scores
+        # a factor that is applied after the maximum must not change the order of the scores
         "SCALE_FIRST": options.softcap is not None or options.scale <= 0,
         "USE_SOFTCAP": options.softcap is not None,
         "USE_SINKS": options.sinks is not None,
@@ -146,11 +157,12 @@ def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | f
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x [B, H, T, D], or a copy that can be read 16 bytes at a time, with zeros behind a head size that is odd there.
+    """Returns x [B, H, T, D], or a copy of it that can be read 16 bytes at a time.
 
-    The compiler reads what may begin anywhere one element at a time, with an address for each: twice the instructions
-    of a row pass, and hundreds of bytes of spills in the band. A copy, one launch (two with zeros), reads and writes x
-    once, and costs less than that (DESIGN.md). Slices of the joint projections of models that exist are aligned.
+    In a copy, zeros fill a head size up to whole units of 16 bytes. Without that alignment the compiler reads one
+    element at a time, with an address for each. That doubles the instructions of a row pass, and the band spills
+    hundreds of bytes. The copy costs less (DESIGN.md): one launch, or two with zeros. Slices of the joint projections
+    of existing models are aligned.
     """
     unit = unit_of(x)
     if x.shape[-1] % unit:
@@ -161,28 +173,28 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def stride_arguments(name: str, x: Tensor | None) -> dict[str, int]:
-    """The strides of x [B, H, T, D], `aligned`, in units of 16 bytes, by which the compiler knows that they are."""
+    """Returns the strides of x [B, H, T, D], `aligned`, in units of 16 bytes, so that the compiler knows it is."""
     strides = (0, 0, 0) if x is None else (stride // unit_of(x) for stride in _strides(x))
     return {f"stride_{name}{axis}": stride for axis, stride in zip("bht", strides, strict=True)}
 
 
 def unit_of(x: Tensor) -> int:
-    """How many elements 16 bytes hold."""
+    """Returns how many elements 16 bytes hold."""
     return UNIT_BYTES // x.element_size()
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Those of x [B, H, T, D] but the last; 0 where only one index is there, since then it may be anything."""
+    """Returns the first three strides of x [B, H, T, D]; 0 for an axis of one index, whose stride may be anything."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3]))
 
 
 def size_parts(size: int) -> tuple[int, int]:
-    """Powers of two that hold a head size, from 16: 80 -> (64, 16), 128 -> (128, 0), 20 -> (32, 0)."""
+    """Returns two powers of two from 16 that hold a head size: 80 -> (64, 16), 128 -> (128, 0), 20 -> (32, 0)."""
     whole = padded_size(size)
     rest = padded_size(size - whole // 2)
     return (whole, 0) if size <= 16 or rest * 2 >= whole else (whole // 2, rest)
 
 
 def padded_size(size: int) -> int:
-    """What a head of this size takes in a tile."""
+    """Returns the elements that a head of this size takes in a tile: a power of two from 16."""
     return max(triton.next_power_of_2(size), 16)
