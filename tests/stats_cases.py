@@ -1,7 +1,9 @@
-"""Cases for every backend, with values and head groups, and the checks against the reference.
+"""Cases for every backend, with values and head groups, and checks against the reference.
 
-A case is drawn for `attention_stats`; `group_stats` and `attention` take the same case beside `make_groups` and
+A case is made for `attention_stats`. `group_stats` and `attention` take the same case, with `make_groups` and
 `make_values`.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences.
 """
 
 import math
@@ -14,9 +16,9 @@ from rhythm_kernels import AttentionStats, GroupStats, reference
 
 
 class StatsCase(NamedTuple):
-    """`attention_stats(case.q, case.k, **case.kwargs, backend=...)` is held against the reference.
+    """The arguments of one call: `attention_stats(case.q, case.k, **case.kwargs, backend=...)`.
 
-    kwargs may hold `lse` (the fp64 reference's, NaN outside R) and `need_span`, which the reference does not take.
+    kwargs may hold `lse` (that of the fp64 reference, NaN outside R) and `need_span`. The reference takes neither.
     """
 
     q: Tensor
@@ -26,12 +28,12 @@ class StatsCase(NamedTuple):
     kwargs: dict
 
     def options(self, *without: str) -> dict:
-        """kwargs without some: `group_stats` takes no `need_span`, `attention` no `lse`."""
+        """Returns kwargs without some names: `group_stats` takes no `need_span`, and `attention` no `lse`."""
         return {name: x for name, x in self.kwargs.items() if name not in without}
 
 
 def strided(x: Tensor, how: str) -> Tensor:
-    """The values of x [B, H, T, D] in the memory order that models make."""
+    """Returns x [B, H, T, D] in a memory order of models: "heads outside", "heads inside" or "slice"."""
     batch, heads, tokens, size = x.shape
     if how == "heads inside":  # view(B, T, H, D).transpose(1, 2)
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -53,7 +55,15 @@ def make_case(
     lse_given: bool = False,
     **kwargs,
 ) -> StatsCase:
-    """Random q and k; `sharpness` scales the scores; kwargs go to `attention_stats`."""
+    """Returns a case of random q and k.
+
+    Args:
+        q_shape: B, HQ, T and D.
+        sharpness: factor of the scores.
+        order: memory order of q, k and lse, as in `strided`.
+        lse_given: whether kwargs get the log-sum-exp of the reference.
+        kwargs: arguments of `attention_stats`.
+    """
     batch, _, tokens, size = q_shape
     generator = torch.Generator().manual_seed(seed)
     q = (torch.randn(q_shape, generator=generator) * sharpness).to(dtype)
@@ -72,7 +82,7 @@ def make_case(
 
 
 def make_values(case: StatsCase, size: int, seed: int = 0, order: str = "heads outside") -> Tensor:
-    """Random v [B, H, T, size] in the dtype of q, any strides, NaN in padding."""
+    """Returns random v [B, H, T, size] in the dtype of q and the memory order of `strided`, NaN in padding."""
     batch, key_heads, tokens, _ = case.k.shape
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(batch, key_heads, tokens, size, generator=generator).to(case.q.dtype)
@@ -80,7 +90,7 @@ def make_values(case: StatsCase, size: int, seed: int = 0, order: str = "heads o
 
 
 def make_groups(case: StatsCase, seed: int = 0, per_sequence: bool = True) -> tuple[Tensor, Tensor]:
-    """Random disjoint (local_heads, global_heads), each [S, HQ] or [HQ] bool; often empty in a sequence or in all."""
+    """Returns random disjoint local_heads and global_heads, bool [S, HQ] or [HQ]; a group is often empty."""
     shape = (sequences_of(case), case.q.shape[1]) if per_sequence else (case.q.shape[1],)
     generator = torch.Generator().manual_seed(seed)
     group = torch.randint(3, shape, generator=generator)
@@ -89,18 +99,19 @@ def make_groups(case: StatsCase, seed: int = 0, per_sequence: bool = True) -> tu
 
 
 def segments_of(case: StatsCase) -> Tensor:
-    """The sequence of each token, -1 for padding. [B, T]."""
+    """Returns the sequence of each token, -1 for padding: [B, T]."""
     batch, _, tokens, _ = case.q.shape
     return reference.segment_ids(batch, tokens, case.kwargs.get("attention_mask"), case.kwargs.get("cu_seqlens"))
 
 
 def sequences_of(case: StatsCase) -> int:
+    """Returns S."""
     bounds = case.kwargs.get("cu_seqlens")
     return len(case.q) if bounds is None else len(bounds) - 1
 
 
 def rows_of(case: StatsCase) -> Tensor:
-    """R, [B, T] bool."""
+    """Returns R, [B, T] bool."""
     valid = segments_of(case) >= 0
     response_mask = case.kwargs.get("response_mask")
     return valid if response_mask is None else valid & response_mask
@@ -111,24 +122,24 @@ def reference_stats(case: StatsCase, dtype: torch.dtype = torch.float64) -> Atte
 
 
 def reference_map(case: StatsCase, dtype: torch.dtype) -> Tensor:
-    """A, [B, HQ, T, T]: every valid token's row, whether in R or not."""
+    """Returns A [B, HQ, T, T] of all tokens that are not padding, whether in R or not."""
     names = ("scale", "sliding_window", "softcap", "sinks")
     options = {name: case.kwargs[name] for name in names if name in case.kwargs}
     return reference.attention_map(case.q, case.k, segments_of(case), **options, dtype=dtype)[0]
 
 
 def errors(stats: AttentionStats, exact: AttentionStats) -> dict[str, float]:
-    """The largest absolute error of each statistic that is there; a NaN is an infinite error."""
-    out = {}
+    """Returns the largest absolute error of each statistic that is not None; a NaN counts as an infinite error."""
+    largest = {}
     for name, x, true in zip(stats._fields, stats, exact, strict=True):
         if x is not None:
             error = (x.double().cpu() - true.double()).abs().nan_to_num(nan=math.inf)
-            out[name] = error.max().item() if error.numel() else 0.0
-    return out
+            largest[name] = error.max().item() if error.numel() else 0.0
+    return largest
 
 
 def eager_score_error(case: StatsCase) -> float:
-    """The largest error of a visible score that the eager formula computes in fp32, q k^T times the scale."""
+    """Returns the largest error of a visible score, q k^T times the scale, that the eager formula computes in fp32."""
     _, query_heads, tokens, size = case.q.shape
     segments = segments_of(case)
     distance = reference.distances(tokens)
@@ -143,18 +154,18 @@ def eager_score_error(case: StatsCase) -> float:
 
 
 def weight_slip(case: StatsCase, lse: Tensor) -> float:
-    """The relative rounding error of a weight that a few fp32 steps on its score make."""
+    """Returns the relative error of a weight after a few roundings of its score to fp32. lse: [B, HQ, T]."""
     largest = lse.abs().max().item() if lse.numel() else 0.0
     return (8 + largest + (case.kwargs.get("softcap") or 0.0)) * 2**-22
 
 
 def tolerances(case: StatsCase, exact: AttentionStats) -> dict[str, float]:
-    """Twice the error of the eager formula in fp32 on the same rounded inputs, plus a rounding band.
+    """Returns the allowed error of each statistic: twice that of the eager formula in fp32, plus a rounding band.
 
-    No backend rounds scores or weights below fp32, so this holds for inputs of 16 bits as well. The band: an fp32
-    score of size |x| is off by |x| 2^-24 a step; a few such steps move each weight by `slip`, relatively. In a softmax
-    the error of a row's scores partly cancels; against an lse that is given it does not, and each weight of the eager
-    formula is off by the error of its score.
+    It holds for 16-bit inputs too, since no backend rounds scores or weights below fp32. The band: each rounding of an
+    fp32 score x is off by |x| 2^-24, and a few of them change a weight by `weight_slip`, relatively. In a softmax the
+    errors of a row's scores cancel in part. With a given lse they do not, and each weight of the eager formula is off
+    by the error of its score.
     """
     eager = errors(reference_stats(case, torch.float32), exact)
     tokens = max(case.q.shape[2], 1)
@@ -166,7 +177,7 @@ def tolerances(case: StatsCase, exact: AttentionStats) -> dict[str, float]:
 
 
 def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
-    """Shapes, exact zeros where the contract says 0, and errors against fp64 within `tolerances`."""
+    """Checks shapes, dtypes, zeros where the contract says 0, and that errors against fp64 are within `tolerances`."""
     exact = reference_stats(case)
     assert (stats.span is None) == (not case.kwargs.get("need_span", True))
     for name, x, true in zip(stats._fields, stats, exact, strict=True):
@@ -177,21 +188,19 @@ def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
     assert (stats.waad.cpu()[outside] == 0).all(), "waad is not 0 outside R"
     assert (stats.lse.cpu()[outside] == 0).all(), "lse is not 0 outside R"
     allowed = tolerances(case, exact)
-    found = errors(stats, exact)
-    wrong = {name: (error, allowed[name]) for name, error in found.items() if not error <= allowed[name]}
+    largest = errors(stats, exact)
+    wrong = {name: (error, allowed[name]) for name, error in largest.items() if not error <= allowed[name]}
     assert not wrong, f"error and tolerance: {wrong}"
 
 
 def assert_groups_close(stats: GroupStats, case: StatsCase, local_heads: Tensor, global_heads: Tensor) -> None:
-    """Shapes, exact zeros, and errors against fp64 of at most `tolerances` for each head of the token's group."""
+    """Checks shapes, dtypes, zeros, and that each sum is off by at most `tolerances` for each of its heads."""
     exact, segments = reference_stats(case), segments_of(case)
     sums = reference.group_sums(exact.waad, exact.fai, local_heads, global_heads, segments)
     one = torch.ones_like(exact.waad)
-    members = reference.group_sums(
-        one, one, local_heads, global_heads, segments
-    )  # how many heads each token's groups have
+    head_counts = reference.group_sums(one, one, local_heads, global_heads, segments)
     allowed = tolerances(case, exact)
-    for name, x, true, heads in zip(stats._fields, stats, sums, members, strict=True):
+    for name, x, true, heads in zip(stats._fields, stats, sums, head_counts, strict=True):
         assert x.dtype == torch.float32, (name, x.dtype)
         assert x.shape == true.shape, (name, x.shape, true.shape)
         excess = (x.double().cpu() - true).abs().nan_to_num(nan=math.inf) - heads * allowed[name]
@@ -200,14 +209,15 @@ def assert_groups_close(stats: GroupStats, case: StatsCase, local_heads: Tensor,
 
 
 def assert_attention_close(out: Tensor, stats: AttentionStats, case: StatsCase, v: Tensor) -> None:
-    """The statistics as in `assert_close_to_reference`; out in q's dtype, 0 in padding, and for every other token, in R
-    or not, within twice the largest error of the eager formula plus a rounding band.
+    """Checks the statistics as `assert_close_to_reference`, and out [B, HQ, T, Dv].
 
-    Eager is transformers' formula with its scores kept in fp32: weights rounded to q's dtype, then a product with v in
-    that dtype. The band, in units of sum_s A[t, s] |v[s]|: `weight_slip` for the fp32 weights, and two roundings to q's
-    dtype, of the weights (tensor cores take both factors in 16 bits) and of the result.
+    out has q's dtype and is 0 in padding. Elsewhere, in R or not, it is off by at most twice the largest error of the
+    eager formula plus a rounding band. Eager is transformers' formula with scores kept in fp32: it rounds the weights
+    to q's dtype and multiplies them with v in that dtype. The band, in units of sum_s A[t, s] |v[s]|, is `weight_slip`
+    for the fp32 weights, and two roundings to q's dtype: of the weights (tensor cores take both factors in 16 bits) and
+    of the result.
     """
-    case = case._replace(kwargs=case.options("lse"))  # `attention` takes none, so it gets no allowance for one
+    case = case._replace(kwargs=case.options("lse"))  # `attention` takes no lse, so none widens its tolerance
     assert_close_to_reference(stats, case)
     exact_map = reference_map(case, torch.float64)
     exact = reference.attention_out(exact_map, v)

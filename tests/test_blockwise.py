@@ -21,7 +21,7 @@ from rhythm_kernels.statistics import api, blockwise
 from rhythm_kernels.statistics.layout import make_layout, mean_over_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL_TILES = {"ROW_TILE": 7, "TILE_BYTES": 1, "BAND_TILE": 5, "BAND_BYTES": 1}  # one row, or one item, at a time
+SMALL_TILES = {"ROW_TILE": 7, "TILE_BYTES": 1, "BAND_TILE": 5, "BAND_BYTES": 1}  # one row or one item at a time
 
 
 def run(case):
@@ -102,7 +102,7 @@ def test_attention_over_several_tiles_of_a_batch():
 
 @pytest.mark.parametrize("lse_given", [False, True])
 def test_each_row_alone_in_r(lse_given):
-    """Wherever it lies in a tile, and at the far end of the window and the horizon of another one."""
+    """A row may lie anywhere in a tile, and at the far end of the window and the horizon of another row."""
     case = make_case((96, 1, 96, 8), 1, response_mask=torch.eye(96).bool(), lse_given=lse_given, need_span=False)
     assert_close_to_reference(run(case), case)
 
@@ -124,8 +124,8 @@ def test_one_group_for_all_sequences_is_the_same_group_for_each():
     for lse_given in (False, True):
         case = make_case((3, 4, 90, 8), 2, lse_given=lse_given)
         local = torch.tensor([True, False, False, True])
-        of_each = run_groups(case, local.expand(3, -1), ~local.expand(3, -1))
-        assert all(map(torch.equal, run_groups(case, local, ~local), of_each))
+        by_sequence = run_groups(case, local.expand(3, -1), ~local.expand(3, -1))
+        assert all(map(torch.equal, run_groups(case, local, ~local), by_sequence))
 
 
 def test_rows_outside_r_have_an_output():
@@ -165,7 +165,7 @@ def test_a_nan_stays_in_its_sequence_in_groups_and_output(kind, what):
     v, local = make_values(case, 5), torch.tensor([True, False, False, True])
 
     def results():
-        """[sequence, token, ...] of each."""
+        """Returns the results by name, each [sequence, token, ...]."""
         waad, fai = run_groups(case, local, ~local)
         out = run_attention(case, v)[0].transpose(1, 2)
         return {name: x.reshape(3, 30, *x.shape[2:]) for name, x in (("waad", waad), ("fai", fai), ("out", out))}
@@ -199,8 +199,8 @@ def test_a_nan_in_a_head_outside_the_groups_changes_no_bit(lse_given):
 @pytest.mark.parametrize("lse_given", [False, True])
 @pytest.mark.usefixtures("open_to_modes")
 def test_what_is_not_asked_for_is_not_computed(lse_given, monkeypatch):
-    """In floating-point operations of matrix products: heads outside the groups, and the tiles before R."""
-    monkeypatch.setattr(api, "probe_lse", lambda *args: None)  # it looks at a few rows of every head
+    """Heads outside the groups and tiles before R take no floating-point operations of matrix products."""
+    monkeypatch.setattr(api, "probe_lse", lambda *args: None)  # it computes a few rows of every head
 
     def cost(local_heads=0, global_heads=0, **options):
         case = make_case((1, 8, 256, 16), 2, lse_given=lse_given, **options)
@@ -222,15 +222,15 @@ def test_same_input_same_bits():
 
 
 def test_autocast_changes_no_bit():
-    """A trainer's forward often runs under it, and matrix products would be rounded to 16 bits."""
+    """A trainer's forward often runs under autocast, which would round matrix products to 16 bits."""
     case = make_case((2, 4, 90, 16), 2)
     local_heads, global_heads = make_groups(case, 3)
     v = make_values(case, 8)
     expected = run(case), run_groups(case, local_heads, global_heads), run_attention(case, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(case), run_groups(case, local_heads, global_heads), run_attention(case, v)
-    for got, wanted in zip((*found[0], *found[1], found[2][0]), (*expected[0], *expected[1], expected[2][0])):
-        assert torch.equal(got, wanted)
+        actual = run(case), run_groups(case, local_heads, global_heads), run_attention(case, v)
+    for x, y in zip((*actual[0], *actual[1], actual[2][0]), (*expected[0], *expected[1], expected[2][0])):
+        assert torch.equal(x, y)
 
 
 def test_the_mean_over_rows_is_the_same_alone_and_in_any_batch():

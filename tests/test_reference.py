@@ -10,7 +10,7 @@ from rhythm_kernels import reference
 
 
 def uniform(tokens, heads=1):
-    """q, k whose scores are all 0: row t gives 1 / (t + 1) to each of its keys."""
+    """Returns q and k whose scores are all 0, so that row t gives 1 / (t + 1) to each of its keys."""
     return torch.zeros(1, heads, tokens, 2), torch.zeros(1, heads, tokens, 2)
 
 

@@ -19,7 +19,7 @@ def response(tokens: int, begin: int) -> torch.Tensor:
 
 
 def holes(tokens: int) -> torch.Tensor:
-    """Two turns: rows 20..44 and from 70."""
+    """Returns R of two turns: the rows 20 to 44 and those from 70 on."""
     position = torch.arange(tokens)
     return (((position >= 20) & (position < 45)) | (position >= 70))[None]
 
@@ -114,7 +114,7 @@ def test_forward_pass_runs_only_when_needed(lse_given, need_span, monkeypatch):
 @pytest.mark.parametrize("kind", ["packed", "batch"])
 @pytest.mark.slow
 def test_nan_stays_in_its_sequence(kind, bad, call):
-    """Sequences of 13, 20 and 27 tokens share tiles; the middle one goes bad. The others keep every bit."""
+    """Sequences of 13, 20 and 27 tokens share tiles. The middle one gets a NaN; the others keep every bit."""
     call, *given = call.split(", ")
     position = torch.arange(60)
     middle = ((position >= 13) & (position < 33))[None]
@@ -177,7 +177,7 @@ def test_padding_content_changes_nothing(call):
 @pytest.mark.parametrize("order", ["heads inside", "slice"])
 @pytest.mark.slow
 def test_strides_change_no_bit(order):
-    """q, k and lse as models hand them over, and contiguous."""
+    """The strides of q, k and lse that models have give the bits of contiguous tensors."""
     case = make_case((2, 4, 50, 20), 2, dtype=HALF, order=order, lse_given=True)
     assert not case.q.is_contiguous() and not case.kwargs["lse"].is_contiguous()
     dense = StatsCase(case.q.contiguous(), case.k.contiguous(), {"lse": case.kwargs["lse"].contiguous()})
@@ -215,18 +215,18 @@ def test_a_sequence_in_a_batch_has_the_bits_that_it_has_alone(kind, call, horizo
             together.q[b, :, begin:end], together.k[b, :, begin:end] = case.q[0], case.k[0]
     together.kwargs.update(options)
 
-    found = outputs_of_values(call, together, together.k)
+    batched = outputs_of_values(call, together, together.k)
     for b, (case, begin, n) in enumerate(zip(alone, begins, lengths, strict=True)):
         row = 0 if kind == "packed" else b
         for name, x in outputs_of_values(call, case, case.k).items():
             if name == "span":
-                assert torch.equal(found[name][b], x[0])
+                assert torch.equal(batched[name][b], x[0])
             else:
-                assert torch.equal(found[name][row, ..., begin : begin + n], x[0]), name
+                assert torch.equal(batched[name][row, ..., begin : begin + n], x[0]), name
 
 
 def outputs_of_values(call: str, case: StatsCase, v: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`outputs` with the span, and with a given v."""
+    """Returns `outputs` with the span, for a given v."""
     if call == "groups":
         return outputs(call, case)
     if call == "statistics":
@@ -239,7 +239,7 @@ def outputs_of_values(call: str, case: StatsCase, v: torch.Tensor) -> dict[str, 
 @pytest.mark.parametrize("far", ["batch", "head", "token"])
 @pytest.mark.slow
 def test_offsets_past_int32(far, tmp_path):
-    """Strides below 2^31 whose multiples pass it, over a sparse file of 4 GB: only the touched pages exist."""
+    """Multiples of a stride pass 2^31. The tensor lies in a sparse file of 4 GB, of which only touched pages exist."""
     shape, step = {
         "batch": ((3, 1, 33, 16), 2**30),
         "head": ((1, 3, 33, 16), 2**30),

@@ -1,6 +1,6 @@
-"""Every launch that ships, compiled ahead of time without a GPU: what it takes of an SM, and its machine code.
+"""Every launch of the package, compiled ahead of time without a GPU: the resources that it takes, its machine code.
 
-`make kernels` prints what is looked at here. The compiler needs a process in which Triton does not interpret.
+`make kernels` prints the numbers that are tested here. They need a process in which Triton does not interpret.
 """
 
 import json
@@ -21,17 +21,17 @@ from rhythm_kernels.statistics.triton_scores import size_parts
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program; sm_86 and sm_89 run sm_80's tiles
 TILES_CHOSEN_FOR = "3.7."  # Triton
-MOST_SPILLED = 32  # bytes a thread, with another Triton: eight registers of 255; 3.6 takes 16 of them, 3.8 all
+MOST_SPILLED = 32  # bytes a thread with another Triton, eight registers of 255: 3.6 spills 16 bytes, 3.8 all 32
 TENSOR_CORE = {80: ("mma.sync", "HMMA."), 90: ("wgmma", "HGMMA."), 100: ("tcgen05", "UTC")}
 
-# each compiled in one worker only
+# one worker compiles a target, once
 EACH_TARGET = {target: pytest.param(target, marks=pytest.mark.xdist_group(f"sm_{target}")) for target in SHARED_LIMIT}
 on_h100 = pytest.mark.parametrize("compiled", [EACH_TARGET[90]], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", params=EACH_TARGET.values())
 def compiled(request) -> list[dict]:
-    """Every launch for a target."""
+    """Returns every launch for a target."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernels", "--json", "--targets", str(request.param)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT).stdout
@@ -40,12 +40,12 @@ def compiled(request) -> list[dict]:
 
 @pytest.fixture
 def products(compiled) -> list[dict]:
-    """The launches that multiply matrices."""
+    """Returns the launches that multiply matrices."""
     return [launch for launch in compiled if launch["kernel"] in ("forward", "band", "probe_scores")]
 
 
 def failing(launches: list[dict], passes) -> list[str]:
-    """The launches for which `passes` is false, in words."""
+    """Returns the launches for which `passes` is false, in words."""
     names = ("target", "dtype", "kernel", "head", "options", "tile", "warps", "stages", "registers", "stack", "shared")
     return ["  ".join(f"{name} {row[name]}" for name in names) for row in launches if not passes(row)]
 
@@ -57,7 +57,7 @@ def test_every_kernel_is_compiled(compiled):
 
 
 def test_nothing_is_spilled(compiled):
-    """By the Triton that the tiles were chosen for; another one's compiler may keep a few values of a thread apart."""
+    """The tiles were chosen for one version of Triton; the compiler of another one may spill a few registers."""
     chosen_for_this = triton.__version__.startswith(TILES_CHOSEN_FOR)
 
     def holds_all(row):
@@ -107,20 +107,20 @@ def test_tiles_are_loaded_16_bytes_at_a_time(products):
 
 
 def copy_width(opcode: str) -> int:
-    """Bits, of such as LDGSTS.E.BYPASS.128; 32 if it says none."""
+    """Returns how many bits an instruction such as LDGSTS.E.BYPASS.128 copies; 32 if its name has no number."""
     return next((int(part) for part in opcode.split(".") if part.isdecimal()), 32)
 
 
 @on_h100
 def test_no_matrix_product_is_computed_twice(products):
-    """Beyond heads of 128, 64 rows are spread over 8 warps not to spill, and some products are."""
+    """Heads above 128 are left out: 8 warps share 64 rows there, to spill nothing, and compute some products twice."""
 
     def once(row):
-        each = 2 * sum(map(int, row["head"].split("/"))) / kernels.TENSOR_FLOPS
-        return all(loop["cycles"]["tensor"] == each * loop["scores"] for loop in row["loops"])
+        score_cycles = 2 * sum(map(int, row["head"].split("/"))) / kernels.TENSOR_FLOPS
+        return all(loop["cycles"]["tensor"] == score_cycles * loop["scores"] for loop in row["loops"])
 
     rows = [row for row in products if row["dtype"] != "fp32" and set(row["head"].split("/")) <= {"64", "128"}]
-    rows = [row for row in rows if row["kernel"] != "probe_scores"]  # whose weights go in three parts
+    rows = [row for row in rows if row["kernel"] != "probe_scores"]  # it multiplies weights in three parts
     assert len(rows) > 0
     assert failing(rows, once) == []
 
@@ -139,7 +139,7 @@ def test_no_address_arithmetic_limits_whole_tiles(products):
 
 
 def test_units_of_an_sm():
-    """Four warps with one instruction each: so many cycles at the documented lanes of 16, 128, 64 and 32."""
+    """Four warps with one instruction each take the cycles that follow from 16, 128, 64 and 32 documented lanes."""
 
     def cycles(opcode, operands=""):
         code = [Instruction(0, "", opcode, operands, None, "")]

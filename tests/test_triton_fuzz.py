@@ -14,7 +14,7 @@ from verify_cases import assert_same_probes, assumed, damaged, exact
 from rhythm_kernels.statistics.probes import rounding_of
 
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 300))
-# on a GPU each new shape compiles kernels: a failing case comes out as it was drawn
+# a GPU compiles kernels for each new shape, so a failing case is reported as it was drawn
 PHASES = [phase for phase in Phase if DEVICE == "cpu" or phase not in (Phase.shrink, Phase.explain)]
 
 
@@ -53,5 +53,5 @@ def test_probes(case, seed, fused, error):
     if error > 0:
         out, lse = damaged(out, lse, assumed(case)[0], seed, error)
     rounding = rounding_of(case.q.dtype, fused=fused, softcap=case.kwargs["softcap"] is not None)
-    for _, found in assert_same_probes(case, v, out, None if seed % 5 == 0 else lse, rounding):
-        assert error > 0 or found.excess < 0.5
+    for _, deviation in assert_same_probes(case, v, out, None if seed % 5 == 0 else lse, rounding):
+        assert error > 0 or deviation.excess < 0.5

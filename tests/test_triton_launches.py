@@ -1,4 +1,4 @@
-"""How many kernels a layer's statistics launch on a GPU, and what they compute where a test can look at it alone."""
+"""How many kernels a layer's statistics launch on a GPU, and parts of them that are tested alone."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ PACKED = {"cu_seqlens": torch.tensor([0, 13, 33, TOKENS], dtype=torch.int32)}
 
 
 class Launches(TorchDispatchMode):
-    """Names of torch's operators that work on a GPU: all but views and those that only take memory."""
+    """Records the names of torch's operators that launch work on a GPU: all but views and pure allocations."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def launcher(self, real):
-        """A kernel's launcher that counts as one launch, with all that the interpreter does for it."""
+        """Returns a launcher that counts a kernel as one launch, whatever operators the interpreter runs for it."""
 
         def launch(kernel, *args, **kwargs):
             self.names.append(kernel.fn.__name__)
@@ -64,7 +64,7 @@ CALLS = {
 @pytest.mark.parametrize("kind", [{}, PADDED, PACKED], ids=["plain", "padded", "packed"])
 @pytest.mark.slow
 def test_a_layer_takes_few_launches(kind, call, options, monkeypatch):
-    """The first layer of a forward also makes what its layout alone decides."""
+    """The first layer of a forward launches more, to make the tables of its layout; the second one is counted."""
     from triton.runtime.interpreter import GridExecutor
 
     case = make_case((2 if kind is PADDED else 1, HEADS, TOKENS, 16), 2, dtype=HALF, **options, **kind)
@@ -83,7 +83,7 @@ def test_a_layer_takes_few_launches(kind, call, options, monkeypatch):
 
     layer()
     launches = Launches()
-    monkeypatch.undo()  # the poison of memory is no launch of the layer's
+    monkeypatch.undo()  # filling memory with poison is not a launch of the layer
     monkeypatch.setattr(GridExecutor, "__call__", launches.launcher(GridExecutor.__call__))
     with launches:
         layer()
@@ -128,16 +128,16 @@ def test_the_mean_over_tiles_has_the_bits_of_the_mean_over_rows(kind, tile):
             units = (distance[row, :, at : min(at + tile, end)].double() / SPAN_UNIT).round()
             totals[:, slot] = torch.where(units.isfinite().all(-1), units.nan_to_num().sum(-1).long(), BROKEN.value)
             slot += 1
-    found = mean_spans(totals, layout, tile)
-    assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
+    spans = mean_spans(totals, layout, tile)
+    assert torch.equal(spans.nan_to_num(-1), expected.nan_to_num(-1))
 
 
 @pytest.mark.parametrize("size", [5, 8, 20, 72])
 @pytest.mark.parametrize("order", ["heads outside", "heads inside", "slice"])
 def test_what_cannot_be_read_16_bytes_at_a_time_is_copied(order, size):
     x = strided(torch.randn(2, 3, 7, size).half(), order)
-    found = aligned(x)
-    assert (found is x) == (size % 8 == 0 and order != "slice")
-    assert found.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in found.stride()[:3])
-    assert torch.equal(found[..., :size], x)
-    assert found.shape[-1] - size in range(8) and (found[..., size:] == 0).all()
+    readable = aligned(x)
+    assert (readable is x) == (size % 8 == 0 and order != "slice")
+    assert readable.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in readable.stride()[:3])
+    assert torch.equal(readable[..., :size], x)
+    assert readable.shape[-1] - size in range(8) and (readable[..., size:] == 0).all()

@@ -1,4 +1,4 @@
-"""What the check of an attention call's output and log-sum-exp finds, and that it lets every sound call pass."""
+"""The check of an attention call's output and log-sum-exp finds mismatches, and lets every sound call pass."""
 
 import math
 import sys
@@ -75,7 +75,7 @@ def first(x, factor):
 
 
 def alternate(x, period):
-    """The first token, and then `period` others again and again."""
+    """Returns the first token and then the next `period` tokens again and again. x: [B, H, T, D]."""
     index = torch.arange(x.shape[2])
     return x[:, :, torch.where(index == 0, 0, 1 + index % period)]
 
@@ -93,7 +93,7 @@ def test_sound_calls_of_unusual_values_pass(kind, dtype, call):
 @pytest.mark.parametrize("sink", [3.0, 10.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sound_call_with_sinks_passes(dtype, sink):
-    """The eager formula of gpt-oss rounds the sink, and what is left of scores without their maximum."""
+    """The eager formula of gpt-oss rounds the sink, and the scores after their maximum is subtracted."""
     q, k, v = draw(dtype)
     sinks = torch.full((QUERY_HEADS,), sink, dtype=dtype)
     scores = q @ k.repeat_interleave(QUERY_HEADS // KEY_HEADS, 1).mT * SCALE
@@ -105,19 +105,19 @@ def test_a_sound_call_with_sinks_passes(dtype, sink):
 
 
 def test_a_call_whose_factors_were_rounded_passes_as_such_alone():
-    """TF32 and autocast: the output is that of q, k and v in fewer bits."""
+    """TF32 and autocast give the output of q, k and v in fewer bits."""
     inputs = draw(torch.float32)
     out = fused(*(x.bfloat16().float() for x in inputs), visible(TOKENS))
     q, k, v = inputs
     for lowered, passes in ((torch.bfloat16, True), (None, False)):
         rounding = rounding_of(torch.float32, lowered=lowered, fused=True)
-        [(_, found)] = probe_output(q, k, v, out, None, answer(), options_of(q, k), rounding)
-        assert (found.excess < 1) == passes
+        [(_, deviation)] = probe_output(q, k, v, out, None, answer(), options_of(q, k), rounding)
+        assert (deviation.excess < 1) == passes
 
 
 # ---- the weakest mismatch that is found ------------------------------------------------------------------------------
 
-FOUND = {  # dtype and call: which mismatches are found, with scores of a standard deviation of 1
+FOUND = {  # (dtype, call) -> the mismatches that are found, with scores of a standard deviation of 1
     ("fp32", "fused"): {"window + 1", "leak 0.1 %", "scale 0.1 %"},
     ("fp32", "eager"): {"window + 1", "leak 0.1 %", "scale 0.1 %"},
     ("fp16", "fused"): {"window + 1", "leak 0.3 %", "scale 0.5 %"},
@@ -129,9 +129,9 @@ FOUND = {  # dtype and call: which mismatches are found, with scores of a standa
 
 @pytest.mark.parametrize(("dtype", "call"), FOUND)
 def test_the_weakest_mismatch_that_is_found(dtype, call):
-    found = ratios(draw(weakest_mismatch.DTYPES[dtype], seed=11), call)
-    assert {name for name, ratio in found.items() if ratio > 1} >= FOUND[dtype, call], found
-    assert all(ratio < 0.5 for name, ratio in found.items() if name.startswith("sound"))
+    excesses = ratios(draw(weakest_mismatch.DTYPES[dtype], seed=11), call)
+    assert {name for name, ratio in excesses.items() if ratio > 1} >= FOUND[dtype, call], excesses
+    assert all(ratio < 0.5 for name, ratio in excesses.items() if name.startswith("sound"))
 
 
 @pytest.mark.slow
@@ -176,12 +176,13 @@ def test_one_head_in_one_row_is_enough():
     row = int(probed_rows(answer())[0, 5])
     out[0, row, 3] *= 1.05
     q, k, v = inputs
-    [(name, found)] = probe_output(q, k, v, out, None, answer(), options_of(q, k), rounding_of(q.dtype, fused=True))
-    assert name == "output" and found.excess > 1 and found.place.tolist() == [0, row, 3]
+    rounding = rounding_of(q.dtype, fused=True)
+    [(name, deviation)] = probe_output(q, k, v, out, None, answer(), options_of(q, k), rounding)
+    assert name == "output" and deviation.excess > 1 and deviation.place.tolist() == [0, row, 3]
 
 
 def test_what_is_not_finite_by_itself_is_left_out():
-    """A NaN in q or k is a NaN in the statistics; the check has nothing to say of it."""
+    """A NaN in q or k makes the statistics NaN anyway, so that the check leaves it out."""
     q, k, v = draw(torch.float32)
     q[0, 2, TOKENS // 2] = k[0, 1, TOKENS - 3] = math.nan
     out = fused(q, k, v, visible(TOKENS))
@@ -200,18 +201,18 @@ def test_each_sequence_has_its_first_and_last_row_of_r_probed():
         layout = make_layout(1, tokens, torch.device("cpu"), rows, cu_seqlens=cuts)
         probed = probed_rows(layout)
         assert probed.shape == (len(lengths), max(FEWEST, PROBES // len(lengths)))
-        for begin, end, found in zip(cuts, cuts[1:], probed):
-            wanted = rows[0, begin:end].nonzero().flatten() + begin
-            if len(wanted) == 0:
-                assert (found == -1).all()
+        for begin, end, probes in zip(cuts, cuts[1:], probed):
+            own_rows = rows[0, begin:end].nonzero().flatten() + begin
+            if len(own_rows) == 0:
+                assert (probes == -1).all()
                 continue
-            assert set(found.tolist()) <= set(wanted.tolist())
-            assert found[0] == wanted[0] and found[-1] == wanted[-1]
-            assert len(found.unique()) >= min(len(wanted), len(found) // 2)
+            assert set(probes.tolist()) <= set(own_rows.tolist())
+            assert probes[0] == own_rows[0] and probes[-1] == own_rows[-1]
+            assert len(probes.unique()) >= min(len(own_rows), len(probes) // 2)
 
 
 def test_a_long_batch_is_probed_in_parts(monkeypatch):
-    """Sequences of all lengths, a head at a time: the same worst row."""
+    """Parts of one sequence and one head have the same worst row as one part of all."""
     verify = sys.modules["rhythm_kernels.statistics.verify"]
     q, k, v = draw(torch.float32)
     layout = make_layout(1, TOKENS, q.device, cu_seqlens=torch.tensor([0, 9, 9, 40, 200, TOKENS]))
@@ -221,13 +222,13 @@ def test_a_long_batch_is_probed_in_parts(monkeypatch):
     out = eager(q, k, v, seen)
     assert excess((q, k, v), out, layout, "eager") < 0.5
     out[0, 39, 6] += 0.01
-    found = []
+    excesses = []
     for size in (verify.CHUNK_BYTES, 1):
         monkeypatch.setattr(verify, "CHUNK_BYTES", size)
         [(_, deviation)] = probe_output(q, k, v, out, None, layout, options_of(q, k), rounding_of(q.dtype))
         assert deviation.place.tolist() == [0, 39, 6]
-        found.append(deviation.excess)
-    torch.testing.assert_close(*found)
+        excesses.append(deviation.excess)
+    torch.testing.assert_close(*excesses)
 
 
 # ---- the log-sum-exp -------------------------------------------------------------------------------------------------
@@ -260,9 +261,8 @@ def test_a_wrong_log_sum_exp_is_refused(kind):
     heads = torch.arange(QUERY_HEADS) < 3
     with pytest.raises(ValueError, match=refused):
         group_stats(q, k, heads, ~heads, lse=wrong, response_mask=rows)
-    group_stats(
-        q, k, heads, heads, lse=torch.where(heads[:, None], lse, wrong), response_mask=rows
-    )  # others are not read
+    wrong_elsewhere = torch.where(heads[:, None], lse, wrong)  # in heads that are not read
+    group_stats(q, k, heads, heads, lse=wrong_elsewhere, response_mask=rows)
 
 
 def test_a_log_sum_exp_without_its_sink_is_refused():
@@ -279,8 +279,8 @@ def test_a_log_sum_exp_of_fp64_passes():
         q, k, _ = draw(torch.float32, sharpness)
         segments = reference.segment_ids(1, TOKENS)
         lse = reference.attention_map(q, k, segments)[1].float()
-        found = probe_lse(q, k, lse, answer(), options_of(q, k))
-        assert found.excess < 0.5
+        deviation = probe_lse(q, k, lse, answer(), options_of(q, k))
+        assert deviation.excess < 0.5
 
 
 # ---- where the device is not waited for ------------------------------------------------------------------------------
@@ -288,13 +288,13 @@ def test_a_log_sum_exp_of_fp64_passes():
 
 @pytest.fixture
 def unseen(monkeypatch):
-    """As on a GPU: what a tensor holds is not looked at."""
+    """Makes the host look at no tensor's content, as on a GPU."""
     for module in modules:
         monkeypatch.setattr(module, "can_look", lambda tensor: False)
 
 
 class Waiting(TorchDispatchMode):
-    """Raises where a GPU would be waited for: at a number that Python asks for, at a size that depends on values."""
+    """Raises where a GPU would be waited for: where Python reads a number, or a size depends on values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.name().split("::")[1] not in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim"), func

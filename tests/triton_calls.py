@@ -1,4 +1,4 @@
-"""The three calls on the Triton backend, on a GPU or in Triton's interpreter, and their check against fp64."""
+"""The three public calls on the Triton backend, on a GPU or in Triton's interpreter, and their check against fp64."""
 
 import torch
 from stats_cases import (
@@ -17,7 +17,7 @@ HALF = torch.float16  # the interpreter's tl.dot is wrong for bf16
 
 
 def on_device(x):
-    """A copy on the device, in the same memory order."""
+    """Returns a copy of a tensor on the device, in the same memory order; anything else as it is."""
     if not isinstance(x, torch.Tensor):
         return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
@@ -48,7 +48,7 @@ CALLS = ("statistics", "groups", "attention")
 
 
 def outputs(call: str, case: StatsCase) -> dict[str, torch.Tensor]:
-    """What a call leaves for each token, by name: [B, ..., T]."""
+    """Returns a call's results for each token by name, each [B, ..., T]."""
     if call == "statistics":
         return {name: x for name, x in run(case)._asdict().items() if name != "span"}
     if call == "groups":
@@ -59,7 +59,7 @@ def outputs(call: str, case: StatsCase) -> dict[str, torch.Tensor]:
 
 
 def check(call: str, case: StatsCase, seed: int = 0) -> None:
-    """The call against the fp64 reference; groups and v, of another head size than q, come from the seed."""
+    """Checks a call against the fp64 reference. The seed decides the groups, and v with its head size and order."""
     if call == "statistics":
         assert_close_to_reference(run(case), case)
     elif call == "groups":

@@ -1,4 +1,7 @@
-"""Calls whose output and log-sum-exp are probed, and the probes of the Triton kernels against those of torch."""
+"""Attention calls to check, and a comparison of the Triton check with that of torch.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, Dv the head size of v.
+"""
 
 import torch
 from stats_cases import StatsCase, segments_of
@@ -14,11 +17,11 @@ from rhythm_kernels.statistics.verify import probe_lse, probe_output
 
 MASKS = ("response_mask", "attention_mask", "cu_seqlens")
 MAP = ("scale", "sliding_window", "softcap", "sinks")
-Found = list[tuple[str, Deviation]]
+Deviations = list[tuple[str, Deviation]]
 
 
 def assumed(case: StatsCase) -> tuple[Layout, Options]:
-    """Returns the arguments of the probes beside tensors, on the device."""
+    """Returns the layout and the options of a case, on the device."""
     q, k = on_device(case.q), on_device(case.k)
     layout = make_layout(len(q), q.shape[2], q.device, **{name: on_device(case.kwargs.get(name)) for name in MASKS})
     options = {name: on_device(case.kwargs.get(name)) for name in MAP}
@@ -26,17 +29,20 @@ def assumed(case: StatsCase) -> tuple[Layout, Options]:
 
 
 def exact(case: StatsCase, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(output [B, T, HQ, Dv] in the dtype of v, log-sum-exp [B, HQ, T] fp32) in fp64; NaN in padding."""
+    """Returns an output [B, T, HQ, Dv] in v's dtype and its log-sum-exp fp32 [B, HQ, T], computed in fp64.
+
+    The output is NaN in padding. v: [B, H, T, Dv].
+    """
     padding = segments_of(case) < 0
     options = {name: case.kwargs[name] for name in MAP if name in case.kwargs}
-    clean = [x.masked_fill(padding[:, None, :, None], 0.0) for x in (case.q, case.k, v)]
-    weights, lse = attention_map(*clean[:2], segments_of(case), **options)
-    out = (weights @ clean[2].double().repeat_interleave(weights.shape[1] // v.shape[1], 1)).transpose(1, 2)
+    q, k, values = (x.masked_fill(padding[:, None, :, None], 0.0) for x in (case.q, case.k, v))
+    weights, lse = attention_map(q, k, segments_of(case), **options)
+    out = (weights @ values.double().repeat_interleave(weights.shape[1] // v.shape[1], 1)).transpose(1, 2)
     return out.to(v.dtype).masked_fill(padding[..., None, None], torch.nan), lse.float()
 
 
 def damaged(out: Tensor, lse: Tensor, layout: Layout, seed: int, error: float) -> tuple[Tensor, Tensor]:
-    """A probed row and head of each is off by so much; nothing where no row is probed."""
+    """Returns copies of out and lse with `error` added in one probed row and head each, if any row is probed."""
     generator = torch.Generator().manual_seed(seed)
     out, lse, rows = out.clone(), lse.clone(), probed_rows(layout, probes.PROBES).cpu()
     places = (rows >= 0).nonzero()
@@ -48,22 +54,24 @@ def damaged(out: Tensor, lse: Tensor, layout: Layout, seed: int, error: float) -
     return out, lse
 
 
-def found_by(backend: str, case: StatsCase, v: Tensor, out: Tensor, lse: Tensor | None, rounding: Rounding) -> Found:
-    """Returns what the probes of a backend find in an output and its log-sum-exp, and in the log-sum-exp alone."""
+def deviations_by(
+    backend: str, case: StatsCase, v: Tensor, out: Tensor, lse: Tensor | None, rounding: Rounding
+) -> Deviations:
+    """Returns a backend's deviations of an output and its log-sum-exp, and of the log-sum-exp checked alone."""
     layout, options = assumed(case)
     q, k, v, out, lse = (on_device(x) for x in (case.q, case.k, v, out, lse))
-    found = probe_output(q, k, v, out, lse, layout, options, rounding, backend)
+    deviations = probe_output(q, k, v, out, lse, layout, options, rounding, backend)
     if lse is not None:
         alone = probe_lse(q, k, lse, layout, options, None, backend)
-        found += [] if alone is None else [("log-sum-exp alone", alone)]
-    return [(name, Deviation(*(x.cpu() for x in deviation))) for name, deviation in found]
+        deviations += [] if alone is None else [("log-sum-exp alone", alone)]
+    return [(name, Deviation(*(x.cpu() for x in deviation))) for name, deviation in deviations]
 
 
-def assert_same_probes(case: StatsCase, v: Tensor, out: Tensor, lse: Tensor | None, rounding: Rounding) -> Found:
-    """Holds the Triton kernels against torch; returns what they find."""
-    ours, theirs = (found_by(backend, case, v, out, lse, rounding) for backend in ("triton", "torch"))
-    assert [name for name, _ in ours] == [name for name, _ in theirs]
-    for (name, mine), (_, other) in zip(ours, theirs):
+def assert_same_probes(case: StatsCase, v: Tensor, out: Tensor, lse: Tensor | None, rounding: Rounding) -> Deviations:
+    """Compares the deviations of the Triton kernels with those of torch, and returns the former."""
+    by_triton, by_torch = (deviations_by(backend, case, v, out, lse, rounding) for backend in ("triton", "torch"))
+    assert [name for name, _ in by_triton] == [name for name, _ in by_torch]
+    for (name, mine), (_, other) in zip(by_triton, by_torch):
         # the rounding of the check itself, in fp32
         slack = 1e-3 if name == "output" and case.q.dtype.itemsize == 2 else 0.02
         assert mine.excess.dtype == torch.float32 and mine.excess.shape == ()
@@ -79,4 +87,4 @@ def assert_same_probes(case: StatsCase, v: Tensor, out: Tensor, lse: Tensor | No
             # of several numbers that are off by as much either may be named
             pairs = [allowed, got - expected], [allowed_too, got_too - expected_too]
             torch.testing.assert_close(*pairs, rtol=3e-3, atol=1e-6, equal_nan=True)
-    return ours
+    return by_triton
