@@ -71,7 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options)
 
 
 def _row_sums(lse: Tensor, sinks: Tensor | None) -> Tensor | float:
-    """Returns what a row of A sums to: 1 less the sink's share. lse [B, HQ, T], sinks [HQ] or [B, HQ]."""
+    """Returns the sum of each row of A: 1 less the sink's share. lse: [B, HQ, T]; sinks: [HQ] or [B, HQ]."""
     return 1.0 if sinks is None else 1.0 - torch.exp(sinks[..., None] - lse)
 
 
@@ -110,6 +110,7 @@ class _RowTile(NamedTuple):
 
 
 def _stats(results: _RowResults, layout: Layout, options: Options) -> AttentionStats:
+    """Returns the statistics: the column sums divided by their numbers of rows, and the means of the distances."""
     fai = results.fai_sums / layout.rows_looking_back(options.horizon)[:, None]
     span = mean_over_rows(results.looked_back, layout) if options.need_span else None
     return AttentionStats(results.waad, fai, span, results.lse)
@@ -221,10 +222,10 @@ def _softmax(scores: Tensor, computed: Tensor, sinks: Tensor | None) -> tuple[Te
 
 
 def _finite_values(v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Returns v with 0 in place of what is not finite, and a 1 for each such place; both fp32 [B, H, T, Dv].
+    """Returns v with 0 for values that are not finite, and a 1 at each of their places; both fp32 [B, H, T, Dv].
 
-    The second is None if every value of the valid tokens is finite. They are kept apart because a weight of 0 times
-    NaN is NaN, and the keys of a tile reach into padding and other sequences. valid: bool [B, T].
+    The second is None if all values of the valid tokens are finite. The two are multiplied apart because a weight of 0
+    times NaN is NaN, and the keys of a tile reach into padding and other sequences. valid: bool [B, T].
     """
     finite = v.isfinite()
     broken = ~finite & valid[:, None, :, None]
@@ -250,7 +251,7 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 def _write_statistics(
     weights: Tensor, row_lse: Tensor, tile: _RowTile, layout: Layout, options: Options, results: _RowResults
 ) -> None:
-    """Writes the statistics of a tile's rows of R, and adds what its columns receive. Overwrites the weights."""
+    """Writes the statistics of a tile's rows of R, and adds the sums of its columns. Overwrites the weights."""
     rows = layout.rows[:, tile.rows]
     in_response = rows[:, None]
     if options.need_span:
@@ -319,7 +320,7 @@ class _BandTile(NamedTuple):
 
 
 class _Items(NamedTuple):
-    """Pairs of a tile with rows of R and a head, each int64 [items]. A head stands for G query heads."""
+    """The pairs of a tile that has rows of R and a head, each field int64 [items]. A head stands for G query heads."""
 
     batch_row: Tensor
     head: Tensor
@@ -341,7 +342,7 @@ def _band_stats(
     lse = lse * LOG2_E
     softcap = None if options.softcap is None else options.softcap * LOG2_E
     options = options._replace(scale=options.scale * LOG2_E, softcap=softcap)
-    # min(d, W) = W - max(W - d, 0): the rest of the row counts W each
+    # min(d, W) = W - max(W - d, 0), and the second term is 0 outside the band
     nearness = _band_sums(q, k, lse, layout, options, local_heads, (0, options.window - 1), of_rows=True)
     waad = torch.where(layout.rows[:, None], options.window * row_sums - nearness, 0.0)
     received = _band_sums(q, k, lse, layout, options, global_heads, options.horizon, of_rows=False)
@@ -464,8 +465,8 @@ def _item_weights(
         scores = (queries @ keys.mT).view(len(keys), -1, len(tile.others), BAND_TILE)
         sight = sight[..., None]
     weights = _softcapped(scores, options).sub_(lse).exp2_()
-    # This clears all bits of what is hidden. NaN goes too, and a fill by a bool mask takes several times as long. It
-    # comes after the exponential, since a NaN log-sum-exp must not reach what its row does not see.
+    # This clears all bits of hidden weights, those of a NaN too; a fill by a bool mask takes several times as long. It
+    # comes after the exponential, since a NaN log-sum-exp must not reach the keys that its row does not see.
     weights.view(torch.int32).bitwise_and_((tile.distance - sight).le_(0).neg_()[:, None])
     return weights
 
@@ -473,7 +474,7 @@ def _item_weights(
 def _at_tokens(sums: Tensor, items: _Items, own: Tensor, shape: torch.Size) -> Tensor:
     """Returns the items' sums [items, G, BAND_TILE] at their tokens, [B, HQ, T], 0 elsewhere.
 
-    `shape` is [B, heads, G, T, D]. One more token takes what a tile has behind the end of its sequence.
+    `shape` is [B, heads, G, T, D]. One more token takes the sums that a tile has behind the end of its sequence.
     """
     tokens = shape[3]
     out = sums.new_zeros(*shape[:3], tokens + 1)

@@ -1,4 +1,4 @@
-"""What the check of an attention call has in common on every backend: the probed rows, the tolerance and the result.
+"""The parts of the check of an attention call that all backends share: the probed rows, the tolerance and the result.
 
 Shapes: S sequences, P probed rows of each.
 """

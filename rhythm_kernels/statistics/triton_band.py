@@ -153,7 +153,7 @@ def band_kernel(
     k_before = k + before.to(tl.int64) * stride_kt
     q_after = q + after.to(tl.int64) * stride_qt
     t = after + i
-    # small loads come first: the compiler puts the wait of a tile's store to shared memory before what follows
+    # small loads come first: a tile's store to shared memory waits for its load, and later loads would wait behind it
     active = tl.load(rows + s, mask=inside, other=0) != 0
     own_lse = tl.load(lse + s, mask=inside, other=0.0)
     if not LOOP_BEHIND:
@@ -346,7 +346,7 @@ def band_pass(
 
 
 def band_table(layout: Layout, block: int, order: str, lo: int, horizon: int) -> Tensor:
-    """Returns the tiles with what is the same for all heads. FAI counts the distances lo .. lo + horizon - 1.
+    """Returns the tiles and the rows of R in and behind each. FAI counts the distances lo .. lo + horizon - 1.
 
     Returns:
         int32 [tiles, 8]: the five fields of `Layout.tiles`, padding included; one past the last row of R in the tile,

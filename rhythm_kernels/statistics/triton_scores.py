@@ -76,9 +76,9 @@ def load_parts(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr = False,
 ):
-    """Returns what `load_tile` does in two parts along the head size, so that a head of 80 takes 64 + 16 and not 128.
+    """Returns a tile, loaded by `load_tile`, in two parts along the head size: 80 takes 64 + 16 elements, not 128.
 
-    Without REST_D the two are one and the same.
+    Without REST_D both parts are the whole tile.
     """
     if REST_D > 0:
         part = load_tile(x, stride_t, start, end, BLOCK_D, BLOCK_D, BLOCK, WHOLE)
@@ -129,7 +129,7 @@ def is_within(distance, limit):
 
 
 def score_arguments(q: Tensor, k: Tensor, options: Options) -> dict[str, int | float | bool | Tensor | None]:
-    """Returns the arguments that `forward_kernel` and `band_kernel` share: where q and k lie, and what a score is.
+    """Returns the arguments that `forward_kernel` and `band_kernel` share, which say how a score is formed.
 
     q [B, HQ, T, D] and k [B, H, T, D] are `aligned`.
     """

@@ -37,7 +37,7 @@ def probe(
     rounding: Rounding | None,
     heads_checked: Tensor | None = None,
 ) -> list[tuple[str, Deviation]]:
-    """Returns what `verify.probe_output` returns or, without v, out and rounding, the deviation of `verify.probe_lse`.
+    """Returns the deviations of `verify.probe_output`; without v, out and rounding only that of the log-sum-exp.
 
     Args:
         heads_checked: bool [S, HQ], the query heads that are checked; None for all.

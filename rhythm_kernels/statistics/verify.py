@@ -206,6 +206,7 @@ class _MapRows(NamedTuple):
     def of(
         cls, part: _Part, q: Tensor, k: Tensor, options: Options, with_sizes: bool = False, with_lse: bool = True
     ) -> "_MapRows":
+        """Computes the rows of a part, with `sizes` and with `largest` and `lse` where they are asked for."""
         group = q.shape[1] // k.shape[1]
         heads = slice(part.heads.start * group, part.heads.stop * group)
         queries = q[part.batch_row[:, None], heads, part.rows].transpose(1, 2).float()  # [S, HQ, P, D]
