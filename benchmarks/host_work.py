@@ -7,7 +7,6 @@ The benchmark needs no GPU. A small model, a Qwen3 of six layers in fp16, runs o
 layer are half the difference between four sampled layers and two. The other launches come once a forward.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.measure import environment, heading, make_parser, markdown_table, publish
 from benchmarks.pretended_cuda import Wait, counted, pretended_cuda
 from rhythm_kernels import GroupSchedule, HeadGroups, collect
+from rhythm_kernels.listen import collector
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config, Model
 from train.distributed import World
@@ -89,8 +89,7 @@ def count(decoder: nn.Module, inputs: dict, layers: list[int], groups: HeadGroup
     """Counts one forward under `collect`, from its context to its rhythm."""
     with counted() as plain:
         decoder(**inputs)
-    collecting = sys.modules["rhythm_kernels.listen.collect"]
-    uncounted, checks = collecting.probe_output, []
+    uncounted, checks = collector.probe_output, []
 
     def probe_output(*args):
         with counted() as work:
@@ -98,7 +97,7 @@ def count(decoder: nn.Module, inputs: dict, layers: list[int], groups: HeadGroup
         checks.append(work.launches.total())
         return deviations
 
-    with patch.object(collecting, "probe_output", probe_output), counted() as work:
+    with patch.object(collector, "probe_output", probe_output), counted() as work:
         with collect(decoder, layers=layers, groups=groups, **options) as c:
             decoder(**inputs)
         c.rhythm()

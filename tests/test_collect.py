@@ -11,11 +11,11 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import AttentionStats, GroupStats, HeadGroups, Rhythm, collect, reference
+from rhythm_kernels.listen import collector
 from rhythm_kernels.signals import rhythm_of
 from rhythm_kernels.statistics.layout import make_layout
 
 TOKENS = 70
-collect_module = sys.modules["rhythm_kernels.listen.collect"]  # the package has a function of this name
 
 
 @pytest.fixture(params=[llama, qwen3], ids=["llama", "qwen3"])
@@ -73,8 +73,8 @@ def test_sharp_attention_is_held_to_the_same_tolerance(make, attention, side, mo
     model = make(attention, initializer_range=0.3)
     ids, real, response = batch_inputs(side)
     calls = []
-    real_run = collect_module.run_stats
-    monkeypatch.setattr(collect_module, "run_stats", lambda *args: calls.append(args) or real_run(*args))
+    real_run = collector.run_stats
+    monkeypatch.setattr(collector, "run_stats", lambda *args: calls.append(args) or real_run(*args))
     with torch.no_grad(), collect(model, response_mask=response) as c:
         model(ids, attention_mask=real.long())
     for (q, k, lse, _, options, _), stats in zip(calls, c.stats.values(), strict=True):

@@ -26,7 +26,8 @@ from rhythm_kernels.analysis.environment import device_name
 from rhythm_kernels.analysis.measure import Measured, available_bytes, interleave, ratio, ratios
 from rhythm_kernels.analysis.sources import DTYPES, SMOLLM2, check_device, check_folder, check_length, load
 from rhythm_kernels.checks import check_int
-from rhythm_kernels.listen.collect import Collector, collect
+from rhythm_kernels.listen.collect import collect
+from rhythm_kernels.listen.collector import Collector
 from rhythm_kernels.listen.taps import attention_modules
 from rhythm_kernels.types import AttentionStats
 

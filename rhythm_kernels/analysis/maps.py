@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rhythm_kernels.checks import check_int
-from rhythm_kernels.listen.collect import Collector
+from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.statistics.api import run_stats
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.tensor_checks import check_tensor
@@ -68,7 +68,7 @@ def mean_maps(
     return MeanMaps(*maps, begin, end, size)
 
 
-class _MapCollector(Collector):
+class _MapCollector(collect):
     """Adds up the maps of the heads of both groups over the sampled layers."""
 
     def __init__(self, model: nn.Module, layers: list[int], groups: HeadGroups, begin: int, end: int, size: int):
@@ -78,10 +78,10 @@ class _MapCollector(Collector):
         self.totals = [torch.zeros(self.bins, self.bins, dtype=torch.float64) for _ in range(2)]
 
     def measure(self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, options: Options) -> AttentionStats:
-        stats = run_stats(q, k, lse, self.layout, options._replace(need_span=False), self._backend)
+        stats = run_stats(q, k, lse, self.layout, options._replace(need_span=False), self.backend)
         heads_per_key = q.shape[1] // k.shape[1]
         row = self.layers.index(layer)
-        for total, group in zip(self.totals, self._grouping["groups"], strict=True):
+        for total, group in zip(self.totals, self.groups, strict=True):
             for head in group[row].nonzero().flatten().tolist():
                 total += self._binned(q[0, head], k[0, head // heads_per_key], stats.lse[0, head], options).cpu()
         return stats

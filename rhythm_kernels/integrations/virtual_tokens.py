@@ -13,7 +13,7 @@ from transformers.utils import is_peft_available
 
 from rhythm_kernels.isolation import isolated
 from rhythm_kernels.listen.backend_lse import row_pass
-from rhythm_kernels.listen.collect import Collector
+from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.masks import is_mask
 from rhythm_kernels.listen.taps import Call
 
@@ -44,7 +44,7 @@ def virtual_tokens(model: nn.Module) -> int:
     return config.num_virtual_tokens
 
 
-class VirtualTokensCollector(Collector):
+class VirtualTokensCollector(collect):
     """A `Collector` of one forward with V virtual tokens before each row; R [B, T] is that of the input ids.
 
     The signals are [B, V + T]. Their last tokens are those of the input ids, but for the padding on the left.

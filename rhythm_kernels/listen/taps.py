@@ -196,6 +196,14 @@ def is_of_encoder_decoder(config) -> bool:
     return getattr(config, "is_encoder_decoder", False) or hasattr(config, "decoder_layers")
 
 
+def query_heads(decoder: nn.Module) -> int:
+    """Returns the number of query heads of a decoder's layers."""
+    config = decoder.config
+    if is_of_encoder_decoder(config) and hasattr(config, "decoder_attention_heads"):
+        return config.decoder_attention_heads
+    return config.num_attention_heads
+
+
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     """Returns the modules that call an attention function: one a layer, none in a hybrid's other layers."""
     return list(layers_of(decoder).attention.values())

@@ -1,0 +1,269 @@
+"""Records the statistics of a model's forward while it runs.
+
+A tap listens to the attention of the model (`taps.py`): it hands q, k and the attention kernel's own log-sum-exp of the
+sampled layers to the statistics. The model's outputs keep their bits.
+"""
+
+import inspect
+import threading
+
+import torch
+from torch import Tensor, nn
+
+from rhythm_kernels.host import send
+from rhythm_kernels.isolation import isolated
+from rhythm_kernels.listen.backend_lse import row_pass
+from rhythm_kernels.listen.findings import Findings
+from rhythm_kernels.listen.masks import is_mask, window_of
+from rhythm_kernels.listen.proof import check_call, hints_of, output_of, rounding_of_call
+from rhythm_kernels.listen.sequences import find_sequences
+from rhythm_kernels.listen.taps import NOT_WHOLE, Call, ancestors_of, decoder_of, layers_of, query_heads, tap_of
+from rhythm_kernels.signals import check_groups, rhythm_of
+from rhythm_kernels.statistics.api import run_group_stats, run_stats
+from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.options import Options, check_options
+from rhythm_kernels.statistics.poison import scaled
+from rhythm_kernels.statistics.verify import probe_output
+from rhythm_kernels.tensor_checks import check_device, check_tensor
+from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
+
+MASKED = ("eager", "sdpa")
+"""Implementations that know of a sliding window by their mask alone."""
+
+
+class Collector:
+    """Holds the statistics of one forward: what `collect` returns.
+
+    The forward fills `stats`, `lse_sources`, `layout` and `rhythm()`.
+    """
+
+    # set by `collect`, from its arguments once they are checked
+    layers: list[int]
+    """The sampled layers, ascending."""
+    groups: HeadGroups | None
+    backend: str
+    asks_for_lse: bool
+    _response_mask: Tensor | None
+    _cu_seqlens: Tensor | None
+    _options: dict[str, object]
+    """Arguments of `check_options`."""
+    _grouping: dict[str, object]
+    """Arguments of `rhythm_of` beside the groups."""
+    _lse: str
+
+    def __init__(self, model: nn.Module):
+        self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}
+        """The statistics of each sampled layer: of each head, or summed over the groups where `groups` is given."""
+        self.lse_sources: dict[int, str] = {}
+        """Where each sampled layer's log-sum-exp comes from: the name of the model's attention operator, such as
+        "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass: " with the reason why the
+        statistics computed it."""
+        self.layout: Layout | None = None
+        self.findings = Findings()
+        """Holds what `check()` and `seconds` read. It is small, and may be kept longer than the statistics."""
+        self.decoder = decoder_of(model)
+        self._decoder_layers = layers_of(self.decoder)
+        self._places: dict[int, list[int]] = {}  # by the id of a module: its layers, in the order of its calls
+        for layer, module in self._decoder_layers.attention.items():
+            self._places.setdefault(id(module), []).append(layer)
+        # a module around the decoder with another configuration may make the decoder's masks, from the [B, T] one
+        outer = ancestors_of(self.decoder, model)
+        self._outer = [module for module in outer if getattr(module, "config", None) is not self.decoder.config]
+        # by the id of a mask; the mask is kept too, so that no other gets its id
+        self._windows: dict[int, tuple[object, int | None]] = {}
+        self._hooks: list = []
+
+    def __enter__(self) -> "Collector":
+        if self._hooks:
+            raise RuntimeError("this collect context is open already")
+        self._thread, self._calls, self._outer_mask = threading.get_ident(), None, ...
+        self._tap = tap_of(self.decoder)
+        self._tap.add(self)
+        self._hooks = [
+            *(module.register_forward_pre_hook(self._before_outer, with_kwargs=True) for module in self._outer),
+            self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_forward, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._tap.remove(self)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._windows.clear()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in the statistics of this forward, their check included; on a GPU this waits for them."""
+        return self.findings.seconds
+
+    @property
+    def check_seconds(self) -> float:
+        """Seconds of these in which the layers' outputs were checked; on a GPU this waits for them."""
+        return self.findings.check_seconds
+
+    def rhythm(self) -> Rhythm:
+        """Returns the means over the groups: Rhythm(waad [B, T], fai [B, T], spans, groups).
+
+        On a GPU, which the host does not wait for, they are NaN where a layer does not attend as its statistics assume.
+        `check()` says which layer and why.
+
+        Raises:
+            RuntimeError: no forward has finished, or it did not call the attention of a sampled layer.
+        """
+        missing = [layer for layer in self.layers if layer not in self.stats]
+        if missing:
+            why = (
+                "no forward ran inside the context"
+                if not self.stats
+                else "the forward did not call their attention, or failed"
+            )
+            raise RuntimeError(f"no statistics of layers {missing}: {why}")
+        with self.findings.clock, isolated(self.layout.rows.device):
+            return rhythm_of(self.stats, self.layout, groups=self.groups, **self._grouping)
+
+    def check(self) -> None:
+        """Raises where a layer's output or log-sum-exp is not that of the map that its statistics assume.
+
+        On a CPU the forward itself has raised. On a GPU this does, since the host does not wait for the forward.
+
+        Raises:
+            ValueError: names the layer, the token, the head and both values.
+        """
+        self.findings.check()
+
+    # ---- around the forward ------------------------------------------------------------------------------------------
+
+    def _is_mine(self) -> bool:
+        """Returns whether the thread that opened the context runs a forward, and no recomputation for a gradient."""
+        return threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1
+
+    def __deepcopy__(self, memo) -> "Collector":
+        return self  # a model that is copied inside the context copies its hooks, which ignore the copy
+
+    @torch.compiler.disable(reason=NOT_WHOLE)
+    def _before_outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = _arguments_of(module, args, kwargs)
+        if self._is_mine() and "attention_mask" in {*arguments, *inspect.signature(module.forward).parameters}:
+            self._outer_mask = arguments.get("attention_mask")
+
+    @torch.compiler.disable(reason=NOT_WHOLE)
+    def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self._is_mine() or decoder is not self.decoder:
+            return
+        if self.layout is not None:
+            raise RuntimeError("collect records one forward: open a new context for the next one")
+        arguments = _arguments_of(decoder, args, kwargs)
+        ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        inputs = embeddings if ids is None else ids
+        check_device("the model's inputs", inputs.device)
+        with isolated(inputs.device):
+            self._prepare(arguments, inputs)
+
+    def _prepare(self, arguments: dict, inputs: Tensor) -> None:
+        """Reads where the sequences of a forward begin and end, and moves the groups to its device.
+
+        Args:
+            arguments: those of the decoder's forward, by name.
+            inputs: the token ids or the embeddings, [B, T, ...].
+        """
+        self.findings.clock.on_gpu = self.findings.check_clock.on_gpu = inputs.is_cuda
+        batch, tokens = inputs.shape[:2]
+        sharding = self._tap.sharding()
+        if sharding is not None:
+            raise ValueError(
+                f"collect needs whole sequences, but {sharding} computes attention over shards of them here: "
+                "switch sequence parallelism off"
+            )
+        mask, cu_seqlens = find_sequences(arguments, batch, self._outer_mask, self._cu_seqlens)
+        if self._response_mask is not None:
+            check_tensor("response_mask", self._response_mask, [batch, tokens], [torch.bool], inputs.device)
+        layout = make_layout(batch, tokens, inputs.device, self._response_mask, mask, cu_seqlens)
+        if self.groups is not None:
+            check_groups(self.groups, len(self.layers), query_heads(self.decoder), layout.sequences)
+            self.groups = HeadGroups(*(send(group, inputs.device) for group in self.groups))
+        self.layout, self._calls = layout, {}
+
+    @torch.compiler.disable(reason=NOT_WHOLE)
+    def _after_forward(self, decoder: nn.Module, *_) -> None:
+        if not self._is_mine() or decoder is not self.decoder:
+            return
+        self._calls = None  # a backward pass or another model may call a layer again
+        poison = self.findings.poison()
+        if poison is not None:
+            with self.findings.clock, isolated(poison.device):
+                self.stats = dict(zip(self.stats, scaled(list(self.stats.values()), poison), strict=True))
+
+    def layer_of(self, module: nn.Module) -> int | None:
+        """Returns which sampled layer this call of an attention module is; None for others, and outside the forward."""
+        places = self._places.get(id(module))
+        if places is None or not self._is_mine() or self._calls is None:
+            return None
+        call = self._calls[id(module)] = self._calls.get(id(module), -1) + 1
+        if call == len(places):
+            raise ValueError(
+                f"collect needs layers that run as often as they stand in the decoder, got call {call + 1} of the "
+                f"attention of layer {places[-1]}: which of its maps is the layer's is not known"
+            )
+        return places[call] if places[call] in self.layers else None
+
+    # ---- one layer ---------------------------------------------------------------------------------------------------
+
+    def record(self, layer: int, call: Call) -> None:
+        """Computes the statistics of a layer from a call of its attention function, and checks the call's output."""
+        check_call(layer, call, self.layout, query_heads(self.decoder))
+        with self.findings.clock:
+            rounding, out = rounding_of_call(call), output_of(call)
+            with isolated(call.query.device):
+                q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key))
+                options = check_options(
+                    q,
+                    k,
+                    scale=call.kwargs.get("scaling"),
+                    sliding_window=self._window(call.mask, call.kwargs.get("sliding_window"), layer),
+                    # transformers' sdpa function ignores the soft-cap and the sinks that it is passed
+                    softcap=None if self._tap.name == "sdpa" else call.kwargs.get("softcap"),
+                    sinks=None if self._tap.name == "sdpa" else call.kwargs.get("s_aux"),
+                    need_span=self.groups is None,
+                    **self._options,
+                )
+                lse, self.lse_sources[layer] = self._lse_of(call, q, options)
+                with self.findings.check_clock:
+                    probed = probe_output(q, k, call.value, out, lse, self.layout, options, rounding, self.backend)
+                    self.findings.add(layer, probed, hints_of(call, self.layout))
+                self.stats[layer] = self.measure(layer, q, k, lse, options)
+
+    def _lse_of(self, call: Call, q: Tensor, options: Options) -> tuple[Tensor | None, str]:
+        """Returns the log-sum-exp of a call, [B, HQ, T] fp32, and its source; None where the statistics compute it."""
+        if self._lse == "own":
+            return None, row_pass('lse="own"')
+        return call.reader.lse(q, options.sinks, self.layout, call.beside)
+
+    def measure(
+        self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, options: Options
+    ) -> AttentionStats | GroupStats:
+        """Returns what `stats` keeps of a layer.
+
+        Args:
+            q, k: [B, HQ, T, D] and [B, H, T, D].
+            lse: [B, HQ, T] fp32 where the model computed it, else None.
+        """
+        if self.groups is None:
+            return run_stats(q, k, lse, self.layout, options, self.backend)
+        local_heads, global_heads = (group[..., self.layers.index(layer), :] for group in self.groups)
+        return run_group_stats(q, k, lse, local_heads, global_heads, self.layout, options, self.backend)
+
+    def _window(self, mask, given: int | None, layer: int) -> int | None:
+        """Returns the sliding window that a layer really has: that of its mask, or that `given` where it has none."""
+        if not is_mask(mask):
+            return None if self._tap.name in MASKED else given
+        if id(mask) not in self._windows:  # all layers of a kind share one mask in a forward
+            self._windows[id(mask)] = mask, window_of(mask, self.layout, layer)
+        return self._windows[id(mask)][1]
+
+
+def _arguments_of(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """Returns the arguments of a module's forward by name."""
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {**bound.pop("kwargs", {}), **bound}
