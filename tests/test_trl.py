@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from models import dense_rhythm
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -48,8 +49,9 @@ from trl_cases import (
     weights_of,
 )
 
-from rhythm_kernels.integrations import trl as integration
+from rhythm_kernels.integrations import trl_pass, trl_state
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer, RhythmMixin, check_trl
+from rhythm_kernels.options import CreditOptions
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "trl_countdown.py"
@@ -248,13 +250,13 @@ def test_an_evaluation_is_left_alone(tmp_path):
 @WAYS
 def test_groups_serve_several_generation_batches(tmp_path, monkeypatch, way):
     trainer = make_trainer(tmp_path, Recording, max_steps=1, credit_groups_every=3, **TWO_LAYERS, **way)
-    given, collect = [], integration.collect
+    given, collect = [], trl_pass.collect
 
     def spy(model, groups=None, **options):
         given.append(groups)
         return collect(model, groups=groups, **options)
 
-    monkeypatch.setattr(integration, "collect", spy)
+    monkeypatch.setattr(trl_pass, "collect", spy)
     trainer.args.max_steps = 4 * trainer._generate_every // trainer.args.gradient_accumulation_steps
     trainer.train()
     assert len(trainer.generations) == 4
@@ -265,8 +267,8 @@ def test_groups_serve_several_generation_batches(tmp_path, monkeypatch, way):
     assert torch.equal(given[2].local_heads, dense[0].local_heads) and torch.equal(
         given[2].global_heads, dense[0].global_heads
     )
-    drifts = [record for record in trainer.state.log_history if "groups/spearman" in record]
-    assert len(drifts) == 1 and {"groups/local_overlap", "groups/global_overlap"} < drifts[0].keys()
+    drifts = [record for record in trainer.state.log_history if "rhythm/groups_spearman" in record]
+    assert len(drifts) == 1 and {"rhythm/groups_local_overlap", "rhythm/groups_global_overlap"} < drifts[0].keys()
 
 
 @WAYS
@@ -329,7 +331,7 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path, changes):
 
     whole = make_trainer(tmp_path / "whole", rollout_func=answers, **saving)
     whole.train()
-    state = json.loads((tmp_path / "whole" / "checkpoint-2" / integration.STATE_FILE).read_text())
+    state = json.loads((tmp_path / "whole" / "checkpoint-2" / trl_state.STATE_FILE).read_text())
     assert (state["age"] == 2 and state["spans"] is not None) or changes == {"credit": "random"}
     resumed = make_trainer(tmp_path / "resumed", rollout_func=answers, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
@@ -342,9 +344,9 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path, changes):
 def test_a_checkpoint_without_the_state_is_told_of(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, **ONE_STEP)
     trainer.train()
-    (tmp_path / "checkpoint-2" / integration.STATE_FILE).unlink()
+    (tmp_path / "checkpoint-2" / trl_state.STATE_FILE).unlink()
     told = []
-    monkeypatch.setattr(logging.get_logger(integration.__name__), "warning", told.append)
+    monkeypatch.setattr(logging.get_logger(trl_state.__name__), "warning", told.append)
     resumed = make_trainer(tmp_path, max_steps=3, **ONE_STEP)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(told) == 1 and "is missing: the heads are ranked anew" in told[0]
@@ -354,7 +356,7 @@ def test_a_state_of_other_layers_is_not_used(tmp_path, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "credit_groups_every": 8, **ONE_STEP}
     make_trainer(tmp_path, credit_layers=[1, 2], **options).train()
     told = []
-    monkeypatch.setattr(logging.get_logger(integration.__name__), "warning", told.append)
+    monkeypatch.setattr(logging.get_logger(trl_state.__name__), "warning", told.append)
     for layers, age in (([1, 2], 3), ([2, 3], 1)):
         resumed = make_trainer(tmp_path / "resumed", credit_layers=layers, **options | {"max_steps": 3})
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -365,8 +367,8 @@ def test_a_state_of_other_layers_is_not_used(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "[]", '{"age": 1}', '{"age": 1, "spans": [["x"]], "draws": 1, "layers": [1, 2]}'])
 def test_a_damaged_state_is_named(tmp_path, text):
     trainer = make_trainer(tmp_path, credit_layers=[1, 2])
-    (tmp_path / integration.STATE_FILE).write_text(text)
-    with pytest.raises(ValueError, match=f"{integration.STATE_FILE} must be what a checkpoint of rhythm credit holds"):
+    (tmp_path / trl_state.STATE_FILE).write_text(text)
+    with pytest.raises(ValueError, match=f"{trl_state.STATE_FILE} must be what a checkpoint of rhythm credit holds"):
         trainer._load_optimizer_and_scheduler(str(tmp_path))
 
 
@@ -425,8 +427,24 @@ def test_options_from_a_command_line(tmp_path):
     assert (options.strategy, options.top_fraction, options.largest) == ("global", 0.2, False)
     assert options.horizon == (4, None) and options.layers == (1, 2)
     again = RhythmGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    assert again.credit_options == integration.CreditOptions()  # the same defaults
+    assert again.credit_options == CreditOptions()  # the same defaults
     json.dumps(again.to_dict())
+
+
+def test_options_survive_to_dict_and_yaml(tmp_path):
+    options = {"credit": "coupled", "credit_tau_waad": 3.5, "credit_tau_delta": 0.25, "credit_largest": False}
+    options |= {"credit_layers": [1, -1], "credit_horizon": [4, None], "credit_group_by": "batch"}
+    config = make_config(tmp_path, **options)
+    saved = json.loads(json.dumps(config.to_dict()))
+    credit = {name: value for name, value in saved.items() if name.startswith("credit")}
+    assert make_config(tmp_path, **credit).credit_options == config.credit_options
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(credit | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}))
+    (read,) = TrlParser(RhythmGRPOConfig).parse_args_and_config(["--config", str(settings)])
+    assert read.credit_options == config.credit_options
+    changed = ["--config", str(settings), "--credit_tau_waad", "2", "--credit_layers", "all"]
+    (read,) = TrlParser(RhythmGRPOConfig).parse_args_and_config(changed)
+    assert (read.credit_tau_waad, read.credit_layers, read.credit_tau_delta) == (2.0, "all", 0.25)
 
 
 def test_the_config_must_be_ours(tmp_path):

@@ -1,4 +1,4 @@
-"""What the loss of a TRL trainer is given, and the proof that it takes the advantages of tokens.
+"""The inputs of a TRL trainer's loss, and the proof that it takes the advantages of tokens.
 
 B rows of a micro-batch, C tokens of the longest completion.
 """
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.types import Rhythm
+from rhythm_kernels.integrations.trl_pass import Pass
 
 OF_TOKENS = (
     "completion_ids",
@@ -25,36 +25,9 @@ OF_TOKENS = (
 )
 """Fields [B, C] of TRL's micro-batches."""
 FACTORS = ("completion_mask", "tool_mask", "importance_sampling_ratio")
-"""Those by which TRL multiplies a token's loss."""
+"""Fields by which TRL multiplies a token's loss."""
 TOLERANCE = 1e-3
 """Largest error of a gradient in the proof, as a share of the largest gradient."""
-
-
-@dataclass
-class Pass:
-    """A log-prob pass of the policy that is waited for: the next one of this model over these tokens."""
-
-    model: nn.Module
-    ids: Tensor | None = None
-    """[B, P + C]: prompt and completion; None: whatever comes next."""
-    tool_mask: Tensor | list[list[int]] | None = None
-    is_open: bool = True
-    """Whether the next pass can be the one. It cannot while a rollout runs."""
-    reads: bool = True
-    """Whether its credit is read."""
-    gamma: Tensor | None = None
-    """[B, C] fp32, once the pass is done, or from an earlier one."""
-    log_probs: Tensor | None = None
-    """[B, C], once the pass is done, without a gradient."""
-    mask: Tensor | None = None
-    """[B, C] bool, R: completion tokens that are trained on."""
-    rhythm: Rhythm | None = None
-    """waad and fai [B, C]."""
-    readings: object | None = None
-
-    def is_of(self, model: nn.Module, ids: Tensor) -> bool:
-        waits = self.is_open and self.log_probs is None and model is self.model
-        return waits and (self.ids is None or torch.equal(ids, self.ids))
 
 
 @dataclass
@@ -64,7 +37,10 @@ class StandIn(Pass):
     leaf: Tensor = field(kw_only=True)
 
     def model_for(self, is_read: bool, completion: int) -> Callable:
-        """Returns what TRL's pass calls in place of a model: it gives `leaf`, or -1 where the pass is another one."""
+        """Returns a function for TRL's pass to call in place of a model.
+
+        It gives the rows of `leaf` one after another, or log-probs of -1 where the pass is another one.
+        """
         begin = 0
 
         def model(input_ids: Tensor, **_) -> SimpleNamespace:
@@ -77,7 +53,7 @@ class StandIn(Pass):
 
 
 class LateInputs(dict):
-    """A micro-batch with fields that depend on the log-prob pass of the loss, and are there once it is done."""
+    """A micro-batch with fields that depend on the log-prob pass of the loss, and can be read once it is done."""
 
     def __init__(self, inputs: Mapping, late: dict[str, Callable[[], Tensor]], read: Pass):
         super().__init__(inputs)
@@ -97,10 +73,10 @@ class LateInputs(dict):
 
 
 def with_sequence_ratio(log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    """Old log-probs with which a loss of token ratios is that of GSPO-token (arXiv 2507.18071).
+    """Returns old log-probs with which a loss of token ratios is that of GSPO-token (arXiv 2507.18071).
 
-    The ratio of a token to them has the value of its sequence's ratio, the geometric mean over R, and the gradient of
-    the token's own log-prob.
+    The ratio of a token to them has the value of its sequence's ratio, the geometric mean over R. Its gradient is that
+    of the token's own log-prob.
 
     Args:
         log_probs: [B, C], of the policy, without a gradient.
@@ -112,13 +88,14 @@ def with_sequence_ratio(log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
 
 
 def proof_inputs(inputs: Mapping) -> tuple[dict, Tensor]:
-    """A micro-batch for the proof, all of whose completions are trained on and have two tokens or more; and log-probs.
+    """Returns a micro-batch and log-probs [B, C] for the proof.
 
-    The log-probs [B, C] are near the old ones, so that ratios differ from one token to the next.
+    All tokens of its completions are trained on, and each has two or more. The log-probs are near the old ones, so that
+    ratios differ from one token to the next.
     """
     inputs = dict(inputs)
     rows, width = inputs["completion_ids"].shape
-    if width == 1:  # one token cannot show whose advantage it gets
+    if width == 1:  # a single token cannot show whether it gets its own advantage
         wide = {name: inputs[name].repeat(1, 8) for name in OF_TOKENS if name in inputs}
         inputs, width = inputs | wide, 8
     trained = {name: torch.ones_like(inputs[name]) for name in FACTORS if name in inputs}
@@ -131,10 +108,10 @@ def proof_inputs(inputs: Mapping) -> tuple[dict, Tensor]:
 def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like: Tensor) -> None:
     """Raises where a loss does not multiply each token's gradient by that token's own advantage.
 
-    Equal losses at equal advantages would not show it: a loss that averages the advantages of a sequence has them too.
+    Equal advantages would not show it: with them a loss that averages the advantages of a sequence has the same value.
 
     Args:
-        name: of the loss, for the error.
+        name: that of the loss, for the error.
         gradient: advantages [B] or [B, C] -> the gradient of the loss by the log-probs, [B, C].
         like: a tensor [B, C].
 
@@ -143,7 +120,7 @@ def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like
     """
     rows, width = like.shape
     token, row = torch.arange(width, device=like.device), torch.arange(rows, device=like.device)[:, None]
-    weights = 1 + (0.6180340 * token + 0.4142136 * row) % 1  # of no two tokens are they equal
+    weights = 1 + (0.6180340 * token + 0.4142136 * row) % 1  # no two tokens have the same
     refusal = (
         f"{name} must take advantages [B, C], and multiply each token's gradient by that token's own: rhythm credit "
         "has no meaning in another loss; leave the mixin out, or set credit=none"
@@ -158,7 +135,7 @@ def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like
                 raise RuntimeError(f"{name} could not be tried: with log-probs of no model {raised}") from wrong
             raise RuntimeError(f"{refusal}. Given [B, C], {raised}") from wrong
 
-    rest = measured(like.new_zeros(rows))  # what does not depend on the advantages, such as a KL term
+    rest = measured(like.new_zeros(rows))  # the part that does not depend on the advantages, such as a KL term
     is_reached = False
     for sign in (1.0, -1.0):
         wanted = weights * (measured(like.new_full((rows,), sign)) - rest)
@@ -172,10 +149,10 @@ def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like
 
 
 def without_traces(trainer):
-    """A copy of a trainer whose own fields and containers may be changed: models and the like are shared."""
+    """Returns a copy of a trainer whose own fields and containers may be changed; models and the like are shared."""
     twin = copy.copy(trainer)
     for name, value in vars(trainer).items():
-        if name != "_buffered_inputs":  # a generation batch, which may be large
+        if name != "_buffered_inputs":  # shared too: it is a generation batch, which may be large
             twin.__dict__[name] = _copied(value)
     return twin
 
@@ -187,8 +164,8 @@ def _copied(value):
         return value
     twin = copy.copy(value)
     if isinstance(twin, dict):
-        twin.update({key: _copied(each) for key, each in value.items()})
+        twin.update({key: _copied(item) for key, item in value.items()})
     elif isinstance(twin, (list, deque)):
-        for index, each in enumerate(value):
-            twin[index] = _copied(each)
+        for index, item in enumerate(value):
+            twin[index] = _copied(item)
     return twin
