@@ -1,5 +1,6 @@
 """TRL's GRPOConfig with the options of rhythm credit."""
 
+from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
 
 from trl import GRPOConfig
@@ -19,10 +20,11 @@ def _flat_field(option: Field) -> tuple[str, type, Field]:
     metadata = {"help": option.metadata["help"].replace("%", "%%")}
     if "choices" in option.metadata:
         metadata["choices"] = list(option.metadata["choices"])
-    kind = list[str] if option.name in AS_TEXTS else option.type
+    if option.name not in AS_TEXTS:
+        return flat_name(option.name), option.type, field(default=option.default, metadata=metadata)
     default = list(option.default) if isinstance(option.default, tuple) else option.default
-    default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return flat_name(option.name), kind, field(metadata=metadata, **default)
+    # HfArgumentParser reads the default of a list from its factory alone
+    return flat_name(option.name), list[str], field(default_factory=lambda: copy(default), metadata=metadata)
 
 
 CreditFields = make_dataclass("CreditFields", map(_flat_field, fields(CreditOptions)))
