@@ -1,21 +1,21 @@
-"""Whether a model takes what it is given: as many positions, a row for each token id, weights that are numbers.
+"""Checks that a model fits its inputs: enough positions, a row for each token id, weights that are numbers.
 
-A language model does not refuse these by itself: positions beyond its own give wrong numbers without a word, an id
-beyond its rows an error of the indexing or, on a GPU, of the whole device.
+A language model does not refuse these by itself. Positions beyond its own give wrong numbers without a word. A token id
+beyond its rows is an error of the indexing or, on a GPU, of the whole device.
 """
 
 import torch
 from torch import nn
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-STRETCHED = ("linear", "dynamic")  # rotary embeddings whose factor is not yet in max_position_embeddings
+STRETCHED = ("linear", "dynamic")  # rotary embeddings whose factor max_position_embeddings does not include
 
 
 def most_positions(config) -> int | None:
-    """The number of positions that a transformers configuration gives its model, None where it names no limit.
+    """Returns the number of positions that a transformers configuration allows, None where it names no limit.
 
     Learned positions are the rows of a table. Rotary ones have the length that the model is configured for, with its
-    scaling; a sliding window limits what a token sees, not where it stands.
+    scaling. A sliding window does not limit positions.
     """
     config = config.get_text_config(decoder=True)
     limits = (getattr(config, name, None) for name in POSITIONS)
@@ -23,7 +23,8 @@ def most_positions(config) -> int | None:
     if most is None:
         return None
     scalings = getattr(config, "rope_parameters", None) or {}
-    scalings = [scalings] if "rope_type" in scalings else [each for each in scalings.values() if isinstance(each, dict)]
+    by_layer_type = [scaling for scaling in scalings.values() if isinstance(scaling, dict)]
+    scalings = [scalings] if "rope_type" in scalings else by_layer_type
     reached = [most]
     for scaling in scalings:
         factor, kind = scaling.get("factor") or 1.0, scaling.get("rope_type")
@@ -35,18 +36,18 @@ def most_positions(config) -> int | None:
 
 
 def embedding_rows(config) -> int:
-    """The number of token ids that a transformers configuration gives its model."""
+    """Returns the number of token ids that a transformers configuration gives its model."""
     return config.get_text_config(decoder=True).vocab_size
 
 
 def knows_words(tokenizer) -> bool:
-    """False for the empty tokenizer that transformers makes for some models in a folder without one."""
+    """Returns False for the empty tokenizer that transformers makes for some models in a folder without one."""
     return len(tokenizer) > len(set(tokenizer.all_special_ids))
 
 
 @torch.no_grad()
 def broken_weight(model: nn.Module) -> str | None:
-    """The name of the first parameter that holds NaN or infinity."""
+    """Returns the name of the first parameter that holds NaN or infinity, None where all are finite."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
             return name

@@ -1,4 +1,4 @@
-"""Head groups that serve several steps: made at a calibration, with their drift from one calibration to the next."""
+"""Keeps head groups for several steps, and measures how far they drift from one calibration to the next."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class GroupDrift(NamedTuple):
 
 
 class GroupSchedule:
-    """The head groups of a run: ranked at every n-th step, kept for the steps between.
+    """The head groups of a run: ranked at every n-th step, and kept for the steps between.
 
         schedule = GroupSchedule(every=8)
         while training:
@@ -37,13 +37,13 @@ class GroupSchedule:
                 schedule.add(rhythm.spans, mask.sum(-1))
             drift = schedule.advance()
 
-    The first step is a calibration, and then every `every`-th. Its passes compute spans and group the heads by their
-    own; what they add is pooled into one span a head, the mean over all their tokens of R (Eq. 7), and the groups of
-    that serve from the next step on. They are pooled over the batch, since they are for sequences yet to come. With
-    `every=1` no groups are ever kept: each pass makes its own, per sequence or batch (the paper), and the drift from
-    each step to the next is known.
+    The first step is a calibration, and then every `every`-th. The passes of a calibration compute spans, and group the
+    heads by their own. The spans that they add are pooled into one span for each head, the mean over all their tokens
+    of R (Eq. 7). Groups of the pooled spans serve from the next step on: they are those of the batch, since they are
+    for sequences yet to come. With `every=1` no groups are ever kept: each pass makes its own, per sequence or batch
+    (the paper), and the drift from each step to the next is known.
 
-    The pool is summed in fp64 in the order of the calls, and is this process's own.
+    Each process has its own pool, which is summed in fp64 in the order of the calls.
 
     Args:
         every: steps from one calibration to the next.
@@ -63,15 +63,15 @@ class GroupSchedule:
 
     @property
     def groups(self) -> HeadGroups | None:
-        """What the passes of this step are given: [L, HQ] on the CPU, or None at a calibration."""
+        """The groups for the passes of this step, [L, HQ] on the CPU; None at a calibration."""
         return self._groups if self._age < self.every else None
 
     def add(self, spans: Tensor | None, tokens: Tensor) -> None:
         """Pools the spans of one pass of a calibration.
 
         Args:
-            spans: `rhythm.spans`: [B, L, HQ], or [L, HQ] over the whole pass; floating, tokens. None, as it is where
-                groups were given, adds nothing.
+            spans: `rhythm.spans`: [B, L, HQ], or [L, HQ] over the whole pass; floating, tokens. A pass that was given
+                groups has None, which adds nothing.
             tokens: [B] int64 or int32: how many tokens of R each sequence of the pass has (packed: [S]).
 
         Raises:
@@ -96,7 +96,7 @@ class GroupSchedule:
     def advance(self) -> GroupDrift | None:
         """Ends the step. A calibration makes the groups for the next steps and returns how far they drifted.
 
-        Returns None at the first calibration and between calibrations. Synchronizes with the device at a calibration.
+        Returns None at the first calibration and between calibrations. At a calibration the host waits for the device.
 
         Raises:
             RuntimeError: a calibration without a token of R.
@@ -120,12 +120,17 @@ class GroupSchedule:
         )
 
     def state_dict(self) -> dict[str, int | Tensor | None]:
-        """What the next step depends on, between two steps: the age of the groups in steps, and their spans."""
+        """Returns the state between two steps: the age of the groups in steps, and the spans that they come from."""
         if isinstance(self._tokens, Tensor):
             raise RuntimeError("state_dict in the middle of a calibration: advance() first")
         return {"age": self._age, "spans": self._spans}
 
     def load_state_dict(self, state: Mapping[str, int | Tensor | None]) -> None:
+        """Sets the state that `state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: it is none.
+        """
         if set(state) != {"age", "spans"}:
             raise ValueError(f"state must have age and spans, got {sorted(state)}")
         age, spans = check_int("age", state["age"], 0), state["spans"]
@@ -139,19 +144,19 @@ class GroupSchedule:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's correlation of two tensors of one shape: Pearson's of their ranks; NaN where all of one are equal."""
+    """Returns Spearman's correlation of two tensors of one shape: Pearson's of their ranks; NaN if one is constant."""
     x, y = _centred_ranks(a), _centred_ranks(b)
-    return (x @ y / (x @ x * (y @ y)).sqrt()).item()  # half integers: exact but for the root and the quotient
+    return (x @ y / (x @ x * (y @ y)).sqrt()).item()  # ranks are half integers, so only root and quotient round
 
 
 def overlap(before: Tensor, now: Tensor) -> float:
-    """The share of the group `now` that was in `before`, bool of one shape; 1 for an empty group."""
+    """Returns the share of the group `now` that was in `before`, bool of one shape; 1 for an empty group."""
     size = int(now.sum())
     return int((before & now).sum()) / size if size else 1.0
 
 
 def _centred_ranks(x: Tensor) -> Tensor:
-    """Ranks of all values, equal ones at the mean of theirs, minus the mean rank; fp64."""
+    """Returns the rank of each value minus the mean rank, fp64; equal values have the mean of their ranks."""
     _, place, counts = x.flatten().unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
     ranks = last - (counts.double() - 1) / 2

@@ -1,4 +1,4 @@
-"""Which layers are sampled, and which of their heads are local and global."""
+"""Chooses the layers that are sampled, and the local and the global ones among their heads."""
 
 import math
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def group_heads(spans: Tensor, *, local_fraction: float = 0.3, global_fraction: 
     Of all n = L HQ heads, ceil(local_fraction n) are local and ceil(global_fraction n) are global.
 
     Args:
-        spans: [L, HQ] or, for each sequence, [B, L, HQ]; floating, tokens. A GPU that holds them is waited for.
+        spans: [L, HQ] or, for each sequence, [B, L, HQ]; floating, tokens. The host waits for a GPU that holds them.
         local_fraction, global_fraction: fractions of all heads, together at most 1.
 
     Returns:
@@ -65,7 +65,7 @@ def group_heads(spans: Tensor, *, local_fraction: float = 0.3, global_fraction: 
 
 
 def rank_heads(spans: Tensor, local_fraction: float, global_fraction: float) -> HeadGroups:
-    """`group_heads` without a wait for the device: what it returns for spans that hold NaN means nothing."""
+    """Does as `group_heads`, but the host does not wait for the device: groups of spans with NaN mean nothing."""
     floating = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
     check_tensor("spans", spans, ["L", "HQ"] if getattr(spans, "ndim", 2) == 2 else ["B", "L", "HQ"], floating)
     heads = spans.shape[-2] * spans.shape[-1]
@@ -84,5 +84,5 @@ def rank_heads(spans: Tensor, local_fraction: float, global_fraction: float) -> 
 
 
 def _first(order: Tensor, count: int) -> Tensor:
-    """bool mask of the first `count` indices of each row of `order`."""
+    """Returns a bool mask of the first `count` indices in each row of `order`."""
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :count], True)

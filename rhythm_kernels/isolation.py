@@ -8,24 +8,24 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
-"""The settings by which products of fp32 matrices may round their factors, one a library."""
-LIBRARY = dict(zip(("cuda", "cpu"), PRODUCTS, strict=True))
-"""Which of them is whose device's."""
+"""The settings by which products of fp32 matrices may round their factors, one for each library."""
+SETTING_OF = dict(zip(("cuda", "cpu"), PRODUCTS, strict=True))
+"""The setting of each device type."""
 ROUNDED = ("bf16", "tf32")
 """Values of those settings, the coarsest first."""
 
 _lock = threading.Lock()
-_inside = 0  # contexts of exact products that are open, over all threads
-_changed: dict[tuple[str, str], str] = {}  # what the settings were before the first of them
+_inside = 0  # the number of open contexts of exact products, over all threads
+_changed: dict[tuple[str, str], str] = {}  # the settings as they were before the first of these contexts
 
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """A context for the arithmetic of the statistics, which nothing outside it changes.
+    """Opens a context for the arithmetic of the statistics, which no setting outside of it changes.
 
-    Gradients are off; autocast is off, since it would round scores to 16 bits; products of fp32 matrices are exact,
-    whatever `torch.set_float32_matmul_precision` and TF32 say; and no dispatch mode listens, such as the queue in which
-    selective activation checkpointing keeps results: operators that its recomputation does not repeat would shift it.
+    Gradients are off. Autocast is off, since it would round scores to 16 bits. Products of fp32 matrices are exact,
+    whatever `torch.set_float32_matmul_precision` and TF32 say. No dispatch mode listens: selective activation
+    checkpointing keeps results in a queue, which operators that its recomputation does not repeat would shift.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -37,7 +37,7 @@ def isolated(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """A context in which products of fp32 matrices keep all their bits.
+    """Opens a context in which products of fp32 matrices keep all their bits.
 
     The setting belongs to the process: it changes for the first thread that enters and returns with the last that
     leaves.
@@ -63,9 +63,10 @@ def exact_products() -> Iterator[None]:
 def lowest_precision(device: str | None = None) -> str | None:
     """Returns the coarsest rounding of factors that a setting asks for in fp32 products: "bf16", "tf32", or None.
 
-    device: a device type, whose own setting counts alone; those of all libraries if None or unknown.
+    Args:
+        device: a device type, of which only its own setting counts; the settings of all libraries if None or unknown.
     """
-    settings = [_precision(place) for place in ([LIBRARY[device]] if device in LIBRARY else PRODUCTS)]
+    settings = [_precision(place) for place in ([SETTING_OF[device]] if device in SETTING_OF else PRODUCTS)]
     return next((precision for precision in ROUNDED if precision in settings), None)
 
 
@@ -74,7 +75,7 @@ def _precision(place: tuple[str, str]) -> str:
 
 
 def _own_precision(place: tuple[str, str]) -> str:
-    """Returns "none" where a setting is inherited from that of its library or of all of them, so that it stays so."""
+    """Returns a setting, "none" where it is inherited from that of its library or of all, so that it stays so."""
     precision = _precision(place)
     torch._C._set_fp32_precision_setter(*place, "none")
     return "none" if _precision(place) == precision else precision

@@ -1,4 +1,4 @@
-"""The options of rhythm credit: the one list that flags, the fields of configurations and the docs' table come from.
+"""The options of rhythm credit: flags, fields of configurations and the docs' table are made from this one list.
 
 Loads no torch, so that a command line can show its help at once.
 """
@@ -17,7 +17,7 @@ PREFIX = "credit"
 
 
 def _option(default: object, help: str, **limits) -> Field:
-    """A field with its help; `limits` are those of `check_int` or `check_float`, or `choices`."""
+    """Makes a field with its help; `limits` are those of `check_int` or `check_float`, or `choices`."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -108,7 +108,7 @@ class CreditOptions:
         return {**self.set_arguments, **self._of(("amplification", "shared_fraction"))}
 
     def draw_seed(self, draw: int) -> int:
-        """The seed of `token_credit` for one call; `draw` tells the calls of "random" from each other."""
+        """Returns the seed of `token_credit` for one call; `draw` tells the calls of "random" from each other."""
         return (self.seed << 32) + draw % 2**32
 
     def _of(self, names: Sequence[str]) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""From the heads' statistics to one WAAD and one FAI for each token."""
+"""Turns the heads' statistics into one WAAD and one FAI for each token.
+
+WAAD is the windowed average attention distance, FAI the future attention influence.
+"""
 
 from collections.abc import Mapping
 from math import nan
@@ -23,17 +26,20 @@ def rhythm_of(
     local_fraction: float = 0.3,
     global_fraction: float = 0.3,
 ) -> Rhythm:
-    """WAAD of the local heads' mean map and FAI of the global heads' (Eq. 8-10), by linearity from per-head values.
+    """Returns WAAD of the local heads' mean map and FAI of the global heads' (Eq. 8-10).
+
+    Both are linear in the map, so the means of the heads' own values are those of the mean map.
 
     Args:
-        stats: of each sampled layer, which are added in ascending order: of each head, or sums over the `groups`.
+        stats: by layer, those of each head or their sums over the `groups`; added in ascending order of the layers.
         layout: where the sequences of the batch are.
-        groups: [L, HQ] or [sequences, L, HQ]; made from the spans if None, which sums do not have.
+        groups: [L, HQ] or [sequences, L, HQ]; made from the spans if None. Sums have no spans, and need groups.
         group_by: "sequence": each sequence has its own groups, from its own spans; "batch": one grouping from the
             spans over all of R in the batch.
 
-    Raises: TypeError, ValueError: wrong groups, or none for sums; a span that is NaN. A GPU is not waited for: there
-    the rhythm of that span's sequence is NaN.
+    Raises:
+        TypeError, ValueError: wrong groups, or none for sums; a span that is NaN. The host does not wait for a GPU:
+            there the rhythm of that span's sequence is NaN.
     """
     check_choice("group_by", group_by, GROUP_BY)
     layers = [stats[index] for index in sorted(stats)]
@@ -60,6 +66,7 @@ def rhythm_of(
 
 
 def check_groups(groups: HeadGroups, layers: int, heads: int, sequences: int) -> None:
+    """Raises TypeError or ValueError for groups that are not [L, HQ] or [sequences, L, HQ], bool."""
     if not isinstance(groups, HeadGroups):
         raise TypeError(f"groups must be HeadGroups, got {type(groups).__name__}")
     for name, group in zip(("groups.local_heads", "groups.global_heads"), groups, strict=True):
@@ -68,7 +75,7 @@ def check_groups(groups: HeadGroups, layers: int, heads: int, sequences: int) ->
 
 
 def _pool(spans: Tensor, layout: Layout) -> Tensor:
-    """[sequences, L, HQ] -> [L, HQ]: the mean over R of the whole batch."""
+    """Returns the spans over R of the whole batch, [L, HQ], from those of each sequence, [sequences, L, HQ]."""
     tokens = torch.zeros(layout.sequences, dtype=torch.long, device=spans.device)
     tokens.scatter_add_(0, layout.segments.flatten(), layout.rows.flatten().long())
     weighted = (spans.double() * tokens[:, None, None]).sum(0)
@@ -76,14 +83,17 @@ def _pool(spans: Tensor, layout: Layout) -> Tensor:
 
 
 def _mean(values: Tensor, group: Tensor, layout: Layout) -> Tensor:
-    """The mean over the heads in the group of each token's own sequence, of all layers; 0 if there are none: [B, T].
+    """Returns the mean over all heads of the group of each token's own sequence, [B, T]; 0 if it has none.
 
-    values: [L, B, HQ, T], of each head, which it overwrites; or [L, B, T], sums over each layer's heads of the group.
+    Args:
+        values: [L, B, HQ, T], of each head, which is overwritten; or [L, B, T], sums over each layer's heads of the
+            group.
+        group: [L, HQ] or [sequences, L, HQ] bool.
     """
-    each = group.to(values.device).expand(layout.sequences, -1, -1)  # [sequences, L, HQ]
+    of_sequences = group.to(values.device).expand(layout.sequences, -1, -1)  # [sequences, L, HQ]
     if values.ndim == 4:
-        member = each[layout.segments].permute(2, 0, 3, 1)  # [L, B, HQ, T]
-        # a NaN of a head outside the group stays outside
+        member = of_sequences[layout.segments].permute(2, 0, 3, 1)  # [L, B, HQ, T]
+        # filled and not multiplied, so that a NaN of a head outside the group does not reach the sum
         values = values.masked_fill_(~member, 0.0).sum(2)
-    heads = each.flatten(1).sum(1)[layout.segments]
+    heads = of_sequences.flatten(1).sum(1)[layout.segments]
     return values.sum(0) / heads.clamp(min=1)

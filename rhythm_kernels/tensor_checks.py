@@ -1,4 +1,4 @@
-"""Checks of tensors and of their devices: each error names the argument and shows what arrived."""
+"""Checks tensors and their devices: each error names the argument and shows its value."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,16 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] = (),
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """`shape` has a number where the size is known and a letter where any size will do."""
+    """Returns `value`, a tensor of this shape, dtype and device.
+
+    Args:
+        shape: a number for each size that is known, a letter for any other.
+        dtypes: those that are allowed; any if empty.
+        device: the tensor's; any if None.
+
+    Raises:
+        TypeError, ValueError: it is another.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: {value!r}"[:300])
     check_device(name, value.device)
@@ -30,6 +39,7 @@ def check_tensor(
 
 
 def check_device(name: str, device: torch.device) -> None:
+    """Raises ValueError for a device without float64."""
     if device.type in WITHOUT_FLOAT64:
         raise ValueError(
             f"{name} must be on a device that has float64, which spans and thresholds are computed in, got {device}: "
@@ -38,17 +48,17 @@ def check_device(name: str, device: torch.device) -> None:
 
 
 def at_hand(value: object, device: torch.device) -> torch.device:
-    """Returns where an argument that the host reads may be: on the device of the others, or on the CPU."""
+    """Returns the CPU for an argument that is there, else the device of the other arguments."""
     return torch.device("cpu") if getattr(value, "is_cpu", False) else device
 
 
 def can_look(tensor: torch.Tensor) -> bool:
-    """Whether what a tensor holds can be read here and now: not on a GPU, which would be waited for, nor in a graph."""
+    """Returns whether the host can read a tensor's values without a wait: not on a GPU, and not in a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is torch.Tensor
 
 
 def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """All but the content, which a GPU would have to be waited for."""
+    """Checks all but the values, for which the host would have to wait for a GPU."""
     check_tensor("cu_seqlens", cu_seqlens, ["S + 1"], [torch.int32, torch.int64], device)
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a batch of one row, got B = {batch}")

@@ -1,1 +1,1 @@
-"""Selection of tokens and the factors of their advantages: C++/CUDA ops, or the same rules composed of torch ops."""
+"""Selects tokens and computes the factors of their advantages, by C++/CUDA ops or the same rules in torch ops."""

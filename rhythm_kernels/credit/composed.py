@@ -1,7 +1,7 @@
-"""The extension's ops composed of torch ops: what runs where it is not built, and what it is measured against.
+"""The extension's ops composed of torch ops: they run where it is not built, and benchmarks compare it with them.
 
-Same names, arguments and results as `torch.ops.rhythm_kernels`, bit for bit; csrc/ops.cpp has the shapes. Packed
-sequences are padded here, for which the host reads cu_seqlens.
+They have the names, arguments and results of `torch.ops.rhythm_kernels`, bit for bit; csrc/ops.cpp has the shapes.
+Packed sequences are padded here, for which the host reads cu_seqlens.
 """
 
 import itertools
@@ -12,13 +12,13 @@ from torch.nn.functional import pad
 
 from rhythm_kernels.checks import check_cuts
 
-# Keys compare as the float32 numbers do. Those of all numbers are above the two of:
+# Keys compare as the float32 numbers do. These two are below the keys of all numbers:
 NAN = -(2**31) + 1
-OUTSIDE = -(2**31)  # of the response_mask
+OUTSIDE = -(2**31)  # the key of a position outside the response_mask
 
-# As in csrc/rows/credit.h. Faults of a sequence: a signal that is not finite in R.
+# The codes of csrc/rows/credit.h. Faults of a sequence: this signal is not finite in R.
 FIRST_SIGNAL, SECOND_SIGNAL = 1, 2
-# The sets of a token.
+# Sets that a token is in.
 INTRO, ALONE, DOMINATED, PREPLAN = 1, 2, 4, 8
 
 
@@ -99,7 +99,7 @@ def coupled_credit(
             change.double().masked_fill(~preplan, torch.inf).amin(-1, keepdim=True) if response_mask.shape[1] else 0.0
         )
 
-    best = torch.full_like(waad, -torch.inf)  # the largest Delta before, and how far back it is
+    best = torch.full_like(waad, -torch.inf)  # the largest Delta before each token, and how far back it is
     back = torch.zeros_like(waad, dtype=torch.int32)
     before = change.masked_fill(~response_mask, -torch.inf)
     reach = range(1, min(max_lookback, response_mask.shape[1] - 1) + 1)
@@ -114,7 +114,7 @@ def coupled_credit(
         intros = intros | pad(back[:, steps:] == steps, (0, steps))
 
     sets = PREPLAN * preplan + DOMINATED * dominated + ALONE * (anchors & ~dominated) + INTRO * intros
-    # Eq. 18 of the eight cases, in fp64 and rounded once; of floats, since torch 2.11 compiles no bool times a number
+    # the factors of Eq. 18 by the sets of a token, in fp64 and rounded once; torch 2.11 compiles no bool times a number
     cases = range(INTRO + ALONE + DOMINATED + 1)
     parts = [[float(case & part > 0) for part in (DOMINATED, ALONE, INTRO)] for case in cases]
     shares = [
@@ -133,7 +133,7 @@ def coupled_credit(
 
 
 def delta(waad: Tensor, response_mask: Tensor) -> Tensor:
-    """Eq. 13: |WAAD_t - WAAD_{t+1}| where both are in R, else 0. [B, T]."""
+    """Returns |WAAD_t - WAAD_{t+1}| where both are in R, else 0 (Eq. 13), [B, T]."""
     both = response_mask[:, :-1] & response_mask[:, 1:]
     change = torch.where(both, (waad[:, :-1] - waad[:, 1:]).abs(), 0.0)
     return pad(change, (0, min(1, waad.shape[1])))
@@ -143,7 +143,7 @@ def delta(waad: Tensor, response_mask: Tensor) -> Tensor:
 
 
 class _Rows:
-    """Packed sequences as padded rows and back; a padded batch stays as it is."""
+    """Turns packed sequences into padded rows and back; a padded batch stays as it is."""
 
     def __init__(self, response_mask: Tensor, cu_seqlens: Tensor | None):
         self.index = None
@@ -151,17 +151,18 @@ class _Rows:
             cuts = cu_seqlens.tolist()
             check_cuts(cuts, response_mask.shape[1])
             lengths = cu_seqlens.diff()
-            longest = max((b - a for a, b in itertools.pairwise(cuts)), default=0)
+            longest = max((end - begin for begin, end in itertools.pairwise(cuts)), default=0)
             column = torch.arange(longest, device=response_mask.device)
             self.inside = column < lengths[:, None]
             self.index = (cu_seqlens[:-1, None] + column).clamp(max=response_mask.shape[1] - 1)
         self.response_mask = self.pad(response_mask)
 
     def pad(self, values: Tensor) -> Tensor:
-        """[1, T] -> [S, longest], 0 behind a sequence."""
+        """Returns values [1, T] as padded rows, [S, longest], 0 behind a sequence."""
         return values if self.index is None else torch.where(self.inside, values[0][self.index], 0).to(values.dtype)
 
     def unpad(self, values: Tensor) -> Tensor:
+        """Returns padded rows as they were, [1, T]."""
         return values if self.index is None else values[self.inside][None]
 
 
@@ -169,7 +170,7 @@ class _Rows:
 
 
 def _keys(values: Tensor, response_mask: Tensor) -> Tensor:
-    """int32 [B, T]; -0.0 has the key of +0.0."""
+    """Returns the keys of values, int32 [B, T]; -0.0 has the key of +0.0."""
     bits = values.resolve_neg().contiguous().view(torch.int32)
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys = torch.where(bits == -(2**31), 0, keys)  # the bits of -0.0
@@ -177,22 +178,23 @@ def _keys(values: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def _ranks(keys: Tensor, largest: bool) -> Tensor:
-    """Keys whose largest is taken first."""
+    """Returns ranks, of which the largest is selected first; NaN and OUTSIDE stay last."""
     return keys if largest else torch.where(keys > NAN, ~keys, keys)
 
 
-def _selection_count(response_mask: Tensor, share: float) -> Tensor:
-    """int64 [B, 1]: ceil(share * n - 1e-9) of each row."""
+def _selection_count(response_mask: Tensor, fraction: float) -> Tensor:
+    """Returns ceil(fraction * n - 1e-9) for each row, int64 [B, 1]."""
     n = response_mask.sum(-1, keepdim=True)
-    return (n.double() * share - 1e-9).ceil().long().clamp(min=0)
+    return (n.double() * fraction - 1e-9).ceil().long().clamp(min=0)
 
 
 def _last_taken(ranks: Tensor, count: Tensor) -> Tensor:
-    """[B, 1]: each row's count-th largest rank, T > 0; the largest where count is 0."""
+    """Returns each row's count-th largest rank, [B, 1]; the largest where count is 0. Needs T > 0."""
     return ranks.sort(dim=-1, descending=True).values.gather(-1, (count - 1).clamp(min=0))
 
 
 def _topq(ranks: Tensor, response_mask: Tensor, top_fraction: float) -> Tensor:
+    """Returns the selected positions, bool [B, T]: higher ranks first, then lower positions."""
     if ranks.shape[1] == 0:
         return torch.zeros_like(response_mask)
     count = _selection_count(response_mask, top_fraction)
@@ -203,7 +205,7 @@ def _topq(ranks: Tensor, response_mask: Tensor, top_fraction: float) -> Tensor:
 
 
 def _lower_median(values: Tensor, response_mask: Tensor) -> Tensor:
-    """The ceil(n / 2)-th smallest of a row's n masked values, [B, 1]; anything where n is 0."""
+    """Returns the ceil(n / 2)-th smallest of a row's n masked values, [B, 1]; anything where n is 0."""
     if not response_mask.shape[1]:
         return values.new_zeros(response_mask.shape[0], 1)
     ordered = values.masked_fill(~response_mask, torch.inf).sort(-1).values
@@ -215,11 +217,11 @@ def _lower_median(values: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def _is_broken(values: Tensor, response_mask: Tensor) -> Tensor:
-    """uint8 [B]."""
+    """Returns 1 for a row with a value in R that is not finite, else 0, uint8 [B]."""
     return (~values.isfinite() & response_mask).any(-1).to(torch.uint8)
 
 
 def _void(gamma: Tensor, response_mask: Tensor, faults: Tensor) -> Tensor:
-    """A sequence with a fault has NaN in R, and 1 elsewhere."""
+    """Returns gamma where sequences with a fault have NaN in R, and 1 elsewhere."""
     broken = (faults != 0)[:, None]
     return gamma.masked_fill(broken & response_mask, torch.nan).masked_fill(broken & ~response_mask, 1.0)

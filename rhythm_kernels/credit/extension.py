@@ -16,7 +16,7 @@ HOW_TO_BUILD = (
 
 
 def _load() -> tuple[frozenset[str], str]:
-    """The device types that the library serves, and why it serves no others."""
+    """Returns the device types that the library serves, and why it serves no others."""
     try:
         from rhythm_kernels import _C
     except ImportError as error:
@@ -68,11 +68,12 @@ if _DEVICE_TYPES:
 
 
 def _sequences(response_mask: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Returns the number of sequences."""
     return response_mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def available(device_type: str) -> bool:
-    """Whether the library has ops for this device type. Warns once for a type it could have been built for."""
+    """Returns whether the library has ops for a device type. Warns once for one that it could have been built for."""
     if device_type in _DEVICE_TYPES:
         return True
     if device_type in ("cpu", "cuda") and device_type not in _warned and not torch.compiler.is_compiling():
@@ -84,5 +85,6 @@ def available(device_type: str) -> bool:
 
 
 def require(device_type: str) -> None:
+    """Raises RuntimeError where the library has no ops for a device type."""
     if device_type not in _DEVICE_TYPES:
         raise RuntimeError(f'backend="extension" has no ops for {device_type}: {_REASON}; {HOW_TO_BUILD}')

@@ -1,4 +1,4 @@
-"""From the rhythm to the factor of each token's advantage (Eq. 13-18)."""
+"""Turns the rhythm into the factor of each token's advantage (Eq. 13-18)."""
 
 from typing import NamedTuple
 
@@ -21,11 +21,11 @@ class CoupledSets(NamedTuple):
     anchors: Tensor
     """Anchors: TopQ of FAI (Eq. 15)."""
     dominated: Tensor
-    """D: anchors with a low WAAD just after a preplan peak (Eq. 17)."""
+    """D, the locally dominated anchors: they have a low WAAD just after a preplan peak (Eq. 17)."""
     intros: Tensor
-    """I(D): the preplan peaks that introduce them."""
+    """I(D), the intros: the preplan peaks that introduce the dominated anchors."""
     intro_of: Tensor
-    """[B, T] int64: for each token of D the position in its row of the token that introduces it; -1 elsewhere."""
+    """[B, T] int64: for each dominated anchor the position of its intro in the row; -1 elsewhere."""
 
 
 def token_credit(
@@ -45,7 +45,10 @@ def token_credit(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """gamma: the factor of each token's advantage (Eq. 14, 16, 18), [B, T] fp32, 1 outside R.
+    """Returns gamma, the factor of each token's advantage (Eq. 14, 16, 18), [B, T] fp32, 1 outside R.
+
+    WAAD is the windowed average attention distance of a token, FAI its future attention influence. Delta is the size of
+    the change of WAAD from a token to the next.
 
     Args:
         strategy: "none" (all 1), "random" (TopQ of a draw from `seed`), "entropy" (TopQ of `entropy`), "local" (TopQ of
@@ -54,16 +57,17 @@ def token_credit(
         response_mask: [B, T] bool, R.
         rhythm: "local" needs rhythm.waad, "global" rhythm.fai, "coupled" both; each [B, T] floating, finite in R.
         entropy: [B, T] floating, nats, finite in R; only for "entropy".
-        top_fraction: the fraction of R that is selected, ceil(top_fraction n - 1e-9) of n.
-        amplification: the factor of a selected token, 0 to 1e37.
-        shared_fraction: the share of a locally dominated anchor's credit that goes to its intro, 0 to 1.
-        max_lookback: how many tokens back an intro may be.
+        top_fraction: q of the paper: the fraction of R that is selected, ceil(top_fraction n - 1e-9) of n.
+        amplification: gamma_amp of the paper: the factor of a selected token, 0 to 1e37.
+        shared_fraction: alpha of the paper: the fraction of a dominated anchor's credit that goes to its intro, 0 to 1.
+        max_lookback: k of the paper: how many tokens back an intro may be.
         largest: False selects the bottom (the paper's ablation); in "coupled" it changes the anchors alone.
         tau_waad: an anchor is dominated if its WAAD is at most this; the lower median of R if None. Tokens.
         tau_delta: and if a Delta of at least this comes before it; the smallest of the preplan tokens' if None. Tokens.
-        seed: of "random"; give each step its own. A compiled graph cannot make the generator: draw outside of it.
-        cu_seqlens: [S + 1] int32 or int64, packed sequences, as in `attention_stats`; then B = 1. R is that of each
-            sequence, and no Delta or intro crosses from one to another.
+        seed: the seed of "random"; give each step its own. A compiled graph cannot make the generator: call
+            "random" outside of it.
+        cu_seqlens: [S + 1] int32 or int64, bounds of packed sequences, as in `attention_stats`; then B = 1. Each
+            sequence has its own R, and no Delta or intro crosses from one to another.
         backend: "extension" (on a GPU one launch for fp32 signals, a fill before it for packed ones; the host does not
             wait), "torch", or "auto": the extension where it is built for the device, else torch.
 
@@ -72,10 +76,10 @@ def token_credit(
             or, on a CPU, not finite in R.
         RuntimeError: backend="extension" where it is not built for the device.
 
-    The extension does not wait for a GPU. What is raised on a CPU for the content of a tensor comes out as NaN there:
-    gamma is NaN in R of a sequence with a signal that is not finite in R, also in a compiled graph on a CPU, and
-    everywhere if cu_seqlens does not rise from 0 to T ("none" reads neither). The composed torch ops give the same NaN
-    for signals; they read cu_seqlens on the host.
+    With the extension the host does not wait for a GPU, and so cannot raise there for what a tensor holds. Instead
+    gamma is NaN in R of a sequence whose signal is not finite in R, and everywhere if cu_seqlens does not rise from 0
+    to T; "none" reads neither. The same holds in a compiled graph on a CPU. The composed torch ops give the same NaN
+    for signals, and read cu_seqlens on the host.
     """
     check_choice("strategy", strategy, STRATEGIES)
     check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
@@ -84,13 +88,13 @@ def token_credit(
     check_int("seed", seed, 0, 2**64 - 1)
     _check_options(rhythm, top_fraction, max_lookback, largest, tau_waad, tau_delta)
     cu_seqlens = check_packing(cu_seqlens, response_mask)
-    of = ops(backend, response_mask.device)
+    op = ops(backend, response_mask.device)
     if strategy == "none":
         return torch.ones(response_mask.shape, dtype=torch.float32, device=response_mask.device)
     if strategy == "coupled":
         waad, fai = _check_both(rhythm, response_mask)
         options = (top_fraction, amplification, shared_fraction, max_lookback, largest, tau_waad, tau_delta)
-        gamma, faults, *_ = of.coupled_credit(waad, fai, response_mask, cu_seqlens, *options, False)
+        gamma, faults, *_ = op.coupled_credit(waad, fai, response_mask, cu_seqlens, *options, False)
         _raise_faults(faults, "rhythm.waad", "rhythm.fai")
         return gamma
     if strategy == "random":
@@ -102,7 +106,7 @@ def token_credit(
         name, signal = "rhythm.waad", _check_signal("rhythm.waad", getattr(rhythm, "waad", None), response_mask)
     else:
         name, signal = "rhythm.fai", _check_signal("rhythm.fai", getattr(rhythm, "fai", None), response_mask)
-    gamma, faults = of.topq_credit(
+    gamma, faults = op.topq_credit(
         signal, response_mask, cu_seqlens, strategy == "local", top_fraction, amplification, largest
     )
     _raise_faults(faults, name)
@@ -121,7 +125,7 @@ def coupled_sets(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> CoupledSets:
-    """T_loc, T_glob, D and I(D) of Eq. 13, 15 and 17; arguments and errors as in `token_credit`.
+    """Returns the sets of coupled credit (Eq. 13, 15, 17); arguments and errors are those of `token_credit`.
 
     Where `token_credit` would give NaN, the sets are empty.
     """
@@ -140,11 +144,11 @@ def coupled_sets(
 
 
 def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
-    """The advantages that the loss reads: A_t gamma_t where A_t >= 0, else A_t.
+    """Returns the advantages for the loss: A_t gamma_t where A_t >= 0, else A_t.
 
     Args:
-        advantages: [B], of each sequence, or [B, T], of each token; floating.
-        gamma: [B, T] floating, of `token_credit`. No gradient flows into it.
+        advantages: [B], one for each sequence, or [B, T], one for each token; floating.
+        gamma: [B, T] floating, from `token_credit`. No gradient flows into it.
 
     Returns:
         [B, T], in the wider dtype of the two.
@@ -180,6 +184,7 @@ def _check_options(
 
 
 def _check_signal(name: str, signal: Tensor | None, response_mask: Tensor) -> Tensor:
+    """Returns the signal in float32, without a graph."""
     if signal is None:
         raise ValueError(f"{name} is needed by this strategy, got None")
     check_tensor(name, signal, list(response_mask.shape), DTYPES, response_mask.device)
@@ -193,7 +198,7 @@ def _check_both(rhythm: Rhythm | None, response_mask: Tensor) -> tuple[Tensor, T
 
 
 def _raise_faults(faults: Tensor, *names: str) -> None:
-    """Raises where looking at the result costs nothing; elsewhere the NaN in it stands for the fault."""
+    """Raises ValueError where the host need not wait to read the faults; elsewhere gamma is NaN."""
     if not can_look(faults):
         return
     for name, bit in zip(names, (FIRST_SIGNAL, SECOND_SIGNAL)):

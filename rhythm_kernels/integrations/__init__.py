@@ -1,1 +1,1 @@
-"""Rhythm credit inside other trainers: a module for each, none of which is imported before it is asked for."""
+"""Rhythm credit inside other trainers, a module for each. The package imports none of them by itself."""

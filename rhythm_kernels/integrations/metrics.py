@@ -1,4 +1,4 @@
-"""The numbers that a run inside another trainer logs about its credit."""
+"""Metrics that a run inside another trainer logs about its credit."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from rhythm_kernels.types import Rhythm
 
 
 def credit_sums(gamma: Tensor, response_mask: Tensor, rhythm: Rhythm | None = None) -> dict[str, Tensor]:
-    """Returns what a run logs about a part of its batch, as sums, which add up over parts and ranks.
+    """Returns sums over R, from which `credit_means` makes metrics; they add up over parts of a batch and ranks.
 
     Returns:
-        Sums by name, 0-dim fp64 on the device of gamma. "tokens" (of R) is what the others are divided by; they are
+        Sums by name, 0-dim fp64 on the device of gamma: "tokens" (of R), which the others are divided by,
         "rhythm/gamma_mean", "rhythm/credited_share" and, with a rhythm, "rhythm/waad_mean" (tokens) and
         "rhythm/fai_mean".
     """

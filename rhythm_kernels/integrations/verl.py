@@ -3,12 +3,13 @@
     python -m verl.trainer.main_ppo ... +rhythm.strategy=coupled
 
 verl imports this module in each of its processes: by the entry point of the group `verl.plugins`, or because
-VERL_USE_EXTERNAL_MODULES names it. Importing it changes nothing but where verl's modules, once imported themselves, get
-wrapped; and what is wrapped does as before where the config has no block.
+VERL_USE_EXTERNAL_MODULES names it. The import wraps some functions of verl's modules, each once its module has been
+imported. Where the config has no block, the wrapped functions do as before.
 
 The block goes to the workers with the call that computes the old log-probs, in the batch's extra_info. There
-`FSDPEngineWithLMHead.forward_step` runs inside `collect`, and WAAD, FAI and spans join the log-probs in the model
-output, which verl puts in the batch's order and carries back. The trainer multiplies the advantages.
+`FSDPEngineWithLMHead.forward_step` runs inside `collect`. WAAD (windowed average attention distance), FAI (future
+attention influence) and the heads' spans join the log-probs in the model output, which verl puts in the batch's order
+and carries back. The trainer multiplies the advantages.
 """
 
 import functools
@@ -52,7 +53,8 @@ TOKEN_LOSSES = (
 )
 """Policy losses in which a token's gradient is multiplied by that token's own advantage."""
 WAAD, FAI, SPANS = "rhythm_waad", "rhythm_fai", "rhythm_spans"
-"""Fields of the batch, nested: [B, prompt + response] fp32, tokens; the same, a probability; [B, L HQ] fp32, tokens."""
+"""Fields of the batch, nested: WAAD [B, prompt + response] fp32, tokens; FAI of the same shape, a probability; spans
+[B, L HQ] fp32, tokens."""
 SIGNALS = (WAAD, FAI)
 
 _missing: list[str] = []
@@ -60,7 +62,7 @@ _said: set[str] = set()
 
 
 def read_options(config: Mapping) -> CreditOptions | None:
-    """The options of verl's config; None where it has no block.
+    """Returns the options of verl's config; None where it has no block.
 
     Raises:
         TypeError, ValueError: unknown keys, wrong values, or settings of verl that keep the statistics from being read.
@@ -101,7 +103,7 @@ def _make_options(block: dict) -> CreditOptions:
 
 
 def _check_settings(config: Mapping, options: CreditOptions) -> None:
-    """Raises for a run whose old-log-prob pass the plug-in cannot read or would not see."""
+    """Raises ValueError for a run whose old-log-prob pass the plug-in cannot read or would not see."""
     from omegaconf import OmegaConf
 
     select = functools.partial(OmegaConf.select, config)
@@ -131,7 +133,7 @@ def _check_settings(config: Mapping, options: CreditOptions) -> None:
 
 
 def _check_loss(select: Callable) -> None:
-    """Raises for a run whose loss would not give each token the advantage of its own trajectory and place."""
+    """Raises ValueError for a run whose loss would not give each token its own advantage."""
     if select("algorithm.use_pf_ppo"):
         raise ValueError(
             f"the block {BLOCK} needs advantages in the order of their trajectories: set algorithm.use_pf_ppo=False; "
@@ -151,14 +153,14 @@ def _check_loss(select: Callable) -> None:
 
 
 def _say_once(text: str) -> None:
-    """One line on stdout, where Ray collects it; verl's loggers hide other packages' lines."""
+    """Prints a line to stdout, where Ray collects it; verl's loggers hide other packages' lines."""
     if text not in _said:
         _said.add(text)
         print(f"[rhythm_kernels] {text}", flush=True)
 
 
 def wrap_forward_step(forward_step: Callable) -> Callable:
-    """`FSDPEngineWithLMHead.forward_step` that adds the statistics to the output where the batch asks for them."""
+    """Wraps `FSDPEngineWithLMHead.forward_step`: it adds the statistics to the output where the batch asks for them."""
 
     @functools.wraps(forward_step)
     def with_rhythm(engine, micro_batch, loss_function, forward_only):
@@ -206,7 +208,10 @@ def _check_pass(engine, micro_batch) -> None:
 
 
 def _response_tokens(response_mask: Tensor, offsets: Tensor) -> Tensor:
-    """R of nested response masks [B, response], in the packed tokens: [nnz] bool; responses end their sequences."""
+    """Returns R among the packed tokens, [nnz] bool, from nested response masks [B, response].
+
+    A response is the end of its sequence.
+    """
     ends, lengths = response_mask.offsets()[1:], response_mask.offsets().diff()
     shift = torch.repeat_interleave(offsets[1:] - ends, lengths)
     values = response_mask.values()
@@ -216,23 +221,24 @@ def _response_tokens(response_mask: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _packed_row(response: Tensor, engine) -> Tensor:
-    """[1, nnz + padding]: verl may round the packed length up."""
+    """Returns R as a row, [1, nnz + padding]: verl may round the packed length up."""
     return torch.nn.functional.pad(response, (0, engine._get_packed_pad_size(len(response))))[None]
 
 
 def _valid(offsets: Tensor) -> Tensor:
-    """Which places of right-padded rows hold a token, [B, T]."""
+    """Returns which places of right-padded rows hold a token, [B, T] bool."""
     lengths = offsets.diff()
     return torch.arange(int(lengths.max()), device=offsets.device) < lengths[:, None]
 
 
 def _padded_rows(response: Tensor, offsets: Tensor) -> Tensor:
+    """Returns R in right-padded rows, [B, T] bool."""
     valid = _valid(offsets)
     return torch.zeros_like(valid).masked_scatter_(valid, response)
 
 
 def _groups_of(groups: list[list[bool]] | None, engine) -> HeadGroups | None:
-    """Two flat lists of all heads of the sampled layers -> [L, HQ]."""
+    """Returns the groups [L, HQ] of two flat lists, one item for each head of the sampled layers."""
     if groups is None:
         return None
     heads = engine.model_config.hf_config.get_text_config().num_attention_heads
@@ -240,7 +246,7 @@ def _groups_of(groups: list[list[bool]] | None, engine) -> HeadGroups | None:
 
 
 def _as_model_output(rhythm: Rhythm, offsets: Tensor, packed: bool) -> dict[str, Tensor]:
-    """The nested tensors that join verl's model output, a row for each sequence."""
+    """Returns the nested tensors that join verl's model output, a row for each sequence."""
     sequences, tokens = len(offsets) - 1, int(offsets[-1])
     places = (0, slice(tokens)) if packed else _valid(offsets)
     output = {
@@ -248,7 +254,7 @@ def _as_model_output(rhythm: Rhythm, offsets: Tensor, packed: bool) -> dict[str,
         for name, signal in ((WAAD, rhythm.waad), (FAI, rhythm.fai))
     }
     if rhythm.spans is not None:
-        spans = rhythm.spans  # of each sequence, the last one verl's padding, or of the whole pass
+        spans = rhythm.spans  # [B, L, HQ] of each sequence, of which verl's padding is the last; or [L, HQ] of the pass
         spans = spans[:sequences] if spans.ndim == 3 else spans.expand(sequences, -1, -1)
         output[SPANS] = torch.nested.as_nested_tensor(list(spans.flatten(1)), layout=torch.jagged)
     return output
@@ -265,36 +271,48 @@ class TrainerCredit:
         _say_once(f"rhythm credit is on: {settings}")
 
     def request(self) -> str:
-        """What the workers are told."""
+        """Returns the text that tells the workers the options and the head groups."""
         groups = self.schedule.groups
         groups = None if groups is None else [group.flatten().tolist() for group in groups]
         return json.dumps({"options": asdict(self.options), "groups": groups})
 
     def end_pass(self, spans: Tensor | None, tokens: Tensor | None) -> dict[str, float]:
-        """Ends a step, with spans [B, L HQ] and response tokens [B] if it ranks heads; metrics of the groups' drift."""
+        """Ends a step, and returns metrics of the groups' drift.
+
+        Args:
+            spans, tokens: [B, L HQ] and the response tokens of each row, [B], where the step ranks heads; else None.
+        """
         if spans is not None:
             self.schedule.add(spans[tokens > 0][:, None], tokens[tokens > 0])  # verl's padding rows have no response
         drift = self.schedule.advance()
         return {f"rhythm/groups_{name}": value for name, value in drift._asdict().items()} if drift else {}
 
-    def shape(self, advantages: Tensor, mask: Tensor, signals: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Advantages [B, T], R [B, T] bool and what the options read of it -> shaped advantages and metrics."""
+    def shape(
+        self, advantages: Tensor, response_mask: Tensor, signals: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Returns the shaped advantages [B, T], and metrics.
+
+        Args:
+            advantages: [B, T].
+            response_mask: [B, T] bool, R.
+            signals: [B, T] each, by the name of its field: those that the strategy reads.
+        """
         rhythm = Rhythm(signals[WAAD], signals[FAI]) if self.options.reads_attention else None
         gamma = token_credit(
             self.options.strategy,
-            mask,
+            response_mask,
             rhythm,
             entropy=signals.get("entropy"),
             seed=self.options.draw_seed(self.passes),
             **self.options.credit_arguments,
         )
         self.passes += 1
-        sums = credit_sums(gamma, mask, rhythm)
+        sums = credit_sums(gamma, response_mask, rhythm)
         return shape_advantages(advantages, gamma), credit_means({name: total.item() for name, total in sums.items()})
 
 
 def credit_of(trainer) -> TrainerCredit | None:
-    """The credit of a `PPOTrainer`, made at the first call; None where its config has no block."""
+    """Returns the credit of a `PPOTrainer`, made at the first call; None where its config has no block."""
     if BLOCK not in trainer.__dict__:
         options = read_options(trainer.config)
         trainer.__dict__[BLOCK] = None if options is None else TrainerCredit(options)
@@ -302,6 +320,8 @@ def credit_of(trainer) -> TrainerCredit | None:
 
 
 def wrap_trainer_init(init: Callable) -> Callable:
+    """Wraps `PPOTrainer.__init__`: it refuses a wrong block."""
+
     @functools.wraps(init)
     def with_check(trainer, *args, **kwargs):
         init(trainer, *args, **kwargs)
@@ -311,7 +331,7 @@ def wrap_trainer_init(init: Callable) -> Callable:
 
 
 def wrap_old_log_prob(compute_old_log_prob: Callable) -> Callable:
-    """`PPOTrainer._compute_old_log_prob` that asks the workers for the statistics too."""
+    """Wraps `PPOTrainer._compute_old_log_prob`: it asks the workers for the statistics too."""
 
     @functools.wraps(compute_old_log_prob)
     def with_request(trainer, batch, metrics):
@@ -324,8 +344,8 @@ def wrap_old_log_prob(compute_old_log_prob: Callable) -> Callable:
         del asked.extra_info[BLOCK]  # the reference's and the critic's passes are not to be read
         spans = tokens = None
         if credit.schedule.groups is None:
-            found = _get(batch, [SPANS, "response_mask"])
-            spans, tokens = torch.stack(found[SPANS].unbind()), _pad(found["response_mask"]).bool().sum(-1)
+            fields = _get(batch, [SPANS, "response_mask"])
+            spans, tokens = torch.stack(fields[SPANS].unbind()), _pad(fields["response_mask"]).bool().sum(-1)
         metrics.update(credit.end_pass(spans, tokens))
         return batch
 
@@ -333,7 +353,7 @@ def wrap_old_log_prob(compute_old_log_prob: Callable) -> Callable:
 
 
 def wrap_advantage(compute_advantage: Callable) -> Callable:
-    """`PPOTrainer._compute_advantage` whose advantages are multiplied by gamma."""
+    """Wraps `PPOTrainer._compute_advantage`: it multiplies the positive advantages by gamma."""
 
     @functools.wraps(compute_advantage)
     def with_credit(trainer, batch, metrics):
@@ -342,10 +362,10 @@ def wrap_advantage(compute_advantage: Callable) -> Callable:
         if credit is None:
             return batch
         names = SIGNALS if credit.options.reads_attention else ("entropy",) if credit.options.reads_entropy else ()
-        found = _get(batch, ["advantages", "response_mask", *names])
-        nested_mask = found["response_mask"]
-        signals = {name: _pad(_response_part(found[name], nested_mask)) for name in names}
-        shaped, new_metrics = credit.shape(_pad(found["advantages"]), _pad(nested_mask).bool(), signals)
+        fields = _get(batch, ["advantages", "response_mask", *names])
+        nested_mask = fields["response_mask"]
+        signals = {name: _pad(_response_part(fields[name], nested_mask)) for name in names}
+        shaped, new_metrics = credit.shape(_pad(fields["advantages"]), _pad(nested_mask).bool(), signals)
         metrics.update(new_metrics)
         return _put(batch, {"advantages": shaped}, nested_mask)
 
@@ -353,20 +373,21 @@ def wrap_advantage(compute_advantage: Callable) -> Callable:
 
 
 def _get(batch, names: list[str]) -> dict[str, Tensor]:
-    """Fields of a batch in verl's transfer queue, nested."""
+    """Returns fields of a batch in verl's transfer queue, nested."""
     import transfer_queue
 
-    found = transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-    missing = set(names) - set(found.keys())
+    fields = transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+    missing = set(names) - set(fields.keys())
     if missing:
         raise RuntimeError(
             f"the batch has no {', '.join(sorted(missing))}: the plug-in must be installed where the workers run too, "
             "and the old-log-prob pass must be the FSDP engine's"
         )
-    return {name: found[name] for name in names}
+    return {name: fields[name] for name in names}
 
 
 def _put(batch, padded: dict[str, Tensor], nested_mask: Tensor):
+    """Puts fields into verl's transfer queue, without their padding, and returns the batch that has them."""
     import transfer_queue
     from tensordict import TensorDict
     from verl.workers.utils.padding import response_to_nested
@@ -377,7 +398,10 @@ def _put(batch, padded: dict[str, Tensor], nested_mask: Tensor):
 
 
 def _response_part(nested: Tensor, nested_mask: Tensor) -> Tensor:
-    """The response's own tokens of [B, prompt + response]. Log-probs are kept one token earlier, signals are not."""
+    """Returns the response's part of a nested signal [B, prompt + response].
+
+    verl keeps log-probs one token earlier; signals stand at their own tokens.
+    """
     parts = [row[len(row) - len(mask) :] for row, mask in zip(nested.unbind(), nested_mask.unbind(), strict=True)]
     return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
 
@@ -387,7 +411,7 @@ def _pad(nested: Tensor) -> Tensor:
 
 
 def wrap_validate(validate_config: Callable) -> Callable:
-    """`validate_config` that refuses a wrong block, in the driver, before anything starts."""
+    """Wraps `validate_config`: it refuses a wrong block in the driver, before anything starts."""
 
     @functools.wraps(validate_config)
     def with_block(config, *args, **kwargs):
@@ -398,7 +422,7 @@ def wrap_validate(validate_config: Callable) -> Callable:
 
 
 def wrap_other_trainer(start: Callable) -> Callable:
-    """A method that each of verl's other trainers calls before it starts workers; it refuses the block."""
+    """Wraps a method that each of verl's other trainers calls before it starts workers: it refuses the block."""
 
     @functools.wraps(start)
     def without_block(trainer, *args, **kwargs):
@@ -423,10 +447,10 @@ WRAPPED = {
 
 
 def _wrap(module: ModuleType) -> None:
-    """Wraps what WRAPPED names in a module; what it lacks is an error of the run that has a block."""
+    """Wraps the functions of a module that WRAPPED names. A run with a block is refused where the module lacks one."""
     for path, wrapper in WRAPPED[module.__name__].items():
         *parents, name = path.split(".")
-        owner = functools.reduce(lambda found, part: getattr(found, part, None), parents, module)
+        owner = functools.reduce(lambda outer, part: getattr(outer, part, None), parents, module)
         if not callable(getattr(owner, name, None)):
             _missing.append(f"{module.__name__}.{path}")
         else:
@@ -434,7 +458,11 @@ def _wrap(module: ModuleType) -> None:
 
 
 class _WrapAfterImport(MetaPathFinder):
-    """Wraps verl's modules when they have been imported: to import them here would be slow, and circular."""
+    """Wraps verl's modules when they have been imported: importing them here would be slow, and circular.
+
+    wrapt's post-import hooks would do the same in fewer lines. But verl drops a plug-in whose import fails without a
+    word, so where wrapt is missing a run would go on without its credit.
+    """
 
     def find_spec(self, name, path=None, target=None):
         spec = PathFinder.find_spec(name, path, target) if name in WRAPPED else None
@@ -450,7 +478,7 @@ class _WrapAfterImport(MetaPathFinder):
 
 
 def install() -> None:
-    """Makes verl's modules wrapped: those that are imported now, the others when they are. Once."""
+    """Wraps verl's modules, once: those that are imported at once, the others when they are."""
     if any(isinstance(finder, _WrapAfterImport) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _WrapAfterImport())

@@ -1,8 +1,8 @@
-"""Statistics of models to which PEFT adds virtual tokens: their decoder sees more tokens than the input ids have.
+"""Collects from models to which PEFT adds virtual tokens: their decoder sees more tokens than the input ids have.
 
 Prompt tuning and p-tuning put V learned embeddings before each row. Rows are padded on the left, so that the padding
-comes to lie between the virtual tokens and the prompt. The statistics know no padding in the middle of a sequence:
-q, k and masks are moved to rows that begin with the padding, which changes neither scores nor distances in tokens.
+comes to lie between the virtual tokens and the prompt. The statistics know no padding in the middle of a sequence, so
+q, k and masks are moved to rows that begin with the padding. This changes neither scores nor distances in tokens.
 """
 
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 class VirtualTokensCollector(collect):
-    """A `Collector` of one forward with V virtual tokens before each row; R [B, T] is that of the input ids.
+    """`collect` for a forward with V virtual tokens before each row; R [B, T] is that of the input ids.
 
     The signals are [B, V + T]. Their last tokens are those of the input ids, but for the padding on the left.
     """
@@ -55,17 +55,18 @@ class VirtualTokensCollector(collect):
         self.virtual = virtual
         self._order: Tensor | None = None
         """[B, V + T] int64: the place in the decoder's rows of each place in the moved ones."""
-        self._moved: dict[int, tuple[object, object]] = {}  # by the id of a mask, which is kept, and so its id
+        # by the id of a mask; the mask is kept too, so that no other gets its id
+        self._moved: dict[int, tuple[object, object]] = {}
 
-    def _prepare(self, bound: dict, inputs: Tensor) -> None:
-        mask = bound.get("attention_mask")
+    def _prepare(self, arguments: dict, inputs: Tensor) -> None:
+        mask = arguments.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             padding = (mask[:, self.virtual :].cumsum(-1) == 0).sum(-1, keepdim=True)
             place = torch.arange(mask.shape[1], device=mask.device)
             of_row = torch.where(place < padding + self.virtual, place - padding, place)
             self._order = torch.where(place < padding, place + self.virtual, of_row)
-            bound = bound | {"attention_mask": mask.gather(1, self._order)}
-        super()._prepare(bound, inputs)
+            arguments = arguments | {"attention_mask": mask.gather(1, self._order)}
+        super()._prepare(arguments, inputs)
 
     def record(self, layer: int, call: Call) -> None:
         if self._order is not None:
@@ -81,7 +82,7 @@ class VirtualTokensCollector(collect):
         super().record(layer, call)
 
     def _move(self, x: Tensor, dim: int) -> Tensor:
-        """x with its tokens, in this dimension, in their new places."""
+        """Returns x with its tokens, in this dimension, in their new places."""
         shape = [1] * x.ndim
         shape[0], shape[dim] = self._order.shape
         return x.gather(dim, self._order.view(shape).expand_as(x))
@@ -89,7 +90,7 @@ class VirtualTokensCollector(collect):
     def _moved_mask(self, mask):
         if not is_mask(mask):
             return mask
-        if id(mask) not in self._moved:  # of all layers of a kind in a forward
+        if id(mask) not in self._moved:  # all layers of a kind share one mask in a forward
             order = self._order
             if isinstance(mask, Tensor):
                 wide = mask.expand(len(order), -1, -1, -1)

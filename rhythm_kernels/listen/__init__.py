@@ -1,1 +1,1 @@
-"""What listens to a model's own forward and hands its queries, keys and log-sum-exp to the statistics."""
+"""Listens to a model's own forward, and hands its queries, keys and log-sum-exp to the statistics."""

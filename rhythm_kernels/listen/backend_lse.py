@@ -1,18 +1,18 @@
-"""The log-sum-exp that a model's own attention kernel computes, read while the kernel runs.
+"""Reads the log-sum-exp that a model's own attention kernel computes, while the kernel runs.
 
 Fused attention kernels keep the log-sum-exp of each row for a backward pass. `LseReader` is open around one call of a
-layer's attention function and reads it from the operator below autograd: the operator runs as often as before, on the
+layer's attention function and reads it from the operator below autograd. The operator runs as often as before, on the
 same inputs, and its output keeps its bits:
 
-- Flash attention, torch's and FlashAttention 2 and 3, always computes it: nothing is asked of the operator.
+- Flash attention, torch's and FlashAttention 2 and 3, always computes the log-sum-exp: the call stays as it is.
 - SDPA's memory-efficient kernel is one binary with and without it, and writes it after the output.
 - cuDNN builds another execution plan for it, with an engine of its choice, so that the output need not keep its bits.
-  Without gradients it is asked only by a reader that `asks`. With gradients the model has asked already.
-- FlexAttention is asked by transformers itself, which returns it.
+  Without gradients only a reader that `asks` has it computed. With gradients the model itself does.
+- FlexAttention returns it, since transformers asks for it.
 
-Nothing is read of an operator that is not known by its name and by the shape of what it returns. Eager attention has
-no such operator, and FlashAttention 4 (flash_attn.cute) none at all: it launches its kernels itself, and computes no
-log-sum-exp without gradients. Where torch runs FlashAttention 3 or 4 in place of its own, the operators are torch's.
+Only operators are read that are known by their name and by the shape of their output. Eager attention has no such
+operator. Neither has FlashAttention 4 (flash_attn.cute): it launches its kernels itself, and computes no log-sum-exp
+without gradients. Where torch runs FlashAttention 3 or 4 in place of its own, the operators are torch's.
 """
 
 from functools import cache
@@ -46,7 +46,7 @@ FUSED_OPS: dict[str, str | None] = {
 
 
 def row_pass(why: str) -> str:
-    """Returns the source of a log-sum-exp that the statistics compute themselves, for a reason in a few words."""
+    """Returns the source of a log-sum-exp that the statistics compute themselves, for a reason of a few words."""
     return f"row pass: {why}"
 
 
@@ -59,7 +59,7 @@ class _Call(NamedTuple):
     has_sinks: bool
 
     def reason_against(self, query: Tensor, sinks: Tensor | None) -> str | None:
-        """Why this call's log-sum-exp is not that of the scores of q and k; None if it may be."""
+        """Returns why this call's log-sum-exp is not that of the scores of q and k; None if it may be."""
         if self.dtype != query.dtype:
             return f"{_short(query.dtype)} queries were cast to {_short(self.dtype)}"
         if sinks is not None and not self.has_sinks:
@@ -67,17 +67,17 @@ class _Call(NamedTuple):
         if self.lse is None:
             return "asking the operator for it may change its output"
         if query.is_cpu and query.dtype != torch.float32:
-            return "exponentials of 16 bits on a CPU are coarse"  # torch's kernel takes faster ones, and it shows
+            return "exponentials of 16 bits on a CPU are coarse"  # torch's kernel approximates them
         return None
 
 
 class LseReader(TorchDispatchMode):
-    """Open around one call of an attention function; `lse` then has what the call's fused operator computed.
+    """A context around one call of an attention function, after which `lse` has the log-sum-exp of its fused operator.
 
     Args:
-        device: the type of the call's device; the precision of fp32 products on all devices counts if None.
+        device: the type of the call's device; if None, the precision of fp32 products on all devices counts.
         attention: the name of the attention implementation, for reasons.
-        asks: whether operators are asked for it whose output then need not keep its bits.
+        asks: whether operators whose output then need not keep its bits are asked for it too.
     """
 
     supports_higher_order_operators = True  # FlexAttention is one where it runs uncompiled
@@ -85,7 +85,7 @@ class LseReader(TorchDispatchMode):
     def __init__(self, device: str | None = None, attention: str = "attention", *, asks: bool = False):
         super().__init__()
         self._calls: list[_Call] = []
-        self._rounds = lowest_precision(device) is not None  # products of fp32 factors, and so the scores
+        self._rounds = lowest_precision(device) is not None  # whether scores of fp32 q and k are rounded
         self._attention, self._asks = attention, asks
 
     @property
@@ -95,11 +95,11 @@ class LseReader(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # what is compiled, as transformers' FlexAttention is, stays so
+        return True  # so that compiled functions, such as transformers' FlexAttention, stay compiled
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.aten.scaled_dot_product_attention.default:  # in inference mode it arrives whole
+        if func is torch.ops.aten.scaled_dot_product_attention.default:  # inference mode does not decompose it
             with self:
                 return func.decompose(*args, **kwargs)
         name = _name(func)
@@ -119,21 +119,21 @@ class LseReader(TorchDispatchMode):
     def lse(
         self, query: Tensor, sinks: Tensor | None, layout: Layout, returned: Tensor | None = None
     ) -> tuple[Tensor | None, str]:
-        """The log-sum-exp of the call, if it is that of the scores that the statistics compute, and its source.
+        """Returns the call's log-sum-exp, if it is that of the scores that the statistics compute, and its source.
 
         Args:
-            query: [B, HQ, T, D], what the attention function was given.
+            query: [B, HQ, T, D], the argument of the attention function.
             sinks: [HQ] fp32, of the layer.
-            returned: [B, HQ, T], what transformers' FlexAttention returned beside its output: without sinks, rounded to
-                the dtype of the values, so that only fp32 is of use. (Torch 2.11 mistakes the unit of what the FLASH
-                backend returns, which takes 16 bits only.)
+            returned: [B, HQ, T], the log-sum-exp that transformers' FlexAttention returned beside its output: without
+                sinks, and rounded to the dtype of the values, so that only fp32 is of use. (In torch 2.11 that of the
+                FLASH backend has another unit; it takes 16 bits only.)
 
         Returns:
             (lse [B, HQ, T] fp32, natural log, sinks included, anything in padding; the operator's name), or
-            (None, "row pass: " and the reason): no known operator ran, or several that are not one for each packed
-            sequence, the query was cast to another dtype for it, it left out the sinks or was not asked, its output has
-            another shape, it is of 16-bit inputs on a CPU, where torch rounds it, or of fp32 inputs that TF32 or bf16
-            products round.
+            (None, "row pass: " and the reason). Reasons are: no known operator ran; several ran, and they are not one
+            for each packed sequence; the query was cast to another dtype; the operator left out the sinks, or was not
+            asked; its log-sum-exp has another shape; it is of 16-bit inputs on a CPU, where torch approximates it; it
+            is of fp32 inputs, and TF32 or bf16 products round the scores.
         """
         shape = query.shape[:3]
         if query.dtype == torch.float32 and self._rounds:
@@ -159,8 +159,8 @@ class LseReader(TorchDispatchMode):
 
 
 def _keeps_output(name: str, query: Tensor) -> bool:
-    """Whether an operator that is asked for its log-sum-exp returns the same output, to the bit, as without."""
-    # with one query and expanded keys it puts heads in the place of rows unless it is asked; AMD's is another kernel
+    """Returns whether an operator that is asked for its log-sum-exp returns the same output, to the bit, as without."""
+    # unless asked it puts heads in the place of rows where there is one query and keys are expanded; AMD's is another
     return name == EFFICIENT and query.shape[2] > 1 and torch.version.hip is None
 
 
@@ -170,13 +170,16 @@ def _short(dtype: torch.dtype) -> str:
 
 @cache
 def _name(operator) -> str:
-    """FlashAttention's operators have a namespace for each version and build: flash_attn_3, _flash_attn2_588b404."""
+    """Returns an operator's name in FUSED_OPS.
+
+    FlashAttention's operators have a namespace for each version and build: flash_attn_3, _flash_attn2_588b404.
+    """
     namespace, _, name = operator.name().partition("::")
     return f"flash_attn::{name}" if "flash_attn" in namespace else operator.name()
 
 
 def _joined(calls: list[_Call], shape: torch.Size, layout: Layout) -> Tensor | None:
-    """Of a packed row whose sequences were computed one after another: [1, HQ, T]; None if the calls are others."""
+    """Returns [1, HQ, T] where there was one call for each sequence of a packed row; None if the calls are others."""
     parts = [call.lse.detach().float() for call in calls]
     lengths = [end - begin for _, begin, end in layout.bounds]
     expected = [(1, shape[1], length) for length in lengths]
@@ -186,7 +189,7 @@ def _joined(calls: list[_Call], shape: torch.Size, layout: Layout) -> Tensor | N
 
 
 def _fitted(call: _Call, shape: torch.Size, layout: Layout) -> Tensor | None:
-    """The call's log-sum-exp as [B, HQ, T] fp32, anything in padding; None if it has another size."""
+    """Returns the call's log-sum-exp as [B, HQ, T] fp32, anything in padding; None if it has another size."""
     lse = call.lse.detach().float()
     if not call.unpadded:
         if lse.ndim == 4:
@@ -202,6 +205,9 @@ def _fitted(call: _Call, shape: torch.Size, layout: Layout) -> Tensor | None:
 
 
 def _places(layout: Layout) -> Tensor:
-    """Where each token stands among those of all batch rows without padding, anything in padding: [B T] int64."""
+    """Returns the place of each token among those of all batch rows without padding, [B T] int64.
+
+    It may be anything in padding.
+    """
     is_token = layout.first <= layout.last
     return is_token.flatten().cumsum(0).sub(1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Times parts of a forward without waiting for the device."""
+"""Measures the time of parts of a forward without waiting for the device."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Clock:
-    """Adds up the time inside its `with` blocks: wall time, or the stream's own time where `on_gpu` is set."""
+    """Adds up the seconds inside its `with` blocks: wall time, or the stream's own time where `on_gpu` is set."""
 
     def __init__(self):
         self.on_gpu = False
@@ -30,9 +30,9 @@ class Clock:
             self.wall += self._now() - self.begin
 
     def seconds(self) -> float:
-        """Returns the sum; on a GPU this waits for it."""
+        """Returns the sum; waits for a GPU."""
         if self.events:
-            self.events[-1][1].synchronize()  # and so for those before it
+            self.events[-1][1].synchronize()  # the events before it are done then too
         for begin, end in self.events:
             self.wall += begin.elapsed_time(end) / 1e3
         self.events.clear()

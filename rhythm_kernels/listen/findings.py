@@ -1,4 +1,4 @@
-"""Keeps what only the device knows of a forward, once it has run: whether its layers attend as assumed, and times."""
+"""Keeps what is known of a forward only once the device has run it: whether its layers attend as assumed, and times."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from rhythm_kernels.tensor_checks import can_look
 
 
 class Findings:
-    """Small, so that those of many forwards can be kept until the device is waited for, once for all of them."""
+    """The deviations and times of one forward.
+
+    They are small: those of many forwards can be kept until the host waits for the device, once for all of them.
+    """
 
     def __init__(self):
         self.clock, self.check_clock = Clock(), Clock()
@@ -19,21 +22,25 @@ class Findings:
 
     @property
     def seconds(self) -> float:
-        """Time spent in the statistics, their check included; on a GPU this waits for them."""
+        """Seconds spent in the statistics, their check included; on a GPU this waits for them."""
         return self.clock.seconds()
 
     @property
     def check_seconds(self) -> float:
-        """The part of `seconds` in which the layers' outputs were checked; on a GPU this waits for it."""
+        """Seconds of these in which the layers' outputs were checked; on a GPU this waits for them."""
         return self.check_clock.seconds()
 
-    def add(self, layer: int, found: list[tuple[str, Deviation]], hints: str) -> None:
-        """Keeps the worst deviations of a layer by name. On a CPU, raises if one is a mismatch."""
-        looked = [(layer, name, deviation, hints) for name, deviation in found]
-        if looked and can_look(looked[0][2].excess):
-            _refuse(looked)
+    def add(self, layer: int, worst: list[tuple[str, Deviation]], hints: str) -> None:
+        """Keeps the worst deviations of a layer by name. On a CPU, raises if one is a mismatch.
+
+        Args:
+            hints: sentences for the error, each with a space before it.
+        """
+        deviations = [(layer, name, deviation, hints) for name, deviation in worst]
+        if deviations and can_look(deviations[0][2].excess):
+            _refuse(deviations)
         else:
-            self._deviations += looked
+            self._deviations += deviations
 
     def poison(self) -> Tensor | None:
         """Returns NaN if a layer does not attend as assumed, else 1, 0-dim fp32; None where `add` has looked."""
@@ -43,12 +50,12 @@ class Findings:
         return factor_of(worst)
 
     def check(self) -> None:
-        """Raises where a layer's output, or its log-sum-exp, is not that of the map that its statistics are of.
+        """Raises where a layer's output or log-sum-exp is not that of the map that its statistics assume.
 
-        On a CPU the forward itself has raised. On a GPU, which the forward does not wait for, this does.
+        On a CPU the forward itself has raised. On a GPU this does, since the host does not wait for the forward.
 
         Raises:
-            ValueError: with the layer, the token, the head and both values.
+            ValueError: names the layer, the token, the head and both values.
         """
         _refuse(self._deviations)
 

@@ -1,4 +1,4 @@
-"""What a model's own attention mask lets its rows see: all of their sequence's past, or a window of it."""
+"""Reads the sliding window from a model's own attention mask."""
 
 from collections.abc import Iterator
 
@@ -9,18 +9,18 @@ from rhythm_kernels.host import fetch
 from rhythm_kernels.statistics.layout import Layout
 
 PROBES = 64
-"""Rows at which a mask that is a function is looked at."""
+"""The number of rows at which a mask that is a function is evaluated."""
 MOST_SCORES = 2**24
-"""Places of a mask that are looked at together."""
+"""The number of places of a mask that are held at a time."""
 
 
 def is_mask(mask) -> bool:
-    """Whether this attention mask says of each row which keys it sees; a [B, T] one only says what is padding."""
+    """Returns whether an attention mask says which keys each row sees; a [B, T] one only says what is padding."""
     return (isinstance(mask, Tensor) and mask.ndim == 4) or hasattr(mask, "mask_mod")
 
 
 def packing_hint(layout: Layout) -> str:
-    """Returns what keeps packed sequences apart, as sentences; "" where none are packed."""
+    """Returns sentences that say how packed sequences are kept apart; "" where none are packed."""
     if layout.sequences <= len(layout.rows):
         return ""
     return (
@@ -31,15 +31,17 @@ def packing_hint(layout: Layout) -> str:
 
 
 def window_of(mask, layout: Layout, layer: int) -> int | None:
-    """The sliding window of a mask, tokens; None if the rows of R see all tokens of their sequence up to themselves.
+    """Returns the sliding window of a mask, in tokens; None if the rows of R see the whole past of their sequence.
 
     Args:
-        mask: [B or 1, heads or 1, T, T], bool or added to the scores; or a BlockMask of FlexAttention, of which some
-            rows of R are looked at. Waits for the device twice.
+        mask: [B or 1, heads or 1, T, T], bool or added to the scores; or a BlockMask of FlexAttention, which is
+            evaluated at some rows of R.
         layer: named in the error.
 
     Raises:
         ValueError: rows of R see anything else, such as a chunk, a sparse choice, later tokens.
+
+    The host waits for a GPU twice.
     """
     rows = layout.rows.any(0).nonzero().flatten()
     if not len(rows):
@@ -57,7 +59,8 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
         key, query = torch.arange(seen.shape[-1], device=part.device), part[:, None]
         begin = torch.maximum(layout.first[:, part], part + 1 - most)[:, None, :, None]
         wrong = ((seen != ((begin <= key) & (key <= query))).any(-1)) & layout.rows[:, None, part]
-        first = wrong.flatten().long().argmax(keepdim=True)  # int64 [1], since torch reads an index without dimensions
+        # [1] and not 0-dim: the host would read an index without dimensions, and wait for the device
+        first = wrong.flatten().long().argmax(keepdim=True)
         row, token = first // wrong[0].numel(), part[first % len(part)]
         sees = seen.sum(-1).flatten()[first]
         facts.append(torch.cat([wrong.any().long()[None], row, token, sees, past[row, token]]))
@@ -73,7 +76,7 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
 
 
 def _parts(mask, rows: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some of the rows and what they see, bool [B, heads or 1, rows, T]; rows are positions that ascend."""
+    """Yields some of the rows at a time, and what they see, bool [B, heads or 1, rows, T]. `rows` ascend."""
     batch, tokens = layout.rows.shape
     heads = mask.shape[1] if isinstance(mask, Tensor) else 1
     for part in rows.split(max(1, MOST_SCORES // max(1, batch * heads * tokens))):
@@ -88,7 +91,7 @@ def _parts(mask, rows: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Tensor]
 
 
 def _spread(positions: Tensor) -> Tensor:
-    """At most PROBES of these, evenly spaced, the first and the last among them."""
+    """Returns at most PROBES of these positions, evenly spaced, the first and the last among them."""
     if len(positions) <= PROBES:
         return positions
     return positions[torch.arange(PROBES, device=positions.device) * (len(positions) - 1) // (PROBES - 1)]

@@ -1,4 +1,4 @@
-"""Where the sequences of a forward begin and end, from the arguments that a decoder is given."""
+"""Reads where the sequences of a forward begin and end, from the arguments of its decoder."""
 
 from types import EllipsisType
 
@@ -11,10 +11,10 @@ from rhythm_kernels.host import fetch
 def find_sequences(
     arguments: dict, batch: int, outer_mask: object = ..., known: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns (attention_mask [B, T], cu_seqlens [S + 1]) of a forward on the CPU, of which one is None at least.
+    """Returns (attention_mask [B, T], cu_seqlens [S + 1]) of a forward, on the CPU; at least one of them is None.
 
     Args:
-        arguments: of the decoder's forward, by name. Those on a GPU are fetched together: it is waited for once.
+        arguments: those of the decoder's forward, by name. The host waits for a GPU once, to fetch them together.
         outer_mask: the attention_mask of a model around the decoder, if there is one that was given or left out a mask.
         known: cu_seqlens on the CPU, where the caller has it; positions and bounds are then not read.
 
@@ -25,10 +25,9 @@ def find_sequences(
     mask, cu_seqlens, position_ids = _padding_mask(arguments.get("attention_mask"), outer_mask), known, None
     if known is None:
         cu_seqlens, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
-    given = [x for x in (mask, cu_seqlens, position_ids) if x is not None]
-    fetched = iter(fetch(given))
+    fetched = iter(fetch([x for x in (mask, cu_seqlens, position_ids) if x is not None]))
     mask, cu_seqlens, position_ids = (None if x is None else next(fetched) for x in (mask, cu_seqlens, position_ids))
-    if mask is not None and mask.is_floating_point():  # PEFT's virtual tokens turn it into one
+    if mask is not None and mask.is_floating_point():  # PEFT makes it one where it adds virtual tokens
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {mask.max().item()}")
         mask = mask.bool()
@@ -48,7 +47,7 @@ def find_sequences(
 
 
 def _padding_mask(mask: object, outer: object | EllipsisType) -> Tensor | None:
-    """The attention_mask [B, T]: the decoder's own or, where a model around it made that one, the model's."""
+    """Returns the attention_mask [B, T]: the decoder's own or, where a model around it made that one, the model's."""
     if mask is not None and not _is_2d(mask):
         shown = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         mask = outer
@@ -62,9 +61,10 @@ def _is_2d(mask: object) -> bool:
 
 
 def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
-    """[B or 1, T]: of the axes [3 or 4, B, T] that models of images have, that of the text.
+    """Returns positions [B or 1, T]: the axis of the text, where models of images have several, [3 or 4, B, T].
 
-    Raises: ValueError: they are of images, and sequences would have to be told apart by them.
+    Raises:
+        ValueError: they are those of images, and sequences would have to be told apart by them.
     """
     if position_ids.ndim == 2:
         return position_ids
@@ -77,7 +77,7 @@ def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
 
 
 def _check_begin(position_ids: Tensor) -> None:
-    """Raises for rows that begin inside a sequence. Padding at the left counts as 0 or 1, by custom."""
+    """Raises ValueError for rows that begin inside a sequence. Padding at the left has position 0 or 1, by custom."""
     first = position_ids[:, :1]
     if (first > 1).any():
         raise ValueError(
@@ -87,7 +87,7 @@ def _check_begin(position_ids: Tensor) -> None:
 
 
 def _packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
-    """cu_seqlens int32 [S + 1] where positions restart inside a row; None if they do not.
+    """Returns cu_seqlens int32 [S + 1] where positions restart inside a row; None if they do not.
 
     Beside an attention_mask only a return to 0 between two tokens counts: padding has positions of any kind.
     """

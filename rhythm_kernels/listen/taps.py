@@ -1,8 +1,8 @@
-"""Where a transformers model's attention can be listened to: its decoder, its softmax layers, and the wrapped entry.
+"""Finds a transformers model's decoder and its softmax layers, and listens to their attention.
 
 Every attention layer of transformers looks up its function in a table, ALL_ATTENTION_FUNCTIONS, at each call. A `Tap`
-takes the place of the entry that a model uses, calls what was there, and hands q, k and the attention kernel's own
-log-sum-exp to those who listen. Name, masks and dispatch stay as they are.
+takes the place of the entry that a model uses and calls the function that was there. It hands q, k and the attention
+kernel's own log-sum-exp to its listeners. Name, masks and dispatch stay as they are.
 """
 
 import inspect
@@ -40,22 +40,22 @@ class Call(NamedTuple):
     out: Tensor
     """[B, T, HQ, Dv]"""
     beside: Tensor | None
-    """What FlexAttention returned beside its output: [B, HQ, T], its log-sum-exp, or None."""
+    """The log-sum-exp that FlexAttention returned beside its output, [B, HQ, T], or None."""
     attend: Callable
     """The function itself: attend(**kwargs) calls it again on the same inputs."""
 
 
 class Listener(Protocol):
-    """Who wants to know of a model's attention calls."""
+    """Listens to a model's attention calls."""
 
     asks_for_lse: bool
     """Whether operators are asked for a log-sum-exp also where their output then need not keep its bits."""
 
     def layer_of(self, module: nn.Module) -> int | None:
-        """Is told of each call once, before it runs: the layer that it is to be recorded as, None if it is not."""
+        """Returns the layer that a call is recorded as, None if it is not. Called once for each, before it runs."""
 
     def record(self, layer: int, call: Call) -> None:
-        """Is told what the function was given, has read and has returned."""
+        """Takes a call that has returned."""
 
 
 class Tap:
@@ -70,7 +70,8 @@ class Tap:
 
     def add(self, listener: Listener) -> None:
         with _lock:  # contexts of other threads come and go
-            if not self.listeners and self.table.get(self.name) is not self:  # it is where another tool put it back
+            # the entry may still be this tap, where another tool put it back
+            if not self.listeners and self.table.get(self.name) is not self:
                 self._had_own = self.name in self.table._local_mapping
                 self._wrapped = self.table.get(self.name)
                 self.table[self.name] = self
@@ -79,14 +80,14 @@ class Tap:
     def remove(self, listener: Listener) -> None:
         with _lock:
             self.listeners = [other for other in self.listeners if other is not listener]
-            # what another tool has put there meanwhile stays
+            # an entry that another tool has put there meanwhile stays
             if not self.listeners and self.table._local_mapping.get(self.name) is self:
                 del self.table[self.name]
                 if self._had_own:
                     self.table[self.name] = self._wrapped
 
     def sharding(self) -> str | None:
-        """The module of an attention function that computes only shards of sequences here; None if there is none."""
+        """Returns the module of an attention function that computes shards of sequences here; None if there is none."""
         for function in (self._wrapped, nn.functional.scaled_dot_product_attention):
             module = getattr(function, "__module__", None) or ""
             if any(module == package or module.startswith(f"{package}.") for package in SHARDING):
@@ -116,24 +117,24 @@ _lock = threading.Lock()
 
 
 def tap_of(decoder: nn.Module) -> Tap:
-    """The tap of the entry that this decoder's attention implementation has in its table."""
+    """Returns the tap of the entry that this decoder's attention implementation has in its table."""
     table = getattr(_modeling_file(decoder, TABLE), TABLE)
     name = getattr(decoder.config, "_attn_implementation", None) or "eager"
     return _taps.setdefault((id(table), name), Tap(table, name))
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module whose forward gets attention_mask and position_ids and calls the layers, whatever wraps it.
+    """Returns the module whose forward gets attention_mask and position_ids and calls the layers, whatever wraps it.
 
     Raises:
-        TypeError: not a module.
-        ValueError: no transformers model with layers on the attention interface.
+        TypeError: `model` is not a module.
+        ValueError: it is no transformers model with layers on the attention interface.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     for module in model.modules():
-        if hasattr(type(module), "get_decoder"):  # not DDP, FSDP, PEFT, torch.compile: what they wrap
-            # what it says may be wrapped in turn, or still have an output layer: the innermost one calls the layers
+        if hasattr(type(module), "get_decoder"):  # DDP, FSDP, PEFT and torch.compile have none, the wrapped model has
+            # the decoder may be wrapped in turn, or still have an output layer: the innermost one calls the layers
             nested = [inner for inner in module.get_decoder().modules() if _is_decoder(inner)]
             if nested:
                 return next(inner for inner in reversed(nested) if softmax_layers(inner) == softmax_layers(nested[0]))
@@ -168,10 +169,10 @@ def layers_of(decoder: nn.Module) -> Layers:
         for name, module in decoder.named_modules(remove_duplicate=False)
         if _attends(type(module)) and not _looks_elsewhere(name, type(module))
     ]
-    # cross-attention says that it is not causal; where no layer says that it is, the others may be by their masks
+    # cross-attention is marked as not causal; where no layer is marked as causal, masks may make all of them so
     causal = [(parts, module) for parts, module in named if getattr(module, "is_causal", True)]
-    found: dict[int, list[nn.Module]] = {}
-    count, begins = 0, {}  # the place of the first layer of each list of layers
+    at_place: dict[int, list[nn.Module]] = {}
+    count, begins = 0, {}  # by the name of each list of layers, the place of its first
     for parts, module in causal or named:
         index = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
         if index is None:
@@ -180,15 +181,15 @@ def layers_of(decoder: nn.Module) -> Layers:
         if stack not in begins:
             begins[stack] = count
             count += len(decoder.get_submodule(stack))
-        found.setdefault(begins[stack] + int(parts[index]), []).append(module)
-    if any(len(modules) > 1 for modules in found.values()):  # several attentions a layer: each counts as one
-        every = [module for _, modules in sorted(found.items()) for module in modules]
-        found, count = {place: [module] for place, module in enumerate(every)}, len(every)
+        at_place.setdefault(begins[stack] + int(parts[index]), []).append(module)
+    if any(len(modules) > 1 for modules in at_place.values()):  # several attentions a layer: each counts as a layer
+        modules_in_order = [module for _, modules in sorted(at_place.items()) for module in modules]
+        at_place, count = {place: [module] for place, module in enumerate(modules_in_order)}, len(modules_in_order)
     configured = getattr(decoder.config, "num_hidden_layers", None)
-    # layers beyond it do not run; in the decoder of an encoder-decoder it is the encoder's number
+    # layers beyond this number do not run; in the decoder of an encoder-decoder it is the encoder's
     if isinstance(configured, int) and not is_of_encoder_decoder(decoder.config):
         count = min(count, configured)
-    return Layers(count, {place: module for place, [module] in sorted(found.items()) if place < count})
+    return Layers(count, {place: module for place, [module] in sorted(at_place.items()) if place < count})
 
 
 def is_of_encoder_decoder(config) -> bool:
@@ -229,14 +230,14 @@ def _is_decoder(module: nn.Module) -> bool:
 
 
 def _looks_elsewhere(name: str, cls: type) -> bool:
-    """Whether this attention is that of a sequence's tokens to those of an image or of an encoder."""
+    """Returns whether this attention is that of a sequence's tokens to those of an image or of an encoder."""
     own = name.rpartition(".")[2]
     return "cross" in own or own == "encoder_attn" or "cross_attention_states" in _parameters(cls)
 
 
 @cache
 def _parameters(cls: type) -> frozenset[str]:
-    """The arguments that this class's forward names."""
+    """Returns the names of the arguments of this class's forward."""
     return frozenset(inspect.signature(cls.forward).parameters)
 
 
@@ -246,7 +247,7 @@ def _attends(cls: type) -> bool:
 
 @cache
 def _attending_forward(cls: type) -> Callable | None:
-    """The forward that looks the attention function up in the table: this class's, or one of a base that it calls."""
+    """Returns the forward that looks the function up in the table: this class's, or that of a base that it calls."""
     for base in cls.__mro__:
         forward = inspect.unwrap(vars(base).get("forward") or _nothing)
         code = getattr(forward, "__code__", None)
@@ -265,17 +266,17 @@ def _nothing() -> None:
 
 @cache
 def _eager_function(cls: type) -> Callable:
-    """The function that this class's forward takes where the table has none: the one that it names itself."""
+    """Returns the function that this class's forward takes where the table has none: the one that it names itself."""
     forward = _attending_forward(cls)
     names = [] if forward is None else [name for name in forward.__code__.co_names if "eager" in name]
-    found = [forward.__globals__[name] for name in names if callable(forward.__globals__.get(name))]
-    if len(found) != 1:
+    functions = [forward.__globals__[name] for name in names if callable(forward.__globals__.get(name))]
+    if len(functions) != 1:
         raise ValueError(f"{cls.__name__} must name one eager attention function, got {names}")
-    return found[0]
+    return functions[0]
 
 
 def _modeling_file(module: nn.Module, attribute: str) -> ModuleType:
-    """The file of the model's class, or of a class it derives from, that has this attribute."""
+    """Returns the file of the model's class, or of a class that it derives from, that has this attribute."""
     for base in type(module).__mro__:
         file = sys.modules.get(base.__module__)
         if hasattr(file, attribute):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from verl_cases import CONFIG
 import rhythm_kernels.integrations.verl as plugin
 from rhythm_kernels import Rhythm, shape_advantages, token_credit
 from rhythm_kernels.group_schedule import GroupSchedule
+from rhythm_kernels.options import CreditOptions
 
 
 def composed(*overrides: str):
@@ -84,6 +86,15 @@ def test_a_block_is_read():
     )
     assert options.strategy == "local" and options.layers == (1, 2) and options.horizon == (10, None)
     assert options.top_fraction == 0.2 and options.amplification == 1.5
+    options = read("+rhythm.tau_waad=7.5", "+rhythm.tau_delta=null")
+    assert options.strategy == "coupled" and options.tau_waad == 7.5 and options.tau_delta is None
+
+
+def test_every_option_is_a_key_of_the_block():
+    options = CreditOptions(tau_waad=7.5, tau_delta=0.25, horizon=(4, None), layers=(1, 2), largest=False)
+    values = {name: value if value is not None else "null" for name, value in asdict(options).items()}
+    values |= {"horizon": "[4,null]", "layers": "[1,2]"}
+    assert read(*(f"+rhythm.{name}={value}" for name, value in values.items())) == options
 
 
 REFUSED = {
@@ -324,6 +335,20 @@ def test_advantages_of_a_step(run, model_folder, strategy):
     assert all(isinstance(value, float) for name, value in metrics.items() if name.startswith("rhythm/"))
 
 
+def test_thresholds_of_the_block_reach_the_credit(run):
+    credits = []
+    for thresholds in ({}, {"tau_waad": 1e6, "tau_delta": 0.0}):
+        overrides = [f"+rhythm.{name}={value}" for name, value in thresholds.items()]
+        trainer, store, batch = run("+rhythm.strategy=coupled", "+rhythm.top_fraction=0.3", *overrides)
+        trainer._compute_advantage(trainer._compute_old_log_prob(batch, {}), {})
+        mask = store.fields["response_mask"]
+        rhythm = Rhythm(*(response_part(store.fields[name], mask) for name in plugin.SIGNALS))
+        gamma = token_credit("coupled", padded(mask).bool(), rhythm, top_fraction=0.3, **thresholds)
+        torch.testing.assert_close(padded(store.fields["advantages"]), shape_advantages(grpo(padded(mask)), gamma))
+        credits.append(gamma)
+    assert not torch.equal(*credits)
+
+
 def test_without_a_block_verl_is_as_it_was(run, monkeypatch):
     monkeypatch.setattr(plugin, "shape_advantages", None)
     trainer, store, batch = run()
@@ -411,4 +436,6 @@ def test_it_says_once_that_it_is_on(capsys, monkeypatch):
     for _ in range(2):
         plugin.credit_of(SimpleNamespace(config=composed("+rhythm.strategy=local")))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("[rhythm_kernels] rhythm credit is on: strategy local, q 0.4")
+    assert len(lines) == 1 and lines[0].startswith(
+        "[rhythm_kernels] rhythm credit is on: strategy local, top_fraction 0.4"
+    )
