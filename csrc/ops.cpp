@@ -1,13 +1,13 @@
-// Every schema of the extension, and the Python module that loading it needs.
-// Only libtorch's stable C interface and Python's limited one are used: one binary serves many versions of both.
+// Defines every schema of the extension, and the Python module by which it is loaded.
+// Uses only libtorch's stable C interface and Python's limited one, so that one binary serves many versions of both.
 #undef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000  // Python 3.10
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
 
-// B rows of T tokens, S sequences: the rows, or what cu_seqlens int32 [S+1] cuts out of one row. Signals are float32
-// [B,T], response_mask is bool [B,T]. Codes are those of csrc/rows/credit.h.
+// B rows of T tokens; S sequences: the rows, or the parts into which cu_seqlens int32 [S+1] cuts one row. Signals are
+// float32 [B,T], response_mask is bool [B,T]. The bits of faults and memberships are those of csrc/rows/credit.h.
 STABLE_TORCH_LIBRARY_FRAGMENT(rhythm_kernels, m) {
   // selected bool [B,T], has_nan bool [S]
   m.def(
@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rhythm_kernels, m) {
       "topq_credit(Tensor values, Tensor response_mask, Tensor? cu_seqlens, bool of_delta, float top_fraction, float "
       "amplification, bool largest) "
       "-> (Tensor, Tensor)");
-  // gamma float32 [B,T], faults uint8 [S], and with_sets: memberships uint8 [B,T], steps back to the intro int32 [B,T]
+  // gamma float32 [B,T], faults uint8 [S]; if with_sets: memberships uint8 [B,T], steps back to the intro int32 [B,T]
   m.def(
       "coupled_credit(Tensor waad, Tensor fai, Tensor response_mask, Tensor? cu_seqlens, float top_fraction, float "
       "amplification, float shared_fraction, "
@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rhythm_kernels, m) {
       "Tensor)");
 }
 
-// Importing the module loads the library, and with it the registrations above. HAS_CUDA: the CUDA kernels are in it.
+// Importing the module loads the library, which registers the ops. HAS_CUDA is 1 if it has the CUDA kernels.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -1,4 +1,4 @@
-// Runs a row of csrc/rows/ on every sequence of a batch: one thread a sequence.
+// Runs a row of csrc/rows/ on every sequence of a batch, with one thread for a sequence.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,7 @@ struct Device {
   static void run(const char* op, const Row& row, const Sequences& sequences, const Tensor&) {
     Solo looking;
     check(sequences.exist(looking), op, ": cu_seqlens must rise from 0 to T = ", sequences.tokens);
-    constexpr int64_t kTokensPerThread = 16384;  // enough to be worth starting one
+    constexpr int64_t kTokensPerThread = 16384;  // enough work to start a thread for
     const int64_t all = sequences.cu_seqlens == nullptr ? sequences.count * sequences.tokens : sequences.tokens;
     const int64_t mean = all / (sequences.count > 0 ? sequences.count : 1);
     const int64_t grain = mean >= kTokensPerThread ? 1 : kTokensPerThread / (mean > 0 ? mean : 1);

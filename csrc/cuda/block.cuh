@@ -18,7 +18,7 @@ struct BlockScratch {
   int32_t total;
 };
 
-// Every member but add_bits is to be called by the whole block, of a multiple of kWarpSize threads, at least one warp.
+// The whole block calls every member but add_bits. It has one warp or more, and no part of one.
 class Block {
  public:
   __device__ explicit Block(BlockScratch& scratch) : scratch_(scratch) {}
@@ -53,7 +53,7 @@ class Block {
     return total;
   }
 
-  // Integer counts: the same whatever the order of the atomics.
+  // The counts are integers, so they do not depend on the order of the atomics.
   template <class F>
   __device__ __forceinline__ Bin find_bin(int32_t n, F bin_of, int32_t place) {
     for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) {
@@ -89,8 +89,8 @@ class Block {
   __device__ __forceinline__ void add_bits(uint32_t* word, uint32_t bits) const { atomicOr(word, bits); }
 
  private:
-  // Each lane of the first warp sums its share of the bins, highest bins first; the lane in whose share the place falls
-  // looks at its bins one by one.
+  // Each lane of the first warp sums its share of the bins, the first lane that of the highest. The lane whose share
+  // has the place walks its bins one by one.
   __device__ __forceinline__ void walk_by_warp(int32_t place) {
     constexpr int kBinsPerLane = kBins / kWarpSize;
     const int lane = threadIdx.x;

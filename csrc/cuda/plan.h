@@ -1,4 +1,4 @@
-// How many threads a block has, and where the scratch of its sequence is.
+// Chooses the number of a block's threads, and the memory for the scratch of its sequence.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ struct Plan {
   int64_t workspace_words;  // for longer ones
 };
 
-// `scratch` words a token; `shared_bytes` is what a block may have.
+// `scratch` is the number of words a token, `shared_bytes` the shared memory that a block may have.
 inline Plan plan_launch(int scratch, const Sequences& sequences, int64_t shared_bytes) {
   const bool packed = sequences.cu_seqlens != nullptr;
   const int64_t row = sequences.tokens;

@@ -1,4 +1,4 @@
-// A block for each sequence of a batch.
+// The kernel that runs a row of csrc/rows/: a block for each sequence of a batch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,8 +12,8 @@ namespace rhythm_kernels::cuda {
 
 constexpr int kThreads = 1024;  // at most
 
-// Runs one of csrc/rows/. The sequence's scratch is in shared memory, behind the block's own, if it has at most
-// `capacity` tokens, else in its part of `workspace`.
+// The sequence's scratch is in shared memory, behind the block's own, if it has at most `capacity` tokens; else in its
+// part of `workspace`.
 template <class Row>
 __global__ void __launch_bounds__(kThreads, 1) row_kernel(
     const __grid_constant__ Row row, const Sequences sequences, const int32_t capacity, uint32_t* workspace) {

@@ -1,4 +1,4 @@
-// Runs a row of csrc/rows/ on every sequence of a batch: one launch, one block a sequence, no host synchronization.
+// Runs a row of csrc/rows/ on every sequence of a batch in one launch, a block for each. The host does not wait.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@
 #include "plan.h"
 #include "row_kernel.cuh"
 
-// Part of libtorch's stable C interface; its header declares it only in builds of torch with CUDA.
+// It is part of libtorch's stable C interface, but its header declares it only in builds of torch with CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace rhythm_kernels::cuda {
@@ -47,7 +47,7 @@ struct Device {
     if (plan.workspace_words > 0) {
       workspace = torch::stable::new_empty(response_mask, {plan.workspace_words}, ScalarType::Int);
     }
-    // the most that is possible, and not what this call needs: another thread may be about to launch with more
+    // the most that is possible, not only what this call needs: another thread may be about to launch with more
     check_cuda(op, cudaFuncSetAttribute(row_kernel<Row>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     const auto blocks = static_cast<unsigned>(sequences.count);
     row_kernel<<<blocks, plan.threads, plan.shared_bytes, current_stream(index)>>>(

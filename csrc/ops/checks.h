@@ -1,4 +1,4 @@
-// Host checks of op arguments: each names the argument and prints what arrived.
+// Checks the arguments of ops on the host: each error names the argument and prints its value.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -60,7 +60,7 @@ inline void check_device(const char* op, const char* name, const Tensor& tensor,
   check(wanted == found, op, ": ", name, " must be on the device of response_mask, ", wanted, ", got ", found);
 }
 
-// A batch's response_mask [B,T], its sequences, and what keeps them alive.
+// A batch's response_mask [B,T] and its sequences, with the tensors that hold their memory.
 struct Batch {
   Tensor response_mask;  // contiguous
   std::optional<Tensor> cu_seqlens;
@@ -69,8 +69,8 @@ struct Batch {
   const uint8_t* response_mask_ptr() const { return static_cast<const uint8_t*>(response_mask.const_data_ptr()); }
 };
 
-// response_mask bool [B,T]; cu_seqlens int32 [S+1] with B = 1. T is an int32, so that positions and counts in a row are
-// too. The device that runs the rows looks at what cu_seqlens holds.
+// response_mask is bool [B,T], cu_seqlens int32 [S+1] with B = 1. T must fit an int32, since positions and counts in a
+// row are int32. The values of cu_seqlens are checked by the device that runs the rows.
 inline Batch check_batch(const char* op, const Tensor& response_mask, const std::optional<Tensor>& cu_seqlens) {
   check_dtype(op, "response_mask", response_mask, ScalarType::Bool);
   check(response_mask.dim() == 2, op, ": response_mask must have shape [B, T], got ", shape_of(response_mask));
@@ -98,7 +98,7 @@ inline Batch check_batch(const char* op, const Tensor& response_mask, const std:
   return batch;
 }
 
-// A signal fp32 [B,T], contiguous.
+// Returns a signal fp32 [B,T], contiguous.
 inline Tensor check_signal(const char* op, const char* name, const Tensor& values, const Batch& batch) {
   check_dtype(op, name, values, ScalarType::Float);
   check(
@@ -115,12 +115,12 @@ inline Tensor check_signal(const char* op, const char* name, const Tensor& value
   return torch::stable::contiguous(values);
 }
 
-// Written so that NaN fails.
+// NaN fails too.
 inline void check_fraction(const char* op, const char* name, double value) {
   check(value >= 0.0 && value <= 1.0, op, ": ", name, " must be in [0, 1], got ", value);
 }
 
-// Outputs.
+// ---- outputs
 
 inline Tensor new_like_response_mask(const Batch& batch, ScalarType dtype) {
   return torch::stable::new_empty(batch.response_mask, batch.response_mask.sizes(), dtype);
@@ -134,7 +134,8 @@ inline Tensor new_none(const Batch& batch, ScalarType dtype) {
   return torch::stable::new_empty(batch.response_mask, {0}, dtype);
 }
 
-// Where cu_seqlens is wrong no sequence exists that would write, and on a GPU that is seen too late for an error.
+// Where cu_seqlens is wrong no sequence exists, so none writes its output; on a GPU that is known too late for an
+// error.
 inline void fill_if_packed(const Batch& batch, Tensor& output, double value) {
   if (batch.sequences.cu_seqlens != nullptr) {
     torch::stable::fill_(output, value);

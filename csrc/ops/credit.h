@@ -12,13 +12,13 @@
 
 namespace rhythm_kernels {
 
-// 1 + (amplification - 1) share, in fp64 and rounded once, as in Python.
+// Returns 1 + (amplification - 1) share, computed in fp64 and rounded once, as in Python.
 inline float factor_of(double amplification, double share) {
   const double raised = (amplification - 1.0) * share;
   return static_cast<float>(1.0 + raised);
 }
 
-// The fp32 number next to `tau` on the side of `towards`: comparing with it is comparing with tau itself.
+// Returns `tau`, or the fp32 number next to it on the side of `towards`: an fp32 number compares with both alike.
 inline float round_towards(double tau, double towards) {
   constexpr float kLargest = std::numeric_limits<float>::max();
   constexpr float kInfinite = std::numeric_limits<float>::infinity();
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupled_credit(
   Tensor sets = with_sets ? new_like_response_mask(batch, ScalarType::Byte) : new_none(batch, ScalarType::Byte);
   Tensor intros = with_sets ? new_like_response_mask(batch, ScalarType::Int) : new_none(batch, ScalarType::Int);
   fill_if_packed(batch, gamma, std::nan(""));
-  if (with_sets) {  // a sequence without credit has none either
+  if (with_sets) {  // a sequence with a fault writes none
     torch::stable::zero_(sets);
     torch::stable::zero_(intros);
   }

@@ -1,4 +1,4 @@
-// The factor of each token's advantage (Eq. 13-18) for one sequence.
+// Computes the factor of each token's advantage (Eq. 13-18) for one sequence.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +8,23 @@
 
 namespace rhythm_kernels {
 
-// What keeps a sequence from having credit; its factors are then NaN.
+// A sequence with a fault has no credit: its factors are NaN.
 enum Fault : uint32_t {
-  kFirstSignal = 1,  // is not finite in R
-  kSecondSignal = 2,
-  kNoSequence = 4,  // cu_seqlens is wrong
+  kFirstSignal = 1,   // the first signal is not finite in R
+  kSecondSignal = 2,  // the second is not
+  kNoSequence = 4,    // cu_seqlens is wrong
 };
 
 // The sets that a token is in. The first three choose its factor.
 enum Membership : uint32_t {
   kIntro = 1,
-  kAlone = 2,      // an anchor that is not locally dominated
-  kDominated = 4,  // one that is
+  kAlone = 2,      // anchors that are not locally dominated
+  kDominated = 4,  // anchors that are
   kPreplan = 8,
 };
 constexpr int kFactors = 8;
 
-// |x_t - x_{t+1}| of positions that are both in R, else 0 (Eq. 13).
+// Returns the key of |x_t - x_{t+1}| where both positions are in R, of 0 where only t is (Eq. 13).
 RK_HOST_DEVICE uint32_t delta_key(const uint32_t* keys, int32_t t, int32_t tokens) {
   if (keys[t] == kOutside) {
     return kOutside;
@@ -35,7 +35,7 @@ RK_HOST_DEVICE uint32_t delta_key(const uint32_t* keys, int32_t t, int32_t token
   return bits_of(number_of(keys[t]) - number_of(keys[t + 1])) | kZero;  // the key of a magnitude
 }
 
-// Reads a signal's keys; whether all of R is finite.
+// Reads a signal's keys, and returns whether the signal is finite in R.
 template <class Team>
 RK_HOST_DEVICE bool load_signal(
     Team& team, const float* values, const uint8_t* response_mask, int32_t tokens, uint32_t* keys) {
@@ -56,7 +56,7 @@ RK_HOST_DEVICE void report(
   }
 }
 
-// amplification on TopQ of a signal or of its Delta: the local and the global strategy (Eq. 14, 16), random, entropy.
+// Amplifies TopQ of a signal or of its Delta: the strategies local, global (Eq. 14, 16), random and entropy.
 struct TopQCredit {
   static constexpr int kScratch = 2;
 
@@ -91,7 +91,8 @@ struct TopQCredit {
   }
 };
 
-// Anchors, of which the locally dominated share their credit with the preplan token that introduces them (Eq. 17, 18).
+// Amplifies anchors. Locally dominated ones share their credit with the preplan token that introduces them (Eq. 17,
+// 18).
 struct CoupledCredit {
   static constexpr int kScratch = 3;
   static constexpr uint32_t kNone = 0xffffffffu;
@@ -101,13 +102,13 @@ struct CoupledCredit {
   const uint8_t* response_mask;
   float* gamma;
   uint8_t* faults;  // of each sequence
-  uint8_t* sets;    // Membership of each token; or null
-  int32_t* intros;  // of each token: how many positions before it its intro is, 0 outside D; or null
+  uint8_t* sets;    // the Membership bits of each token; or null
+  int32_t* intros;  // for each token how many positions before it its intro is, 0 outside D; or null
   double top_fraction;
   int32_t max_lookback;
   bool largest;
-  uint32_t low;   // rank of tau_waad among the smallest; kOutside: the lower median
-  uint32_t high;  // key of tau_delta; kOutside: the smallest Delta of T_loc
+  uint32_t low;   // the rank of tau_waad, smallest first; kOutside stands for the lower median
+  uint32_t high;  // the key of tau_delta; kOutside stands for the smallest Delta of the preplan tokens
   float factors[kFactors];
 
   template <class Team>
@@ -135,7 +136,7 @@ struct CoupledCredit {
     const int32_t count = selection_count(top_fraction, n);
     const Threshold preplan = select(team, tokens, count, [=](int32_t t) { return deltas[t]; });
     const Threshold anchors = select(team, tokens, count, [=](int32_t t) { return rank_of(fai_keys[t], largest_fai); });
-    // All that share a threshold's rank are below the median, or reach tau_delta: their positions do not count.
+    // A WAAD equal to the median is low and a Delta equal to tau_delta is high, whatever their positions are.
     const uint32_t high_delta = high == kOutside ? preplan.rank : high;
     uint32_t low_waad = low;
     if (low_waad == kOutside) {
@@ -143,7 +144,8 @@ struct CoupledCredit {
       low_waad = select(team, tokens, half, [=](int32_t t) { return rank_of(waad_keys[t], false); }).rank;
     }
 
-    // From here on fai_keys hold each token's sets, and waad_keys its intro: each thread writes its own tokens'.
+    // From here on fai_keys hold each token's sets, and waad_keys its intro. Each thread writes those of its own
+    // tokens.
     team.for_each(tokens, [=](int32_t t) {
       uint32_t sets_of_t = preplan.takes(deltas[t], t) ? kPreplan : 0u;
       uint32_t intro = kNone;
@@ -174,12 +176,12 @@ struct CoupledCredit {
   }
 
  private:
-  // The largest Delta among the max_lookback positions before t, the latest of equal ones, if it reaches `high`; else
-  // kNone.
+  // Returns the position of the largest Delta among the max_lookback positions before t, the latest of equal ones;
+  // kNone if that Delta does not reach `high`.
   RK_HOST_DEVICE static uint32_t find_intro(const uint32_t* deltas, int32_t t, int32_t max_lookback, uint32_t high) {
     uint32_t best = kOutside;
     int32_t intro = 0;
-    RK_SHORT_LOOP  // max_lookback is 1 to 3
+    RK_SHORT_LOOP  // max_lookback is small
     for (int32_t u = t - 1; u >= 0 && u >= t - max_lookback; --u) {
       if (deltas[u] > best) {
         best = deltas[u];

@@ -1,4 +1,4 @@
-// fp32 numbers as integer keys: their order, which keys are numbers, and how many of n are taken.
+// Turns fp32 numbers into integer keys that have their order, and says how many of n are taken.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 #define RK_HOST_DEVICE inline
 #endif
 
-// In front of a loop with few turns, which nvcc would unroll.
+// Keeps nvcc from unrolling the loop behind it, which has few turns.
 #ifdef __CUDA_ARCH__
 #define RK_SHORT_LOOP _Pragma("unroll 1")
 #else
@@ -20,8 +20,8 @@
 
 namespace rhythm_kernels {
 
-// Keys compare as the numbers do. -0.0 has the key of +0.0. The two keys below every number's:
-constexpr uint32_t kOutside = 0;  // of a position outside the response_mask
+// Keys compare as the numbers do, and -0.0 has the key of +0.0. The first two are below the key of every number.
+constexpr uint32_t kOutside = 0;  // the key of a position outside the response_mask
 constexpr uint32_t kNaN = 1;
 constexpr uint32_t kMinusInfinity = 0x007fffffu;
 constexpr uint32_t kZero = 0x80000000u;
@@ -47,7 +47,7 @@ RK_HOST_DEVICE float float_of(uint32_t bits) {
 #endif
 }
 
-// Integer work only, so that flush-to-zero modes cannot merge denormals.
+// Computes with integers only, so that flush-to-zero modes cannot merge denormals.
 RK_HOST_DEVICE uint32_t key_of(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -62,17 +62,17 @@ RK_HOST_DEVICE uint32_t key_at(const float* values, const uint8_t* response_mask
   return response_mask[t] ? key_of(values[t]) : kOutside;
 }
 
-// The number that has this key.
+// Returns the number that has this key.
 RK_HOST_DEVICE float number_of(uint32_t key) { return float_of(key >= kZero ? key ^ kZero : ~key); }
 
 RK_HOST_DEVICE bool is_number(uint32_t key) { return key >= kMinusInfinity; }
 
 RK_HOST_DEVICE bool is_finite(uint32_t key) { return key > kMinusInfinity && key < kInfinity; }
 
-// Turns keys into ranks, of which the largest is taken first, and back. NaN and outside are last in both directions.
+// Turns a key into its rank, of which the largest is taken first, and back. NaN and kOutside stay last either way.
 RK_HOST_DEVICE uint32_t rank_of(uint32_t key, bool largest) { return largest || !is_number(key) ? key : ~key; }
 
-// ceil(fraction * n - 1e-9): the slack keeps 0.7 * 10 at 7. Both operations round separately, as Python does.
+// Returns ceil(fraction * n - 1e-9): the slack keeps 0.7 * 10 at 7. Both operations round by themselves, as in Python.
 RK_HOST_DEVICE int32_t selection_count(double fraction, int32_t n) {
 #ifdef __CUDA_ARCH__
   const double exact = __dsub_rn(__dmul_rn(fraction, static_cast<double>(n)), 1e-9);

@@ -8,10 +8,10 @@
 
 namespace rhythm_kernels {
 
-// The `<` of IEEE floats, where a missing neighbour is like a NaN: never lower.
+// Compares as `<` does for IEEE floats. A neighbour that is missing is never lower, as a NaN is not.
 RK_HOST_DEVICE bool is_lower(uint32_t neighbour, uint32_t key) { return is_number(neighbour) && neighbour < key; }
 
-// The first set bit at or after position t. There is one.
+// Returns the first set bit at or after position t. Needs one.
 RK_HOST_DEVICE int32_t next_marked(const uint32_t* words, int32_t t) {
   int32_t word = t / 32;
   uint32_t bits = words[word] >> (t % 32) << (t % 32);
@@ -46,7 +46,7 @@ struct Peaks {
     team.for_each(tokens, [=](int32_t t) {
       const uint32_t key = keys[t];
       bool peak = t > 0 && is_lower(keys[t - 1], key) && key >= floor;
-      if (peak) {  // and so at the first position of its plateau
+      if (peak) {  // the value before is lower, so t is the first position of its plateau
         const int32_t after = next_marked(plateau_ends, t) + 1;
         peak = after < tokens && is_lower(keys[after], key);
       }
@@ -55,7 +55,7 @@ struct Peaks {
   }
 
  private:
-  // The key of the ceil(p n)-th smallest value, of which NaN is the largest.
+  // Returns the key of the ceil(p n)-th smallest value, where NaN counts as the largest.
   template <class Team>
   RK_HOST_DEVICE uint32_t find_floor(Team& team, int32_t tokens, const uint32_t* keys) const {
     const int32_t n = team.sum(tokens, [=](int32_t t) { return keys[t] != kOutside; });

@@ -1,17 +1,17 @@
-// The last one taken of a sequence's largest, by radix search.
+// Selects the largest of a sequence, by radix search for the last one that is taken.
 //
-// Work is shared by a team: one thread (cpu::Solo) or a thread block (cuda::Block). It has, for n items that it shares
-// among its threads in any order:
+// A team does the work: one thread (cpu::Solo) or a thread block (cuda::Block). It shares n items among its threads in
+// any order:
 //
-//   for_each(n, f)               f(i), for every item
-//   sum(n, f)                    of f(i), an int32
-//   find_bin(n, bin_of, place)   the items are put in bins (kNoBin: in none); the bin of the place-th item, place >= 1,
-//                                counted from the highest bin
-//   mark(n, f, words)            bit i % 32 of words[i / 32] = f(i)
-//   add_bits(word, bits)         word |= bits, also when several threads do it
+//   for_each(n, f)               calls f(i) for every item
+//   sum(n, f)                    returns the sum of f(i), an int32
+//   find_bin(n, bin_of, place)   puts the items in bins (kNoBin: in none), and returns the bin of the place-th item,
+//                                place >= 1, counted from the highest bin
+//   mark(n, f, words)            sets bit i % 32 of words[i / 32] to f(i)
+//   add_bits(word, bits)         does word |= bits, also when several threads do it at once
 //
 // Each of the first four begins after the one before it has ended for all threads, and returns the same to each of
-// them. Within one, no thread reads what another writes. So results do not depend on the team.
+// them. Within one, no thread reads a word that another writes. So results do not depend on the team.
 #pragma once
 
 #include <cstdint>
@@ -48,16 +48,16 @@ RK_HOST_DEVICE int32_t digit_at(uint32_t number, int shift) {
 // In two steps, since a shift by 32 is undefined.
 RK_HOST_DEVICE uint32_t digits_above(uint32_t number, int shift) { return number >> shift >> kDigitBits; }
 
-// What is known of the place-th largest rank after some digits, the highest first.
+// A search for the place-th largest rank, of which some digits are known, the highest first.
 struct Search {
   uint32_t digits;
-  int shift;        // of the last digit known; 0: the rank is known
+  int shift;        // the last known digit's; 0: the whole rank is known
   int32_t place;    // among the ranks that begin with these digits
-  int32_t sharing;  // how many begin with them
+  int32_t sharing;  // how many ranks begin with them
 };
 
-// rank_at(i) is kOutside for an item that takes no part. With `as_set` the search ends as soon as all that begin with
-// the known digits are taken: enough to tell who is taken. Needs 1 <= place <= the items that take part.
+// rank_at(i) is kOutside for an item that takes no part. With `as_set` the search ends as soon as all ranks that begin
+// with the known digits are taken, which is enough to select. Needs 1 <= place <= the number of items that take part.
 template <class Team, class RankAt>
 RK_HOST_DEVICE Search search_ranks(Team& team, int32_t n, int32_t place, RankAt rank_at, bool as_set) {
   Search search{0, kDigits * kDigitBits, place, 0};
@@ -76,7 +76,7 @@ RK_HOST_DEVICE Search search_ranks(Team& team, int32_t n, int32_t place, RankAt 
   return search;
 }
 
-// Taken are higher ranks, and equal ones before position ties_end.
+// Takes higher ranks, and equal ones before position ties_end.
 struct Threshold {
   uint32_t rank;
   int32_t ties_end;
@@ -84,7 +84,7 @@ struct Threshold {
   RK_HOST_DEVICE bool takes(uint32_t other, int32_t t) const { return other > rank || (other == rank && t < ties_end); }
 };
 
-// The position after the place-th item, in their order, whose rank this is.
+// Returns the position after the place-th item that has this rank, by position.
 template <class Team, class RankAt>
 RK_HOST_DEVICE int32_t find_ties_end(Team& team, int32_t n, int32_t place, uint32_t rank, RankAt rank_at) {
   int shift = 0;
@@ -109,7 +109,7 @@ RK_HOST_DEVICE int32_t find_ties_end(Team& team, int32_t n, int32_t place, uint3
   }
 }
 
-// Who is among the `count` first: higher ranks before lower ones, then lower positions. NaN never is.
+// Returns the threshold that takes `count` items: higher ranks before lower ones, then lower positions, and never NaN.
 template <class Team, class RankAt>
 RK_HOST_DEVICE Threshold select(Team& team, int32_t n, int32_t count, RankAt rank_at) {
   if (count == 0) {

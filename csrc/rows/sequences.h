@@ -1,4 +1,4 @@
-// Where the sequences of a batch are: rows of equal length, or one row that cu_seqlens cuts.
+// Finds the sequences of a batch: rows of equal length, or one row that cu_seqlens cuts.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace rhythm_kernels {
 
 struct Sequence {
   int64_t index;
-  int64_t begin;  // of its first token in the batch
+  int64_t begin;  // the place of its first token in the batch
   int32_t tokens;
   bool exists;  // false where cu_seqlens is wrong; it then has no tokens
 };
@@ -19,7 +19,7 @@ struct Sequences {
   int64_t tokens;             // of a row
   const int32_t* cu_seqlens;  // [count + 1] on the batch's device, or null
 
-  // Whether cu_seqlens rises from 0 to the end of the row, so that the sequences are in it and apart.
+  // Returns whether cu_seqlens rises from 0 to the end of the row, so that sequences neither leave it nor overlap.
   template <class Team>
   RK_HOST_DEVICE bool exist(Team& team) const {
     if (cu_seqlens == nullptr) {

@@ -14,7 +14,7 @@ struct TopQ {
   const float* values;
   const uint8_t* response_mask;
   uint8_t* selected;
-  uint8_t* has_nan;  // of each sequence; also set where there is no such sequence
+  uint8_t* has_nan;  // of each sequence; also set where cu_seqlens is wrong
   double top_fraction;
   bool largest;
 
