@@ -1,4 +1,4 @@
-"""The maps that a model's attention function really uses, whatever it is: its outputs for values that are unit vectors.
+"""Reads the maps that a model's attention function really uses, from its outputs for values that are unit vectors.
 
 The output of attention is linear in its values. For values that are columns of the identity it is the map itself.
 """
@@ -34,7 +34,7 @@ class OwnMaps:
 
 @contextmanager
 def own_maps(model) -> Iterator[OwnMaps]:
-    """The maps and the calls of each layer of the forward inside this block."""
+    """Records the maps and the calls of each layer of the forward inside this block."""
     listener = OwnMaps(model)
     tap = tap_of(listener._decoder)
     tap.add(listener)
@@ -46,7 +46,7 @@ def own_maps(model) -> Iterator[OwnMaps]:
 
 @torch.no_grad()
 def map_of(call: Call) -> torch.Tensor:
-    """The map of one call, [B, HQ, T, T]."""
+    """Returns the map of one call, [B, HQ, T, T]."""
     tokens, size = call.value.shape[2:]
     kwargs = call.kwargs | {"dropout": 0.0}
     parts = []

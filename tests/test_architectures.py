@@ -21,7 +21,7 @@ architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def attentions_of(model) -> list[torch.nn.Module]:
-    """The attention modules of its layers with a map."""
+    """Returns the attention modules of the layers with a map."""
     softmax = softmax_layers(decoder_of(model))
     return [
         module
@@ -32,7 +32,7 @@ def attentions_of(model) -> list[torch.nn.Module]:
 
 @contextmanager
 def inputs_kept(model):
-    """Records what the attention of each layer is given inside this block: {layer: [B, T, hidden]}."""
+    """Records the inputs of each layer's attention inside this block: {layer: [B, T, hidden]}."""
     given = {}
 
     def keep(module, args, kwargs):
@@ -128,7 +128,7 @@ EACH_ON_A_GPU = [pytest.param(name, marks=() if name in REPRESENTATIVE else IN_T
 @hybrid
 @pytest.mark.parametrize("name", EACH_ON_A_GPU)
 def test_on_a_gpu(name):
-    """The Triton kernels, with the log-sum-exp of the GPU's own attention where there is one."""
+    """The Triton kernels take the log-sum-exp of the GPU's own attention where there is one."""
     model = ARCHITECTURES[name].build("eager").cuda()
     if model._supports_sdpa:
         model.set_attn_implementation("sdpa")
@@ -172,7 +172,7 @@ def test_packed_sequences_that_the_model_does_not_keep_apart_are_refused():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Gemma3", "Mistral", "Phimoe"])
 def test_flex_attention(name):
-    """Windows in a BlockMask, soft-capping in a score_mod (sinks: not on a CPU); uncompiled, to be quick."""
+    """Windows are in a BlockMask, soft-capping in a score_mod, sinks not on a CPU. It runs uncompiled, to be quick."""
     model = ARCHITECTURES[name].build("flex_attention")
     inputs, real = padded("left")
     with torch.compiler.set_stance("force_eager"):
@@ -190,7 +190,7 @@ def test_a_block_mask_that_is_no_window_is_refused():
 
 @pytest.fixture
 def flash(monkeypatch):
-    """An entry as FlashAttention's: no mask but that of the padding, the window and the bounds as arguments."""
+    """Registers an entry like FlashAttention's: its only mask is that of the padding; it is given window and bounds."""
     table = tap_of(decoder_of(ARCHITECTURES["Llama"].build("eager"))).table
 
     def attend(module, query, key, value, attention_mask, *, scaling, sliding_window=None, softcap=None, **kwargs):
@@ -237,7 +237,7 @@ def test_flash_attention_pads(flash, name, side):
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Mistral"])
 @pytest.mark.parametrize("bounds", [False, True])
 def test_flash_attention_packs(flash, name, bounds):
-    """By position_ids that restart or by cu_seq_lens_q, which eager attention, the reference, does not read."""
+    """Rows are packed by position_ids that restart, or by cu_seq_lens_q, which the eager reference does not read."""
     model = flash(name)
     inputs, segments = packed()
     rows = torch.rand(1, TOKENS) < 0.8
@@ -254,7 +254,7 @@ def test_flash_attention_packs(flash, name, bounds):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_no_token_of_r(attention):
-    """As where every answer of a micro-batch was cut off and does not count."""
+    """This happens where every answer of a micro-batch was cut off and does not count."""
     model = ARCHITECTURES["Mistral"].build(attention)
     inputs, real = padded("left")
     with torch.no_grad(), collect(model, response_mask=torch.zeros_like(real)) as c:

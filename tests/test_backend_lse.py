@@ -27,7 +27,7 @@ ATEN = [name for name in FUSED_OPS if name.startswith("aten")]
 
 
 def inputs_of(kind: str):
-    """(arguments of a forward, rows [B, T], segments [B, T])."""
+    """Returns (arguments of a forward, rows [B, T], segments [B, T])."""
     torch.manual_seed(2)
     batch, position = 1 if kind == "packed" else 3, torch.arange(TOKENS)
     inputs, bounds = {"input_ids": torch.randint(0, 61, (batch, TOKENS))}, None
@@ -96,7 +96,7 @@ def test_the_row_pass_can_be_asked_for():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.slow
 def test_flex_attention():
-    """On a CPU, transformers does not ask FlexAttention for its log-sum-exp."""
+    """transformers does not ask FlexAttention for its log-sum-exp on a CPU."""
     torch.manual_seed(1)
     model = llama("flex_attention")
     inputs, rows, segments = inputs_of("full")
@@ -186,7 +186,7 @@ def test_sdpa_of_a_gpu(name, model_asks):
 
 
 def test_a_single_query_keeps_the_efficient_kernel_that_it_has():
-    """Not asked, that kernel puts the heads of expanded keys in the place of rows."""
+    """Unless asked, that kernel puts the heads of expanded keys in the place of rows."""
     q, k, layout = random_qk(tokens=1)
     with gpu_operator(EFFICIENT) as asked, torch.no_grad(), LseReader() as reader:
         call_operator(EFFICIENT, q, k, False)
@@ -195,7 +195,7 @@ def test_a_single_query_keeps_the_efficient_kernel_that_it_has():
 
 @pytest.fixture
 def cudnn_model(monkeypatch):
-    """A model whose attention is cuDNN's, asked for a log-sum-exp where SDPA would: for gradients."""
+    """Returns a model with cuDNN's attention, which is asked for a log-sum-exp where SDPA does: for gradients."""
 
     def attend(module, query, key, value, mask, scaling, **kwargs):
         shared = query.shape[1] // key.shape[1]
@@ -241,7 +241,7 @@ def test_a_context_that_asks_serves_others(cudnn_model):
 
 
 def test_flex_attention_of_a_gpu(monkeypatch):
-    """There transformers returns the log-sum-exp: without sinks, in the dtype of the values."""
+    """transformers returns the log-sum-exp on a GPU: without sinks, in the dtype of the values."""
 
     def attend(module, query, key, value, mask, scaling, **kwargs):
         out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
@@ -385,7 +385,7 @@ def test_flash_attention_with_sinks(flash_operators, kind):
 @pytest.mark.parametrize("kind", ["full", "left", "packed"])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_flash_attention_4_takes_the_row_pass(kind, gradients, monkeypatch):
-    """Its kernels are launched inside a function of autograd, beside torch's operators: none is read for another."""
+    """A function of autograd launches its kernels beside torch's operators, of which none must be read in its place."""
 
     class Attend(torch.autograd.Function):
         @staticmethod
@@ -424,7 +424,7 @@ def test_flash_attention_4_takes_the_row_pass(kind, gradients, monkeypatch):
 @pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
 def test_kernels_of_a_gpu(name, asks):
-    """Their outputs keep their bits unless cuDNN is asked, and what is read is the log-sum-exp of fp64 scores."""
+    """Outputs keep their bits unless cuDNN is asked, and the log-sum-exp that is read is that of fp64 scores."""
     q, k, _ = random_qk(tokens=300, size=64)
     q, k = q.cuda().bfloat16(), k.cuda().bfloat16()
     with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, f"{name.upper()}_ATTENTION")):

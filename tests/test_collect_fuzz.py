@@ -1,4 +1,4 @@
-"""Forwards of random decoders, with inputs as people give them: a number is right, or refused for what is so.
+"""Forwards of random decoders with random inputs: a number is right, or the refusal names the true reason.
 
 Right is what the attention function's own map gives (own_maps.py), for the sequences that the inputs mean. A refusal is
 justified where that map is not the one that the layer's arguments say, or where the inputs contradict each other. CI
@@ -96,7 +96,7 @@ def draw_inputs(draw: random.Random, implementation: str) -> Inputs:
 
 
 def intended_map(call, segments: torch.Tensor, implementation: str) -> torch.Tensor:
-    """What the arguments of an attention function say: [B, HQ, T, T] fp64."""
+    """Returns the map that the arguments of an attention function describe, [B, HQ, T, T] fp64."""
     names = {"scale": "scaling", "sliding_window": "sliding_window", "softcap": "softcap", "sinks": "s_aux"}
     options = {ours: call.kwargs.get(theirs) for ours, theirs in names.items()}
     if implementation == "sdpa":  # which drops them, and says so
@@ -116,7 +116,7 @@ def is_as_intended(own: OwnMaps, layers, inputs: Inputs, rows: torch.Tensor, imp
 
 
 def check_forward(seed: int, name: str) -> str:
-    """Runs one forward; returns what came of it."""
+    """Runs one forward; returns its outcome."""
     draw = random.Random(f"{name} {seed}")
     torch.manual_seed(draw.randrange(2**31))
     implementation = draw.choice(IMPLEMENTATIONS)
@@ -170,7 +170,7 @@ def check_forward(seed: int, name: str) -> str:
 
 @pytest.fixture
 def functions(monkeypatch):
-    """transformers' functions under other names: it makes a mask for names that it knows alone."""
+    """Registers transformers' functions under other names, for which it makes no mask."""
     for name, function in (("mine", "sdpa"), ("mine_of_flash", "flash_attention_2")):
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, ALL_ATTENTION_FUNCTIONS[function])
 

@@ -1,4 +1,4 @@
-"""Models and wrappers as people have them: encoder-decoders, images, PEFT, removed and repeated layers, own attention.
+"""Models and wrappers that people use: encoder-decoders, images, PEFT, removed and repeated layers, own attention.
 
 Each is right, against the maps that its attention function really uses, or refused with the reason.
 """
@@ -79,7 +79,7 @@ def test_packed_rows_that_the_model_does_not_keep_apart_are_refused(attention, h
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("use_cache", [None, True, False])
 def test_packed_rows_with_checkpointing_and_no_gradients(use_cache, attention):
-    """Whether the masks are made for a cache is transformers' affair, and changes from version to version."""
+    """Versions of transformers differ in whether the masks are made for a cache."""
     torch.manual_seed(1)
     model = llama(attention).train()
     model.gradient_checkpointing_enable()
@@ -194,7 +194,7 @@ def test_a_window_that_is_off_by_one_is_refused(window, monkeypatch):
 
 
 def test_layers_are_counted_as_they_run():
-    """Removed, repeated, in another order, merged: with the configuration kept in step and not."""
+    """Layers are removed, repeated, reordered, merged, with the configuration kept in step and not."""
     for kept in ([0, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 1, 1, 2, 2, 2, 3], [2, 2, 2]):
         for in_step in (True, False):
             torch.manual_seed(1)
@@ -227,7 +227,7 @@ def test_a_subclass_of_an_attention_is_one():
             return 1.1 * out, maps
 
     class Different(LlamaAttention):
-        """Not softmax attention any more."""
+        """This is no softmax attention."""
 
         def forward(self, hidden_states, *args, **kwargs):
             return hidden_states.cumsum(1), None
@@ -244,7 +244,7 @@ def test_a_subclass_of_an_attention_is_one():
 
 
 def test_layers_that_run_more_often_than_they_stand_there_are_refused():
-    """A loop over all layers, or an attention that is called twice in a layer: which map is the layer's?"""
+    """In a loop over all layers, or where a layer calls its attention twice, no map is known to be the layer's."""
     torch.manual_seed(1)
     model = llama("sdpa")
     attention = model.model.layers[2].self_attn
@@ -275,7 +275,7 @@ def test_several_attentions_of_a_layer_are_counted_one_by_one():
 
 
 def test_an_attention_keeps_the_eager_function_that_it_names():
-    """That of a base class, where its own file has another; and that of a model's other towers."""
+    """It is that of a base class where its own file has another. Other towers of a model have theirs."""
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     module = sys.modules[__name__]
@@ -381,7 +381,7 @@ def test_the_decoder_of_an_encoder_decoder_is_read(encoder, decoder, encoder_hea
 
 @pytest.mark.parametrize("name", ["Bart", "Pegasus", "Marian", "Whisper"])
 def test_the_decoder_half_alone(name):
-    """Its configuration says no more that it is of an encoder-decoder."""
+    """Its configuration does not say that it is half of an encoder-decoder."""
     cls = getattr(transformers, f"{name}ForCausalLM")
     sizes = {"encoder_layers": 2, "decoder_layers": 7, "encoder_attention_heads": 4, "decoder_attention_heads": 6}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -436,7 +436,7 @@ def test_text_alone_in_a_model_of_images(attention):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_an_image_in_the_prompt(attention):
-    """Its tokens see each other in both directions: rows of the answer are causal, rows of the image are not."""
+    """Tokens of the image see each other in both directions: only rows of the answer are causal."""
     model = gemma3(attention)
     ids = ids_of()
     ids[0, 5:11] = torch.tensor([58, 59, 59, 59, 59, 60])

@@ -24,7 +24,7 @@ NAN = float("nan")
 
 @st.composite
 def signals(draw):
-    """(waad, fai, mask) with many ties, holes, empty and short sequences."""
+    """Returns (waad, fai, mask) with many ties, holes, empty and short sequences."""
     batch, tokens = draw(st.integers(1, 3)), draw(st.integers(0, 24))
     levels = draw(st.sampled_from([[1.0], [0.0, 1.0, 2.0], [0.1, 0.2, 0.30000001, 0.4, 1e-40], list(range(50))]))
     value = st.sampled_from([float(x) for x in levels])
@@ -127,7 +127,7 @@ TAUS = (None, 0.0, -0.0, 0.1, 1e-46, -1e-46, 1e300, -1e300, 3.5e38, -3.5e38, 3.4
 @settings(max_examples=1000, deadline=None)
 @given(st.data())
 def test_the_ops_agree_on_any_bits(data):
-    """Every output of both implementations: non-finite signals, denormals, overflowing differences, extreme taus."""
+    """Both give the same outputs for non-finite signals, denormals, overflowing differences, extreme taus."""
     batch, tokens = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 12))
     element = data.draw(st.sampled_from([st.sampled_from(ODD), st.floats(width=32, allow_nan=False)]))
     count = batch * tokens
@@ -182,7 +182,7 @@ def test_long_sequences_equal_the_reference(tokens):
 
 
 def example(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """waad, fai, mask [3, 50] and the cu_seqlens of a row."""
+    """Returns waad, fai, mask [3, 50] and the cu_seqlens of a row."""
     generator = torch.Generator().manual_seed(0)
     waad, fai = torch.rand(3, 50, generator=generator) * 10, torch.rand(3, 50, generator=generator)
     mask = torch.rand(3, 50, generator=generator) < 0.8
@@ -208,7 +208,7 @@ def test_opcheck(device):
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_compiles_into_one_graph(backend, compiler):
-    """Nothing is raised for a signal that is not finite: its sequence has NaN, and the others what they have."""
+    """Nothing is raised for a signal that is not finite: its sequence has NaN, and the others do not change."""
     waad, fai, mask, cuts = example()
     waad[1, mask[1].nonzero()[0]] = NAN
 
@@ -305,7 +305,7 @@ def test_fake_tensors_are_not_looked_into():
 
 
 def test_cu_seqlens_that_int32_does_not_hold_stay_wrong():
-    """Compiled, so that the host does not look: the op does."""
+    """In a compiled graph the host does not read the values, so the op checks them."""
     waad, fai, mask, _ = example()
 
     def credit(waad, fai, mask, cuts):
@@ -351,7 +351,7 @@ def test_without_the_extension(monkeypatch):
 
 
 def every_credit(waad, fai, mask, cu_seqlens=None, **options) -> list[torch.Tensor]:
-    """gamma of every strategy."""
+    """Returns gamma of every strategy."""
     inputs = {"response_mask": mask, "rhythm": Rhythm(waad, fai), "entropy": fai, "cu_seqlens": cu_seqlens, **options}
     return [token_credit(strategy, **inputs) for strategy in ("none", "entropy", "local", "global", "coupled")]
 

@@ -1,4 +1,4 @@
-"""Head groups kept for several steps: when they are made and of what, how far they drift, what a resumed run knows."""
+"""Head groups that serve several steps: their calibrations, their drift, and the state of a resumed run."""
 
 import io
 import math
@@ -96,7 +96,7 @@ def test_every_step_keeps_no_groups():
 
 
 def test_spans_are_pooled_over_tokens():
-    """Seven sequences in three passes, per sequence or per pass: always the mean over all tokens."""
+    """Seven sequences in three passes, by sequence or by pass, give the mean over all tokens."""
     spans, tokens = spans_of(0, 7, 3, 4), torch.tensor([5, 1, 0, 9, 40, 2, 3])
     pooled = (spans.double() * tokens[:, None, None]).sum(0) / 60
     states = []

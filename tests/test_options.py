@@ -1,4 +1,4 @@
-"""The options of credit: checked when they are made, read from text, and given on under the names of their readers."""
+"""The options of credit are checked when they are made, read from text, and passed on under their functions' names."""
 
 import inspect
 from dataclasses import fields
@@ -12,7 +12,7 @@ OPTIONS = {option.name: option for option in fields(CreditOptions)}
 
 
 def arguments(function) -> dict[str, object]:
-    """The defaults of a function's arguments by their names."""
+    """Returns the defaults of a function's arguments by their names."""
     return {name: argument.default for name, argument in inspect.signature(function).parameters.items()}
 
 

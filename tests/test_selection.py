@@ -45,7 +45,7 @@ def shown(selected: torch.Tensor) -> str:
 
 @st.composite
 def batches(draw) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, mask) [B, T]: ties and special values or any float32, masks of any density, any strides."""
+    """Draws (values, mask) [B, T]: ties and special values or any float32, masks of any density, any strides."""
     batch, tokens = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 2, 3, 4, 7, 10, 16, 33]))
     element = draw(
         st.sampled_from([st.sampled_from(TIED), st.sampled_from(ODD), st.floats(width=32, allow_subnormal=True)])
@@ -65,7 +65,7 @@ def batches(draw) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack(*rows: torch.Tensor, lengths: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The first tokens of each row one after another, [1, sum of lengths] of each tensor, and cu_seqlens."""
+    """Returns the first tokens of each row one after another, [1, sum of lengths] of each tensor, and cu_seqlens."""
     inside = torch.arange(rows[0].shape[1]) < lengths[:, None]
     return [x[inside][None] for x in rows], torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
 
@@ -76,14 +76,14 @@ def unpacked(x: torch.Tensor, cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
 
 
 def of_each(function, *tensors: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """A function of rows on each packed sequence alone, packed again."""
+    """Runs a function of rows on each packed sequence alone, and packs its results."""
     parts = zip(*(unpacked(x, cu_seqlens) for x in tensors), strict=True)
     return torch.cat([torch.zeros(1, 0, dtype=torch.bool), *(function(*part) for part in parts)], -1)
 
 
 @st.composite
 def packed_batches(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(values [1, T], mask [1, T], cu_seqlens): also empty sequences, and none at all."""
+    """Draws (values [1, T], mask [1, T], cu_seqlens): also empty sequences, and none at all."""
     values, mask = draw(batches())
     lengths = draw(st.lists(st.integers(0, values.shape[1]), min_size=len(values), max_size=len(values)))
     (values, mask), cu_seqlens = pack(values, mask, lengths=torch.tensor(lengths, dtype=torch.int64))
@@ -94,7 +94,7 @@ def packed_batches(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_the_extension_is_built():
-    """Every test below that names the extension means it."""
+    """The tests below that name the extension need it."""
     assert extension.available("cpu"), extension.HOW_TO_BUILD
 
 

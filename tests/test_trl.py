@@ -1,4 +1,4 @@
-"""Rhythm credit inside TRL's GRPOTrainer: what reaches its loss, in every way that it may be asked for."""
+"""Rhythm credit inside TRL's GRPOTrainer: the advantages that reach its loss, with every setting."""
 
 import importlib.util
 import json
@@ -156,7 +156,7 @@ def test_every_loss_trains(tmp_path, loss_type):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo", "sapo", "cispo"])
 def test_credit_of_one_leaves_the_loss_as_it_is(tmp_path, loss_type):
-    """[B, T] advantages, all gamma 1, against TRL's own [B]: the gradient must be the same."""
+    """Advantages [B, T] with gamma 1 must give the gradient of TRL's own [B]."""
     weights = []
     for kind, config, credit in ((GRPOTrainer, GRPOConfig, {}), (RhythmGRPOTrainer, RhythmGRPOConfig, {})):
         if kind is RhythmGRPOTrainer:
@@ -574,7 +574,7 @@ torch.save(found, {folder!r} + "/rank" + os.environ["RANK"] + ".pt")
 
 
 def ranks_own(prompts, trainer):
-    """The rollouts of `rollout`, with other answers on each rank."""
+    """Returns the rollouts of `rollout`, with other answers on each rank."""
     made = rollout(prompts, trainer)
     if trainer.accelerator.process_index:
         made["completion_ids"] = [ids[::-1] for ids in made["completion_ids"]]
@@ -620,14 +620,14 @@ UNDONE = {
 
 
 def plain_version(source: str) -> str:
-    """The example without rhythm credit: its changed lines undone."""
+    """Returns the example without rhythm credit, with its changed lines undone."""
     lines = source.splitlines()
     assert sum(line.endswith("  # rhythm") for line in lines) == len(UNDONE) == 3
     return "\n".join(UNDONE[line.removesuffix("  # rhythm")] if line.endswith("  # rhythm") else line for line in lines)
 
 
 def save_byte_model(folder):
-    """A tiny model that reads any text, a byte a token, in a chat template."""
+    """Saves a tiny model that reads any text, a byte a token, in a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -644,7 +644,7 @@ def save_byte_model(folder):
 
 
 def run_example(file, model, folder, monkeypatch, *more):
-    """The metrics of the run's steps."""
+    """Runs the example, and returns the metrics of its steps."""
     monkeypatch.setattr(sys, "argv", [str(file), "--model", str(model), "--output_dir", str(folder), *TRIAL, *more])
     monkeypatch.setattr(sys, "path", [*sys.path])
     runpy.run_path(str(file), run_name="__main__")

@@ -1,4 +1,4 @@
-"""Which losses rhythm credit goes into: TRL's own with each kind of ratio, and those of other trainers."""
+"""The losses that rhythm credit goes into: TRL's own with each kind of ratio, and those of other trainers."""
 
 import importlib
 import pkgutil
@@ -60,7 +60,7 @@ def test_gspo_token_is_gspo_where_all_tokens_have_one_advantage(tmp_path, loss_t
 
 
 class LogProbs(GRPOTrainer):
-    """Keeps the log-probs of each loss, with their gradients, and what the loss was given."""
+    """Keeps the log-probs of each loss, with their gradients, and the inputs of the loss."""
 
     def __init__(self, *args, **named):
         self.kept = []
@@ -87,7 +87,7 @@ class RhythmLogProbs(RhythmMixin, LogProbs):
 
 @pytest.mark.parametrize("way", [OFF_POLICY, ONE_STEP], ids=["old pass", "loss"])
 def test_gspo_token_gives_each_token_its_own_credit(tmp_path, way):
-    """Against the paper's objective, written out: the sequence's ratio, through which each token's gradient flows."""
+    """The paper's objective, written out, has the sequence's ratio, through which each token's gradient flows."""
     options = {"loss_type": "grpo", "epsilon": 0.05, "epsilon_high": 0.1, "max_grad_norm": 1e9}
     trainer = run(tmp_path, RhythmLogProbs, **options, **GSPO, **way, **TWO_LAYERS)
     assert len(trainer.kept) >= 4
@@ -193,7 +193,7 @@ class OffPolicyMean(Reinforce):
 
 
 class PerSequence(Reinforce):
-    """Takes [B] alone, as GMPO does."""
+    """Takes only [B], as GMPO does."""
 
     def _compute_loss(self, model, inputs):
         log_probs, *_ = self._pass_of(model, inputs)
@@ -335,7 +335,7 @@ def experimental_trainers() -> dict[str, type]:
 
 
 def test_every_experimental_trainer_is_refused_or_proven():
-    """GMPO alone is a GRPOTrainer, and its loss is refused; the others are told at once that they are none."""
+    """Only GMPO's is a GRPOTrainer, and its loss is refused. The others are refused at once, since they are none."""
     trainers = experimental_trainers()
     assert {"A2POTrainer", "AsyncGRPOTrainer", "GMPOTrainer", "SDFTTrainer", "SDPOTrainer", "TPOTrainer"} < set(
         trainers

@@ -47,7 +47,7 @@ DATA = datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS * 4]
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
-    """Default configurations are for a GPU."""
+    """Makes default configurations, which are for a GPU, those for a CPU."""
 
     class OnACpu(RhythmGRPOConfig):
         def __post_init__(self):
@@ -113,14 +113,14 @@ def test_a_trainer_that_was_never_initialized_does_what_trls_does():
 
 
 class Vllm:
-    """In place of vLLM's workers: there is nothing to send weights to."""
+    """Stands for vLLM's workers: there is nothing to send weights to."""
 
     def sync_weights(self):
         pass
 
 
 def with_vllm(trainer, mode="token_truncate"):
-    """As if vLLM had sampled: TRL's importance sampling of the rollout's log-probs."""
+    """Makes the trainer correct for the rollout's log-probs, as if vLLM had sampled."""
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Vllm(), -1
     trainer.vllm_importance_sampling_correction, trainer.vllm_importance_sampling_mode = True, mode
     trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max = 0.0, 3.0
@@ -204,7 +204,7 @@ def test_an_env_mask_may_be_shorter_than_its_answer(tmp_path, way):
 
 
 def test_a_generation_that_is_done_again_is_read_again(tmp_path):
-    """Dynamic sampling: the first batch is thrown away."""
+    """Dynamic sampling throws the first batch away."""
 
     class Twice(Recorder):
         def _generate_and_score_completions(self, inputs):

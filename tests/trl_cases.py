@@ -1,4 +1,4 @@
-"""Runs of TRL's GRPOTrainer on a tiny model, what reached its loss, and the same from whole attention maps."""
+"""Runs TRL's GRPOTrainer on a tiny model, and computes the advantages of its loss from whole attention maps."""
 
 import copy
 import math
@@ -51,7 +51,7 @@ def reward(completion_ids, **_):
 
 
 def rollout(prompts, trainer):
-    """Answers of 9 to 24 tokens, some of which end by themselves, with what a tool wrote in the middle of each."""
+    """Returns answers of 9 to 24 tokens, some of which end by themselves, with two tokens of a tool in each."""
     made = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
     draw = torch.Generator().manual_seed(100 + trainer._step)
     for number, prompt in enumerate(prompts):
@@ -99,7 +99,7 @@ def make_trainer(folder, kind=RhythmGRPOTrainer, model=None, config=RhythmGRPOCo
 
 
 class Recorder(GRPOTrainer):
-    """Stands below the mixin: sees what TRL's own methods return and are given."""
+    """Stands below the mixin, and keeps the arguments and results of TRL's own methods."""
 
     def __init__(self, *args, **named):
         self.generations, self.losses = [], []
@@ -127,7 +127,7 @@ class Recording(RhythmMixin, Recorder):
 
 
 def run(folder, kind, **changes):
-    """A trainer that has trained."""
+    """Returns a trainer that has trained."""
     trainer = make_trainer(folder, kind, **changes)
     trainer.train()
     return trainer
@@ -138,7 +138,7 @@ def key_of(batch, row):
 
 
 def advantages_of(trainer) -> dict:
-    """By generation batch, iteration and tokens of the row: the advantages that its loss was given."""
+    """Returns the advantages that the loss was given, by generation batch, iteration and tokens of the row."""
     found = {}
     for generation, batch in trainer.losses:
         for row, advantages in enumerate(batch["advantages"]):
@@ -147,13 +147,13 @@ def advantages_of(trainer) -> dict:
 
 
 def dense_parts(weights, batch, model=None):
-    """(eager maps of all layers, R [B, P + C], segments) of a generation batch."""
+    """Returns (eager maps of all layers, R [B, P + C], segments) of a generation batch."""
     model, ids, valid, rows = whole_rows(weights, batch, model)
     return eager_maps(model, input_ids=ids, attention_mask=valid), rows, torch.arange(len(ids))[:, None].expand_as(ids)
 
 
 def whole_rows(weights, batch, model=None):
-    """(model, input ids, attention mask, R), each [B, P + C]."""
+    """Returns (model, input ids, attention mask, R), each but the model [B, P + C]."""
     model = make_model() if model is None else model
     model.load_state_dict(weights)
     ids, valid = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
@@ -163,7 +163,7 @@ def whole_rows(weights, batch, model=None):
 
 @torch.no_grad()
 def expected(weights, batch, strategy="coupled", layers=LAYERS, model=None, **options):
-    """The advantages [B, C] of a generation batch, from eager attention maps in fp64; and gamma."""
+    """Returns the advantages [B, C] of a generation batch, from eager attention maps in fp64; and gamma."""
     cut = batch["prompt_ids"].shape[1]
     if strategy == "entropy":
         model, ids, valid, rows = whole_rows(weights, batch, model)
@@ -178,7 +178,7 @@ def expected(weights, batch, strategy="coupled", layers=LAYERS, model=None, **op
 
 
 def assert_expected(trainer, iterations: int = 1, **options):
-    """Every micro-batch of every generation batch, and that credit makes a difference."""
+    """Checks every micro-batch of every generation batch, and that credit makes a difference."""
     found = advantages_of(trainer)
     assert len(found) == sum(len(batch["advantages"]) for _, batch in trainer.generations)
     for generation, (weights, batch) in enumerate(trainer.generations):

@@ -55,7 +55,7 @@ class Collector:
         self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}
         """The statistics of each sampled layer: of each head, or summed over the groups where `groups` is given."""
         self.lse_sources: dict[int, str] = {}
-        """Where each sampled layer's log-sum-exp comes from: the name of the model's attention operator, such as
+        """The source of each sampled layer's log-sum-exp: the name of the model's attention operator, such as
         "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass: " with the reason why the
         statistics computed it."""
         self.layout: Layout | None = None

@@ -40,7 +40,7 @@ class Case(NamedTuple):
     """int32 [S + 1]: packed sequences, B = 1."""
 
     def sequences(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(waad, fai, mask) of all rows, or of each packed sequence alone."""
+        """Returns (waad, fai, mask) of all rows, or of each packed sequence alone."""
         if self.cuts is None:
             return [self[:3]]
         return [tuple(x[:, a:b] for x in self[:3]) for a, b in itertools.pairwise(self.cuts.tolist())]
@@ -62,7 +62,7 @@ def draw_signal(rng: random.Random, shape: tuple[int, int]) -> Tensor:
 
 
 def draw_layout(rng: random.Random, x: Tensor) -> Tensor:
-    """The same content in other strides."""
+    """Returns the same content in other strides."""
     kind = rng.choice(["contiguous", "transposed", "strided", "inside"])
     if kind == "transposed":
         return x.T.contiguous().T
@@ -74,7 +74,7 @@ def draw_layout(rng: random.Random, x: Tensor) -> Tensor:
 
 
 def draw_cuts(rng: random.Random, tokens: int) -> Tensor:
-    """Also with empty sequences, and for no tokens with none at all."""
+    """Draws cu_seqlens, also with empty sequences, and for no tokens with none at all."""
     inner = sorted(rng.randint(0, tokens) for _ in range(rng.randint(0, 6)))
     return torch.tensor([0, *inner, tokens] if tokens or rng.random() < 0.5 else [0], dtype=torch.int32)
 
@@ -105,7 +105,7 @@ def check_same(got: tuple, want: tuple) -> None:
 
 
 def defined(case: Case, function) -> Tensor:
-    """What a function of rows gives for each sequence alone."""
+    """Returns the results of a function of rows on each sequence alone."""
     return torch.cat([case.mask[:, :0], *(function(*rows) for rows in case.sequences())], -1)
 
 

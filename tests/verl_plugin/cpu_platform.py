@@ -1,4 +1,4 @@
-"""A CPU as a platform of verl, which knows only accelerators: loaded in each process by VERL_USE_EXTERNAL_MODULES.
+"""Makes a CPU a platform of verl, which knows only accelerators; VERL_USE_EXTERNAL_MODULES loads it in each process.
 
 VERL_ENGINE_DEVICE=cuda lets it have the engines that are registered for a GPU.
 """
@@ -14,7 +14,7 @@ NOTHING = ("empty_cache", "reset_peak_memory_stats", "ipc_collect", "set_device"
 
 
 def device_module() -> types.ModuleType:
-    """torch.cpu with what verl asks of a device's module."""
+    """Returns torch.cpu with the attributes that verl needs of a device's module."""
     module = types.ModuleType("cpu_device")
     module.__dict__.update(torch.cpu.__dict__)
     module.__dict__.update({name: lambda *_: None for name in NOTHING})
@@ -92,14 +92,14 @@ set_platform(PlatformCPU())
 
 
 def allow_fsdp1() -> None:
-    """FSDP1 refuses to broadcast weights of a CPU, which gloo can."""
+    """Lets FSDP1 broadcast weights of a CPU, which it refuses and gloo can."""
     from torch.distributed.fsdp import _init_utils
 
     _init_utils._check_module_states_for_sync_module_states = lambda states: None
 
 
 def allow_gloo() -> None:
-    """verl asks for the backend of a CPU and of the device, which torch takes for two of a CPU."""
+    """Lets verl name one backend for the CPU and one for the device: torch takes them for two of the CPU."""
     init_process_group = torch.distributed.init_process_group
 
     def init(backend=None, *args, **kwargs):
@@ -109,7 +109,7 @@ def allow_gloo() -> None:
 
 
 def allow_offload() -> None:
-    """The reference's weights lie in pinned memory, which takes an accelerator."""
+    """Keeps the reference's weights in plain memory, since pinned memory needs an accelerator."""
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
 
 

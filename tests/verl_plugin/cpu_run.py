@@ -1,4 +1,4 @@
-"""verl's own training run on a CPU, but for the answers: python -m cpu_run FOLDER OVERRIDE...
+"""Runs verl's own training on a CPU, with fixed answers: python -m cpu_run FOLDER OVERRIDE...
 
 `run_ppo`, its task runner, trainer, Ray workers with the FSDP engine, and transfer queue are verl's. There is no
 inference engine: answers of fixed lengths are drawn from a seed, one too few. FOLDER gets, for each step, what the
@@ -25,7 +25,7 @@ RHYTHM = ["rhythm_waad", "rhythm_fai"]
 
 
 class FixedAnswers:
-    """In place of AgentLoopManagerTQ: puts answers into the transfer queue as it does."""
+    """Stands for AgentLoopManagerTQ: puts answers into the transfer queue as it does."""
 
     def __init__(self, config):
         self.config = config
@@ -85,7 +85,7 @@ def register_trainer(folder: Path) -> None:
 
     @trainer_base.register_trainer("cpu")
     class CPUTrainer(trainer_base.PPOTrainer):
-        """PPOTrainerSync without replicas of an inference engine; keeps what it trains on."""
+        """PPOTrainerSync without replicas of an inference engine; keeps the batches that it trains on."""
 
         _enable_hybrid_replicas = False
 

@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(data):
-    """What the script's own command prints of its config, by verl's main_ppo and Hydra."""
+    """Returns the config that the script's own command prints, by verl's main_ppo and Hydra."""
     env = os.environ | {"PYTHON": sys.executable, "DATA": str(data), "STRATEGY": "global"}
     command = ["bash", str(cases.EXAMPLES / "one_node.sh"), "+rhythm.top_fraction=0.2", "--cfg", "job"]
     printed = subprocess.run(command, env=env, text=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""How the plug-in is loaded, what it says to a config, and the trainer's side on verl's own methods."""
+"""The plug-in's loading, its checks of a config, and the trainer's side on verl's own methods."""
 
 import os
 import subprocess
@@ -181,7 +181,7 @@ def test_a_distillation_with_rewards_is_credited():
 
 
 def loss_gradient(loss_mode: str, advantages: torch.Tensor) -> torch.Tensor:
-    """The gradient of one of verl's policy losses by the log-probs of two answers of seven tokens."""
+    """Returns the gradient of one of verl's policy losses by the log-probs of two answers of seven tokens."""
     draw = torch.Generator().manual_seed(0)
     old = -torch.rand(2, 7, generator=draw, dtype=torch.float64)
     new = (old + 0.1 * torch.rand(2, 7, generator=draw, dtype=torch.float64)).requires_grad_()
@@ -279,7 +279,7 @@ SCORES = [1.0, 0.0, 0.5, 0.0, 1.0, 1.0]
 
 @pytest.fixture
 def run(model_folder, monkeypatch):
-    """A function: options of the block -> (trainer, store, batch) at the start of a step."""
+    """Returns a function that gives (trainer, store, batch) at the start of a step, from options of the block."""
     engine = cases.make_engine(model_folder)
 
     def start(*overrides):
@@ -377,7 +377,7 @@ def test_tokens_that_verl_rejects_are_not_credited(run):
 
 
 def test_the_references_pass_is_not_read(run):
-    """With LoRA it is a call of the same method of the same workers."""
+    """LoRA makes it a call of the same method of the same workers."""
     trainer, store, asked = run("+rhythm.strategy=coupled")
     returned = trainer._compute_old_log_prob(asked, {})
     for name in plugin.SIGNALS:

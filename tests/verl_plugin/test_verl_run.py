@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(model_folder, tmp_path_factory) -> Run:
-    """Three steps with the flags of the example's script, as far as TINY does not change them."""
+    """Runs three steps with the flags of the example's script that TINY does not change."""
     folder, data = tmp_path_factory.mktemp("run"), cases.write_countdown(tmp_path_factory.mktemp("data"))
     env = {"MODEL": str(model_folder), "DATA": str(data), "GPUS": "2", "RUNS": str(data)}
     flags = cases.script_flags(data, "one_node.sh", **env)[2:]

@@ -50,7 +50,7 @@ def test_equals_the_dense_rhythm_and_leaves_the_log_probs(engines, model_folder,
 
 
 def test_the_micro_batches_are_several_and_reordered(engines, monkeypatch):
-    """What the test above would not see if all sequences came in one micro-batch, in order."""
+    """The test above needs this: in one micro-batch, in order, it would not see a wrong order."""
     engine, fields = engines(), cases.make_fields()
     seen = []
     forward_step = type(engine).forward_step
@@ -77,7 +77,7 @@ def test_a_packed_length_that_verl_rounds_up(engines, model_folder):
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_a_micro_batch_without_a_response_token(engines, packed):
-    """As verl makes of the rows that it pads a batch with."""
+    """verl makes one of the rows that it pads a batch with."""
     engine, fields = engines(packed=packed), cases.make_fields([(9, 1)])
     fields["response_mask"] = cases.nested([torch.zeros(1, dtype=torch.long)])
     output = cases.log_prob_pass(engine, cases.make_batch(fields, {}, use_remove_padding=packed))
@@ -117,7 +117,7 @@ def test_given_head_groups_serve_every_sequence(engines, model_folder, packed):
 
 
 def test_in_16_bits_it_is_as_close_as_eager_attention(engines, model_folder):
-    """verl's default precision; the statistics themselves are not rounded to 16 bits by its autocast."""
+    """verl's default precision is 16 bits. Its autocast does not round the statistics themselves."""
     engine, fields = engines(precision="bf16"), cases.make_fields()
     output = cases.log_prob_pass(engine, cases.make_batch(fields, {}))
     exact, eager = cases.dense_of_each(model_folder, fields), cases.dense_of_each(model_folder, fields, torch.bfloat16)

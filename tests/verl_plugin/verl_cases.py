@@ -41,14 +41,14 @@ def save_model(folder: Path) -> Path:
 
 
 def write_countdown(folder: Path) -> Path:
-    """The example's problems, but few."""
+    """Writes a few of the example's problems."""
     command = [sys.executable, str(EXAMPLES / "countdown.py"), "--out", str(folder), "--train", "24", "--test", "8"]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
 def script_flags(folder: Path, script: str, *args: str, **env: str) -> list[str]:
-    """What a run script of the examples would call Python with, one line each."""
+    """Returns the arguments with which a run script of the examples calls Python."""
     python = folder / "python"
     python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     python.chmod(0o755)
@@ -59,7 +59,7 @@ def script_flags(folder: Path, script: str, *args: str, **env: str) -> list[str]
 
 
 def make_engine(folder: Path, strategy="fsdp2", *, packed=True, fused=False, lora=0, precision="fp32", **config):
-    """The engine of verl's registry; world size 1 unless torch.distributed runs."""
+    """Returns the engine of verl's registry; world size 1 unless torch.distributed runs."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     engine = EngineRegistry.new(
@@ -92,7 +92,7 @@ def nested(rows) -> torch.Tensor:
 
 
 def make_fields(lengths=LENGTHS, seed: int = 1) -> dict[str, torch.Tensor]:
-    """The fields of a batch as verl's rollout leaves them; the longer responses have a hole, as of a tool's answer."""
+    """Returns the fields of a batch after verl's rollout; longer responses have a hole, like a tool's answer."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(SIZES["vocab_size"], (sum(pair),), generator=generator) for pair in lengths]
     masks = [torch.ones(response, dtype=torch.long) for _, response in lengths]
@@ -110,7 +110,7 @@ def make_fields(lengths=LENGTHS, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def make_batch(fields: dict[str, torch.Tensor], request: dict | None = None, **settings) -> TensorDict:
-    """What a worker gets in a compute_log_prob call."""
+    """Returns the batch that a worker gets in a compute_log_prob call."""
     batch = TensorDict(fields, batch_size=len(fields["input_ids"]))
     defaults = {
         "temperature": 1.0,
@@ -133,13 +133,13 @@ def log_prob_pass(engine, batch: TensorDict) -> dict[str, torch.Tensor]:
 
 
 def response_rows(fields: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """R of each whole sequence, bool."""
+    """Returns R of each whole sequence, bool."""
     pairs = zip(fields["input_ids"].unbind(), fields["response_mask"].unbind())
     return [torch.cat([torch.zeros(len(ids) - len(mask)), mask]).bool() for ids, mask in pairs]
 
 
 class Dense(NamedTuple):
-    """Of each sequence, fp64."""
+    """The dense values of each sequence, fp64."""
 
     waad: list[torch.Tensor]  # [T]
     fai: list[torch.Tensor]  # [T]
@@ -147,7 +147,7 @@ class Dense(NamedTuple):
 
 
 def dense_of_each(folder: Path, fields: dict[str, torch.Tensor], dtype=torch.float32, groups=None) -> Dense:
-    """Each sequence alone, from eager attention's maps; head groups [1, L HQ] for all, or of its own spans."""
+    """Computes each sequence alone, from eager attention's maps; head groups [1, L HQ] for all, or of its own spans."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
     layers = sampled_layers(model.config.num_hidden_layers)
     dense = Dense([], [], [])
@@ -164,7 +164,7 @@ def dense_of_each(folder: Path, fields: dict[str, torch.Tensor], dtype=torch.flo
 
 
 def assert_rhythm(output, folder: Path, fields: dict[str, torch.Tensor], groups=None, atol: float = 2e-5) -> None:
-    """The rhythm of a model output, against that of each sequence alone."""
+    """Holds the rhythm of a model output against that of each sequence alone."""
     dense = dense_of_each(folder, fields, groups=groups)
     for name, wanted in (("rhythm_waad", dense.waad), ("rhythm_fai", dense.fai)):
         for index, (row, expected) in enumerate(zip(output[name].unbind(), wanted, strict=True)):
