@@ -132,8 +132,8 @@ class RhythmMixin:
         super().__init__(model, reward_funcs, args, *others, **named)
         if args.importance_sampling_level == SEQUENCE_TOKEN:
             self._sequence_ratios = True
-            self.importance_sampling_level = "token"  # what TRL's loss does with the old log-probs that it is given
-        if self._credit.reads_attention:  # a model or layers that cannot be read are refused before anything runs
+            self.importance_sampling_level = "token"  # TRL's loss then takes ratios to the old log-probs it is given
+        if self._credit.reads_attention:  # refuses a model or layers that cannot be read before anything runs
             virtual_tokens(self.model)
             self._layers = collect(self.model, **self._credit.collect_arguments).layers
 
