@@ -22,8 +22,10 @@ from rhythm_kernels.listen import collector
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config, Model
 from train.distributed import World
-from train.policy import Policy, build_model, read_batch
+from train.loading import build_model
+from train.policy import Policy
 from train.presets import load_preset
+from train.reading import read_batch
 from train.rollout import Completion
 from train.update import update_policy
 from train.words import build_tokenizer

@@ -55,7 +55,9 @@ from rhythm_kernels.types import AttentionStats
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config
 from train.distributed import World, shard
-from train.policy import Policy, TokenStats, activation_checkpointing, read_batch
+from train.loading import activation_checkpointing
+from train.policy import Policy
+from train.reading import TokenStats, read_batch
 from train.rollout import Completion
 from train.update import make_optimizer, update_policy
 

@@ -8,7 +8,7 @@ from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import Rhythm
 from train.distributed import World
 from train.metrics import rollout_metrics
-from train.policy import TokenStats
+from train.reading import TokenStats
 
 REWARDS = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0])
 

@@ -8,14 +8,9 @@ import train.policy
 from rhythm_kernels import GroupSchedule, collect
 from train.batch import pack
 from train.distributed import World, settle, weights_of, whole, whole_weights
-from train.policy import (
-    check_head,
-    load_policy,
-    needs_old_log_probs,
-    read_batch,
-    read_log_probs,
-    token_log_probs,
-)
+from train.loading import check_head, load_policy
+from train.policy import token_log_probs
+from train.reading import needs_old_log_probs, read_batch, read_log_probs
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from train_cases import ALONE, PROMPTS, TOKENIZER, all_micros, encode, engine_of
 
 from train import rollout
 from train.batch import pack
-from train.policy import read_log_probs
+from train.reading import read_log_probs
 from train.rollout import Sampling
 
 EOS = TOKENIZER.eos_token_id

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train.checkpoint
 import train.loop
-import train.policy
+import train.reading
 import train.setup
 from rhythm_kernels import collect, group_heads
 from rhythm_kernels.options import STRATEGIES
@@ -189,7 +189,7 @@ def test_head_groups_are_kept_between_calibrations(smoke, tmp_path, monkeypatch,
         passes.append((options["groups"], options["response_mask"], collect(*arguments, **options)))
         return passes[-1][-1]
 
-    monkeypatch.setattr(train.policy, "collect", recorded)
+    monkeypatch.setattr(train.reading, "collect", recorded)
     assert launch(smoke(**EVERY_THIRD, sample_answers=0)) == 0
     rhythms = [collected.rhythm() for *_, collected in passes]
     assert [rhythm.spans is not None for rhythm in rhythms] == [True] * 2 + [False] * 4 + [True] * 2

@@ -8,7 +8,7 @@ from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import GroupSchedule
 from train.distributed import World
 from train.loss import group_advantages
-from train.policy import TokenStats, read_batch, read_log_probs
+from train.reading import TokenStats, read_batch, read_log_probs
 from train.update import make_optimizer, update_policy
 
 REWARDS = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0])

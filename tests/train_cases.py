@@ -5,7 +5,8 @@ import torch
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config, Model
 from train.distributed import World
-from train.policy import Policy, build_model
+from train.loading import build_model
+from train.policy import Policy
 from train.presets import load_preset
 from train.rollout import Completion, Sampling, TransformersEngine
 from train.words import build_tokenizer

@@ -24,7 +24,7 @@ from train.console import Phases, bar
 from train.evaluate import evaluate
 from train.loss import group_advantages
 from train.metrics import UNVERIFIED, learning_warnings, memory_metrics, rollout_metrics
-from train.policy import TokenStats, read_batch, read_log_probs
+from train.reading import TokenStats, read_batch, read_log_probs
 from train.rewards import Score, count_errors, describe_errors
 from train.rollout import Sampling
 from train.samples import write_held_out_samples, write_samples

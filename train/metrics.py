@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rhythm_kernels import CreditOptions, coupled_sets, find_peaks
 from train.batch import Rollouts
 from train.distributed import World
-from train.policy import TokenStats
+from train.reading import TokenStats
 
 FILE = "metrics.jsonl"
 UNVERIFIED = "most answers could not be verified, and got 0 whatever they say"

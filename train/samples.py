@@ -10,7 +10,7 @@ from rhythm_kernels import GroupSchedule, token_credit
 from rhythm_kernels.tasks import Problem
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config
-from train.policy import TokenStats, read_batch
+from train.reading import TokenStats, read_batch
 from train.rollout import Sampling
 from train.setup import TrainingRun
 

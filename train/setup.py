@@ -16,8 +16,9 @@ from train.config import BadSetting, Config
 from train.console import say
 from train.data import ProblemStream
 from train.distributed import World, settle, whole_weights
+from train.loading import load_model, load_policy
 from train.metrics import MetricsLog
-from train.policy import Policy, load_model, load_policy
+from train.policy import Policy
 from train.problems import EvalSet, Prompts, check_fit, check_verifiers, load_task, stop_ids
 from train.rewards import Rewards
 from train.rollout import Engine, TransformersEngine

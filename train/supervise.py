@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rhythm_kernels.tasks import Problem
-from train import policy, words
+from train import loading, words
 from train.config import BadSetting, Config
 from train.console import bar, say
 from train.distributed import World
-from train.policy import build_model
+from train.loading import build_model
 from train.words import build_tokenizer, demonstrate
 
 BATCHES_PER_SORT = 16  # demonstrations are sorted by length over this many batches, which halves the padding
@@ -30,7 +30,7 @@ BATCHES_PER_SORT = 16  # demonstrations are sorted by length over this many batc
 
 def warm_start_path(config: Config, seed: int) -> Path:
     """Where this configuration's warm start lies, by a hash of its settings and of the code that it goes through."""
-    code = "".join(Path(file).read_text(encoding="utf-8") for file in (words.__file__, policy.__file__, __file__))
+    code = "".join(Path(file).read_text(encoding="utf-8") for file in (words.__file__, loading.__file__, __file__))
     parts = [
         asdict(config.words),
         asdict(config.model),

@@ -14,7 +14,8 @@ from train.batch import Rollouts, micro_batches
 from train.config import Config, RunError
 from train.distributed import World, whole
 from train.loss import grpo_loss, sampler_correction, token_weights
-from train.policy import Policy, TokenStats
+from train.policy import Policy
+from train.reading import TokenStats
 
 SUMS = ("loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")  # of the parts of `grpo_loss`
 

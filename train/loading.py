@@ -1,0 +1,124 @@
+"""Builds the model from scratch, or loads it: onto this rank's device and, where there are several, as its shards."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import train.attention  # noqa: F401  registers "packed"
+from rhythm_kernels.fit import broken_weight
+from train.config import BadSetting, Config, Model
+from train.distributed import World, shard
+from train.policy import Policy
+
+
+def build_model(shape: Model, tokenizer: PreTrainedTokenizerBase, context: int) -> PreTrainedModel:
+    """A Qwen3 with random weights from the global generator, in evaluation mode (it has no dropout)."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.mlp_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+    """A saved model, its weights in memory of their own, without dropout. BadSetting where a weight is no number.
+
+    Loaded weights may lie in a mapped file, at an alignment that another process would not have; results that repeat
+    to the bit want the same alignment.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    if name := broken_weight(model):
+        raise BadSetting(f"--model must have finite weights, got {str(folder)!r}, whose {name} holds NaN or infinity")
+    return _without_dropout(model).eval()
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
+def load_policy(folder: str | Path, config: Config, world: World, *, trains: bool = True) -> Policy:
+    """The policy on this rank's device, its float32 parameters sharded where there are several ranks or it computes in
+    another dtype. The first rank reads the files, the others get their shards from it."""
+    attention, dtype = config.model.attention, getattr(torch, config.model.dtype)
+    if world.is_first:
+        model = load_model(folder, attention=attention)
+        check_head(model)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation=attention
+            )
+        _without_dropout(model).eval()
+    model.config.dtype = dtype  # of what checkpoints export
+    if config.model.gradient_checkpointing and trains:
+        activation_checkpointing(model)
+    policy = Policy(model, config.rollout.temperature).eval()
+    if world.size == 1:
+        policy.to(world.device)
+        if dtype != torch.float32:
+            shard(policy, policy.decoder.layers, world, dtype)
+        return policy.requires_grad_(trains)
+    state = model.state_dict() if world.is_first else {}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if world.is_first else {}
+    shard(policy, policy.decoder.layers, world, dtype)
+    policy.to_empty(device=world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(policy.model, state, options=options)
+    for name, buffer in policy.model.named_buffers():
+        if world.is_first:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
+    return policy.requires_grad_(trains)
+
+
+def activation_checkpointing(model: PreTrainedModel) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name in later versions
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Raises for a model whose logits are more than its output layer's, such as scaled or soft-capped ones."""
+    ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa" if attention == "packed" else attention)
+    try:
+        whole = model(ids, use_cache=False).logits
+        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
+    finally:
+        model.set_attn_implementation(attention)
+    plain = model.get_output_embeddings()(hidden)
+    if not torch.allclose(whole.float(), plain.float(), rtol=1e-3, atol=1e-3):
+        raise BadSetting(
+            f"--model must have logits that are its output layer's alone, got {type(model).__name__}, which "
+            "changes them (scaling or soft-capping): its log-probabilities would be wrong here"
+        )
