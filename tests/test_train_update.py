@@ -208,4 +208,4 @@ def test_the_host_waits_once_an_optimizer_step(batch, loss_type, on_policy):
     steps = 3 * 2
     assert len(ran) > steps
     functions = [wait.where.split(" in ")[-1] for wait in work.waits]
-    assert functions == ["update_policy", *["_step"] * steps, "update_policy"], work.waits
+    assert functions == ["_split", *["_step"] * steps, "update_policy"], work.waits

@@ -2,26 +2,28 @@
 
 On a GPU the host runs ahead of the device through all micro-batches of an optimizer step, and waits once: for the norm
 of the gradient, before the weights change.
+Shapes: N tokens in the batch, B answers, m tokens in the answers of a micro-batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from train.batch import Rollouts, micro_batches
-from train.config import Config, RunError
+from train.batch import MicroBatch, Rollouts, micro_batches
+from train.config import GRPO, Config, RunError
 from train.distributed import World, whole
 from train.loss import grpo_loss, sampler_correction, token_weights
 from train.policy import Policy
 from train.reading import TokenStats
 
-SUMS = ("loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")  # of the parts of `grpo_loss`
+SUMS = ("loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")  # metrics that `grpo_loss` always returns
 
 
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
-    """The policy's AdamW: on a GPU the fused one, whose step holds no copy of the second moments.
+    """Returns the policy's AdamW: on a GPU the fused one, whose step holds no copy of the second moments.
 
     On a CPU it is torch's loop over the parameters, which holds a copy of one of them.
     """
@@ -42,9 +44,7 @@ def update_policy(
     *,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[dict[str, float], TokenStats]:
-    """`gradient_steps` optimizer steps on equal shares of the batch, `num_iterations` times.
-
-    Answers whose advantage is 0 throughout have no gradient: they count in the loss's denominator and are not run.
+    """Makes `gradient_steps` optimizer steps on equal shares of the batch, `num_iterations` times.
 
     Args:
         old: without log-probabilities where there is one step only, whose own they are.
@@ -55,66 +55,103 @@ def update_policy(
         (NaN for others) if it had none.
     """
     grpo = config.grpo
-    count = grpo.num_iterations * grpo.gradient_steps
+    is_on_policy = old.log_probs is None
+    if is_on_policy:
+        old = _with_unknown_log_probs(old, batch)
+    steps = _split(batch, advantages, config, world) * grpo.num_iterations
     names = (*SUMS, "kl") if grpo.beta else SUMS
-    totals, mean_norm = torch.zeros(len(names), dtype=torch.float64, device=batch.ids.device), 0.0
-    on_policy = old.log_probs is None
-    if on_policy:
-        unknown = [torch.where(batch.response_mask, torch.nan, torch.zeros_like(batch.log_probs)) for _ in range(2)]
-        old = old._replace(log_probs=unknown[0], entropy=unknown[1])
-    counts = batch.finished if grpo.mask_truncated_completions else torch.ones_like(batch.finished)
-    moves = counts if grpo.beta else counts & (batch.per_sequence(((advantages != 0) & batch.response_mask).long()) > 0)
-    learnable = [row for row, move in enumerate(moves.tolist()) if move]
-    size = len(moves) // grpo.gradient_steps  # whole groups in each share, since gradient_steps divides the problems
-    shares = [range(start, start + size) for start in range(0, len(moves), size)]
-    micros_of = [
-        micro_batches(batch, [row for row in learnable if row in share], grpo.micro_batch_tokens, world)
-        for share in shares
-    ]
+    metrics, norm = torch.zeros(len(names), dtype=torch.float64, device=batch.ids.device), 0.0
     with _training(policy):
-        for share, micros in [*zip(shares, micros_of, strict=True)] * grpo.num_iterations:
-            chosen = torch.zeros_like(counts)
-            chosen[share.start : share.stop] = counts[share.start : share.stop]
-            weights = token_weights(batch, chosen, grpo.loss_type, config.rollout.max_completion_length, world)
-            sums = torch.zeros_like(totals)
+        for counted, micros in steps:
+            weights = token_weights(batch, counted, grpo.loss_type, config.rollout.max_completion_length, world)
+            step_metrics = torch.zeros_like(metrics)
             for micro in micros:
-                log_probs, entropy = policy(micro, entropy=on_policy)
+                log_probs, entropy = policy(micro, entropy=is_on_policy)
                 if micro.is_surplus:
                     (0.0 * log_probs.sum()).backward()
                     continue
-                answers = micro.place[micro.answers]
-                if on_policy:
-                    old.log_probs[answers], old.entropy[answers] = log_probs.detach().float(), entropy.float()
-                before = old.log_probs[answers]
-                corrected = grpo.vllm_importance_sampling_correction
-                loss, parts = grpo_loss(
-                    log_probs,
-                    before,
-                    advantages[answers],
-                    weights[answers],
-                    epsilon=grpo.epsilon,
-                    epsilon_high=grpo.epsilon_high,
-                    correction=sampler_correction(before, batch.log_probs[answers], grpo.vllm_importance_sampling_cap)
-                    if corrected
-                    else None,
-                    reference_log_probs=None if reference_log_probs is None else reference_log_probs[answers],
-                    beta=grpo.beta,
-                )
+                tokens = micro.place[micro.answers]
+                if is_on_policy:
+                    old.log_probs[tokens], old.entropy[tokens] = log_probs.detach().float(), entropy.float()
+                loss, parts = _loss(log_probs, tokens, batch, old, advantages, weights, reference_log_probs, grpo)
                 (loss * world.size).backward()  # gradients are averaged over the ranks
+                step_metrics += torch.stack([parts[name] for name in names]).double()
                 progress(len(micro.place))
-                sums += torch.stack([parts[name] for name in names]).double()
-            totals += sums / count
+            metrics += step_metrics / len(steps)
             if micros:
-                mean_norm += _step(policy, optimizer, grpo.max_grad_norm) / world.size / count
-    summed = world.sum(torch.cat([totals, totals.new_full((1,), mean_norm)])).tolist()
-    return dict(zip((*names, "grad_norm"), summed, strict=True)), old
+                norm += _step(policy, optimizer, grpo.max_grad_norm) / world.size / len(steps)
+    means = world.sum(torch.cat([metrics, metrics.new_full((1,), norm)])).tolist()
+    return dict(zip((*names, "grad_norm"), means, strict=True)), old
+
+
+def _with_unknown_log_probs(old: TokenStats, batch: Rollouts) -> TokenStats:
+    """NaN in answers, to be replaced as they are run; 0 in prompts."""
+    unknown = torch.where(batch.response_mask, torch.nan, 0.0)
+    return old._replace(log_probs=unknown, entropy=unknown.clone())
+
+
+class _OptimizerStep(NamedTuple):
+    counted: Tensor
+    """[B] bool: the answers over which the loss is averaged."""
+    micros: list[MicroBatch]
+    """Those of them that have a gradient."""
+
+
+def _split(batch: Rollouts, advantages: Tensor, config: Config, world: World) -> list[_OptimizerStep]:
+    """Splits the batch into equal shares of whole groups, one for each optimizer step of a pass.
+
+    Answers whose advantages are all 0 have no gradient: they count in the loss's denominator and are not run.
+    """
+    grpo = config.grpo
+    counted = batch.finished if grpo.mask_truncated_completions else torch.ones_like(batch.finished)
+    has_advantage = batch.per_sequence(((advantages != 0) & batch.response_mask).long()) > 0
+    runs = (counted if grpo.beta else counted & has_advantage).tolist()  # the divergence pulls at every answer
+    size = len(runs) // grpo.gradient_steps  # whole groups, since gradient_steps divides the problems
+    steps = []
+    for start in range(0, len(runs), size):
+        share = slice(start, start + size)
+        counted_here = torch.zeros_like(counted)
+        counted_here[share] = counted[share]
+        rows = [row for row in range(len(runs))[share] if runs[row]]
+        steps.append(_OptimizerStep(counted_here, micro_batches(batch, rows, grpo.micro_batch_tokens, world)))
+    return steps
+
+
+def _loss(
+    log_probs: Tensor,
+    tokens: Tensor,
+    batch: Rollouts,
+    old: TokenStats,
+    advantages: Tensor,
+    weights: Tensor,
+    reference_log_probs: Tensor | None,
+    grpo: GRPO,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns `grpo_loss` of one micro-batch: log_probs [m] of the batch's `tokens` [m]; the other tensors are [N]."""
+    old_log_probs, correction = old.log_probs[tokens], None
+    if grpo.vllm_importance_sampling_correction:
+        correction = sampler_correction(old_log_probs, batch.log_probs[tokens], grpo.vllm_importance_sampling_cap)
+    return grpo_loss(
+        log_probs,
+        old_log_probs,
+        advantages[tokens],
+        weights[tokens],
+        epsilon=grpo.epsilon,
+        epsilon_high=grpo.epsilon_high,
+        correction=correction,
+        reference_log_probs=None if reference_log_probs is None else reference_log_probs[tokens],
+        beta=grpo.beta,
+    )
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
-    """One optimizer step; the norm of its gradient before clipping, for which it waits."""
+    """Makes one optimizer step and returns the norm of its gradient before clipping, for which the host waits.
+
+    Raises:
+        RunError: the norm is not finite, as from the credit of a NaN signal; it does not reach the weights.
+    """
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)).item()
     if not norm < float("inf"):
-        # as from the credit of a signal that is not finite: it ends the run before it reaches the weights
         raise RunError(f"the gradient is non-finite (norm {norm}): no step was made")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -122,8 +159,8 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float
 
 
 @contextmanager
-def _training(policy: Policy):
-    """Only in training mode are activations checkpointed; there is no dropout."""
+def _training(policy: Policy) -> Iterator[None]:
+    """Puts the policy into training mode, in which alone activations are checkpointed; it has no dropout."""
     policy.train()
     try:
         yield
