@@ -2,13 +2,13 @@
 
     checkpoints/step-000025/
       trainer.json          step, config, what the loop shares; every tensor's shape, every file's size and CRC32
-      rank-R.safetensors    rank R's random generators, and what else is its own
-      state/                parameters and optimizer state: a shard of each on each rank, read by any number of ranks
+      rank-R.safetensors    rank R's random generators, and its other own tensors
+      state/                parameters and optimizer state: each rank writes its shards, any number of ranks read them
       model/                the whole model and the tokenizer, for from_pretrained
 
-A checkpoint is written under another name, flushed to the disk and renamed: a folder of that name is complete. All is
-safetensors and JSON; nothing is unpickled. The folder must be one that all ranks see. What fails on one rank fails on
-all with the same message, so none waits for the others forever.
+A checkpoint is written under another name, flushed to the disk and renamed, so a folder of that name is complete.
+Everything is safetensors and JSON; nothing is unpickled. All ranks must see the folder. A failure on one rank is raised
+on all with the same message, so that none waits for the others forever.
 """
 
 import json
@@ -28,15 +28,16 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.config import RunError
-from train.distributed import weights_of, whole
+from train.distributed import weights_of, whole_weights
 
 FORMAT = 1
 RECORD, STATE, MODEL = "trainer.json", "state", "model"
 UNFINISHED = "unfinished-"
-FILE_BYTES = 2 << 30  # of state a rank puts into one file: DCP makes a file in memory before it writes it
+FILE_BYTES = 2 << 30  # the most state that a rank puts into one file, which DCP makes in memory before it writes it
 CHUNK_BYTES = 16 << 20
 
 T = TypeVar("T")
@@ -47,18 +48,18 @@ class CheckpointError(RunError):
 
 
 class Checkpoint(NamedTuple):
-    """What `restore` gives back: the step, and what was passed to `save_checkpoint` at it."""
+    """The step that `restore` found, and what was passed to `save_checkpoint` at it."""
 
     step: int
     shared: dict
     own: dict[str, Tensor] | None
-    """None on a rank that the saved run did not have: its random generators are as they were, to be seeded anew."""
+    """None on a rank that the saved run did not have: its random generators are left as they are."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d{6,}", path.name)), key=_step_of)
+    """Returns the complete checkpoints of a run, oldest first."""
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in folders if re.fullmatch(r"step-\d{6,}", path.name)), key=_step_of)
 
 
 def save_checkpoint(
@@ -73,11 +74,17 @@ def save_checkpoint(
     config: dict,
     keep: int,
 ) -> Path:
-    """Writes the checkpoint of `step` and removes all but the last `keep`; every rank calls it and gets the folder.
+    """Writes the checkpoint of `step`, removes all but the last `keep`, and returns the folder; every rank calls it.
 
-    `shared` and `config` are what JSON can hold, and rank 0's are written; `own` are each rank's tensors. Optimizer
-    state must be tensors; the numbers of the param_groups, such as the learning rate, are not saved. A complete
-    checkpoint of that step is left as it is. Raises CheckpointError, after removing what it wrote.
+    A complete checkpoint of that step is left as it is. Numbers of the optimizer's param_groups, such as the learning
+    rate, are not saved.
+
+    Args:
+        shared, config: what JSON can hold; rank 0's are written.
+        own: each rank's own tensors.
+
+    Raises:
+        CheckpointError: it cannot be written. What was written of it is removed first.
     """
     folder = run / "checkpoints" / f"step-{step:06d}"
     unfinished = folder.with_name(UNFINISHED + folder.name)
@@ -101,18 +108,24 @@ def save_checkpoint(
 
 
 def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, config: dict) -> Checkpoint:
-    """Puts parameters, optimizer state and random generators back to where the checkpoint was made.
+    """Puts parameters, optimizer state and random generators back to where the checkpoint was made; all ranks call it.
 
-    Every rank calls it, with the model and the optimizer built as at the run's start; their number may differ from the
-    saved run's. Each file's size and CRC32, `config` (all that must stay equal) and the model's shapes and dtypes are
-    checked before anything is changed. Tensors are copied into the model's own memory, and into optimizer state made as
-    a first step makes it, so that a continued run repeats to the bit.
+    Each file's size and CRC32, `config` and the model's shapes and dtypes are checked before anything is changed.
+    Tensors are copied into the model's own memory, and into optimizer state made as a first step makes it, so that a
+    continued run repeats to the bit.
+
+    Args:
+        model, optimizer: built as at the run's start, on any number of ranks.
+        config: all settings that must be those of the saved run.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or another run's.
     """
     rank, _ = _rank_and_world()
     record = _on_all_ranks(lambda: _verify(folder))[rank]
     tensors = {f"model/{name}": tensor for name, tensor in weights_of(model).items()}
     saved = {name: spec for name, spec in record["tensors"].items() if name.startswith("model/")}
-    _compare(folder, "other settings", _flat(record["config"]), _flat(_as_json(config)))
+    _compare(folder, "other settings", _reprs(record["config"]), _reprs(config))
     _compare(folder, "another model", saved, _specs(tensors))
     _make_optimizer_state(model, optimizer, record["tensors"])
     tensors = _state(model, optimizer)
@@ -125,17 +138,15 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
 
 
 def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """model/NAME and optimizer/NAME/KEY of everything that is saved in shards."""
-    weights = weights_of(model)
-    names = {id(tensor): name for name, tensor in weights.items()}
-    state = {f"model/{name}": tensor for name, tensor in weights.items()}
-    for parameter, values in optimizer.state.items():
-        if id(parameter) not in names:
-            raise ValueError("the optimizer has a parameter that the model has not: build it after sharding the model")
-        for key, value in values.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"optimizer state must be tensors, got {key} {value!r} of {names[id(parameter)]}")
-            state[f"optimizer/{names[id(parameter)]}/{key}"] = value
+    """Returns model/NAME and optimizer/NAME/KEY, sharded where they are.
+
+    The model's tensors come from `weights_of`: torch's get_model_state_dict names a tied weight twice, and it would be
+    written twice.
+    """
+    state = {f"model/{name}": tensor for name, tensor in weights_of(model).items()}
+    if optimizer.state:  # otherwise torch would make it, and leave Adam one step ahead
+        for name, values in get_optimizer_state_dict(model, optimizer)["state"].items():
+            state |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
     return state
 
 
@@ -144,18 +155,14 @@ def _specs(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _make_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Iterable[str]):
-    """Has the optimizer make its state of the saved parameters as it does in training, by a step that moves nothing."""
+    """Has the optimizer make its state of the saved parameters as it does in training."""
     stepped = {name.split("/")[1] for name in saved if name.startswith("optimizer/")}
     optimizer.state.clear()
-    for name, tensor in weights_of(model).items():
-        tensor.grad = torch.zeros_like(tensor) if name in stepped else None
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
+    if stepped:
+        get_optimizer_state_dict(model, optimizer)  # makes it, by a step with gradients and learning rate of 0
+    for name, parameter in model.named_parameters():
+        if name not in stepped:
+            optimizer.state.pop(parameter, None)
 
 
 # Writing
@@ -188,19 +195,14 @@ def _write_state(
 
 
 def _export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-    """The model as users load it, in its config's dtype. Rank 0 holds it whole on the CPU, the others a weight each."""
-    config, dtype, rank = model.config, model.config.dtype or model.dtype, _rank_and_world()[0]
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    gathered = {}
-    for name, tensor in weights_of(model).items():
-        full = whole(tensor.detach())  # on every rank alike: all of them have a part of it
-        if rank == 0:
-            gathered[name] = full.to("cpu", dtype if full.is_floating_point() else None)
+    """Writes the model in its config's dtype. Rank 0 holds it whole on the CPU, the others one weight at a time."""
+    config, dtype = model.config, model.config.dtype or model.dtype
+    weights = {}
+    for name, weight in whole_weights(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype):
+        if _rank_and_world()[0] == 0:
+            weights[name] = weight.cpu()
 
     def write():
-        tied = model.state_dict(keep_vars=True)
-        first = {id(tensor): name for name, tensor in reversed(tied.items())}
-        weights = {name: gathered[first[id(tensor)]] for name, tensor in tied.items() if first[id(tensor)] in gathered}
         try:
             model.save_pretrained(folder, state_dict=weights)
         finally:
@@ -212,7 +214,6 @@ def _export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def _publish(unfinished: Path, folder: Path, record: dict):
-    record = _as_json(record)
     (unfinished / RECORD).write_text(json.dumps(record | {"crc32": _sum_of(record)}, indent=1) + "\n")
     for path in (unfinished / RECORD, unfinished / STATE, unfinished / MODEL, unfinished):
         _flush(path)
@@ -222,7 +223,7 @@ def _publish(unfinished: Path, folder: Path, record: dict):
 
 
 def _clean_up(unfinished: Path, folder: Path, cause: str) -> str:
-    """Removes what was written, and says what happened."""
+    """Removes what was written, and returns the message that says so."""
     run = folder.parent.parent
     free = shutil.disk_usage(run).free
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -242,7 +243,7 @@ def _prune(run: Path, keep: int):
 
 
 def _verify(folder: Path) -> dict:
-    """The record, once it and this rank's share of the files are found to be as they were written."""
+    """Returns the record, after it and this rank's share of the files were found to be as they were written."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
         form = record["format"]
@@ -262,7 +263,7 @@ def _verify(folder: Path) -> dict:
         if _crc32(path) != crc:
             raise _damaged(folder, name, "has another CRC32 than when it was written")
     for path in (folder / STATE).iterdir():
-        if f"{STATE}/{path.name}" not in files:  # it would be read as one more shard
+        if f"{STATE}/{path.name}" not in files:  # DCP would read it as one more shard
             raise _damaged(folder, f"{STATE}/{path.name}", "was not written with it")
     return record
 
@@ -285,7 +286,7 @@ def _compare(folder: Path, what: str, there: dict[str, str], here: dict[str, str
 
 
 def _read_state(folder: Path, tensors: dict[str, Tensor], rank: int | None) -> dict[str, Tensor] | None:
-    """Fills `tensors`, and the random generators if it is the checkpoint's rank; returns that rank's own."""
+    """Fills `tensors`; of a rank that the checkpoint has, restores the generators and returns the own tensors."""
     with _one_process_is_fine():
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / STATE))
     if rank is None:
@@ -305,7 +306,7 @@ def _rank_and_world() -> tuple[int, int]:
 
 
 def _on_all_ranks(work: Callable[[], T]) -> list[T]:
-    """Runs `work` on every rank; returns all results, or raises the first rank's failure on every rank."""
+    """Runs `work` on every rank; returns all results, or raises the first failing rank's error on every rank."""
     rank, world = _rank_and_world()
     result = failure = error = None
     try:
@@ -323,14 +324,14 @@ def _on_all_ranks(work: Callable[[], T]) -> list[T]:
 
 
 def _on_first_rank(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 only; every rank gets what it returned, or raises its failure."""
+    """Runs `work` on rank 0; returns its result, or raises its error, on every rank."""
     return _on_all_ranks(lambda: work() if _rank_and_world()[0] == 0 else None)[0]
 
 
 def _failure(error: BaseException, rank: int, world: int) -> str:
     if isinstance(error, CheckpointError):
         return str(error)
-    if isinstance(error, CheckpointException):  # DCP's: the same on all ranks, with the failure of each
+    if isinstance(error, CheckpointException):  # from DCP: the same on all ranks, with each rank's failure
         rank, (error, _) = next(iter(error.failures.items()))
     where = f"rank {rank}: " if world > 1 else ""
     return f"{where}{type(error).__name__}: {error}"
@@ -355,13 +356,13 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _my_share(sizes: dict[str, int]) -> list[str]:
-    """The files that this rank reads through, dealt out by size."""
+    """Returns the files that this rank reads through, dealt out by size."""
     rank, world = _rank_and_world()
-    return sorted(sizes, key=lambda name: (-sizes[name], name))[rank::world]
+    return sorted(sizes, key=sizes.get, reverse=True)[rank::world]
 
 
 def _flush(path: Path):
-    """Has the disk hold what was written to a file, or the names in a folder."""
+    """Waits until the disk holds what was written to a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -382,18 +383,9 @@ def _crc32(path: Path) -> int:
     return crc
 
 
-def _as_json(value: T) -> T:
-    """The value as it comes back from a JSON file: lists in place of tuples, strings as keys."""
-    return json.loads(json.dumps(value))
-
-
 def _sum_of(record: dict) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _flat(settings: dict, group: str = "") -> dict[str, str]:
-    """Nested settings as text, under dotted names."""
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{group}{name}.") if isinstance(value, dict) else {f"{group}{name}": repr(value)}
-    return flat
+def _reprs(settings: dict) -> dict[str, str]:
+    return {name: repr(value) for name, value in settings.items()}
