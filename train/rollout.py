@@ -1,24 +1,21 @@
-"""Answers sampled from the policy: what an engine is, and the embedded one, transformers' generate.
+"""Engines, which sample answers from the policy; and the one that is embedded, on transformers.
 
 The other engine is vLLM, in vllm_engine.py.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from train.distributed import copy_weights
-
-# Tokens. Shorter stages drop finished answers sooner, and cut the cache more often.
-STAGE = 24
+STAGE = 24  # tokens; shorter stages drop finished answers sooner, and cut the cache more often
 
 Progress = Callable[[int, int], object]
-"""Told of answers that are done and tokens that were made since the last call."""
+"""Called with the answers that are done and the tokens that were made since the last call."""
 
 
 class Sampling(NamedTuple):
@@ -35,7 +32,7 @@ class Completion(NamedTuple):
     ids: list[int]
     """With the end of sequence, if it ended by itself."""
     log_probs: list[float]
-    """Natural log, of each id at the temperature, as the engine computed them."""
+    """Natural logarithms, at the temperature, as the engine computed them."""
     finish_reason: str
     """"stop": ended by itself; "length": cut off."""
 
@@ -44,7 +41,7 @@ class Engine(Protocol):
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, progress: Progress | None = None
     ) -> list[Completion]:
-        """`n` answers to each prompt, a group adjacent: i*n .. i*n+n-1 answer prompt i."""
+        """Returns `n` answers to each prompt, a group adjacent: i*n .. i*n+n-1 answer prompt i."""
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes the policy's weights: whole tensors under the names of the model's parameters."""
@@ -60,134 +57,118 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """Batched sampling with a key-value cache, from the policy itself or, where that is sharded, from a copy.
+    """Samples in batches with a key-value cache, from the policy itself or, where that is sharded, from a copy.
 
-    generate() computes finished answers on to the end of the longest. So it is called for STAGE tokens at a time, and
-    only the answers that are still open go into the next stage, with their part of the cache.
+    It samples STAGE tokens of all rows; then the answers that ended leave the batch, and their rows leave the cache.
+
+    Args:
+        stops: tokens that end an answer.
+        is_copy: the model is not the policy, so weights are copied into it.
     """
 
     def __init__(self, model: PreTrainedModel, *, stops: list[int], pad: int, batch_size: int, is_copy: bool = False):
-        """`stops` are the tokens that end an answer; `is_copy`: the model is not the policy, so weights are copied."""
         self.model, self.stops, self.pad, self.batch_size, self.is_copy = model, stops, pad, batch_size, is_copy
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self.is_copy:
-            copy_weights(self.model, weights)
+            own = self.model.state_dict()
+            for name, weight in weights:
+                own[name].copy_(weight)
 
     def sleep(self) -> None:
         pass
 
-    def wake(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    wake = close = sleep
 
     @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, progress: Progress | None = None
     ) -> list[Completion]:
-        asked = [prompt for prompt in prompts for _ in range(n)]
-        made: list[Completion] = []
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        completions: list[Completion] = []
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _generating(self.model):
             torch.manual_seed(sampling.seed)
-            for start in range(0, len(asked), self.batch_size):
-                made += self._batch(asked[start : start + self.batch_size], sampling, progress or (lambda *_: None))
-        return made
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                completions += self._answer(batch, sampling, progress or (lambda answers, tokens: None))
+        return completions
 
-    def _batch(self, prompts: list[list[int]], sampling: Sampling, progress: Progress) -> list[Completion]:
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self.pad)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        attention_mask = (torch.arange(width) >= width - lengths[:, None]).long()
-        ids, attention_mask = ids.to(self.model.device), attention_mask.to(self.model.device)
-        stops = torch.tensor(self.stops, device=ids.device)
+    def _answer(self, prompts: list[list[int]], sampling: Sampling, progress: Progress) -> list[Completion]:
+        """Returns an answer to each prompt of one batch."""
+        inputs, mask = self._pad(prompts)
         tokens: list[list[int]] = [[] for _ in prompts]
         log_probs: list[list[float]] = [[] for _ in prompts]
-        finished: set[int] = set()
-        going, made, cache = list(range(len(prompts))), 0, None
-        while going and made < sampling.max_completion_length:
-            most = sampling.max_completion_length - made
-            new, scores, cache = self._continue(ids, attention_mask, cache, most, sampling)
-            made += new.shape[1]
-            ended = torch.isin(new, stops)
-            real = ended.cumsum(-1) - ended.long() == 0  # up to and with the first end of sequence
-            done = ended.any(-1)
-            for row, ids_row, scores_row, count in zip(going, new.tolist(), scores.tolist(), real.sum(-1).tolist()):
-                tokens[row] += ids_row[:count]
-                log_probs[row] += scores_row[:count]
-            finished.update(row for row, end in zip(going, done.tolist()) if end)
-            progress(int(done.sum()), int(real.sum()))
-            going = [row for row in going if row not in finished]
-            if done.any() and going:
-                cache.batch_select_indices((~done).nonzero().flatten())
-            ids = torch.cat([ids, new], 1)[~done]
-            attention_mask = torch.cat([attention_mask, torch.ones_like(new)], 1)[~done]
+        reasons = ["length"] * len(prompts)
+        going, left, cache = list(range(len(prompts))), sampling.max_completion_length, None
+        while going and left:
+            new, new_log_probs, cache = self._continue(inputs, mask, cache, min(STAGE, left), sampling.temperature)
+            left -= new.shape[1]
+            is_stop = self._is_stop(new)
+            ended, counts = is_stop.any(-1), (is_stop.cumsum(-1) - is_stop.long() == 0).sum(-1)  # with the first stop
+            for row, new_ids, values, count, end in zip(
+                going, new.tolist(), new_log_probs.tolist(), counts.tolist(), ended.tolist(), strict=True
+            ):
+                tokens[row] += new_ids[:count]
+                log_probs[row] += values[:count]
+                reasons[row] = "stop" if end else "length"
+            progress(int(ended.sum()), int(counts.sum()))
+            going = [row for row in going if reasons[row] != "stop"]
+            if ended.any() and going:
+                cache.batch_select_indices((~ended).nonzero().flatten())
+            inputs, mask = new[~ended, -1:], torch.cat([mask, torch.ones_like(new)], 1)[~ended]
         progress(len(going), 0)
-        reasons = ("stop" if row in finished else "length" for row in range(len(prompts)))
         return list(map(Completion, tokens, log_probs, reasons))
 
+    def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Returns the prompts padded on the left and their attention mask, [rows, width] int64."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _is_stop(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.stops, device=ids.device))
+
     def _continue(
-        self, ids: Tensor, attention_mask: Tensor, cache: Cache | None, most: int, sampling: Sampling
+        self, inputs: Tensor, mask: Tensor, cache: Cache | None, most: int, temperature: float | None
     ) -> tuple[Tensor, Tensor, Cache]:
-        """Up to STAGE more tokens of each row, [rows, new], their log-probabilities, and the cache of all but the last.
+        """Samples up to `most` tokens of each row, fewer where all rows have ended.
 
-        `cache` is that of an earlier stage, for the same rows.
+        Args:
+            inputs: [rows, width] the prompts; in later stages [rows, 1] the last tokens.
+            mask: [rows, length] which of all tokens so far are no padding.
+            cache: holds all tokens before `inputs`; None in the first stage.
+
+        Returns:
+            The new tokens and their log-probabilities, [rows, new], and the cache of all but the last.
         """
-        greedy = sampling.temperature is None
-        how = GenerationConfig(
-            max_new_tokens=min(STAGE, most),
-            do_sample=not greedy,
-            **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
-            eos_token_id=self.stops,
-            pad_token_id=self.pad,
-            return_dict_in_generate=True,
-        )
-        chosen = ChosenLogProbs(1.0 if greedy else sampling.temperature)
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        made = self.model.generate(
-            ids,
-            attention_mask=attention_mask,
-            generation_config=how,
-            logits_processor=LogitsProcessorList([chosen]),
-            **({} if cache is None else {name: cache}),
-        )
-        return made.sequences[:, ids.shape[1] :], chosen.finish(made.sequences), made[name]
-
-
-class ChosenLogProbs(LogitsProcessor):
-    """Brings logits to the temperature, and keeps the log-probability of each token that generate() then chooses.
-
-    It holds one step's logits, not those of all, which generate() itself would return.
-    """
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-        self.before: Tensor | None = None
-        self.found: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._take(input_ids)
-        self.before = scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature
-        return self.before
-
-    def _take(self, input_ids: Tensor) -> None:
-        if self.before is not None:
-            chosen = self.before.gather(-1, input_ids[:, -1:]).squeeze(-1)
-            self.found.append(chosen - self.before.logsumexp(-1))
-
-    def finish(self, sequences: Tensor) -> Tensor:
-        """[rows, new tokens]."""
-        self._take(sequences)
-        return torch.stack(self.found, 1)
+        tokens, log_probs = [], []
+        has_ended = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+        while len(tokens) < most and not has_ended.all():
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+            output = self.model(
+                inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{name: cache},
+            )
+            cache, logits = output[name], output.logits[:, -1]
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)
+            token = scores.argmax(-1, True) if temperature is None else scores.softmax(-1).multinomial(1)
+            tokens.append(token)
+            log_probs.append(scores.gather(-1, token) - scores.logsumexp(-1, True))
+            has_ended |= self._is_stop(token[:, 0])
+            inputs, mask = token, torch.cat([mask, torch.ones_like(token)], 1)
+        return torch.cat(tokens, 1), torch.cat(log_probs, 1), cache
 
 
 @contextmanager
-def _generating(model: PreTrainedModel):
-    """Left-padded batches need transformers' own attention, and a cache that gradient checkpointing would forbid."""
+def _generating(model: PreTrainedModel) -> Iterator[None]:
+    """Gives the model transformers' own attention, for batches padded on the left, and evaluation mode, for a cache."""
     attention, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("sdpa")
     model.eval()
