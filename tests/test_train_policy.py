@@ -7,7 +7,7 @@ from train_cases import ALONE, TOKENIZER, all_micros, encode, make_batch, make_p
 import train.policy
 from rhythm_kernels import GroupSchedule, collect
 from train.batch import pack
-from train.distributed import World, settle, weights_of, whole, whole_weights
+from train.distributed import World, weights_of, whole, whole_weights
 from train.loading import check_head, load_policy
 from train.policy import token_log_probs
 from train.reading import needs_old_log_probs, read_batch, read_log_probs
@@ -237,7 +237,6 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(policy, batch, tmp_path
     before = {name: whole(tensor).clone() for name, tensor in weights_of(loaded.model).items()}
     with torch.no_grad():
         loaded(micro)  # leaves FSDP's root gathered, rounded
-    settle(loaded)
     for name, tensor in whole_weights(loaded.model, torch.float32):
         assert torch.equal(tensor, before[name]), name
         assert not torch.equal(tensor, tensor.bfloat16().float()) or "norm" in name

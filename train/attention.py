@@ -1,8 +1,9 @@
-"""Attention over sequences packed into one row, each by itself: no padding, and no mask of [tokens, tokens].
+"""Attends within each of the sequences packed into one row, without padding and without a mask of [tokens, tokens].
 
-Importing this file registers it with transformers under the name "packed". The decoder is then called with position_ids
-that restart and, as transformers' own kernels for packed input are, with `cu_seq_lens_q` and `max_length_q`.
-On a GPU it is torch's variable-length FlashAttention, elsewhere a call of torch's attention for each sequence.
+Importing this file registers it with transformers under the name "packed". The decoder then takes position_ids that
+restart and, as for transformers' own kernels for packed input, `cu_seq_lens_q` and `max_length_q`. On a GPU it calls
+torch's variable-length FlashAttention, elsewhere torch's attention once for each sequence.
+Shapes: T tokens in S sequences, HQ query heads, H key heads, D channels of a head.
 """
 
 import inspect
@@ -33,10 +34,11 @@ def packed_attention(
     is_causal: bool | None = None,
     **_,
 ) -> tuple[Tensor, None]:
-    """query [1, HQ, T, D], key and value [1, H, T, D], cu_seq_lens_q int32 [S + 1] -> out [1, T, HQ, D].
+    """Maps query [1, HQ, T, D], key and value [1, H, T, D], cu_seq_lens_q int32 [S + 1] to the output [1, T, HQ, D].
 
     Raises:
-        ValueError: for what the kernels cannot do: a mask, dropout, soft-capping, sinks, attention that is not causal.
+        ValueError: the model wants what the kernels cannot do: a mask, dropout, soft-capping, sinks, bidirectional
+            attention.
     """
     given = {"a mask": attention_mask, "soft-capping": softcap, "sinks": s_aux, "dropout": dropout or None}
     wrong = [name for name, value in given.items() if value is not None]

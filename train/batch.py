@@ -1,7 +1,8 @@
-"""Rollouts as one row of tokens, and the micro-batches that are cut from it: nothing is padded, nothing is dropped.
+"""Packs rollouts into one row of tokens, and cuts micro-batches from it: nothing is padded, nothing is dropped.
 
-Every tensor of tokens is [N], prompts and answers of all sequences one after another, and indexed by the token's own
-position: entry t is about token t, which the row before it, t - 1, predicts.
+Every tensor of tokens is [N]: prompts and answers of all sequences, one after another. Entry t is about token t, which
+the row before it, t - 1, predicts.
+Shapes: N tokens and B sequences in the batch; n tokens, S sequences and m tokens of answers in a micro-batch.
 """
 
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ class Rollouts(NamedTuple):
     cu_seqlens: Tensor
     """[B + 1] int32: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1]."""
     response_mask: Tensor
-    """[N] bool: the answers' tokens, the end of sequence included."""
+    """[N] bool: true for the answers' tokens, the end of sequence included."""
     log_probs: Tensor
-    """[N] fp32: the sampler's own; 0 in prompts."""
+    """[N] fp32: as the sampler computed them; 0 in prompts."""
     finished: Tensor
     """[B] bool: which answers ended by themselves."""
     lengths: tuple[int, ...]
@@ -40,30 +41,29 @@ class Rollouts(NamedTuple):
         return sequences.repeat_interleave(self.cu_seqlens.diff().long(), output_size=len(self.ids))
 
     def per_sequence(self, values: Tensor) -> Tensor:
-        """Sums over each sequence: [N] -> [B]."""
+        """Returns the sums over each sequence: [N] -> [B]."""
         sums = torch.zeros(len(self.lengths), dtype=values.dtype, device=values.device)
         return sums.index_add_(0, self.sequence_of, values)
 
 
 def pack(prompts: Sequence[list[int]], completions: Sequence[Completion], n: int, device: torch.device) -> Rollouts:
-    """`n` completions of each prompt, as an engine gives them.
+    """Returns the rollouts of `n` completions to each prompt, in the order in which an engine gives them.
 
     Raises:
         ValueError: another number of completions, or a prompt or a completion that is empty.
     """
     if not prompts or len(completions) != n * len(prompts):
         raise ValueError(f"completions must be {n} to each prompt, got {len(completions)} to {len(prompts)} prompts")
-    for name, empty in (("prompt", [not x for x in prompts]), ("completion", [not x.ids for x in completions])):
-        if any(empty):
-            raise ValueError(f"each {name} must have a token, got none in {name} {empty.index(True)}")
-    ids, mask, log_probs, lengths, before = [], [], [], [], []
+    for name, ids in (("prompt", prompts), ("completion", [completion.ids for completion in completions])):
+        if not all(ids):
+            raise ValueError(f"each {name} must have a token, got none in {name} {[*map(bool, ids)].index(False)}")
+    ids, mask, log_probs, lengths = [], [], [], []
     for index, completion in enumerate(completions):
         prompt = prompts[index // n]
         ids += prompt + completion.ids
         mask += [False] * len(prompt) + [True] * len(completion.ids)
         log_probs += [0.0] * len(prompt) + completion.log_probs
         lengths.append(len(prompt) + len(completion.ids))
-        before.append(len(prompt))
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     finished = torch.tensor([completion.finish_reason == "stop" for completion in completions])
     return Rollouts(
@@ -73,12 +73,12 @@ def pack(prompts: Sequence[list[int]], completions: Sequence[Completion], n: int
         send(torch.tensor(log_probs, dtype=torch.float32), device),
         send(finished, device),
         tuple(lengths),
-        tuple(before),
+        tuple(len(prompt) for prompt in prompts for _ in range(n)),
     )
 
 
 class MicroBatch(NamedTuple):
-    """Some sequences of a batch as one packed row of n tokens."""
+    """A packed row of some of a batch's sequences."""
 
     ids: Tensor
     """[1, n] int64."""
@@ -90,19 +90,19 @@ class MicroBatch(NamedTuple):
     """cu_seqlens on the host."""
     longest: int
     place: Tensor
-    """[n] int64: where each token stands in the batch."""
+    """[n] int64: the place of each token in the batch."""
     answers: Tensor
     """[m] int64: the places in this row of the answers' tokens; each has a token before it."""
     sequences: Tensor
     """[S] int64: which sequences of the batch these are."""
     is_surplus: bool = False
-    """Run only because other ranks have one more: to be counted nowhere."""
+    """It is run only because other ranks have one more, and counts nowhere."""
 
 
 def micro_batches(batch: Rollouts, rows: Sequence[int], most_tokens: int, world: World) -> list[MicroBatch]:
-    """`rows` in packed rows of at most `most_tokens`; a longer sequence has one to itself.
+    """Returns the sequences `rows` in packed rows of at most `most_tokens`; a longer sequence has one to itself.
 
-    As many on every rank, since sharded weights are gathered by all ranks together.
+    Every rank gets as many, since sharded weights are gathered by all ranks together.
     """
     micros = [take(batch, bin_) for bin_ in bins([batch.lengths[row] for row in rows], rows, most_tokens)]
     missing = world.most(len(micros)) - len(micros)
@@ -111,7 +111,7 @@ def micro_batches(batch: Rollouts, rows: Sequence[int], most_tokens: int, world:
 
 
 def bins(lengths: Sequence[int], rows: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """First fit, the longest first: each of `rows` once, ascending inside a bin."""
+    """Puts each of `rows` into a bin, by first fit, the longest first; rows ascend inside a bin."""
     filled: list[list[int]] = []
     room: list[int] = []
     for length, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: -pair[0]):
@@ -126,7 +126,7 @@ def bins(lengths: Sequence[int], rows: Sequence[int], most_tokens: int) -> list[
 
 
 def take(batch: Rollouts, rows: Sequence[int]) -> MicroBatch:
-    """All that the host knows is made there: a device is not waited for."""
+    """Returns these sequences as a micro-batch, without waiting for a device: the host knows all that it takes."""
     device = batch.ids.device
     lengths, prompts = (torch.tensor([known[row] for row in rows]) for known in (batch.lengths, batch.prompts))
     ends = lengths.cumsum(0)

@@ -95,9 +95,9 @@ def save_checkpoint(
         _on_first_rank(lambda: _make_room(unfinished))
         record["tensors"] = _on_all_ranks(lambda: _write_state(unfinished, model, optimizer, own))[0]
         _export(unfinished / MODEL, model, tokenizer)
-        sizes = _on_first_rank(lambda: _sizes(unfinished))
-        sums = _on_all_ranks(lambda: {name: _flush_and_sum(unfinished / name) for name in _my_share(sizes)})
-        record["files"] = {name: [sizes[name], crc] for share in sums for name, crc in share.items()}
+        names = _on_first_rank(lambda: _files_in(unfinished))
+        sums = _on_all_ranks(lambda: {name: _flush_and_sum(unfinished / name) for name in _my_share(names)})
+        record["files"] = {name: size_and_crc for share in sums for name, size_and_crc in share.items()}
         record["world_size"] = len(sums)
         _on_first_rank(lambda: _publish(unfinished, folder, record))
     except CheckpointError as error:
@@ -254,7 +254,7 @@ def _verify(folder: Path) -> dict:
     if record.pop("crc32", None) != _sum_of(record):
         raise _damaged(folder, RECORD, "has another CRC32 than when it was written")
     files = record["files"]
-    for name in _my_share({name: size for name, (size, _) in files.items()}):
+    for name in _my_share(files):
         path, (size, crc) = folder / name, files[name]
         if not path.is_file():
             raise _damaged(folder, name, "is missing")
@@ -351,14 +351,14 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+def _files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _my_share(sizes: dict[str, int]) -> list[str]:
-    """Returns the files that this rank reads through, dealt out by size."""
+def _my_share(names: Iterable[str]) -> list[str]:
+    """Returns the files that this rank reads through."""
     rank, world = _rank_and_world()
-    return sorted(sizes, key=sizes.get, reverse=True)[rank::world]
+    return sorted(names)[rank::world]
 
 
 def _flush(path: Path):
@@ -370,9 +370,9 @@ def _flush(path: Path):
         os.close(handle)
 
 
-def _flush_and_sum(path: Path) -> int:
+def _flush_and_sum(path: Path) -> tuple[int, int]:
     _flush(path)
-    return _crc32(path)
+    return path.stat().st_size, _crc32(path)
 
 
 def _crc32(path: Path) -> int:

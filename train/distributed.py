@@ -1,9 +1,9 @@
-"""The ranks of a run, and the policy sharded over them with FSDP2. One process alone needs none of it.
+"""Joins the ranks of a run, and shards the policy over them with FSDP2. One process alone needs none of it.
 
     torchrun --nproc-per-node 8 -m train ...
 
-Problems are shared out, and weights, gradients and optimizer state are sharded. Attention statistics, head groups and
-credit are those of each rank's own sequences and need no communication.
+Problems are dealt out, and weights, gradients and optimizer state are sharded. Each rank reads the attention statistics
+of its own sequences and makes their head groups and credit, without communication.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from train.config import BadSetting
@@ -39,7 +39,7 @@ class World(NamedTuple):
 
     @classmethod
     def join(cls, device: str) -> "World":
-        """As torchrun says; one process without it."""
+        """Joins the ranks that torchrun started; without it this process is alone."""
         name = choose_device(device)
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if name == "cuda":
@@ -61,7 +61,7 @@ class World(NamedTuple):
         return self.rank == 0
 
     def draw(self, seed: int, step: int) -> int:
-        """The seed of this rank's draws at a step, below 2^63."""
+        """Returns the seed of this rank's draws at a step, below 2^63."""
         return (seed * 1_000_003 + step) % 2**48 * self.size + self.rank
 
     def barrier(self) -> None:
@@ -69,18 +69,19 @@ class World(NamedTuple):
             dist.barrier()
 
     def from_first(self, make: Callable[[], Item]) -> Item:
-        """What the first rank makes, on every rank; what it raises is raised on all."""
-        made: list = [None, None]
+        """Returns what the first rank makes, on every rank; its error is raised on all."""
+        outcome: list = [None, None]
         if self.is_first:
             try:
-                made[0] = make()
+                outcome[0] = make()
             except Exception as error:
-                made[1] = error
+                outcome[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(made, 0)
-        if made[1] is not None:
-            raise made[1]
-        return made[0]
+            dist.broadcast_object_list(outcome, 0)
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result
 
     def sum(self, values: Tensor) -> Tensor:
         return self._reduced(values, dist.ReduceOp.SUM)
@@ -99,53 +100,39 @@ class World(NamedTuple):
         return values
 
     def share(self, items: Sequence[Item], parts: int) -> list[Item]:
-        """This rank's items of each of `parts` equal parts, so that all ranks' parts together are those of one rank."""
+        """Returns this rank's items of each of `parts` equal parts; all ranks' parts together are those of one rank."""
         size = len(items) // (parts * self.size)
         starts = (size * (part * self.size + self.rank) for part in range(parts))
         return [item for start in starts for item in items[start : start + size]]
 
 
 def shard(policy: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype) -> None:
-    """Makes the parameters, float32, DTensors that are gathered layer by layer, in `dtype`, where they are used."""
+    """Makes the float32 parameters DTensors, which are gathered layer by layer, in `dtype`, where they are used."""
     if not dist.is_initialized():  # one process that computes in another dtype than it keeps
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(world.device.type, (world.size,))
-    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
-    options = {"mesh": mesh, **({"mp_policy": mixed} if mixed else {})}
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mesh": mesh} if dtype == torch.float32 else {"mesh": mesh, "mp_policy": mixed}
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(policy, **options)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which this rank has a shard; every rank must ask."""
+    """Returns the tensor of which this rank has a shard; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def settle(policy: nn.Module) -> None:
-    """Shards again what a forward without a backward pass has left gathered, and in the dtype of the arithmetic."""
-    if isinstance(policy, FSDPModule):
-        policy.reshard()
-
-
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a settled model, sharded where they are; a tied one under its first name."""
+    """Returns parameters and persistent buffers, sharded where they are; a tied one under its first name."""
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     first = {id(tensor): name for name, tensor in reversed(state.items())}
     return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
 
 
 def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Each of them whole, one at a time; every rank must go through all."""
+    """Yields each of `weights_of` whole, one at a time; every rank must go through all."""
     for name, tensor in weights_of(model).items():
         full = whole(tensor.detach())
         yield name, full.to(dtype) if full.is_floating_point() else full
-
-
-@torch.no_grad()
-def copy_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Into an unsharded model's own memory."""
-    own = model.state_dict(keep_vars=True)
-    for name, weight in weights:
-        own[name].copy_(weight)

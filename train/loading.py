@@ -1,4 +1,4 @@
-"""Builds the model from scratch, or loads it: onto this rank's device and, where there are several, as its shards."""
+"""Builds a model from scratch, or loads one: onto the rank's device and, where there are several ranks, in shards."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from train.policy import Policy
 
 
 def build_model(shape: Model, tokenizer: PreTrainedTokenizerBase, context: int) -> PreTrainedModel:
-    """A Qwen3 with random weights from the global generator, in evaluation mode (it has no dropout)."""
+    """Returns a Qwen3 in evaluation mode, with random weights from the global generator."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
@@ -43,13 +43,14 @@ def build_model(shape: Model, tokenizer: PreTrainedTokenizerBase, context: int) 
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
-    """A saved model, its weights in memory of their own, without dropout. BadSetting where a weight is no number.
+    """Returns a saved model in evaluation mode, without dropout.
 
-    Loaded weights may lie in a mapped file, at an alignment that another process would not have; results that repeat
-    to the bit want the same alignment.
+    Raises:
+        BadSetting: a weight is NaN or infinite.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     for parameter in model.parameters():
+        # A mapped file may have an alignment that differs between processes, and with it the last bits of sums.
         parameter.data = parameter.data.clone()
     if name := broken_weight(model):
         raise BadSetting(f"--model must have finite weights, got {str(folder)!r}, whose {name} holds NaN or infinity")
@@ -66,8 +67,11 @@ def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_policy(folder: str | Path, config: Config, world: World, *, trains: bool = True) -> Policy:
-    """The policy on this rank's device, its float32 parameters sharded where there are several ranks or it computes in
-    another dtype. The first rank reads the files, the others get their shards from it."""
+    """Returns the policy on this rank's device, with float32 parameters.
+
+    They are sharded where there are several ranks or the policy computes in another dtype. The first rank reads the
+    files and the others get their shards from it.
+    """
     attention, dtype = config.model.attention, getattr(torch, config.model.dtype)
     if world.is_first:
         model = load_model(folder, attention=attention)
@@ -78,26 +82,31 @@ def load_policy(folder: str | Path, config: Config, world: World, *, trains: boo
                 AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation=attention
             )
         _without_dropout(model).eval()
-    model.config.dtype = dtype  # of what checkpoints export
+    model.config.dtype = dtype  # in which checkpoints export the model
     if config.model.gradient_checkpointing and trains:
         activation_checkpointing(model)
     policy = Policy(model, config.rollout.temperature).eval()
-    if world.size == 1:
+    if world.size > 1:
+        _deal_out(policy, world, dtype)
+    else:
         policy.to(world.device)
         if dtype != torch.float32:
             shard(policy, policy.decoder.layers, world, dtype)
-        return policy.requires_grad_(trains)
-    state = model.state_dict() if world.is_first else {}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if world.is_first else {}
+    return policy.requires_grad_(trains)
+
+
+def _deal_out(policy: Policy, world: World, dtype: torch.dtype) -> None:
+    """Shards the policy and fills the shards, and the buffers that no file holds, from the first rank's model."""
+    state = policy.model.state_dict() if world.is_first else {}
+    buffers = [buffer.clone() for buffer in policy.model.buffers()] if world.is_first else []
     shard(policy, policy.decoder.layers, world, dtype)
     policy.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(policy.model, state, options=options)
-    for name, buffer in policy.model.named_buffers():
+    for index, buffer in enumerate(policy.model.buffers()):
         if world.is_first:
-            buffer.copy_(buffers[name])
+            buffer.copy_(buffers[index])
         dist.broadcast(buffer, 0)
-    return policy.requires_grad_(trains)
 
 
 def activation_checkpointing(model: PreTrainedModel) -> None:
@@ -107,17 +116,16 @@ def activation_checkpointing(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raises for a model whose logits are more than its output layer's, such as scaled or soft-capped ones."""
+    """Raises BadSetting for a model that scales or soft-caps its output layer's logits, which `Policy` would not do."""
     ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa" if attention == "packed" else attention)
     try:
-        whole = model(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits
         hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
     finally:
         model.set_attn_implementation(attention)
-    plain = model.get_output_embeddings()(hidden)
-    if not torch.allclose(whole.float(), plain.float(), rtol=1e-3, atol=1e-3):
+    if not torch.allclose(logits.float(), model.get_output_embeddings()(hidden).float(), rtol=1e-3, atol=1e-3):
         raise BadSetting(
             f"--model must have logits that are its output layer's alone, got {type(model).__name__}, which "
             "changes them (scaling or soft-capping): its log-probabilities would be wrong here"

@@ -1,10 +1,11 @@
-"""One training run, as the data flows. This is GRPO; what differs is that a token's credit follows the attention.
+"""Trains one run, in the order of its data flow. This is GRPO, but for the credit of tokens, which follows attention.
 
     problems -> answers -> rewards -> advantages, normalised in each problem's group
     ids -> old-log-prob pass, with the statistics of the same forward -> gamma -> shaped advantages -> clipped loss
 
-Against plain GRPO: the old-log-prob pass collects WAAD and FAI from the attention it runs anyway; `token_credit` makes
-a factor for every token of them; `shape_advantages` puts it on the positive advantages.
+Three things are added to plain GRPO. The old-log-prob pass reads WAAD (windowed average attention distance) and FAI
+(future attention influence) from the attention that it runs anyway; `token_credit` makes a factor for every token from
+them; `shape_advantages` multiplies the positive advantages by it.
 
     python -m train                                    # the tiny preset, two seeds side by side
     torchrun --nproc-per-node 8 -m train --preset maths-4b-8k                  # one run on eight GPUs
@@ -34,11 +35,11 @@ from train.update import update_policy
 
 
 class Step(NamedTuple):
-    """One step, for whoever looks at it."""
+    """The results of one step."""
 
     metrics: dict[str, float]
     problems: list[Problem]
-    """Of each answer."""
+    """One for each answer."""
     batch: Rollouts
     rewards: Tensor
     """[B]"""
@@ -46,7 +47,7 @@ class Step(NamedTuple):
     gamma: Tensor
     """[N]"""
     scores: list[Score]
-    """Of each answer, with the reason where it could not be verified."""
+    """One for each answer, with the reason where it could not be verified."""
 
 
 def train(config: Config, folder: Path):
@@ -83,7 +84,7 @@ def train(config: Config, folder: Path):
 
 
 def train_step(run: TrainingRun, number: int) -> Step:
-    """From problems to an updated policy; `number` counts from 1."""
+    """Goes from problems to an updated policy; `number` counts from 1."""
     config, world = run.config, run.world
     rollout, grpo, credit = config.rollout, config.grpo, config.credit
     phase = Phases(f"{run.label} step {number}", shown=world.is_first)
@@ -142,18 +143,18 @@ def train_step(run: TrainingRun, number: int) -> Step:
 
 
 def is_due(every: int, step: int, last: int) -> bool:
-    """At each `every`-th step but the last, after which there is always one; never if it is 0."""
+    """Returns True at each `every`-th step but the last, after which there is always one; never if it is 0."""
     return every > 0 and step % every == 0 and step < last
 
 
 def assess(run: TrainingRun, step: int, when: str):
-    found = evaluate(run.engine, run.evaluations, run.prompts, run.rewards, run.config, run.world)
-    run.log.write(step, found.metrics())
-    run.say(f"{when:7} {found}")
+    evaluation = evaluate(run.engine, run.evaluations, run.prompts, run.rewards, run.config, run.world)
+    run.log.write(step, evaluation.metrics())
+    run.say(f"{when:7} {evaluation}")
 
 
 def warn(run: TrainingRun, step: int, done: Step, before: set[str]) -> set[str]:
-    """Says what teaches nothing, once as long as it lasts; ends a run whose sampler is another policy."""
+    """Warns of steps that teach nothing, once as long as it lasts; ends a run whose sampler is another policy."""
     metrics = done.metrics
     gap, most = metrics.get("sampling/sampling_logp_difference/mean", 0.0), run.config.rollout.vllm_logp_tolerance
     if gap > most and step <= run.step + 2:  # the second of them is the first after a weight sync
@@ -182,7 +183,7 @@ def describe(step: int, metrics: dict[str, float], config: Config) -> str:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Config):
-    """Linear warm-up, then linear decay to the final share; `step` counts from 1."""
+    """Warms up linearly, then decays linearly to the final share; `step` counts from 1."""
     grpo = config.grpo
     left = 1 - (step - 1) / max(1, grpo.max_steps)
     decay = grpo.final_learning_rate + (1 - grpo.final_learning_rate) * left

@@ -1,6 +1,6 @@
-"""GRPO's advantages, averages and clipped loss, as pure functions of tensors.
+"""Computes GRPO's advantages, averages and clipped loss, as pure functions of tensors.
 
-Tokens are those of a packed batch or of a part of it, [N]; sequences are [B].
+Shapes: N tokens and B answers in the batch, m tokens in a part of it.
 """
 
 import torch
@@ -11,7 +11,12 @@ from train.distributed import World
 
 
 def group_advantages(rewards: Tensor, num_generations: int, scale: str, world: World) -> Tensor:
-    """[B]: each reward against the mean of its group, over the deviation of the group or of the whole batch."""
+    """Returns each reward minus its group's mean, [B], divided by the deviation of what `scale` names.
+
+    Args:
+        rewards: [B], the answers to one problem adjacent.
+        scale: "group", "batch" (over all ranks), or "none".
+    """
     groups = rewards.view(-1, num_generations)
     advantages = groups - groups.mean(-1, keepdim=True)
     if scale == "group":
@@ -24,7 +29,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str, world: W
 
 
 def token_weights(batch: Rollouts, chosen: Tensor, loss_type: str, max_completion_length: int, world: World) -> Tensor:
-    """[N]: the weight of each token's loss in the sum over all micro-batches and ranks; 0 outside `chosen` answers.
+    """Returns the weight of each token's loss in the sum over all micro-batches and ranks, [N]; 0 outside `chosen`.
 
     Args:
         chosen: [B] bool, the answers of one optimizer step that count.
@@ -34,14 +39,14 @@ def token_weights(batch: Rollouts, chosen: Tensor, loss_type: str, max_completio
     counts = torch.stack([(tokens * chosen).sum(), chosen.sum()])  # an index by `chosen` would have the host wait
     all_tokens, all_answers = world.sum(counts.double()).clamp(min=1).float()
     if loss_type == "dapo":
-        each = torch.ones_like(tokens) / all_tokens
+        weights = torch.ones_like(tokens) / all_tokens
     elif loss_type == "grpo":
-        each = 1 / (tokens.clamp(min=1) * all_answers)
+        weights = 1 / (tokens.clamp(min=1) * all_answers)
     elif loss_type == "dr_grpo":
-        each = torch.ones_like(tokens) / (all_answers * max_completion_length)
+        weights = torch.ones_like(tokens) / (all_answers * max_completion_length)
     else:
         raise ValueError(f"loss_type must be one of dapo, grpo, dr_grpo, got {loss_type!r}")
-    return (each * chosen)[batch.sequence_of] * batch.response_mask
+    return (weights * chosen)[batch.sequence_of] * batch.response_mask
 
 
 def grpo_loss(
@@ -56,14 +61,14 @@ def grpo_loss(
     reference_log_probs: Tensor | None = None,
     beta: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate, -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), and this part's share of each metric.
+    """Returns the clipped surrogate, -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), and its metrics.
+
+    Losses and metrics of micro-batches, and of ranks, add up to those of the whole.
 
     Args:
         log_probs, old_log_probs, advantages, weights: [m], see `token_weights`.
         correction: [m], factors for the sampler's mismatch, see `sampler_correction`.
         reference_log_probs, beta: the KL divergence from a reference by the estimator exp(d) - d - 1, and its weight.
-
-    Losses and metrics of micro-batches, and of ranks, add up to those of the whole.
     """
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
@@ -77,8 +82,8 @@ def grpo_loss(
             "approx_kl": ((ratio - 1 - (log_probs - old_log_probs)) * weights).sum(),
         }
     if reference_log_probs is not None:
-        away = reference_log_probs - log_probs
-        divergence = away.exp() - away - 1
+        difference = reference_log_probs - log_probs
+        divergence = difference.exp() - difference - 1
         token_loss = token_loss + beta * divergence
         metrics["kl"] = (divergence.detach() * weights).sum()
     loss = (token_loss * weights).sum()
@@ -86,5 +91,5 @@ def grpo_loss(
 
 
 def sampler_correction(log_probs: Tensor, sampler_log_probs: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights: the trainer's probability of each token over the sampler's, at most `cap`."""
+    """Returns importance weights, the trainer's probability of each token over the sampler's, cut off at `cap`."""
     return (log_probs - sampler_log_probs).exp().clamp(max=cap)

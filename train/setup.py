@@ -1,4 +1,4 @@
-"""What a run works with, made or loaded from its latest checkpoint, and how it is saved."""
+"""Makes all that a run works with, or loads it from the latest checkpoint, and saves it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from train.checkpoint import list_checkpoints, restore, save_checkpoint
 from train.config import BadSetting, Config
 from train.console import say
 from train.data import ProblemStream
-from train.distributed import World, settle, whole_weights
+from train.distributed import World, whole_weights
 from train.loading import load_model, load_policy
 from train.metrics import MetricsLog
 from train.policy import Policy
@@ -33,7 +33,7 @@ class TrainingRun:
     world: World
     policy: Policy
     reference: Policy | None
-    """The first policy, where --beta asks for the distance from it."""
+    """The first policy, where --beta weighs the divergence from it; otherwise None."""
     engine: Engine
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ class TrainingRun:
     rewards: Rewards
     log: MetricsLog
     step: int
-    """Of the checkpoint that it continues from."""
+    """The step of the checkpoint that it continues from, or 0."""
     is_new: bool
 
     @property
@@ -57,11 +57,9 @@ class TrainingRun:
 
     def sync(self) -> None:
         """Gives the engine the policy's weights."""
-        settle(self.policy)
         self.engine.sync(whole_weights(self.policy.model, getattr(torch, self.config.model.dtype)))
 
     def save(self, step: int) -> None:
-        settle(self.policy)
         schedule = self.schedule.state_dict()
         spans = {} if schedule["spans"] is None else {"spans": schedule["spans"]}
         save_checkpoint(
@@ -79,7 +77,7 @@ class TrainingRun:
 
 @contextmanager
 def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
-    """One seed's run in `folder`, new or continued; on leaving, its files and worker processes are closed."""
+    """Opens one seed's run in `folder`, new or continued; on leaving, closes its files and worker processes."""
     (seed,) = config.run.seeds
     torch.set_num_threads(max(1, config.run.threads))
     torch.manual_seed(seed)
@@ -92,7 +90,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         )
     check_engine(config)
     task = load_task(config, world)
-    check_verifiers([task.train, *(each.problems for each in task.evaluations)])
+    check_verifiers([task.train, *(evaluation.problems for evaluation in task.evaluations)])
     given = config.model.model
     start = local_model(given, world) if given else str(warm_start(config, seed, task.train, world))
     with reading_model(start):
@@ -145,7 +143,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
 
 
 def local_model(name: str, world: World) -> str:
-    """The folder of a model, which is the name itself or the hub's files, loaded now unless they are here already."""
+    """Returns the folder of a model: the name itself, or that of the hub's files, loaded now unless they are here."""
     if Path(name).is_dir():
         return name
     from huggingface_hub import snapshot_download
@@ -165,7 +163,7 @@ def local_model(name: str, world: World) -> str:
 
 @contextmanager
 def reading_model(name: str) -> Iterator[None]:
-    """In this block, what the files of a model do not hold is said of --model."""
+    """Turns the errors of reading a model's files in this block into BadSetting for --model."""
     try:
         yield
     except BadSetting:
@@ -182,7 +180,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 def check_engine(config: Config) -> None:
-    """ModuleNotFoundError where --engine names a package that is not here."""
+    """Raises ModuleNotFoundError where --engine names a package that is not installed."""
     if config.rollout.engine == "vllm":
         from train.vllm_engine import check_installed
 
@@ -192,7 +190,7 @@ def check_engine(config: Config) -> None:
 def load_engine(
     start: str, policy: Policy | None, tokenizer: PreTrainedTokenizerBase, config: Config, world: World
 ) -> Engine:
-    """What --engine names; transformers' samples from the policy itself where that is whole, else from a copy."""
+    """Returns the engine that --engine names; transformers' samples from the policy, or a copy if it is sharded."""
     stops, rollout = stop_ids(start, tokenizer), config.rollout
     if rollout.engine == "vllm":
         from train.vllm_engine import VLLMEngine  # imports vllm
@@ -208,6 +206,6 @@ def load_engine(
     is_copy = policy is None or world.size > 1 or config.model.dtype != "float32"
     model = load_model(start, dtype=getattr(torch, config.model.dtype)).to(world.device) if is_copy else policy.model
     pad = tokenizer.pad_token_id
-    if pad is None or pad >= embedding_rows(model.config):  # added to the tokenizer, and no row to the model
+    if pad is None or pad >= embedding_rows(model.config):  # it was added to the tokenizer, and no row to the model
         pad = stops[0]
     return TransformersEngine(model, stops=stops, pad=pad, batch_size=rollout.rollout_batch_size, is_copy=is_copy)

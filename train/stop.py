@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a run after the step under way, with a checkpoint; before and after its steps, at once.
+"""Ends a run at SIGTERM or SIGHUP: after the step under way, with a checkpoint; before and after its steps, at once.
 
 Ctrl-C and SIGKILL end it at once. It continues from its last checkpoint in every case.
 """
@@ -17,11 +17,11 @@ class Stopped(BaseException):
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
-        self.status = 128 + number  # as of a process that the signal itself ends
+        self.status = 128 + number  # which shells report of a process that the signal itself ended
 
 
 class _State:
-    """What a signal handler, which belongs to the whole process, shares with the run."""
+    """Shared by the run and the signal handler, which belongs to the whole process."""
 
     asked = 0
     """The signal that arrived; 0 before one has."""
@@ -38,7 +38,7 @@ def _arrive(number: int, frame) -> None:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """In this block the signals raise Stopped; one that is ignored, as nohup has it for SIGHUP, stays ignored."""
+    """Raises Stopped at the signals in this block; one that is ignored, such as SIGHUP under nohup, stays ignored."""
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield
         return
@@ -56,7 +56,7 @@ def heeded() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """In this block a signal waits: `asked` tells of it, and Stopped is raised at the end."""
+    """Makes a signal in this block wait: `asked` tells of it, and Stopped is raised at the end."""
     _State.is_held = True
     try:
         yield
@@ -67,12 +67,12 @@ def held() -> Iterator[None]:
 
 
 def asked() -> int:
-    """The number of the signal that waits, or 0."""
+    """Returns the number of the signal that waits, or 0."""
     return _State.asked
 
 
 def stop_with_parent() -> None:
-    """SIGTERM to this process once its parent is gone, however that ended: its standard input is the parent's pipe."""
+    """Sends this process SIGTERM once its parent has ended in any way: its standard input is the parent's pipe."""
 
     def watch() -> None:
         while os.read(0, 1):
