@@ -44,11 +44,11 @@ T = TypeVar("T")
 
 
 class CheckpointError(RunError):
-    """A checkpoint that could not be written, is damaged, or is not this run's."""
+    """Raised where a checkpoint cannot be written, is damaged, or is another run's."""
 
 
 class Checkpoint(NamedTuple):
-    """The step that `restore` found, and what was passed to `save_checkpoint` at it."""
+    """Returned by `restore`: the step, and what was passed to `save_checkpoint` at it."""
 
     step: int
     shared: dict

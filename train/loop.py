@@ -148,9 +148,9 @@ def is_due(every: int, step: int, last: int) -> bool:
 
 
 def assess(run: TrainingRun, step: int, when: str):
-    evaluation = evaluate(run.engine, run.evaluations, run.prompts, run.rewards, run.config, run.world)
-    run.log.write(step, evaluation.metrics())
-    run.say(f"{when:7} {evaluation}")
+    found = evaluate(run.engine, run.evaluations, run.prompts, run.rewards, run.config, run.world)
+    run.log.write(step, found.metrics())
+    run.say(f"{when:7} {found}")
 
 
 def warn(run: TrainingRun, step: int, done: Step, before: set[str]) -> set[str]:

@@ -18,7 +18,7 @@ from train.policy import Policy
 
 
 class TokenStats(NamedTuple):
-    """What a pass over the batch found out about its tokens. Log-probabilities and entropy need the whole model."""
+    """Holds the values of a batch's tokens; log-probabilities and entropy only if the pass ran the whole model."""
 
     log_probs: Tensor | None
     """[N] fp32, 0 in prompts."""

@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
 
 class Completion(NamedTuple):
     ids: list[int]
-    """With the end of sequence, if it ended by itself."""
+    """The answer's tokens, the end of sequence included if it ended by itself."""
     log_probs: list[float]
     """Natural logarithms, at the temperature, as the engine computed them."""
     finish_reason: str

@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal ends this process. As KeyboardInterrupt does, it passes every `except Exception`."""
+    """Raised where a signal ends this process. Like KeyboardInterrupt it passes every `except Exception`."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)

@@ -1,4 +1,4 @@
-"""The optimizer steps on one batch of rollouts.
+"""Makes the optimizer steps on one batch of rollouts.
 
 On a GPU the host runs ahead of the device through all micro-batches of an optimizer step, and waits once: for the norm
 of the gradient, before the weights change.
@@ -94,7 +94,7 @@ class _OptimizerStep(NamedTuple):
     counted: Tensor
     """[B] bool: the answers over which the loss is averaged."""
     micros: list[MicroBatch]
-    """Those of them that have a gradient."""
+    """They hold the answers that have a gradient."""
 
 
 def _split(batch: Rollouts, advantages: Tensor, config: Config, world: World) -> list[_OptimizerStep]:

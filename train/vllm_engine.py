@@ -269,13 +269,14 @@ def check_installed() -> None:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Restores random generators, threads, precision and the environment (but for VLLM_*) after the block."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
@@ -283,9 +284,6 @@ def _undisturbed() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
         for name in [name for name in os.environ if not name.startswith("VLLM_") and name not in environment]:
             del os.environ[name]
         os.environ.update(environment)
