@@ -1,25 +1,25 @@
-"""Engines, which sample answers from the policy; and the one that is embedded, on transformers.
+"""Answers sampled from the policy: what an engine is, and the embedded one, transformers' generate.
 
 The other engine is vLLM, in vllm_engine.py.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 STAGE = 24  # tokens; shorter stages drop finished answers sooner, and cut the cache more often
 
 Progress = Callable[[int, int], object]
-"""Called with the answers that are done and the tokens that were made since the last call."""
+"""Takes the number of answers that were finished, and of tokens that were sampled, since the last call."""
 
 
 class Sampling(NamedTuple):
-    """How to sample; the same seed, prompts and weights give the same answers."""
+    """Says how to sample; the same seed, prompts and weights give the same answers."""
 
     max_completion_length: int
     """Tokens, the end of sequence included."""
@@ -32,7 +32,7 @@ class Completion(NamedTuple):
     ids: list[int]
     """The answer's tokens, the end of sequence included if it ended by itself."""
     log_probs: list[float]
-    """Natural logarithms, at the temperature, as the engine computed them."""
+    """Natural log, of each id at the temperature, as the engine computed them."""
     finish_reason: str
     """"stop": ended by itself; "length": cut off."""
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, progress: Progress | None = None
     ) -> list[Completion]:
-        """Returns `n` answers to each prompt, a group adjacent: i*n .. i*n+n-1 answer prompt i."""
+        """Returns `n` answers to each prompt; completions i*n .. i*n+n-1 answer prompt i."""
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes the policy's weights: whole tensors under the names of the model's parameters."""
@@ -59,7 +59,8 @@ class Engine(Protocol):
 class TransformersEngine:
     """Samples in batches with a key-value cache, from the policy itself or, where that is sharded, from a copy.
 
-    It samples STAGE tokens of all rows; then the answers that ended leave the batch, and their rows leave the cache.
+    transformers' generate() would compute finished answers to the end of the longest. It is therefore called for STAGE
+    tokens at a time; then the answers that ended leave the batch, and their rows leave the cache.
 
     Args:
         stops: tokens that end an answer.
@@ -96,28 +97,30 @@ class TransformersEngine:
 
     def _answer(self, prompts: list[list[int]], sampling: Sampling, progress: Progress) -> list[Completion]:
         """Returns an answer to each prompt of one batch."""
-        inputs, mask = self._pad(prompts)
+        ids, mask = self._pad(prompts)
+        stops = torch.tensor(self.stops, device=ids.device)
         tokens: list[list[int]] = [[] for _ in prompts]
         log_probs: list[list[float]] = [[] for _ in prompts]
         reasons = ["length"] * len(prompts)
-        going, left, cache = list(range(len(prompts))), sampling.max_completion_length, None
-        while going and left:
-            new, new_log_probs, cache = self._continue(inputs, mask, cache, min(STAGE, left), sampling.temperature)
+        open_rows, left, cache = list(range(len(prompts))), sampling.max_completion_length, None
+        while open_rows and left:
+            new, new_log_probs, cache = self._continue(ids, mask, cache, min(STAGE, left), sampling.temperature)
             left -= new.shape[1]
-            is_stop = self._is_stop(new)
-            ended, counts = is_stop.any(-1), (is_stop.cumsum(-1) - is_stop.long() == 0).sum(-1)  # with the first stop
-            for row, new_ids, values, count, end in zip(
-                going, new.tolist(), new_log_probs.tolist(), counts.tolist(), ended.tolist(), strict=True
+            is_stop = torch.isin(new, stops)
+            ended = is_stop.any(-1)
+            counts = (is_stop.cumsum(-1) - is_stop.long() == 0).sum(-1)  # up to and with the first stop
+            for row, new_ids, values, count, has_ended in zip(
+                open_rows, new.tolist(), new_log_probs.tolist(), counts.tolist(), ended.tolist(), strict=True
             ):
                 tokens[row] += new_ids[:count]
                 log_probs[row] += values[:count]
-                reasons[row] = "stop" if end else "length"
+                reasons[row] = "stop" if has_ended else "length"
             progress(int(ended.sum()), int(counts.sum()))
-            going = [row for row in going if reasons[row] != "stop"]
-            if ended.any() and going:
+            open_rows = [row for row in open_rows if reasons[row] != "stop"]
+            if ended.any() and open_rows:
                 cache.batch_select_indices((~ended).nonzero().flatten())
-            inputs, mask = new[~ended, -1:], torch.cat([mask, torch.ones_like(new)], 1)[~ended]
-        progress(len(going), 0)
+            ids, mask = torch.cat([ids, new], 1)[~ended], torch.cat([mask, torch.ones_like(new)], 1)[~ended]
+        progress(len(open_rows), 0)
         return list(map(Completion, tokens, log_probs, reasons))
 
     def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -127,48 +130,69 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         return ids.to(self.model.device), mask.to(self.model.device)
 
-    def _is_stop(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self.stops, device=ids.device))
-
     def _continue(
-        self, inputs: Tensor, mask: Tensor, cache: Cache | None, most: int, temperature: float | None
+        self, ids: Tensor, mask: Tensor, cache: Cache | None, most: int, temperature: float | None
     ) -> tuple[Tensor, Tensor, Cache]:
         """Samples up to `most` tokens of each row, fewer where all rows have ended.
 
         Args:
-            inputs: [rows, width] the prompts; in later stages [rows, 1] the last tokens.
-            mask: [rows, length] which of all tokens so far are no padding.
-            cache: holds all tokens before `inputs`; None in the first stage.
+            ids, mask: [rows, length] all tokens so far, and which of them are no padding.
+            cache: the keys and values of all but the last token, from an earlier stage; None in the first.
 
         Returns:
             The new tokens and their log-probabilities, [rows, new], and the cache of all but the last.
         """
+        greedy = temperature is None
+        settings = GenerationConfig(
+            max_new_tokens=most,
+            do_sample=not greedy,
+            **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+            eos_token_id=self.stops,
+            pad_token_id=self.pad,
+            return_dict_in_generate=True,
+        )
+        chosen = ChosenLogProbs(1.0 if greedy else temperature)
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        tokens, log_probs = [], []
-        has_ended = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-        while len(tokens) < most and not has_ended.all():
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-            output = self.model(
-                inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-                **{name: cache},
-            )
-            cache, logits = output[name], output.logits[:, -1]
-            scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)
-            token = scores.argmax(-1, True) if temperature is None else scores.softmax(-1).multinomial(1)
-            tokens.append(token)
-            log_probs.append(scores.gather(-1, token) - scores.logsumexp(-1, True))
-            has_ended |= self._is_stop(token[:, 0])
-            inputs, mask = token, torch.cat([mask, torch.ones_like(token)], 1)
-        return torch.cat(tokens, 1), torch.cat(log_probs, 1), cache
+        output = self.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([chosen]),
+            **({} if cache is None else {name: cache}),
+        )
+        return output.sequences[:, ids.shape[1] :], chosen.finish(output.sequences), output[name]
+
+
+class ChosenLogProbs(LogitsProcessor):
+    """Brings logits to the temperature, and keeps the log-probability of each token that generate() then chooses.
+
+    It holds the logits of one step; generate() itself would return those of all steps.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.scores: Tensor | None = None
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._take(input_ids)
+        self.scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature
+        return self.scores
+
+    def _take(self, input_ids: Tensor) -> None:
+        if self.scores is not None:
+            chosen = self.scores.gather(-1, input_ids[:, -1:]).squeeze(-1)
+            self.log_probs.append(chosen - self.scores.logsumexp(-1))
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        """Returns the log-probabilities of all chosen tokens, [rows, new tokens]."""
+        self._take(sequences)
+        return torch.stack(self.log_probs, 1)
 
 
 @contextmanager
-def _generating(model: PreTrainedModel) -> Iterator[None]:
-    """Gives the model transformers' own attention, for batches padded on the left, and evaluation mode, for a cache."""
+def _generating(model: PreTrainedModel):
+    """Left-padded batches need transformers' own attention, and a cache that gradient checkpointing would forbid."""
     attention, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("sdpa")
     model.eval()
