@@ -9,8 +9,9 @@ import pytest
 
 import train
 from rhythm_kernels import options
-from train.__main__ import main, parse
+from train.__main__ import main
 from train.config import Config, flag_name, settings_of
+from train.flags import parse
 from train.presets import PRESETS, load_preset
 
 SOURCES = Path(train.__file__).parent

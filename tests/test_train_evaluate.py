@@ -11,17 +11,7 @@ from rhythm_kernels.tasks import VERIFIERS, Problem
 from train.config import Config, flag_name
 from train.console import Phases
 from train.distributed import World
-from train.evaluate import (
-    FLAGS,
-    Evaluation,
-    SolveRate,
-    choose_settings,
-    cut_off,
-    evaluate,
-    find_model,
-    main,
-    table,
-)
+from train.evaluate import FLAGS, choose_settings, find_model, main
 from train.launch import launch
 from train.loop import is_due
 from train.metrics import read_metrics
@@ -30,6 +20,7 @@ from train.presets import load_preset
 from train.problems import EvalSet, Prompts, load_task
 from train.rewards import Rewards
 from train.rollout import Completion
+from train.solve_rates import Evaluation, SolveRate, cut_off, evaluate
 
 PROBLEMS = [Problem(f"{a} {b} ? {a + b} >", json.dumps({"numbers": [a, b], "target": a + b}), "words") for a, b in
             ((1, 2), (3, 4), (5, 6), (7, 8))]  # fmt: skip
@@ -63,7 +54,7 @@ class Scripted:
 
 
 def test_means_over_answers_and_errors_over_problems():
-    engine, config = Scripted(), settings(eval_batch_size=10)
+    engine, config = Scripted(), settings()
     sets = [EvalSet("four", PROBLEMS, 4, 0.6), EvalSet("greedy", PROBLEMS, 1, None)]
     with Rewards(1, 1.0) as rewards:
         found = evaluate(engine, sets, Prompts(TOKENIZER, config), rewards, config, ALONE).rates
@@ -74,9 +65,8 @@ def test_means_over_answers_and_errors_over_problems():
     assert (found["four"].finished, found["four"].problems, found["four"].answers) == (0.75, 4, 4)
     assert found["four"].errors == found["greedy"].errors == 0 and "VERIFIED" not in str(found["four"])
     assert found["greedy"].solved == 1.0 and found["greedy"].standard_error == 0
-    assert [call[:2] for call in engine.calls] == [(2, 4), (2, 4), (4, 1)]  # at most ten answers at a time
-    assert [call[2].temperature for call in engine.calls] == [0.6, 0.6, None]
-    assert len({call[2].seed for call in engine.calls[:2]}) == 2
+    assert [call[:2] for call in engine.calls] == [(4, 4), (4, 1)]
+    assert [call[2].temperature for call in engine.calls] == [0.6, None]
 
 
 def test_answers_that_could_not_be_verified_are_told(monkeypatch, capsys):
@@ -84,7 +74,7 @@ def test_answers_that_could_not_be_verified_are_told(monkeypatch, capsys):
         raise MemoryError(completion) if "-" in completion else KeyError("no such number")
 
     monkeypatch.setitem(VERIFIERS, "words", verify)
-    config = settings(eval_batch_size=10)
+    config = settings()
     with Rewards(1, 1.0) as rewards:
         found = evaluate(
             Scripted(), [EvalSet("four", PROBLEMS, 4, 0.6)], Prompts(TOKENIZER, config), rewards, config, ALONE
@@ -113,7 +103,7 @@ def test_evaluations_come_back_from_metrics():
     rates = {"aime24": SolveRate(0.2, 0.9, 0.05, 30, 16), "math-500": SolveRate(0.7, 1.0, 0.02, 500)}
     found = Evaluation(rates)
     assert Evaluation.from_metrics({"step": 3, **found.metrics()}) == found
-    heads, _, cells = table(found).splitlines()
+    heads, _, cells = found.table().splitlines()
     assert heads == "| aime24 (avg@16) | math-500 | mean |"
     assert cells == "| 20.0 ± 5.0 | 70.0 ± 2.0 | 45.0 |"
 

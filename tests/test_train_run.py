@@ -168,13 +168,13 @@ def test_other_settings_run(smoke, tmp_path, changes):
 
 
 def test_pages_and_evaluations_come_when_they_are_due(smoke, tmp_path):
-    assert launch(smoke(max_steps=5, eval_steps=2, sample_steps=2, credit="none")) == 0
+    assert launch(smoke(max_steps=5, eval_steps=2, credit="none")) == 0
     run = tmp_path / "run"
     assert [record["step"] for record in read_metrics(run) if "reward" not in record] == [0, 2, 4, 5]
-    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-000002.html", "step-000004.html"]
-    page = (run / "samples" / "step-000002.html").read_text()
-    assert page.count("<article>") == 4 and page.count('class="row"') == 4  # without credit, entropy alone
-    assert (run / "samples.html").read_text().count('class="row"') == 12
+    pages = sorted((run / "samples").iterdir())
+    assert [path.name for path in pages] == [f"step-00000{step}.html" for step in (0, 2, 4, 5)]
+    for page in pages:
+        assert page.read_text().count("<article>") == 4 and page.read_text().count('class="row"') == 12
 
 
 def _finite(record: dict) -> bool:
@@ -197,10 +197,10 @@ def test_head_groups_are_kept_between_calibrations(smoke, tmp_path, monkeypatch,
     pooled = sum(rhythm.spans.double() * n for rhythm, n in zip(rhythms, tokens)) / sum(tokens)
     for groups, *_ in passes[2:6]:
         assert all(map(torch.equal, groups, group_heads(pooled)))
-    drift = {"groups/spearman", "groups/local_overlap", "groups/global_overlap"}
+    drift = {"rhythm/groups_spearman", "rhythm/groups_local_overlap", "rhythm/groups_global_overlap"}
     steps = steps_of(read_metrics(tmp_path / "run"))
     assert [drift & set(record) for record in steps] == [set(), set(), set(), drift]
-    assert f"Spearman {steps[3]['groups/spearman']:.3f}" in capsys.readouterr().out
+    assert f"Spearman {steps[3]['rhythm/groups_spearman']:.3f}" in capsys.readouterr().out
 
 
 class Killed(BaseException):
@@ -238,7 +238,7 @@ def test_a_stopped_run_continues_bit_for_bit(smoke, tmp_path, monkeypatch, where
             patch.setattr(train.checkpoint, "_publish", stop(train.checkpoint._publish, at=2))
         with pytest.raises(Killed):
             launch(config)
-    assert not (run / "samples.html").exists()
+    assert not (run / "samples" / "step-000004.html").exists()
     if where == "rollout":
         assert len(steps_of(read_metrics(run))) == 3  # beyond the checkpoint of step 2: to be cut off and done again
     assert launch(Config.load(run / "config.json"), run) == 0
@@ -319,6 +319,7 @@ def test_models_are_folders_or_come_from_the_hub(tmp_path, monkeypatch):
 
 def test_problems_are_shared_out_evenly_or_not_at_all(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(World, "join", lambda device: ALONE._replace(size=3))
+    monkeypatch.setattr(World, "from_first", lambda self, make: make())
     with pytest.raises(
         ValueError, match="--prompts-per-step must be a multiple .* got 8, with --gradient-steps 2 and 3"
     ):
@@ -378,8 +379,7 @@ def answer_of(words: list[str], prompt: str = "1 2 ? 3 >") -> dict:
     signals = {name: [0.1] * len(words) for name in ("waad", "fai", "entropy")}
     return {
         "prompt": prompt,
-        "reward": 1.0,
-        "finished": True,
+        "verdict": "solved",
         "words": words,
         "gamma": [1.5] * len(words),
         "signals": signals,
@@ -413,6 +413,6 @@ def test_sample_page_shortens_long_answers():
 def test_sample_page_shows_the_run(smoke, tmp_path):
     config = smoke(max_steps=0)
     assert launch(config) == 0
-    page = (tmp_path / "run" / "samples.html").read_text()
+    page = (tmp_path / "run" / "samples" / "step-000000.html").read_text()
     assert page.count("<article>") == config.run.sample_answers
     assert "WAAD" in page and 'class="credited"' in page

@@ -1,24 +1,23 @@
-"""Every setting of a run: dataclasses whose fields are the command-line flags, in the same groups.
+"""Every setting of a run: dataclasses whose fields are the flags of the command line, in the same groups.
 
-A field `prompts_per_step` is the flag `--prompts-per-step`. Its help text and limits stand beside its default, and
-`Config.check` holds every value against them before anything runs. Where TRL's GRPOConfig has a setting, the name is
-TRL's.
+The field `prompts_per_step` is the flag `--prompts-per-step`. Its help and its limits stand beside its default, and
+`Config.check` holds every value against them before anything runs. A setting that TRL's GRPOConfig has is named as in
+it.
 """
 
-import argparse
 import json
-import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args, get_origin
 
 from rhythm_kernels.options import CreditOptions, flat_name, from_flat, read_text
 
-MOST = 2**31 - 1  # of a whole number without a limit of its own: larger ones overflow somewhere behind the start
+MOST = 2**31 - 1  # of a whole number without a limit of its own: larger ones overflow in torch
 
 
 class BadSetting(ValueError):
-    """A flag with a value that it cannot have; the message names it and shows what arrived."""
+    """A flag has a value that it cannot have; the message names the flag and shows the value."""
 
 
 class RunError(RuntimeError):
@@ -26,7 +25,7 @@ class RunError(RuntimeError):
 
 
 def flag(default, help: str, **limits):
-    """A field with its help text; limits are `above`, `least`, `most` (numbers or each item of a tuple), `choices`."""
+    """Returns a field with its help. Limits are `above`, `least` and `most`, of each item of a tuple, and `choices`."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -147,11 +146,9 @@ class Run:
     threads: int = flag(0, "CPU threads of each training run; 0 shares the cores among the seeds", least=0)
     cache: str = flag("runs/cache", "folder of warm starts, by a hash of what made them")
     eval_steps: int = flag(0, "steps between evaluations; 0: before and after only", least=0)
-    eval_batch_size: int = flag(256, "answers in one evaluation batch", least=1)
     save_steps: int = flag(25, "steps between checkpoints", least=1)
     save_total_limit: int = flag(2, "checkpoints kept", least=1)
     logging_steps: int = flag(10, "steps between console lines", least=1)
-    sample_steps: int = flag(0, "steps between pages of sampled answers; 0: after the run only", least=0)
     sample_answers: int = flag(16, "answers on a page", least=0)
 
 
@@ -170,57 +167,50 @@ class Config:
     def groups(self) -> Iterator[tuple[str, object]]:
         return ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "preset")
 
+    def flat(self) -> dict[str, object]:
+        """Returns every setting by the name of its flag."""
+        groups = [group for _, group in self.groups()]
+        return {name: getattr(group, f.name) for group in groups for name, f in settings_of(group).items()}
+
     def change(self, **values) -> "Config":
-        """A checked copy with these fields changed, wherever they live; strings are parsed as on the command line."""
-        unknown = set(values) - {name for _, group in self.groups() for name in settings_of(group)}
-        if unknown:
-            raise BadSetting(f"no such flag: {', '.join(flag_name(name) for name in sorted(unknown))}")
-        changed = {}
-        for name, group in self.groups():
-            changed[name] = _change(group, values)
-        return replace(self, **changed).check()
+        """Returns a checked copy in which these settings are changed; texts are read as on the command line."""
+        if unknown := sorted(set(values) - set(self.flat())):
+            raise BadSetting(f"no such flag: {', '.join(map(flag_name, unknown))}")
+        return replace(self, **{name: _change(group, values) for name, group in self.groups()}).check()
 
     def check(self) -> "Config":
+        flat = self.flat()
+
+        def require(holds: bool, name: str, demand: str, *beside: str) -> None:
+            if not holds:
+                others = "".join(f", with {flag_name(other)} {flat[other]}" for other in beside)
+                raise BadSetting(f"{flag_name(name)} must {demand}, got {flat[name]!r}{others}")
+
         for name, group in self.groups():
-            for f in fields(group) if name != "credit" else ():  # which has checked itself
-                _check_limits(f, getattr(group, f.name))
-        model, rollout, grpo, credit, run = self.model, self.rollout, self.grpo, self.credit, self.run
-        _require(model.heads % model.key_heads == 0, "key_heads", "divide --heads", model.key_heads, heads=model.heads)
-        _require(model.head_size % 2 == 0, "head_size", "be even", model.head_size)
-        _require(sum(self.demonstrations.misses) > 0, "misses", "hold a positive odd", self.demonstrations.misses)
-        _require(
-            rollout.prompts_per_step % grpo.gradient_steps == 0,
-            "gradient_steps",
-            "divide --prompts-per-step",
-            grpo.gradient_steps,
-            prompts_per_step=rollout.prompts_per_step,
-        )
-        _require(
-            credit.groups_every == 1 or credit.group_by == "batch",
-            "credit_group_by",
-            "be batch where groups serve later steps",
-            credit.group_by,
-            credit_groups_every=credit.groups_every,
-        )
-        _require(bool(model.model) or self.data.train_data == "words", "model", "be given where problems are read", "")
-        _require(
-            bool(model.model) or rollout.engine == "transformers",
-            "engine",
-            "be transformers for a model from scratch",
-            rollout.engine,
-        )
-        _require(len(set(run.seeds)) == len(run.seeds) > 0, "seeds", "be different numbers, at least one", run.seeds)
+            for f in fields(group) if name != "credit" else ():  # CreditOptions has checked itself
+                value = flat[f.name]
+                for item in value if isinstance(value, tuple) else (value,):
+                    for holds, demand in _limits(f, item):
+                        require(holds, f.name, demand)
+        model, rollout, credit, seeds = self.model, self.rollout, self.credit, self.run.seeds
+        from_scratch = not model.model
+        require(model.heads % model.key_heads == 0, "key_heads", "divide --heads", "heads")
+        require(model.head_size % 2 == 0, "head_size", "be even")
+        require(sum(self.demonstrations.misses) > 0, "misses", "hold a positive odd")
+        even = rollout.prompts_per_step % self.grpo.gradient_steps == 0
+        require(even, "gradient_steps", "divide --prompts-per-step", "prompts_per_step")
+        whole_batch = credit.groups_every == 1 or credit.group_by == "batch"
+        require(whole_batch, "credit_group_by", "be batch where groups serve later steps", "credit_groups_every")
+        require(not from_scratch or self.data.train_data == "words", "model", "be given where problems are read")
+        transformers = rollout.engine == "transformers"
+        require(not from_scratch or transformers, "engine", "be transformers for a model from scratch")
+        require(len(set(seeds)) == len(seeds) > 0, "seeds", "be different numbers, at least one")
         return self
 
     def settings(self) -> dict[str, object]:
-        """What the results of a run depend on, flat: all but where it writes and how it reports."""
-        only_here = {f.name for f in fields(Run)} - {"seeds", "eval_steps"}
-        return json.loads(json.dumps({name: value for name, value in self.flat().items() if name not in only_here}))
-
-    def flat(self) -> dict[str, object]:
-        """Every setting by the name of its flag."""
-        groups = [group for _, group in self.groups()]
-        return {name: getattr(group, f.name) for group in groups for name, f in settings_of(group).items()}
+        """Returns what the results of a run depend on: not where it writes and how it reports."""
+        reports = {f.name for f in fields(Run)} - {"seeds", "eval_steps"}
+        return json.loads(json.dumps({name: value for name, value in self.flat().items() if name not in reports}))
 
     def to_json(self) -> str:
         return json.dumps({"preset": self.preset, **self.flat()}, indent=2)
@@ -229,9 +219,8 @@ class Config:
     def from_json(cls, text: str) -> "Config":
         flat = json.loads(text)
         config = cls(preset=flat.pop("preset"))
-        missing = set(config.flat()) - set(flat)
-        if missing:
-            raise BadSetting(f"the saved configuration lacks {', '.join(map(flag_name, sorted(missing)))}")
+        if missing := sorted(set(config.flat()) - set(flat)):
+            raise BadSetting(f"the saved configuration lacks {', '.join(map(flag_name, missing))}")
         return config.change(**flat)
 
     @classmethod
@@ -242,18 +231,22 @@ class Config:
             raise BadSetting(f"{path} is no configuration of a run: {error}") from error
 
 
+def flag_name(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
 def settings_of(group: object) -> dict[str, Field]:
-    """The fields of a group by the names of their settings; a run draws with its own seeds."""
+    """Returns the fields of a group by the names of their settings; credit's seed is the run's own."""
     if isinstance(group, CreditOptions):
         return {flat_name(f.name): f for f in fields(group) if f.name != "seed"}
     return {f.name: f for f in fields(group)}
 
 
 def _change(group: object, values: dict[str, object]) -> object:
-    """A copy of a group with what `values` has of its settings."""
+    """Returns a copy of a group with what `values` holds of its settings."""
     settings = {name: f for name, f in settings_of(group).items() if name in values}
     if not isinstance(group, CreditOptions):
-        return replace(group, **{name: _parse(f, values[name]) for name, f in settings.items()})
+        return replace(group, **{name: _read(f, values[name]) for name, f in settings.items()})
     before = {name: getattr(group, f.name) for name, f in settings_of(group).items()}
     try:
         return from_flat(before | {name: read_text(f, values[name]) for name, f in settings.items()})
@@ -262,117 +255,38 @@ def _change(group: object, values: dict[str, object]) -> object:
         raise BadSetting(f"{flag_name(name)} {rest}") from error
 
 
-def flag_name(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")
-
-
-def add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """A flag for each of these fields, in their groups."""
-    for _, group in Config().groups():
-        mine = {name: f for name, f in settings_of(group).items() if name in names}
-        title = "token credit" if isinstance(group, CreditOptions) else type(group).__doc__
-        section = parser.add_argument_group(title) if mine else None
-        for name, f in mine.items():
-            text = f.metadata["help"].replace("%", "%%")
-            if f.type is bool:
-                section.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, help=text)
-                continue
-            several = isinstance(f.default, tuple) or name == "credit_layers"
-            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            metavar = "N" if several else " ".join(f.metadata["choices"]) if "choices" in f.metadata else name.upper()
-            section.add_argument(
-                flag_name(name), help=f"{text} [{shown}]", metavar=metavar, nargs="+" if several else None
-            )
-
-
-def check_given(given: Collection[str], config: Config) -> None:
-    """BadSetting for a flag that was given and that nothing reads, as the other settings are."""
-    for names, acts, where in ACTS_WHERE:
-        idle = [name for name in names if name in given]
-        if idle and not acts(config):
-            raise BadSetting(f"{', '.join(map(flag_name, idle))} would have no effect: {where}")
-
-
-def _names_of(group: type) -> list[str]:
-    return [f.name for f in fields(group)]
-
-
-SHAPE = ("layers", "hidden_size", "heads", "key_heads", "head_size", "mlp_size")
-ACTS_WHERE = (
-    (_names_of(Words), lambda c: c.data.train_data == "words", "it is of the tiny Countdown, --train-data words"),
-    ([*SHAPE, *_names_of(Demonstrations)], lambda c: not c.model.model, "--model names a trained model"),
-    (
-        ["vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"],
-        lambda c: c.rollout.engine == "vllm",
-        "the answers do not come from --engine vllm",
-    ),
-    (["rollout_batch_size"], lambda c: c.rollout.engine == "transformers", "it is of --engine transformers"),
-    (
-        ["vllm_importance_sampling_cap"],
-        lambda c: c.grpo.vllm_importance_sampling_correction,
-        "it caps the weights of --vllm-importance-sampling-correction",
-    ),
-    (
-        ["credit_top_fraction", "credit_amplification", "credit_largest"],
-        lambda c: c.credit.strategy != "none",
-        "--credit none selects no token",
-    ),
-    (
-        ["credit_shared_fraction", "credit_max_lookback", "credit_tau_waad", "credit_tau_delta"],
-        lambda c: c.credit.strategy == "coupled",
-        "only --credit coupled reads it",
-    ),
-)
-"""(fields, whether they act, why not), for those that do not always."""
-
-
-def _require(holds: bool, name: str, demand: str, value, **beside):
-    if not holds:
-        others = "".join(f", with {flag_name(key)} {other}" for key, other in beside.items())
-        raise BadSetting(f"{flag_name(name)} must {demand}, got {value!r}{others}")
-
-
-def _check_limits(f: Field, value):
+def _limits(f: Field, item) -> Iterator[tuple[bool, str]]:
+    """Yields whether a value keeps a limit of its field, and what the limit demands."""
     limits = f.metadata
-    for item in value if isinstance(value, tuple) else (value,):
-        if "choices" in limits:
-            _require(item in limits["choices"], f.name, f"be one of {', '.join(limits['choices'])}", value)
-        if "above" in limits:
-            _require(limits["above"] < item < float("inf"), f.name, f"be above {limits['above']} and finite", value)
-        if "least" in limits:
-            _require(limits["least"] <= item < float("inf"), f.name, f"be at least {limits['least']}", value)
-        most = limits.get("most", MOST if type(item) is int else None)
-        if most is not None:
-            _require(item <= most, f.name, f"be at most {most}", value)
+    if "choices" in limits:
+        yield item in limits["choices"], f"be one of {', '.join(limits['choices'])}"
+    if "above" in limits:
+        yield limits["above"] < item < float("inf"), f"be above {limits['above']} and finite"
+    if "least" in limits:
+        yield limits["least"] <= item < float("inf"), f"be at least {limits['least']}"
+    most = limits.get("most", MOST if type(item) is int else None)
+    if most is not None:
+        yield item <= most, f"be at most {most}"
 
 
-def _parse(f: Field, value):
-    """`value` as the field's type: from a command-line string, from JSON, or from Python."""
-    if typing.get_origin(f.type) is tuple:
-        kind = typing.get_args(f.type)[0]
+def _read(f: Field, value):
+    """Returns `value` as the type of its field: it comes from a flag's text, from TOML or JSON, or from Python."""
+    several = get_origin(f.type) is tuple
+    kind = get_args(f.type)[0] if several else f.type
+    try:
+        if not several:
+            return _read_one(kind, value)
         items = value.replace(",", " ").split() if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise _wrong_type(f, value)
-        return tuple(_parse_one(f, kind, item, value) for item in items)
-    return _parse_one(f, f.type, value, value)
+        return tuple(_read_one(kind, item) for item in items)
+    except (TypeError, ValueError, KeyError):
+        raise BadSetting(f"{flag_name(f.name)} must be {kind.__name__}{'s' * several}, got {value!r}") from None
 
 
-def _parse_one(f: Field, kind: type, item, value):
-    if kind is bool and isinstance(item, str) and item.lower() in ("true", "false"):
-        return item.lower() == "true"
-    if isinstance(item, str) and kind in (int, float):
-        try:
-            return kind(item)
-        except ValueError:
-            raise _wrong_type(f, value) from None
-    if kind is float and type(item) is int:
-        return float(item)
+def _read_one(kind: type, item):
+    if isinstance(item, str) and kind is not str:
+        item = {"true": True, "false": False}[item.lower()] if kind is bool else kind(item)
+    elif kind is float and type(item) is int:
+        item = float(item)
     if type(item) is not kind:
-        raise _wrong_type(f, value)
+        raise TypeError
     return item
-
-
-def _wrong_type(f: Field, value) -> BadSetting:
-    several = typing.get_origin(f.type) is tuple
-    kind = typing.get_args(f.type)[0] if several else f.type
-    return BadSetting(f"{flag_name(f.name)} must be {kind.__name__}{'s' if several else ''}, got {value!r}")

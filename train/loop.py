@@ -22,14 +22,14 @@ from rhythm_kernels.tasks import Problem
 from train.batch import Rollouts, micro_batches, pack
 from train.config import Config, RunError
 from train.console import Phases, bar
-from train.evaluate import evaluate
 from train.loss import group_advantages
 from train.metrics import UNVERIFIED, learning_warnings, memory_metrics, rollout_metrics
 from train.reading import TokenStats, read_batch, read_log_probs
 from train.rewards import Score, count_errors, describe_errors
 from train.rollout import Sampling
-from train.samples import write_held_out_samples, write_samples
+from train.samples import write_samples
 from train.setup import TrainingRun, open_run
+from train.solve_rates import evaluate
 from train.stop import Stopped, asked, held
 from train.update import update_policy
 
@@ -67,9 +67,6 @@ def train(config: Config, folder: Path):
                 warned = warn(run, number, step, warned)
                 if number % report.logging_steps == 0 or number == grpo.max_steps:
                     run.say(describe(number, step.metrics, config))
-                if is_due(report.sample_steps, number, grpo.max_steps) and run.world.is_first:
-                    page = folder / "samples" / f"step-{number:06d}.html"
-                    write_samples(page, step.batch, step.tokens, step.gamma, step.rewards, step.problems, run)
                 if is_due(report.eval_steps, number, grpo.max_steps):
                     assess(run, number, f"step {number}")
                 stop = run.world.most(asked())  # all ranks stop after the same step
@@ -80,7 +77,6 @@ def train(config: Config, folder: Path):
                 if stop:
                     raise Stopped(stop)
         assess(run, grpo.max_steps, "after")
-        write_held_out_samples(run, folder / "samples.html")
 
 
 def train_step(run: TrainingRun, number: int) -> Step:
@@ -148,9 +144,11 @@ def is_due(every: int, step: int, last: int) -> bool:
 
 
 def assess(run: TrainingRun, step: int, when: str):
-    found = evaluate(run.engine, run.evaluations, run.prompts, run.rewards, run.config, run.world)
-    run.log.write(step, found.metrics())
-    run.say(f"{when:7} {found}")
+    """Evaluates the policy, and writes a page of its answers."""
+    evaluation = evaluate(run.engine, run.evaluations, run.prompts, run.rewards, run.config, run.world)
+    run.log.write(step, evaluation.metrics())
+    run.say(f"{when:7} {evaluation}")
+    write_samples(run, run.folder / "samples" / f"step-{step:06d}.html")
 
 
 def warn(run: TrainingRun, step: int, done: Step, before: set[str]) -> set[str]:

@@ -1,0 +1,87 @@
+"""The command line of a run: a flag for every setting, and which of them have no effect beside the others."""
+
+import argparse
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+
+from rhythm_kernels.options import CreditOptions
+from train.config import BadSetting, Config, Demonstrations, Words, flag_name, settings_of
+from train.presets import PRESETS, load_preset
+
+OF_WORDS = [f.name for f in fields(Words)]
+SHAPE = ["layers", "hidden_size", "heads", "key_heads", "head_size", "mlp_size"]
+FROM_SCRATCH = [*SHAPE, *(f.name for f in fields(Demonstrations))]
+OF_VLLM = ["vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"]
+SELECTS = ["credit_top_fraction", "credit_amplification", "credit_largest"]
+COUPLES = ["credit_shared_fraction", "credit_max_lookback", "credit_tau_waad", "credit_tau_delta"]
+ACT_WHERE = (
+    (OF_WORDS, lambda c: c.data.train_data == "words", "it is of the tiny Countdown, --train-data words"),
+    (FROM_SCRATCH, lambda c: not c.model.model, "--model names a trained model"),
+    (OF_VLLM, lambda c: c.rollout.engine == "vllm", "the answers do not come from --engine vllm"),
+    (["rollout_batch_size"], lambda c: c.rollout.engine == "transformers", "it is of --engine transformers"),
+    (
+        ["vllm_importance_sampling_cap"],
+        lambda c: c.grpo.vllm_importance_sampling_correction,
+        "it caps the weights of --vllm-importance-sampling-correction",
+    ),
+    (SELECTS, lambda c: c.credit.strategy != "none", "--credit none selects no token"),
+    (COUPLES, lambda c: c.credit.strategy == "coupled", "only --credit coupled reads it"),
+)
+"""(settings, whether a configuration reads them, why not), for the settings that are not always read."""
+
+
+def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
+    """Returns the checked configuration of a run, and its folder where --resume names one."""
+    values = vars(build_parser().parse_args(arguments))
+    preset, resume = values.pop("preset"), values.pop("resume")
+    if resume is None:
+        config = load_preset(preset or PRESETS[0]).change(**values)
+        check_given(values, config)
+        return config, None
+    if preset or values:
+        given = ", ".join(map(flag_name, [*(["preset"] if preset else []), *values]))
+        raise BadSetting(f"--resume continues a run as it was configured, but also got {given}")
+    path = Path(resume) / "config.json"
+    if not path.is_file():
+        raise BadSetting(f"--resume must be a run's folder, got {resume!r}, which has no config.json")
+    return Config.load(path), Path(resume)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Trains a language model with GRPO, whose credit follows the attention.",
+        argument_default=argparse.SUPPRESS,  # only what was given comes out
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", default=None, help=f"one of {', '.join(PRESETS)}; the default is the first")
+    parser.add_argument("--resume", default=None, metavar="FOLDER", help="continue the run in this folder")
+    add_flags(parser, Config().flat())
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """Adds a flag for each of these settings, in the groups of the configuration."""
+    for _, group in Config().groups():
+        settings = {name: f for name, f in settings_of(group).items() if name in names}
+        title = "token credit" if isinstance(group, CreditOptions) else type(group).__doc__
+        section = parser.add_argument_group(title) if settings else None
+        for name, f in settings.items():
+            text = f.metadata["help"].replace("%", "%%")
+            if f.type is bool:
+                section.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, help=text)
+                continue
+            several = isinstance(f.default, tuple) or name == "credit_layers"
+            default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            metavar = "N" if several else " ".join(f.metadata.get("choices", [name.upper()]))
+            nargs = "+" if several else None
+            section.add_argument(flag_name(name), help=f"{text} [{default}]", metavar=metavar, nargs=nargs)
+
+
+def check_given(given: Collection[str], config: Config) -> None:
+    """Raises BadSetting for a flag that was given and that nothing reads beside the other settings."""
+    for names, acts, reason in ACT_WHERE:
+        idle = [flag_name(name) for name in names if name in given]
+        if idle and not acts(config):
+            raise BadSetting(f"{', '.join(idle)} would have no effect: {reason}")
