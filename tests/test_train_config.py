@@ -38,13 +38,12 @@ SOURCES = Path(train.__file__).parent
             "--credit-group-by must be batch where groups serve later steps, got 'sequence'",
         ),
         (["--seeds", "1", "1"], "--seeds must be different numbers, at least one, got (1, 1)"),
-        (["--misses", "0", "0"], "--misses must hold a positive odd, got (0.0, 0.0)"),
         (["--seeds", "18446688743710"], "--seeds must be at most 2147483647, got (18446688743710,)"),
         (["--credit-window", "999"], "--credit-window must be between 1 and 256, got 999"),
         (["--credit-layers", "some"], "--credit-layers must be an int"),
         (["--credit-tau-waad", "low"], "--credit-tau-waad must be a float"),
         (["--model", "m", "--layers", "3"], "--layers would have no effect: --model names a trained model"),
-        (["--model", "m", "--misses", "1"], "--misses would have no effect: --model names a trained model"),
+        (["--model", "m", "--sft-steps", "1"], "--sft-steps would have no effect: --model names a trained model"),
         (["--train-data", "tinyzero", "--model", "m", "--largest", "9"], "--largest would have no effect"),
         (["--vllm-gpu-memory-utilization", "0.3"], "would have no effect: the answers do not come from --engine vllm"),
         (
@@ -82,9 +81,9 @@ def test_python_callers_get_the_same_errors():
 
 
 def test_flags_reach_their_fields():
-    config, folder = parse(["--max-steps", "7", "--seeds", "3", "4", "--no-credit-largest", "--misses", "1", "2"])
+    config, folder = parse(["--max-steps", "7", "--seeds", "3", "4", "--no-credit-largest", "--beta", "1"])
     assert (config.grpo.max_steps, config.run.seeds, config.credit.largest) == (7, (3, 4), False)
-    assert config.demonstrations.misses == (1.0, 2.0) and folder is None
+    assert config.grpo.beta == 1.0 and folder is None
     assert config.preset == "countdown-tiny"
 
 

@@ -1,5 +1,6 @@
 """The tasks' problems and verifiers: right on right and wrong answers, unmoved by whatever else a model writes."""
 
+import hashlib
 import json
 import random
 
@@ -12,8 +13,9 @@ from rhythm_kernels.tasks import VERIFIERS, Problem, choice, countdown, maths
 from rhythm_kernels.tasks.expression import LONGEST_EXPRESSION, evaluate, split_words
 from rhythm_kernels.tasks.types import LONGEST_BOX, UnusableRow, last_boxed
 from rhythm_kernels.tasks.words import Puzzle
-from train.config import Demonstrations, Words
+from train.config import Words
 from train.presets import PRESETS, load_preset
+from train.supervise import VERSION, warm_start_path
 from train.words import LARGEST_NUMBER, SIGNS, attempts, build_tokenizer, demonstrate, split_problems
 
 PUZZLE = Puzzle((1, 7, 10), 2)
@@ -49,9 +51,8 @@ def test_default_task_holds_out_enough():
     assert load_preset("countdown-tiny").words.held_out >= 1024
 
 
-def test_split_repeats_and_follows_its_seed():
+def test_split_repeats():
     assert split_problems(Words()) == split_problems(Words())
-    assert split_problems(Words()).held_out != split_problems(Words(split_seed=1)).held_out
 
 
 def test_impossible_split_names_the_flag():
@@ -75,7 +76,7 @@ def test_attempts_stay_within_the_vocabulary():
 def test_demonstrations_are_right_unless_they_give_up():
     config, draw = load_preset("countdown-tiny"), random.Random(0)
     for problem in draw.sample(split_problems(config.words).train, 300):
-        text = demonstrate(problem, config.words, config.demonstrations, draw)
+        text = demonstrate(problem, config.words, draw)
         assert reward(problem, text) == ("!" in text)
         assert text.count("!") <= 1 and ("!" in text or "x A" in text)
 
@@ -83,17 +84,36 @@ def test_demonstrations_are_right_unless_they_give_up():
 def test_demonstrations_follow_their_odds():
     task, draw = Words(), random.Random(0)
     problem = split_problems(task).train[0]
-    only_two = Demonstrations(misses=(0.0, 0.0, 1.0), give_up=0.0)
-    assert all(demonstrate(problem, task, only_two, draw).count("x") == 2 for _ in range(20))
-    always = Demonstrations(misses=(0.0, 1.0), give_up=1.0)
-    assert all("!" not in demonstrate(problem, task, always, draw) for _ in range(20))
+    only_two = {"odds": (0.0, 0.0, 1.0), "give_up": 0.0}
+    assert all(demonstrate(problem, task, draw, **only_two).count("x") == 2 for _ in range(20))
+    always = {"odds": (0.0, 1.0), "give_up": 1.0}
+    assert all("!" not in demonstrate(problem, task, draw, **always) for _ in range(20))
+
+
+def test_a_warm_start_is_kept_under_its_settings_and_the_version_of_its_code(monkeypatch):
+    """Comments and names of the code do not count: no file is read."""
+    config = load_preset("countdown-smoke")
+    paths = [warm_start_path(config, 0), warm_start_path(config, 1), warm_start_path(config.change(sft_steps=3), 0)]
+    monkeypatch.setattr("builtins.open", None)
+    monkeypatch.setattr("io.open", None)
+    assert warm_start_path(config, 0) == paths[0]
+    monkeypatch.setattr("train.supervise.VERSION", VERSION + 1)
+    assert len({*paths, warm_start_path(config, 0)}) == 4
+
+
+def test_demonstrations_are_those_of_the_version():
+    """Where other demonstrations are meant: raise VERSION in train/supervise.py, and change both numbers here."""
+    config, draw = load_preset("countdown-tiny"), random.Random(0)
+    problems = draw.sample(split_problems(config.words).train, 300)
+    texts = [f"{problem.prompt} {demonstrate(problem, config.words, draw)}" for problem in problems]
+    assert (VERSION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (1, "07341c1697bc89ab")
 
 
 @pytest.mark.parametrize("preset", ["countdown-tiny", "countdown-smoke"])
 def test_every_word_is_one_token(preset):
     config, tokenizer, draw = load_preset(preset), build_tokenizer(), random.Random(0)
     for problem in draw.choices(split_problems(config.words).train, k=300):
-        text = f"{problem.prompt} {demonstrate(problem, config.words, config.demonstrations, draw)}"
+        text = f"{problem.prompt} {demonstrate(problem, config.words, draw)}"
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and len(ids) == len(text.split())
         # the prompt, the answer and its end of sequence fit the context

@@ -50,7 +50,6 @@ class Words:
     operators: str = flag("+-*", "signs that an answer may use", choices=("+-", "+-*", "+-*/"))
     held_out: int = flag(1024, "held-out problems, none of whose number multisets is trained on", least=1)
     held_out_pool: int = flag(4, "held-out multisets hold this many times as many problems as are kept", least=1)
-    split_seed: int = flag(0, "seed of the split", least=0)
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,6 @@ class Model:
 class Demonstrations:
     """supervised warm start of a model from scratch, cached"""
 
-    misses: tuple[float, ...] = flag((0.35, 0.3, 0.2, 0.15), "odds of 0, 1, 2, ... misses before the hit", least=0)
-    give_up: float = flag(0.25, "share of the searches with a miss that end with it as the answer", least=0, most=1)
     sft_steps: int = flag(2000, "optimizer steps", least=0)
     sft_batch_size: int = flag(32, "demonstrations a step", least=1)
     sft_learning_rate: float = flag(2e-3, "AdamW, warmed up and then decayed to a tenth", above=0)
@@ -95,7 +92,6 @@ class Rollout:
     temperature: float = flag(1.0, "of sampling; log-probabilities are taken at it", above=0)
     rollout_batch_size: int = flag(256, "answers that the transformers engine samples at a time", least=1)
     vllm_gpu_memory_utilization: float = flag(0.5, "share of a GPU's memory that vLLM takes", above=0, most=1)
-    vllm_enable_sleep_mode: bool = flag(True, "vLLM gives its memory to the update; on a GPU only")
     vllm_logp_tolerance: float = flag(
         0.05, "largest mean gap, in nats, of sampler and trainer after the first weight sync", above=0
     )
@@ -196,7 +192,6 @@ class Config:
         from_scratch = not model.model
         require(model.heads % model.key_heads == 0, "key_heads", "divide --heads", "heads")
         require(model.head_size % 2 == 0, "head_size", "be even")
-        require(sum(self.demonstrations.misses) > 0, "misses", "hold a positive odd")
         even = rollout.prompts_per_step % self.grpo.gradient_steps == 0
         require(even, "gradient_steps", "divide --prompts-per-step", "prompts_per_step")
         whole_batch = credit.groups_every == 1 or credit.group_by == "batch"

@@ -12,19 +12,16 @@ from train.presets import PRESETS, load_preset
 OF_WORDS = [f.name for f in fields(Words)]
 SHAPE = ["layers", "hidden_size", "heads", "key_heads", "head_size", "mlp_size"]
 FROM_SCRATCH = [*SHAPE, *(f.name for f in fields(Demonstrations))]
-OF_VLLM = ["vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"]
+OF_VLLM, OF_TRANSFORMERS = ["vllm_gpu_memory_utilization"], ["rollout_batch_size"]
+OF_CORRECTION, CORRECTION = ["vllm_importance_sampling_cap"], "--vllm-importance-sampling-correction"
 SELECTS = ["credit_top_fraction", "credit_amplification", "credit_largest"]
 COUPLES = ["credit_shared_fraction", "credit_max_lookback", "credit_tau_waad", "credit_tau_delta"]
 ACT_WHERE = (
     (OF_WORDS, lambda c: c.data.train_data == "words", "it is of the tiny Countdown, --train-data words"),
     (FROM_SCRATCH, lambda c: not c.model.model, "--model names a trained model"),
     (OF_VLLM, lambda c: c.rollout.engine == "vllm", "the answers do not come from --engine vllm"),
-    (["rollout_batch_size"], lambda c: c.rollout.engine == "transformers", "it is of --engine transformers"),
-    (
-        ["vllm_importance_sampling_cap"],
-        lambda c: c.grpo.vllm_importance_sampling_correction,
-        "it caps the weights of --vllm-importance-sampling-correction",
-    ),
+    (OF_TRANSFORMERS, lambda c: c.rollout.engine == "transformers", "it is of --engine transformers"),
+    (OF_CORRECTION, lambda c: c.grpo.vllm_importance_sampling_correction, f"it caps the weights of {CORRECTION}"),
     (SELECTS, lambda c: c.credit.strategy != "none", "--credit none selects no token"),
     (COUPLES, lambda c: c.credit.strategy == "coupled", "only --credit coupled reads it"),
 )

@@ -201,7 +201,7 @@ def load_engine(
             max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
             dtype=config.model.dtype,
             gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
-            sleep_mode=rollout.vllm_enable_sleep_mode,
+            sleep_mode=True,
         )
     is_copy = policy is None or world.size > 1 or config.model.dtype != "float32"
     model = load_model(start, dtype=getattr(torch, config.model.dtype)).to(world.device) if is_copy else policy.model

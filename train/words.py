@@ -5,6 +5,7 @@ In a demonstration an attempt that misses the target ends in `x`, one that hits 
 
 import itertools
 import random
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -13,12 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rhythm_kernels.tasks import Problem
 from rhythm_kernels.tasks.words import ANSWER, Puzzle
-from train.config import BadSetting, Demonstrations, Words
+from train.config import BadSetting, Words
 
 LARGEST_NUMBER = 99  # every integer from 0 to here is a token; no step of an attempt leaves this range
 PAD, EOS = "<pad>", "<eos>"
 SIGNS = ("+", "-", "*", "/", "(", ")", "=", ",", "x", "!", "A", "?", ">")
 MISS, HIT = "x", "!"
+ODDS_OF_MISSES = (0.35, 0.3, 0.2, 0.15)  # of 0, 1, 2 and 3 misses in a demonstration
+GIVE_UP = 0.25  # share of the demonstrations with a miss that end with it as the answer
 
 
 class Attempt(NamedTuple):
@@ -89,7 +92,7 @@ def split_problems(task: Words) -> Split:
     Whole multisets go to the held-out side, in a seeded order, until they hold `held_out_pool` times as many problems
     as are kept, so that the kept ones spread over many multisets.
     """
-    draw = random.Random(task.split_seed)
+    draw = random.Random(0)  # one split for all runs
     multisets = list(itertools.combinations_with_replacement(range(1, task.largest + 1), task.numbers))
     draw.shuffle(multisets)
     held_out: list[Puzzle] = []
@@ -109,16 +112,23 @@ def _puzzles_of(numbers: tuple[int, ...], operators: str) -> list[Puzzle]:
     return [Puzzle(numbers, target) for target in sorted({a.value for a in attempts(numbers, operators)})]
 
 
-def demonstrate(problem: Problem, task: Words, style: Demonstrations, draw: random.Random) -> str:
-    """Returns a search trace: some misses, then a hit, or the last miss as the answer of one that gives up."""
+def demonstrate(
+    problem: Problem,
+    task: Words,
+    draw: random.Random,
+    *,
+    odds: Sequence[float] = ODDS_OF_MISSES,
+    give_up: float = GIVE_UP,
+) -> str:
+    """Returns a search: some misses, then a hit or, given up, the last miss as the answer."""
     numbers, target = Puzzle.of(problem)
     ways = attempts(numbers, task.operators)
     hits = [way for way in ways if way.value == target]
     misses = [way for way in ways if way.value != target]
-    count = draw.choices(range(len(style.misses)), weights=style.misses)[0]
+    (count,) = draw.choices(range(len(odds)), weights=odds)
     tried = draw.sample(misses, min(count, len(misses)))
     words = [f"{way.steps} {MISS}" for way in tried]
-    if tried and draw.random() < style.give_up:
+    if tried and draw.random() < give_up:
         return " ".join([*words, ANSWER, tried[-1].expression])
     hit = draw.choice(hits)
     return " ".join([*words, hit.steps, HIT, ANSWER, hit.expression])
