@@ -10,20 +10,14 @@ class ProblemStream:
 
     def __init__(self, problems: list[Problem], seed: int):
         self.problems, self.seed = problems, seed
-        self.epoch, self.position = 0, 0
-        self._shuffle()
-
-    def _shuffle(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        self.order = torch.randperm(len(self.problems), generator=generator).tolist()
+        self.load_state_dict({"epoch": 0, "position": 0})
 
     def take(self, count: int) -> list[Problem]:
-        """The next `count` problems; a new epoch begins wherever one ends."""
+        """Returns the next `count` problems; a new epoch begins wherever one ends."""
         taken = []
         while len(taken) < count:
             if self.position == len(self.problems):
-                self.epoch, self.position = self.epoch + 1, 0
-                self._shuffle()
+                self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
             taken.append(self.problems[self.order[self.position]])
             self.position += 1
         return taken
@@ -31,6 +25,7 @@ class ProblemStream:
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
-    def load_state_dict(self, state: dict[str, int]):
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
-        self._shuffle()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        self.order = torch.randperm(len(self.problems), generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""The problems of a run: those to train on, those to evaluate on, and the tokens that the policy reads of one."""
+"""The problems to train and to evaluate on, and the token ids that the policy reads."""
 
 import importlib.util
 from collections import Counter
@@ -20,10 +20,10 @@ from train.rollout import Completion
 
 
 class EvalSet(NamedTuple):
-    """Problems, each answered `answers` times; `temperature` None is greedy."""
+    """Problems, each answered `answers` times at a temperature; None is greedy."""
 
     name: str
-    """Without a slash, since metrics are named after it: of a file the set and its last part, math-500:mine."""
+    """Names the metrics, so it has no slash: a set of a file is named by the set and the file, math-500:mine."""
     problems: list[Problem]
     answers: int
     temperature: float | None
@@ -45,17 +45,11 @@ def reading_sets() -> Iterator[None]:
 
 @reading_sets()
 def load_task(config: Config, world: World) -> Task:
-    """What --train-data and --eval-data name; the tiny Countdown is evaluated by sampling and greedily, unless told."""
-    tell = say if world.is_first else (lambda line: None)
-    name = config.data.train_data
-    if name == "words":
-        problems, held_out = words.split_problems(config.words)
-        if not config.data.eval_data:
-            return Task(problems, in_both_ways(held_out, config))
-    evaluations = load_evaluations(names_to_evaluate(config), config.rollout.temperature, tell)
-    if name != "words":
-        problems = load_set(name, tell)
-    train, repeats = drop_overlap(problems, [problem for each in evaluations for problem in each.problems])
+    """Loads what --train-data and --eval-data name; what is evaluated on is not trained on."""
+    name, tell = config.data.train_data, _teller(world)
+    evaluations = load_held_out(config, world)
+    problems = words.split_problems(config.words).train if name == "words" else load_set(name, tell)
+    train, repeats = drop_overlap(problems, [problem for held_out in evaluations for problem in held_out.problems])
     if repeats:
         tell(f"{name}: {repeats} problems left out that are evaluated on")
     if not train:
@@ -65,54 +59,46 @@ def load_task(config: Config, world: World) -> Task:
 
 @reading_sets()
 def load_held_out(config: Config, world: World) -> list[EvalSet]:
-    """What a run of these settings is evaluated on; what it trains on is not loaded."""
-    if config.data.train_data == "words" and not config.data.eval_data:
-        return in_both_ways(words.split_problems(config.words)[1], config)
-    tell = say if world.is_first else (lambda line: None)
-    return load_evaluations(names_to_evaluate(config), config.rollout.temperature, tell)
-
-
-def in_both_ways(held_out: list[Problem], config: Config) -> list[EvalSet]:
-    return [EvalSet("sampled", held_out, 1, config.rollout.temperature), EvalSet("greedy", held_out, 1, None)]
-
-
-def names_to_evaluate(config: Config) -> Sequence[str]:
-    """--eval-data, or the sets that belong to --train-data."""
-    name = config.data.train_data
+    """Loads --eval-data, or the sets that belong to --train-data; the tiny Countdown's is sampled and greedy."""
+    name, temperature = config.data.train_data, config.rollout.temperature
+    if name == "words" and not config.data.eval_data:
+        held_out = words.split_problems(config.words).held_out
+        return [EvalSet("sampled", held_out, 1, temperature), EvalSet("greedy", held_out, 1, None)]
     names = config.data.eval_data or find_set(name)[0].evaluate
     if not names:
         raise BadSetting(f"--eval-data must name what to evaluate on, since nothing belongs to --train-data {name}")
-    return names
+    return load_evaluations(names, temperature, _teller(world))
 
 
 @reading_sets()
 def load_evaluations(
     names: Sequence[str], temperature: float | None, tell: Callable[[str], object] = say
 ) -> list[EvalSet]:
-    """The sets, under names of their own: metrics and columns are called after them."""
-    labels = [label_of(name) for name in names]
+    """Loads the sets under names of their own, which their metrics are called by."""
+    sets = {name: find_set(name) for name in names}
+    labels = [name if sets[name][1] is None else f"{name.partition(':')[0]}:{sets[name][1].stem}" for name in names]
     for label, count in Counter(labels).items():
         if count > 1:
             same = ", ".join(name for name, other in zip(names, labels) if other == label)
             raise BadSetting(f"--eval-data must be sets of different names, got {same}, which are all called {label}")
-    answers = [find_set(name)[0].answers for name in names]
-    return [EvalSet(label, load_set(name, tell), n, temperature) for label, name, n in zip(labels, names, answers)]
+    return [
+        EvalSet(label, load_set(name, tell), sets[name][0].answers, temperature) for label, name in zip(labels, names)
+    ]
 
 
-def label_of(name: str) -> str:
-    _, file = find_set(name)
-    return name if file is None else f"{name.partition(':')[0]}:{file.stem}"
+def _teller(world: World) -> Callable[[str], object]:
+    return say if world.is_first else lambda line: None
 
 
 def check_verifiers(sets: Sequence[Sequence[Problem]]) -> None:
-    """ModuleNotFoundError where the answers to these problems need a package that is not here, before any is given."""
+    """Raises ModuleNotFoundError, before any answer is given, where verifying one needs a package that is missing."""
     maths = any(problem.verifier not in BOUNDED for problems in sets for problem in problems)
     if maths and importlib.util.find_spec("math_verify") is None:
         raise ModuleNotFoundError("No module named 'math_verify'", name="math_verify")
 
 
 class Prompts:
-    """Problems as token ids, as the policy reads them, and its answers as the text that is verified."""
+    """Turns problems into the token ids that the policy reads, and its answers into the text that is verified."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Config, stops: Sequence[int] = ()):
         """`stops` are the tokens that end an answer, beside the tokenizer's own."""
@@ -122,7 +108,7 @@ class Prompts:
         self.ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, *stops} - {None}
         self.silent = self.ends | {tokenizer.bos_token_id, tokenizer.pad_token_id}
         self.longest, self.largest_id = 0, 0
-        """Of the problems that fit: tokens of a prompt, and a token's id."""
+        """The most tokens of a prompt that fits, and the largest id of its tokens."""
 
     def encode(self, problem: Problem) -> list[int]:
         if self.as_chat:
@@ -136,26 +122,26 @@ class Prompts:
         turn = [{"role": "user", "content": text}]
         try:
             return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # whatever the template, which is a program, raises
+        except Exception as error:  # a template is a program, and raises what it likes
             raise BadSetting(
                 f"the model's chat template does not take a problem ({type(error).__name__}: {error}); "
                 "--no-chat-template leaves it out"
             ) from error
 
     def decode(self, completions: Sequence[Completion]) -> list[str]:
-        """The answers without what ends, begins or pads them; other special tokens, such as tags, are their text."""
-        said = [[token for token in each.ids if token not in self.silent] for each in completions]
-        return self.tokenizer.batch_decode(said, skip_special_tokens=False)
+        """Returns the answers' text without the tokens that begin, end or pad it; tags such as <think> belong to it."""
+        ids = [[token for token in completion.ids if token not in self.silent] for completion in completions]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=False)
 
     def words(self, ids: Sequence[int]) -> list[str]:
-        """Each token's own text, for people to look at."""
+        """Returns the text of each token, for people to look at."""
         return [self.tokenizer.decode([token]) for token in ids]
 
     def all_fitting(self, evaluations: list[EvalSet]) -> list[EvalSet]:
-        return [each._replace(problems=self.fitting(each.problems, each.name)) for each in evaluations]
+        return [one._replace(problems=self.fitting(one.problems, one.name)) for one in evaluations]
 
     def fitting(self, problems: list[Problem], what: str) -> list[Problem]:
-        """Those that are not longer than --max-prompt-length; says how many are."""
+        """Returns the problems that are not longer than --max-prompt-length, and says how many are left out."""
         kept, empty = [], 0
         for problem in problems:
             ids = self.encode(problem)
@@ -163,9 +149,8 @@ class Prompts:
             if 0 < len(ids) <= self.most:
                 kept.append(problem)
                 self.longest, self.largest_id = max(self.longest, len(ids)), max(self.largest_id, *ids)
-        if len(kept) + empty < len(problems):
-            over = len(problems) - len(kept) - empty
-            say(f"{what}: {over} of {len(problems)} problems left out, over {self.most} tokens")
+        if long := len(problems) - len(kept) - empty:
+            say(f"{what}: {long} of {len(problems)} problems left out, over {self.most} tokens")
         if empty:
             say(f"{what}: {empty} of {len(problems)} problems left out, without a token")
         if empty == len(problems):
@@ -178,7 +163,7 @@ class Prompts:
 
 
 def check_fit(model: str, prompts: Prompts, config: Config) -> None:
-    """BadSetting where the prompts, with an answer, do not go into the model: too few positions, or rows for tokens."""
+    """Raises BadSetting where a prompt and its answer have more positions or other tokens than the model."""
     shape, answer = AutoConfig.from_pretrained(model), config.rollout.max_completion_length
     most, rows = most_positions(shape), embedding_rows(shape)
     if most is not None and prompts.longest + answer > most:
@@ -195,12 +180,12 @@ def check_fit(model: str, prompts: Prompts, config: Config) -> None:
 
 
 def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those that the model's generation settings name."""
+    """Returns the tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
     try:
         named = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # the model has no such settings
         named = None
-    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    if not found:
+    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    if not stops:
         raise BadSetting(f"--model must have a token that ends an answer, got {model}, whose tokenizer names none")
-    return sorted(found)
+    return sorted(stops)
