@@ -33,12 +33,12 @@ def flag(default, help: str, **limits):
 class Data:
     """problems"""
 
-    train_data: str = flag("words", "a named set or KIND:FILE.jsonl; words: the tiny Countdown, made here")
-    eval_data: tuple[str, ...] = flag((), "the same, several; empty: those that --train-data holds out")
-    chat_template: bool = flag(True, "put problems into the model's chat template, where its tokenizer has one")
-    max_prompt_length: int = flag(1024, "tokens; a longer problem is left out and counted", least=1)
+    train_data: str = flag("words", "a named set or KIND:FILE.jsonl; words is the tiny Countdown, which is generated")
+    eval_data: tuple[str, ...] = flag((), "one or more such sets; by default those that belong to --train-data")
+    chat_template: bool = flag(True, "put problems into the chat template of the model, if it has one")
+    max_prompt_length: int = flag(1024, "most tokens of a problem; longer ones are left out and counted", least=1)
     reward_workers: int = flag(2, "processes that verify maths answers", least=1)
-    reward_timeout: float = flag(10.0, "seconds, after which a verification is killed and scores 0", above=0)
+    reward_timeout: float = flag(10.0, "seconds after which a verification is killed and scores 0", above=0)
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,27 @@ class Words:
     numbers: int = flag(3, "how many numbers a problem gives; 4 take minutes to enumerate", least=2, most=4)
     largest: int = flag(20, "the numbers are drawn from 1 to this", least=2, most=99)
     operators: str = flag("+-*", "signs that an answer may use", choices=("+-", "+-*", "+-*/"))
-    held_out: int = flag(1024, "held-out problems, none of whose number multisets is trained on", least=1)
-    held_out_pool: int = flag(4, "held-out multisets hold this many times as many problems as are kept", least=1)
+    held_out: int = flag(1024, "held-out problems; their multisets of numbers are not trained on", least=1)
+    held_out_pool: int = flag(4, "the held-out multisets give this many times as many problems as are kept", least=1)
 
 
 @dataclass(frozen=True)
 class Model:
     """model"""
 
-    model: str = flag("", "a transformers model, folder or hub name; empty: a Qwen3 from scratch, as shaped below")
-    dtype: str = flag("float32", "of arithmetic; parameters are kept in float32", choices=("float32", "bfloat16"))
+    model: str = flag("", "folder or hub name of a model; by default a Qwen3 from scratch, of the shape below")
+    dtype: str = flag("float32", "type to compute in; parameters are float32", choices=("float32", "bfloat16"))
     attention: str = flag(
         "packed",
-        "of training; packed: one kernel call over a batch of sequences, the others are transformers' own",
+        "attention of the training; packed is one kernel call for a batch of sequences, the others are transformers'",
         choices=("packed", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
     )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     layers: int = flag(4, "decoder layers", least=1)
     hidden_size: int = flag(128, "width of the residual stream", least=1)
     heads: int = flag(4, "query heads", least=1)
-    key_heads: int = flag(2, "key heads, a divisor of --heads", least=1)
-    head_size: int = flag(32, "channels of a head, even", least=2)
+    key_heads: int = flag(2, "key heads; they divide --heads", least=1)
+    head_size: int = flag(32, "channels of a head, an even number", least=2)
     mlp_size: int = flag(256, "width of the MLP", least=1)
 
 
@@ -78,22 +78,22 @@ class Demonstrations:
 
     sft_steps: int = flag(2000, "optimizer steps", least=0)
     sft_batch_size: int = flag(32, "demonstrations a step", least=1)
-    sft_learning_rate: float = flag(2e-3, "AdamW, warmed up and then decayed to a tenth", above=0)
+    sft_learning_rate: float = flag(2e-3, "AdamW's largest learning rate; it decays to a tenth", above=0)
 
 
 @dataclass(frozen=True)
 class Rollout:
     """rollouts"""
 
-    engine: str = flag("transformers", "what samples the answers", choices=("transformers", "vllm"))
+    engine: str = flag("transformers", "library that samples the answers", choices=("transformers", "vllm"))
     prompts_per_step: int = flag(32, "problems a step, over all ranks", least=1)
-    num_generations: int = flag(8, "answers to each problem, the group that rewards are compared in", least=2)
-    max_completion_length: int = flag(64, "tokens an answer may take", least=1)
-    temperature: float = flag(1.0, "of sampling; log-probabilities are taken at it", above=0)
-    rollout_batch_size: int = flag(256, "answers that the transformers engine samples at a time", least=1)
+    num_generations: int = flag(8, "answers to each problem; rewards are compared within this group", least=2)
+    max_completion_length: int = flag(64, "most tokens of an answer", least=1)
+    temperature: float = flag(1.0, "temperature of the sampling and of all log-probabilities", above=0)
+    rollout_batch_size: int = flag(256, "answers that --engine transformers samples at a time", least=1)
     vllm_gpu_memory_utilization: float = flag(0.5, "share of a GPU's memory that vLLM takes", above=0, most=1)
     vllm_logp_tolerance: float = flag(
-        0.05, "largest mean gap, in nats, of sampler and trainer after the first weight sync", above=0
+        0.05, "largest mean gap of the sampler's and the trainer's log-probabilities, in nats", above=0
     )
 
 
@@ -102,8 +102,8 @@ class GRPO:
     """GRPO"""
 
     max_steps: int = flag(150, "rollout batches to train on", least=0)
-    learning_rate: float = flag(2e-4, "AdamW", above=0)
-    weight_decay: float = flag(0.0, "AdamW", least=0)
+    learning_rate: float = flag(2e-4, "learning rate of AdamW", above=0)
+    weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", least=0)
     final_learning_rate: float = flag(0.1, "share of the learning rate left at the last step", least=0, most=1)
     max_grad_norm: float = flag(1.0, "the gradient is scaled down to this norm", above=0)
@@ -112,23 +112,23 @@ class GRPO:
     beta: float = flag(0.0, "weight of the KL divergence from the first policy; above 0 keeps a copy of it", least=0)
     loss_type: str = flag(
         "dapo",
-        "dapo: mean over tokens; grpo: mean over answers of their mean; dr_grpo: sum over a constant",
+        "dapo: mean over all tokens; grpo: mean over answers of their tokens' mean; dr_grpo: sum over a constant",
         choices=("dapo", "grpo", "dr_grpo"),
     )
     scale_rewards: str = flag(
         "group",
-        "divide advantages by the deviation of the group, of the batch, or not",
+        "divide advantages by the standard deviation of the group, of the batch, or by nothing",
         choices=("group", "batch", "none"),
     )
     mask_truncated_completions: bool = flag(False, "leave answers that were cut off out of the loss")
     vllm_importance_sampling_correction: bool = flag(
-        False, "weight tokens by the trainer's over the sampler's probability, whichever the engine"
+        False, "weight each token by the trainer's over the sampler's probability, with either engine"
     )
     vllm_importance_sampling_cap: float = flag(2.0, "largest such weight", above=0)
     num_iterations: int = flag(1, "passes over a rollout batch", least=1)
-    gradient_steps: int = flag(2, "optimizer steps a pass, a divisor of --prompts-per-step", least=1)
+    gradient_steps: int = flag(2, "optimizer steps in a pass; they divide --prompts-per-step", least=1)
     micro_batch_tokens: int = flag(
-        4096, "tokens in one forward, prompts included; a longer sequence goes alone", least=1
+        4096, "most tokens in one forward, prompts included; a longer sequence goes alone", least=1
     )
 
 
@@ -137,15 +137,15 @@ class Run:
     """the run"""
 
     output: str = flag("", "folder of the run; by default runs/PRESET-CREDIT-TIME")
-    seeds: tuple[int, ...] = flag((0, 1), "one training run each, side by side; one seed under torchrun", least=0)
-    device: str = flag("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+    seeds: tuple[int, ...] = flag((0, 1), "seeds, one run for each, side by side; only one under torchrun", least=0)
+    device: str = flag("auto", "device of the run; auto is cuda if there is one", choices=("auto", "cpu", "cuda"))
     threads: int = flag(0, "CPU threads of each training run; 0 shares the cores among the seeds", least=0)
-    cache: str = flag("runs/cache", "folder of warm starts, by a hash of what made them")
-    eval_steps: int = flag(0, "steps between evaluations; 0: before and after only", least=0)
+    cache: str = flag("runs/cache", "folder in which warm starts are kept")
+    eval_steps: int = flag(0, "steps between evaluations; 0: only before and after the run", least=0)
     save_steps: int = flag(25, "steps between checkpoints", least=1)
     save_total_limit: int = flag(2, "checkpoints kept", least=1)
     logging_steps: int = flag(10, "steps between console lines", least=1)
-    sample_answers: int = flag(16, "answers on a page", least=0)
+    sample_answers: int = flag(16, "sampled answers on the page that each evaluation writes; 0: no page", least=0)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
+        usage="python -m train [--preset NAME] [flags] | --resume FOLDER",
         description="Trains a language model with GRPO, whose credit follows the attention.",
         argument_default=argparse.SUPPRESS,  # only what was given comes out
         allow_abbrev=False,

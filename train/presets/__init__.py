@@ -1,6 +1,6 @@
 """Named settings: a file NAME.toml here says what differs from the defaults in train/config.py, and why.
 
-`extends = "OTHER"` takes what another one says first; a name with an underscore is only there for that.
+`extends = "OTHER"` starts from the settings of another file. A file with an underscore is no preset by itself.
 """
 
 import sys
