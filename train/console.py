@@ -9,14 +9,13 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-# Where standard error is a file, every update stays: one line every half a minute.
+# Where standard error is a file, every update stays in it: at most one line in half a minute.
 LOG_OPTIONS = {
     "mininterval": 30.0,
     "delay": 15.0,
     "leave": False,
     "bar_format": "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}\n",
 }
-SHORT = 1.0  # seconds; a phase that is over sooner shows no bar
 
 
 def bar(items: Iterable | None, phase: str, unit: str, **options) -> tqdm:
@@ -24,23 +23,13 @@ def bar(items: Iterable | None, phase: str, unit: str, **options) -> tqdm:
     return tqdm(items, desc=phase, unit=unit, **style | options)
 
 
-def say(line: str):
-    """One line on standard output, clear of any bar."""
+def say(line: str) -> None:
+    """Prints one line on standard output, clear of any bar."""
     tqdm.write(line) if sys.stderr.isatty() else print(line, flush=True)
 
 
-def _below() -> dict:
-    """A second line under the bar of the steps, on a terminal."""
-    if not sys.stderr.isatty():
-        return {}
-    return {"position": int(os.environ.get("TQDM_POSITION", 0)) + 1, "delay": SHORT}
-
-
 class Phases:
-    """The phases of one step: a live line for each, with its rate and the time left, and the seconds that it took.
-
-    On a GPU a phase ends when its work is done.
-    """
+    """Times the phases of one step, and shows a bar for each. On a GPU a phase ends when its work is done."""
 
     def __init__(self, label: str, *, shown: bool = True):
         self.label, self.shown = label, shown
@@ -48,16 +37,16 @@ class Phases:
 
     @contextmanager
     def __call__(self, phase: str, total: int = 1, unit: str = "") -> Iterator[Callable[..., None]]:
-        """Gives a function that is told what was done since its last call, and of which tokens if those are not it."""
-        began = time.perf_counter()
-        line = bar(
-            None, f"{self.label} {phase}", unit, total=total, unit_scale=True, disable=not self.shown, **_below()
-        )
-        made = 0
+        """Gives a function that is told how much was done since its last call, and how many tokens that made."""
+        began, made = time.perf_counter(), 0
+        options = {"total": total, "unit_scale": True, "disable": not self.shown}
+        if sys.stderr.isatty():  # under the bar of the steps; a phase that is over within a second shows none
+            options |= {"position": int(os.environ.get("TQDM_POSITION", 0)) + 1, "delay": 1.0}
+        line = bar(None, f"{self.label} {phase}", unit, **options)
 
-        def advance(done: int, tokens: int | None = None) -> None:
+        def advance(done: int, tokens: int = 0) -> None:
             nonlocal made
-            if tokens is not None:
+            if tokens:
                 made += tokens
                 line.set_postfix_str(f"{made / (time.perf_counter() - began):,.0f} tok/s", refresh=False)
             line.update(done)
@@ -69,7 +58,7 @@ class Phases:
         self.seconds[phase] = time.perf_counter() - began
 
     def metrics(self, statistics: float) -> dict[str, float]:
-        """`time/PHASE` in seconds, `step_time`, and how much of it the statistics took."""
+        """Returns the seconds of each phase and of the step, and the share that the statistics took of them."""
         total = sum(self.seconds.values())
         times = {f"time/{phase.replace(' ', '_')}": seconds for phase, seconds in self.seconds.items()}
         times |= {"time/statistics": statistics, "rhythm/statistics_share": statistics / total}
