@@ -1,4 +1,4 @@
-"""What stands around a command's work: output that any console takes, errors in one line, signals."""
+"""Runs a command's work so that any console takes its output, errors are one line, and signals end it."""
 
 import errno
 import sys

@@ -112,6 +112,7 @@ def has_begun(folder: Path) -> bool:
 
 
 def check_same(config: Config, folder: Path) -> None:
+    """Raises BadSetting where the run in this folder has other settings."""
     there, now = Config.load(folder / CONFIG).flat(), config.flat()
     changed = [
         f"{flag_name(name)} {there[name]!r} there, {now[name]!r} now" for name in now if there[name] != now[name]
@@ -120,7 +121,7 @@ def check_same(config: Config, folder: Path) -> None:
         raise BadSetting(f"--output {str(folder)!r} holds a run with other settings: {'; '.join(changed)}")
 
 
-def write_config(config: Config, folder: Path):
+def write_config(config: Config, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / UNFINISHED_CONFIG
     unfinished.write_text(config.to_json() + "\n", encoding="utf-8")
