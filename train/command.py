@@ -12,10 +12,10 @@ OWN = ("train", "rhythm_kernels")
 
 
 def run(program: str, work: Callable[[], int], *, when_stopped: str = "") -> int:
-    """The exit status of the work, or that of an error that is the caller's or the machine's, told in one line.
+    """Returns the exit status of the work, or that of an error of the caller or the machine, which is told in one line.
 
-    2 for a setting, 1 for what is missing, full, damaged or not allowed, 130, 143 and 129 after SIGINT, SIGTERM and
-    SIGHUP. Anything else is raised: it is a fault of the program.
+    The status is 2 for a setting, 1 for what is missing, full, damaged or not allowed, and 130, 143 and 129 after
+    SIGINT, SIGTERM and SIGHUP. Any other error is raised: it is a fault of the program.
     """
     escape_unencodable()
     try:
@@ -30,7 +30,7 @@ def run(program: str, work: Callable[[], int], *, when_stopped: str = "") -> int
 
 
 def explain(program: str, error: Exception) -> int:
-    """Tells an error in one line and returns the exit status; raises it where it is a fault of the program."""
+    """Prints an error in one line and returns the exit status; raises an error that is a fault of the program."""
     if isinstance(error, ImportError):
         if (error.name or "").partition(".")[0] in OWN:
             raise error

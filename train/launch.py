@@ -177,7 +177,7 @@ def run_side_by_side(config: Config, folders: list[Path]) -> int:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """Asks those that still run to stop, and waits for them; kills them where that wait is interrupted."""
+    """Asks the processes that still run to stop, and waits for them; kills them where that wait is interrupted."""
     for process in processes:
         if process.poll() is None:
             process.terminate()

@@ -89,7 +89,7 @@ def _strip(expression: str) -> str:
 def split_problems(task: Words) -> Split:
     """Returns all solvable problems, split by number multiset; `held_out` distinct ones have multisets of their own.
 
-    Whole multisets go to the held-out side, in a seeded order, until they hold `held_out_pool` times as many problems
+    Whole multisets go to the held-out side, in a seeded order, until they give `held_out_pool` times as many problems
     as are kept, so that the kept ones spread over many multisets.
     """
     draw = random.Random(0)  # one split for all runs
