@@ -35,7 +35,7 @@ def flags_of(folder: Path, **changes) -> list[str]:
 
 
 def wait_until(holds, process) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         if holds() or process.poll() is not None:
             break
         time.sleep(0.1)
@@ -76,7 +76,7 @@ def test_seeds_end_with_their_run_however_it_ends(tmp_path, number):
     run.send_signal(number)
     run.wait()
     here = str(tmp_path).encode()
-    for _ in range(100):
+    for _ in range(600):
         left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if here in _read(path)]
         if not left:
             break
