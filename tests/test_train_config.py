@@ -111,7 +111,18 @@ def test_every_flag_is_read():
     assert not unread
 
 
-def test_help_needs_no_torch():
-    program = "import sys; sys.modules['torch'] = None; from train.__main__ import main; main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=SOURCES.parent, capture_output=True, text=True)
-    assert done.returncode == 0 and "--credit" in done.stdout
+def without_torch(module: str, *flags: str) -> subprocess.CompletedProcess:
+    program = f"import sys; sys.modules['torch'] = None; from train.{module} import main; sys.exit(main({flags!r}))"
+    return subprocess.run([sys.executable, "-c", program], cwd=SOURCES.parent, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module, flag", [("__main__", "--credit"), ("evaluate", "--eval-data")])
+def test_help_needs_no_torch(module, flag):
+    done = without_torch(module, "--help")
+    assert done.returncode == 0 and flag in done.stdout
+
+
+@pytest.mark.parametrize("module, flags", [("__main__", ()), ("evaluate", ("m", "--eval-data", "aime24"))])
+def test_a_missing_package_is_told_in_one_line(module, flags):
+    done = without_torch(module, *flags)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "pip install torch" in done.stderr

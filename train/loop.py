@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from rhythm_kernels import shape_advantages, token_credit
-from rhythm_kernels.tasks import Problem
-from train.batch import Rollouts, micro_batches, pack
+from train.batch import micro_batches, pack
 from train.config import Config, RunError
 from train.console import Phases, bar
 from train.loss import group_advantages
 from train.metrics import UNVERIFIED, learning_warnings, memory_metrics, rollout_metrics
-from train.reading import TokenStats, read_batch, read_log_probs
+from train.reading import read_batch, read_log_probs
 from train.rewards import Score, count_errors, describe_errors
 from train.rollout import Sampling
 from train.samples import write_samples
@@ -38,14 +36,6 @@ class Step(NamedTuple):
     """The results of one step."""
 
     metrics: dict[str, float]
-    problems: list[Problem]
-    """One for each answer."""
-    batch: Rollouts
-    rewards: Tensor
-    """[B]"""
-    tokens: TokenStats
-    gamma: Tensor
-    """[N]"""
     scores: list[Score]
     """One for each answer, with the reason where it could not be verified."""
 
@@ -135,7 +125,7 @@ def train_step(run: TrainingRun, number: int) -> Step:
     metrics |= {"rewards/errors": int(errors), "rewards/error_share": errors / answers}
     metrics |= {"learning_rate": run.optimizer.param_groups[0]["lr"]}
     metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
-    return Step(metrics, asked, batch, rewards, tokens, gamma[0], scores)
+    return Step(metrics, scores)
 
 
 def is_due(every: int, step: int, last: int) -> bool:
