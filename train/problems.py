@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 @contextmanager
 def reading_sets() -> Iterator[None]:
-    """Makes a set that does not load a setting that is refused."""
+    """Turns the error of a set that does not load into one of a setting."""
     try:
         yield
     except BadSet as error:
