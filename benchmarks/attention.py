@@ -1,4 +1,4 @@
-"""What do the statistics of one layer cost in time and memory, beside other ways to compute them?
+"""How much time and memory do the statistics of one layer cost, beside other ways to compute them?
 
     python -m benchmarks.attention [--tokens 512 1024 2048] [--rounds 7] [--out benchmarks/results/attention-cpu]
 

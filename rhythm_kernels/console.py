@@ -1,4 +1,4 @@
-"""What every command of this package does at the console: output that any encoding takes, errors in one line."""
+"""Console habits of every command in this package: output that any encoding takes, errors in one line."""
 
 import sys
 

@@ -36,9 +36,9 @@ EVERY_THIRD = ["linear_attention", "linear_attention", "full_attention"] * 2
 
 class Architecture(NamedTuple):
     name: str
-    """Of the model class, with or without ForCausalLM."""
+    """The name of the model class, with or without ForCausalLM."""
     options: dict
-    """Beside SIZES."""
+    """Settings of its configuration beside SIZES."""
     softmax: tuple[int, ...] = tuple(range(6))
     """Its layers with an attention map."""
 

@@ -69,7 +69,7 @@ def test_padded_batches(make, attention, side, group_by):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_sharp_attention_is_held_to_the_same_tolerance(make, attention, side, monkeypatch):
-    """With scores of tens eager's own maps are off by 1e-5, so the reference is fp64 on the same q and k."""
+    """Eager's own maps are off by 1e-5 where scores are in the tens, so the reference is fp64 on the same q and k."""
     model = make(attention, initializer_range=0.3)
     ids, real, response = batch_inputs(side)
     calls = []

@@ -39,7 +39,7 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "mine", "mine_of_flash"
 
 class Inputs(NamedTuple):
     kwargs: dict
-    """Of the model's forward."""
+    """The arguments of the model's forward."""
     segments: torch.Tensor
     """[B, T] int64: the sequence that each token is meant to belong to, -1 for padding."""
     contradiction: bool

@@ -54,12 +54,14 @@ BACKENDS = ("extension", "torch")
 
 @settings(max_examples=1000, deadline=None)
 @given(signals(), knobs, st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.sampled_from([0.0, 1.0, 1.5, 2.7]))
-def test_coupled_equals_the_reference(given_signals, options, alpha, amp):
+def test_coupled_equals_the_reference(given_signals, options, shared_fraction, amplification):
     waad, fai, mask = given_signals
     rhythm = Rhythm(waad, fai)
     expected = reference.coupled_sets(waad, fai, mask, **options)
     preplan = reference.segment_topq(reference.delta(waad, mask), mask, options["top_fraction"])
-    factors = reference.gamma("coupled", mask, waad, fai, shared_fraction=alpha, amplification=amp, **options)
+    factors = reference.gamma(
+        "coupled", mask, waad, fai, shared_fraction=shared_fraction, amplification=amplification, **options
+    )
     for backend in BACKENDS:
         sets = coupled_sets(mask, rhythm, backend=backend, **options)
         for name, got, want in zip(("anchors", "dominated", "intros"), sets[1:4], expected, strict=True):
@@ -67,7 +69,13 @@ def test_coupled_equals_the_reference(given_signals, options, alpha, amp):
         assert torch.equal(sets.preplan, preplan)
         check_intros(sets, reference.delta(waad, mask), mask, options["max_lookback"])
         gamma = token_credit(
-            "coupled", mask, rhythm, shared_fraction=alpha, amplification=amp, backend=backend, **options
+            "coupled",
+            mask,
+            rhythm,
+            shared_fraction=shared_fraction,
+            amplification=amplification,
+            backend=backend,
+            **options,
         )
         assert torch.equal(gamma, factors), backend
         assert gamma[~mask].eq(1).all()
@@ -89,11 +97,17 @@ def check_intros(sets, delta, mask, k):
     st.booleans(),
     st.sampled_from([0.0, 1.0, 1.5, 2.7]),
 )
-def test_other_strategies_equal_the_reference(given_signals, strategy, q, largest, amp):
+def test_other_strategies_equal_the_reference(given_signals, strategy, q, largest, amplification):
     waad, fai, mask = given_signals
-    inputs = {"rhythm": Rhythm(waad, fai), "entropy": fai, "top_fraction": q, "largest": largest, "amplification": amp}
+    inputs = {
+        "rhythm": Rhythm(waad, fai),
+        "entropy": fai,
+        "top_fraction": q,
+        "largest": largest,
+        "amplification": amplification,
+    }
     expected = reference.gamma(
-        strategy, mask, waad, fai, entropy=fai, top_fraction=q, largest=largest, amplification=amp
+        strategy, mask, waad, fai, entropy=fai, top_fraction=q, largest=largest, amplification=amplification
     )
     for backend in BACKENDS:
         assert torch.equal(token_credit(strategy, response_mask=mask, backend=backend, **inputs), expected), backend
@@ -145,12 +159,12 @@ def test_the_ops_agree_on_any_bits(data):
     q, largest = data.draw(st.sampled_from([0.0, 0.4, 1.0])), data.draw(st.booleans())
     taus = data.draw(st.sampled_from(TAUS)), data.draw(st.sampled_from(TAUS))
     k = data.draw(st.sampled_from([1, 2, 8, 2**40]))
-    amp = data.draw(st.sampled_from([0.0, 1.5, 1e37]))
+    amplification = data.draw(st.sampled_from([0.0, 1.5, 1e37]))
     for with_sets in (True, False):
-        arguments = (waad, fai, mask, cuts, q, amp, 0.3, k, largest, *taus, with_sets)
+        arguments = (waad, fai, mask, cuts, q, amplification, 0.3, k, largest, *taus, with_sets)
         check_same(torch.ops.rhythm_kernels.coupled_credit(*arguments), composed.coupled_credit(*arguments))
     for of_delta in (True, False):
-        arguments = (waad, mask, cuts, of_delta, q, amp, largest)
+        arguments = (waad, mask, cuts, of_delta, q, amplification, largest)
         check_same(torch.ops.rhythm_kernels.topq_credit(*arguments), composed.topq_credit(*arguments))
 
 
@@ -253,7 +267,7 @@ def test_options_and_shapes_may_change_in_a_compiled_graph(backend, dynamic):
     torch._dynamo.reset()
     compiled = [torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager") for f in (credit, local)]
     waad, fai, mask, _ = example()
-    for q, amp, alpha, k, tau, tokens in (
+    for q, amplification, shared_fraction, k, tau, tokens in (
         (0.4, 1.5, 0.5, 3, 2.0, 50),
         (0.6, 1.7, 0.2, 2, 3.0, 40),
         (0.2, 2, 0, 1, 1, 30),
@@ -261,8 +275,8 @@ def test_options_and_shapes_may_change_in_a_compiled_graph(backend, dynamic):
         few = waad[:, :tokens], fai[:, :tokens], mask[:, :tokens]
         options = {
             "top_fraction": q,
-            "amplification": amp,
-            "shared_fraction": alpha,
+            "amplification": amplification,
+            "shared_fraction": shared_fraction,
             "max_lookback": k,
             "tau_waad": tau,
         }

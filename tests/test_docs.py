@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("docs")  # one build for all of them
 
 
 class Page(HTMLParser):
-    """What a browser loads for a page, where its links lead, and what can be linked to."""
+    """A page: the files that a browser loads for it, its links, and its anchors."""
 
     def __init__(self, path: Path):
         super().__init__()

@@ -65,7 +65,7 @@ def test_nothing_of_the_size_of_all_tokens_squared_is_made():
 
 
 def test_statistics_read_its_log_sum_exp():
-    """Of one call for each sequence, joined; and equal to what the statistics compute by themselves under sdpa."""
+    """Reads one log-sum-exp a sequence, joined, and gets what the statistics compute by themselves under sdpa."""
     torch.manual_seed(0)
     model, inputs = llama("packed"), packed_inputs()
     rows = torch.rand(1, sum(LENGTHS), generator=torch.Generator().manual_seed(1)) < 0.7

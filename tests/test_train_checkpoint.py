@@ -309,7 +309,7 @@ def files_of_at_most(size: int):
     ids=["state", "rank", "model", "record"],
 )
 def test_a_full_disk(saved, monkeypatch, limit, patched, cause):
-    """What was written goes, the message says all that helps, and both the older checkpoint and the next save work."""
+    """The unfinished files go, the message says all that helps, and the older checkpoint and the next save work."""
     model, optimizer = build(0)
     step(model, optimizer)
     own = {"large": torch.zeros(100_000)}
@@ -428,7 +428,7 @@ def test_another_optimizer_is_named(saved):
 
 
 def of_two(rank: int, folder: Path):
-    """What each of two ranks does in test_two_ranks."""
+    """Runs on each of the two ranks of test_two_ranks."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     model, optimizer = build(0, sharded=True, tie_word_embeddings=True)

@@ -171,7 +171,7 @@ def test_one_step_a_batch_needs_no_old_log_probs():
 
 
 def test_then_the_forward_ends_after_the_last_sampled_layer():
-    """Of nine layers 3 to 6 are sampled; the rhythm is that of the whole pass, to the bit."""
+    """Layers 3 to 6 of nine are sampled; the rhythm is that of the whole pass, to the bit."""
     policy = make_policy(layers=9)
     batch = make_batch(policy)
     called = []

@@ -31,7 +31,7 @@ def test_sampler_and_trainer_agree(temperature):
 
 
 def test_sampling_follows_the_probabilities(policy):
-    """Of the first token of 3,000 answers to one prompt, against the policy's own distribution."""
+    """Holds the first tokens of 3,000 answers to one prompt against the policy's own distribution."""
     prompt = encode(PROMPTS)[0]
     made = engine_of(policy, batch_size=1000).generate([prompt], 3000, Sampling(1, 0.5, 7))
     policy.model.set_attn_implementation("sdpa")

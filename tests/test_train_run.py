@@ -182,7 +182,7 @@ def _finite(record: dict) -> bool:
 
 
 def test_head_groups_are_kept_between_calibrations(smoke, tmp_path, monkeypatch, capsys):
-    """Of steps 1 to 4, two passes each, the first and the last compute spans; the others get the first's groups."""
+    """Steps 1 and 4, of two passes each, compute spans; steps 2 and 3 get the groups of the first."""
     passes = []
 
     def recorded(*arguments, **options):

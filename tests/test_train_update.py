@@ -89,7 +89,7 @@ def test_its_own_log_probs_are_the_old_ones_of_a_single_step(policy, batch, old)
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_each_gradient_step_averages_over_its_own_share(policy, batch, old, loss_type):
-    """With a learning rate of 0 the reported loss is the mean over the shares, each computed by itself."""
+    """Under a learning rate of 0 the reported loss is the mean over the shares, each computed by itself."""
     config = settings(micro_batch_tokens=50, loss_type=loss_type)
     per_answer = torch.randn(12, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)

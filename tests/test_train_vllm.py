@@ -61,7 +61,7 @@ def prompts(smollm2):
 
 
 def surroundings() -> dict:
-    """What the rest of the process reads, and vLLM might write."""
+    """Returns the state of the process that vLLM might change and others read."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
@@ -98,7 +98,7 @@ def synced(made, smollm2):
 
 @torch.no_grad()
 def log_probs(model, prompt: list[int], answer: list[int], temperature: float) -> torch.Tensor:
-    """Of each token of the answer, by transformers."""
+    """Returns the log-probability of each token of the answer, by transformers."""
     logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     scores = (logits / temperature).log_softmax(-1)
     return scores.gather(-1, torch.tensor(answer)[:, None])[:, 0]
@@ -312,7 +312,7 @@ def tiny_qwen3() -> Qwen3ForCausalLM:
 
 
 def one_of_two_ranks(folder: str) -> None:
-    """What torchrun starts: the policy is sharded with FSDP2, and each rank samples with an engine of its own."""
+    """Runs under torchrun: the policy is sharded by FSDP2, and each rank samples with an engine of its own."""
     dist.init_process_group("gloo")
     rank, policy, whole = dist.get_rank(), tiny_qwen3(), tiny_qwen3()
     mesh = init_device_mesh("cpu", (2,))

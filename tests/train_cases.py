@@ -55,7 +55,7 @@ def on_device(batch: Rollouts, device: str) -> Rollouts:
 
 
 def settings(**changes) -> Config:
-    """Of a run on `make_batch`: three problems, four answers to each."""
+    """Returns the settings of a run on `make_batch`: three problems, four answers to each."""
     three = {"prompts_per_step": 3, "num_generations": 4, "gradient_steps": 3, "credit_horizon": (2, 6)}
     return load_preset("countdown-smoke").change(**three | changes)
 

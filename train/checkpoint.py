@@ -134,7 +134,7 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
     return Checkpoint(record["step"], record["shared"], own)
 
 
-# What a checkpoint holds
+# The state in a checkpoint
 
 
 def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run says of itself at its end: solve rates before and after, times, and where everything lies."""
+"""The summary at the end of a run: solve rates before and after, times, and where everything lies."""
 
 import math
 from collections.abc import Sequence

@@ -185,7 +185,7 @@ def draw_strategies(answer: Answer, theme: dict) -> Figure:
 
 
 def draw_bands(theme: dict) -> Figure:
-    """What each statistic reads of a map, as a scheme."""
+    """Draws which part of a map each statistic reads."""
     tokens = 64
     figure = Figure(figsize=(8.6, 3.1), layout="constrained")
     parts = (

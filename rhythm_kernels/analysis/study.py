@@ -1,4 +1,4 @@
-"""What the studies `rhythm couple` and `rhythm perturb` share: their flags, the model's answers, and the report."""
+"""Shared parts of the studies `rhythm couple` and `rhythm perturb`: their flags, the model's answers, and the report."""
 
 import argparse
 import hashlib

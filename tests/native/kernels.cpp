@@ -188,7 +188,8 @@ std::vector<int> order_of(int threads, int number) {
   return order;
 }
 
-// As cuda::Device launches it, with little shared memory or much, and often fewer threads: a thousand fibers are slow.
+// Launches a row like cuda::Device, with little shared memory or much. A thousand fibers are slow, so there are often
+// fewer threads.
 template <class Row>
 void run_blocks(const Row& row, const Sequences& sequences, int number) {
   const int64_t shared_bytes = number % 3 == 0 ? 2 << 10 : number % 3 == 1 ? 4 << 10 : sizeof(cuda::shared);

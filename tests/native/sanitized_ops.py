@@ -130,20 +130,32 @@ def check_peaks(rng: random.Random, case: Case, small: bool) -> None:
 
 
 def check_credit(rng: random.Random, case: Case, small: bool) -> None:
-    ops, q, amp, largest = torch.ops.rhythm_kernels, draw_share(rng), rng.choice([0.0, 1.5, 1e37]), rng.random() < 0.5
+    ops, q, amplification, largest = (
+        torch.ops.rhythm_kernels,
+        draw_share(rng),
+        rng.choice([0.0, 1.5, 1e37]),
+        rng.random() < 0.5,
+    )
     k = rng.choice([1, 2, 3, 8, *([case.mask.shape[1] + 1, 2**40] if small else [])])  # `composed` takes k steps
-    alpha, taus = rng.choice([0.0, 0.3, 1.0]), (rng.choice(TAUS), rng.choice(TAUS))
+    shared_fraction, taus = rng.choice([0.0, 0.3, 1.0]), (rng.choice(TAUS), rng.choice(TAUS))
     for with_sets in (True, False):
-        arguments = (*case, q, amp, alpha, k, largest, *taus, with_sets)
+        arguments = (*case, q, amplification, shared_fraction, k, largest, *taus, with_sets)
         check_same(ops.coupled_credit(*arguments), composed.coupled_credit(*arguments))
     for of_delta in (True, False):
-        arguments = (case.waad, case.mask, case.cuts, of_delta, q, amp, largest)
+        arguments = (case.waad, case.mask, case.cuts, of_delta, q, amplification, largest)
         check_same(ops.topq_credit(*arguments), composed.topq_credit(*arguments))
     if small and all((x.isfinite() | ~case.mask).all() for x in case[:2]):
         k = min(k, case.mask.shape[1] + 1)  # `reference` takes k steps
         coupled = {"max_lookback": k, "tau_waad": taus[0], "tau_delta": taus[1]}
         check_strategies(
-            case, {"top_fraction": q, "amplification": amp, "largest": largest, "shared_fraction": alpha, **coupled}
+            case,
+            {
+                "top_fraction": q,
+                "amplification": amplification,
+                "largest": largest,
+                "shared_fraction": shared_fraction,
+                **coupled,
+            },
         )
         check_sets(case, {"top_fraction": q, "largest": largest, **coupled})
 

@@ -71,7 +71,7 @@ class Meeting {
   std::atomic<uint32_t> round_{0};
 };
 
-// What a thread block has in shared memory.
+// The shared memory of a thread block.
 struct TeamScratch {
   explicit TeamScratch(int threads) : meeting(threads) {}
 
@@ -168,7 +168,7 @@ class ThreadTeam {
   const Order order_;
 };
 
-// As csrc/cuda/run.cuh launches it: all sequences at once, a team each.
+// Launches a row like csrc/cuda/run.cuh: all sequences at once, a team each.
 template <class Row>
 void run_teams(const Row& row, const Sequences& sequences, int threads, Order order, uint32_t* workspace) {
   std::deque<TeamScratch> scratch;

@@ -82,10 +82,10 @@ const setSpot = (row, column) => {
   const map = parts[part];
   spot = [clamp(row, 0, map.bins - 1), 0];
   spot[1] = clamp(column, 0, spot[0]);
-  const [local, global_] = ["local", "global"].map((kind) => long(weight(map, kind, ...spot)));
+  const [localWeight, globalWeight] = ["local", "global"].map((kind) => long(weight(map, kind, ...spot)));
   const words = map.bin === 1 ? ["Token", "token"] : ["Tokens", "tokens"];
   $("map-value").textContent =
-    `${words[0]} ${binName(map, spot[0])} → ${words[1]} ${binName(map, spot[1])}: local ${local}, global ${global_}`;
+    `${words[0]} ${binName(map, spot[0])} → ${words[1]} ${binName(map, spot[1])}: local ${localWeight}, global ${globalWeight}`;
   mapsSoon();
   const looks = map.begin + spot[0] * map.bin;
   if (looks >= first) setCursor(looks);

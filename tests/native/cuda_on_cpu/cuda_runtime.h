@@ -23,7 +23,8 @@ enum Exchange { kUp, kDown, kVote };
 
 void wait_for_block(int line);
 
-// Of all 32 lanes: what the lane so far above or below has, or its own if there is none; a vote's bits.
+// Waits for all 32 lanes, and returns the value of the lane so far above or below, a lane's own where there is none, or
+// the bits of a vote.
 uint32_t wait_for_warp(int line, unsigned lanes, Exchange exchange, uint32_t value, int distance);
 
 }  // namespace emulation
