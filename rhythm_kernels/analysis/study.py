@@ -1,4 +1,4 @@
-"""Shared parts of the studies `rhythm couple` and `rhythm perturb`: their flags, the model's answers, and the report."""
+"""The parts that the studies `rhythm couple` and `rhythm perturb` share: flags, the model's answers, the report."""
 
 import argparse
 import hashlib
