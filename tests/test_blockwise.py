@@ -17,11 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rhythm_kernels import attention, attention_stats, group_stats
-from rhythm_kernels.statistics import api, blockwise
+from rhythm_kernels.statistics import api, blockwise_band, blockwise_rows
 from rhythm_kernels.statistics.layout import make_layout, mean_over_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL_TILES = {"ROW_TILE": 7, "TILE_BYTES": 1, "BAND_TILE": 5, "BAND_BYTES": 1}  # one row or one item at a time
+SMALL_TILES = {  # one row or one item at a time
+    blockwise_rows: {"ROW_TILE": 7, "TILE_BYTES": 1},
+    blockwise_band: {"BAND_TILE": 5, "BAND_BYTES": 1},
+}
 
 
 def run(case):
@@ -64,8 +67,9 @@ def test_fuzz_of_attention(case, size, order):
 @given(case=stats_case(max_tokens=60), seed=st.integers(0, 99))
 def test_fuzz_over_many_small_tiles(case, seed):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SMALL_TILES.items():
-            patch.setattr(blockwise, name, value)
+        for module, sizes in SMALL_TILES.items():
+            for name, size in sizes.items():
+                patch.setattr(module, name, size)
         assert_close_to_reference(run(case), case)
         groups, v = make_groups(case, seed), make_values(case, 6, seed)
         assert_groups_close(run_groups(case, *groups), case, *groups)
@@ -293,7 +297,7 @@ def test_memory_is_linear_in_the_tokens(call):
         assert mode.numel
         largest[tokens] = mode.numel
     assert largest[2048] <= 2 * largest[1024]
-    assert largest[2048] <= 4 * 2048 * blockwise.ROW_TILE  # HQ x T x tile, where a map would be HQ x T x T
+    assert largest[2048] <= 4 * 2048 * blockwise_rows.ROW_TILE  # HQ x T x tile, where a map would be HQ x T x T
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4), (1, 1, 1, 1)])

@@ -1,0 +1,233 @@
+"""The row pass of the blockwise backend: every visible key of each row, a tile of rows at a time; the forward too.
+
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rhythm_kernels.statistics.blockwise_scores import row_sums, softcapped
+from rhythm_kernels.statistics.layout import Layout, mean_over_rows
+from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.types import AttentionStats
+
+ROW_TILE = 64  # rows
+TILE_BYTES = 32 << 20  # of fp32 scores held at once; a few temporaries of this size come on top
+
+
+class _RowResults(NamedTuple):
+    """The results of the row pass: fp32 [B, HQ, T], 0 outside R, and the output of every valid row."""
+
+    waad: Tensor
+    fai_sums: Tensor
+    """Sums of the columns of A over the horizon."""
+    looked_back: Tensor
+    """sum_s A[t, s] (t - s)."""
+    lse: Tensor
+    out: Tensor | None
+    """[B, HQ, T, Dv] in q's dtype."""
+
+
+class _RowTile(NamedTuple):
+    """A tile of the row pass: some rows, and the keys that any of them sees."""
+
+    rows: slice
+    keys: slice
+    computed: Tensor
+    """bool [B, rows]: the rows that are computed."""
+    distance: Tensor
+    """int64 [rows, keys]: t - s, in tokens."""
+    hidden: Tensor
+    """bool [B, rows, keys]: the keys that a row does not see; all of them in rows that are not computed."""
+
+
+def row_statistics(results: _RowResults, layout: Layout, options: Options) -> AttentionStats:
+    """Returns the statistics: the column sums divided by their numbers of rows, and the means of the distances."""
+    fai = results.fai_sums / layout.rows_looking_back(options.horizon)[:, None]
+    span = mean_over_rows(results.looked_back, layout) if options.need_span else None
+    return AttentionStats(results.waad, fai, span, results.lse)
+
+
+def row_pass(
+    q: Tensor, k: Tensor, layout: Layout, options: Options, *, lse: Tensor | None = None, v: Tensor | None = None
+) -> _RowResults:
+    """Runs the row pass over chunks of batch rows that TILE_BYTES hold; `options.sinks` may be [HQ] or [B, HQ]."""
+    batch, query_heads, tokens, _ = q.shape
+    results = _RowResults(
+        *(q.new_zeros(batch, query_heads, tokens, dtype=torch.float32) for _ in range(4)),
+        out=None if v is None else q.new_zeros(batch, query_heads, tokens, v.shape[3]),
+    )
+    if batch * query_heads * tokens == 0:
+        return results
+    row_bytes = 4 * query_heads * tokens
+    tile_rows = max(1, min(ROW_TILE, tokens, TILE_BYTES // row_bytes))
+    chunk = max(1, TILE_BYTES // (row_bytes * tile_rows))
+    sinks = None if options.sinks is None else options.sinks.expand(batch, -1)
+    for at in range(0, batch, chunk):
+        part = slice(at, at + chunk)
+        *inputs, part_sinks = (None if x is None else x[part] for x in (q, k, v, lse, sinks))
+        part_layout = layout if chunk >= batch else layout.slice(part)
+        part_results = _RowResults(*(None if x is None else x[part] for x in results))
+        _row_tiles(*inputs, part_layout, options._replace(sinks=part_sinks), tile_rows, part_results)
+    return results
+
+
+def _row_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    lse: Tensor | None,
+    layout: Layout,
+    options: Options,
+    tile_rows: int,
+    results: _RowResults,
+) -> None:
+    """Writes the results of some batch rows, a tile at a time. `options.sinks` is [B, HQ]."""
+    tokens = q.shape[2]
+    computed = layout.rows if v is None else layout.first <= torch.arange(tokens, device=q.device)
+    k = k.float().contiguous()
+    values, broken = (None, None) if v is None else _finite_values(v, computed)
+    for begin in range(0, tokens, tile_rows):
+        tile = _row_tile(begin, min(begin + tile_rows, tokens), computed, layout, options)
+        if tile is None:
+            continue
+        scores = _tile_scores(q, k, tile, options)
+        weights, row_lse = _tile_weights(scores, lse, tile, options)
+        if values is not None:
+            _write_output(weights, values, broken, tile, results)
+        _write_statistics(weights, row_lse, tile, layout, options, results)
+
+
+def _row_tile(begin: int, end: int, computed: Tensor, layout: Layout, options: Options) -> _RowTile | None:
+    """Returns the tile of the rows begin..end; None if none of them is computed. computed: bool [B, T]."""
+    computed = computed[:, begin:end]
+    if not computed.any():
+        return None
+    first_key = min(begin, int(layout.first[:, begin:end][computed].min()))
+    if options.sliding_window is not None:
+        first_key = max(first_key, begin - options.sliding_window + 1)
+    row = torch.arange(begin, end, device=computed.device)
+    key = torch.arange(first_key, end, device=computed.device)
+    distance = row[:, None] - key
+    hidden = (key < layout.first[:, begin:end, None]) | (distance < 0) | ~computed[..., None]
+    if options.sliding_window is not None:
+        hidden |= distance >= options.sliding_window
+    return _RowTile(slice(begin, end), slice(first_key, end), computed, distance, hidden)
+
+
+def _tile_scores(q: Tensor, k: Tensor, tile: _RowTile, options: Options) -> Tensor:
+    """Returns the scores of a tile, fp32 [B, HQ, rows, keys], -inf where they are hidden. k is contiguous fp32."""
+    batch, query_heads, _, size = q.shape
+    queries = q[:, :, tile.rows].float().mul(options.scale).reshape(batch, k.shape[1], -1, size)
+    scores = queries @ k[:, :, tile.keys].mT  # [B, H, HQ / H * rows, keys]
+    scores = softcapped(scores.view(batch, query_heads, *tile.distance.shape), options)
+    return scores.masked_fill_(tile.hidden[:, None], -math.inf)
+
+
+def _tile_weights(scores: Tensor, lse: Tensor | None, tile: _RowTile, options: Options) -> tuple[Tensor, Tensor]:
+    """Returns A [B, HQ, rows, keys], in the memory of the scores, and the rows' log-sum-exp [B, HQ, rows].
+
+    Rows that are not computed have weights of 0.
+    """
+    if lse is None:
+        return _softmax(scores, tile.computed, options.sinks)
+    row_lse = lse[:, :, tile.rows].masked_fill(~tile.computed[:, None], 0.0)
+    return scores.sub_(row_lse[..., None]).exp_(), row_lse
+
+
+def _softmax(scores: Tensor, computed: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns (A, log-sum-exp) of masked scores [B, HQ, rows, keys], in place. computed bool [B, rows], sinks [B, HQ].
+
+    Rows that are not computed have weights of 0.
+    """
+    outside = ~computed[:, None, :, None]
+    shift = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        shift = torch.maximum(shift, sinks[..., None, None])
+    shift.masked_fill_(outside, 0.0)
+    weights = scores.sub_(shift).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total += torch.exp(sinks[..., None, None] - shift)
+    total.masked_fill_(outside, 1.0)
+    return weights.div_(total), (shift + total.log()).squeeze(-1)
+
+
+def _finite_values(v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns v with 0 for values that are not finite, and a 1 at each of their places; both fp32 [B, H, T, Dv].
+
+    The second is None if all values of the valid tokens are finite. The two are multiplied apart because a weight of 0
+    times NaN is NaN, and the keys of a tile reach into padding and other sequences. valid: bool [B, T].
+    """
+    finite = v.isfinite()
+    broken = ~finite & valid[:, None, :, None]
+    values = torch.where(finite, v, 0.0).float().contiguous()
+    return values, broken.float() if broken.any() else None
+
+
+def _write_output(weights: Tensor, values: Tensor, broken: Tensor | None, tile: _RowTile, results: _RowResults) -> None:
+    """Writes the output of a tile; it is NaN where a row gives a weight to a value that is not finite."""
+    out = results.out[:, :, tile.rows]
+    out[:] = _weighted(weights, values[:, :, tile.keys])
+    if broken is not None:
+        reached = _weighted(weights.ne(0).float(), broken[:, :, tile.keys]) > 0
+        out.masked_fill_(reached, math.nan)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Returns sum_s A[t, s] v[s]: [B, HQ, rows, keys] and [B, H, keys, Dv] -> [B, HQ, rows, Dv]."""
+    grouped = weights.reshape(len(values), values.shape[1], -1, weights.shape[3])
+    return (grouped @ values).view(*weights.shape[:3], -1)
+
+
+def _write_statistics(
+    weights: Tensor, row_lse: Tensor, tile: _RowTile, layout: Layout, options: Options, results: _RowResults
+) -> None:
+    """Writes the statistics of a tile's rows of R, and adds the sums of its columns. Overwrites the weights."""
+    rows = layout.rows[:, tile.rows]
+    in_response = rows[:, None]
+    if options.need_span:
+        looked_back = (weights * tile.distance.float()).sum(-1)
+        results.looked_back[:, :, tile.rows] = torch.where(in_response, looked_back, 0.0)
+
+    first_key = max(tile.keys.start, tile.rows.start - _reach(options, layout.rows.shape[1]))
+    near = slice(first_key - tile.keys.start, None)  # the keys that the window or the horizon reaches
+    hidden = tile.hidden[..., near] | ~rows[..., None]
+    # a row of NaN is NaN at hidden keys too, which lie in columns of other sequences
+    weights[..., near].masked_fill_(hidden[:, None], 0.0)
+    nearness, received = _window_sums(weights[..., near], tile.distance[:, near], options)
+    waad = options.window * row_sums(row_lse, options.sinks) - nearness
+    results.waad[:, :, tile.rows] = torch.where(in_response, waad, 0.0)
+    results.lse[:, :, tile.rows] = torch.where(in_response, row_lse, 0.0)
+    results.fai_sums[:, :, first_key : tile.keys.stop] += received
+
+
+def _reach(options: Options, tokens: int) -> int:
+    """Returns how many keys before a row the window or the horizon reaches."""
+    hi = options.horizon[1]
+    return min(tokens, max(options.window - 1, tokens if hi is None else hi))
+
+
+def _window_sums(weights: Tensor, distance: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Returns sum_s max(W - (t - s), 0) A[t, s], [B, HQ, rows], and the column sums over the horizon, [B, HQ, keys].
+
+    Args:
+        weights: A [B, HQ, rows, keys], 0 where it is hidden; the last key is that of the last row.
+        distance: [rows, keys], t - s.
+    """
+    rows, keys = distance.shape
+    nearest = slice(max(0, keys - rows - options.window + 1), keys)
+    near = (options.window - distance[:, nearest]).clamp(min=0).float()
+    nearness = (weights[..., nearest] * near).sum(-1)
+
+    lo, hi = options.horizon
+    earlier = slice(0, max(0, keys - lo))  # no row is lo tokens behind a later key
+    future = distance[:, earlier] >= lo
+    if hi is not None:
+        future &= distance[:, earlier] <= hi
+    received = torch.where(future, weights[..., earlier], 0.0).sum(-2)
+    return nearness, pad(received, (0, keys - received.shape[-1]))

@@ -1,0 +1,16 @@
+"""Operations on scores that both passes of the blockwise backend use."""
+
+import torch
+from torch import Tensor
+
+from rhythm_kernels.statistics.options import Options
+
+
+def row_sums(lse: Tensor, sinks: Tensor | None) -> Tensor | float:
+    """Returns the sum of each row of A: 1 less the sink's share. lse: [B, HQ, T]; sinks: [HQ] or [B, HQ]."""
+    return 1.0 if sinks is None else 1.0 - torch.exp(sinks[..., None] - lse)
+
+
+def softcapped(scores: Tensor, options: Options) -> Tensor:
+    """Applies the soft cap, if there is one, to scores of any shape, in place."""
+    return scores if options.softcap is None else scores.div_(options.softcap).tanh_().mul_(options.softcap)
