@@ -40,18 +40,18 @@ class CreditOptions:
     max_lookback: int = _option(3, "tokens before an anchor in which its intro may lie", minimum=1, maximum=2**63 - 1)
     largest: bool = _option(True, "select the largest values, or the smallest (the paper's ablation)")
     tau_waad: float | None = _option(
-        None, "an anchor is dominated if its WAAD is at most this, in tokens; by default the lower median"
+        None, "largest WAAD of a dominated anchor, in tokens; by default the lower median of the response"
     )
     tau_delta: float | None = _option(
         None,
-        "and if a Delta of at least this comes before it, in tokens; by default the preplan tokens' smallest",
+        "smallest Delta that comes before a dominated anchor, in tokens; by default the smallest of the preplan tokens",
     )
     layers: int | str | tuple[int, ...] = _option(
-        5, "layers whose attention is read: so many of the middle third, all, or their indices"
+        5, "layers whose attention is read: a number of layers of the middle third, all, or a list of indices"
     )
     window: int = _option(10, "WAAD clips distances at this many tokens", minimum=1, maximum=MAX_WINDOW)
     horizon: tuple[int, int | None] = _option(
-        (10, 50), "FAI counts attention from this many tokens later to that many; none: to the end"
+        (10, 50), "FAI counts attention from tokens between these two distances later; none as the second: to the end"
     )
     local_fraction: float = _option(0.3, "fraction of all heads that are local", minimum=0.0, maximum=1.0)
     global_fraction: float = _option(0.3, "fraction of all heads that are global", minimum=0.0, maximum=1.0)
@@ -59,7 +59,7 @@ class CreditOptions:
         "sequence", "rank heads by the spans of each sequence, or by those of the whole batch", choices=GROUP_BY
     )
     groups_every: int = _option(
-        1, "steps that a ranking of the heads serves; above 1 it is that of all sequences of its step", minimum=1
+        1, "steps that a ranking of the heads serves; above 1 all sequences of a step share one ranking", minimum=1
     )
     seed: int = _option(0, "seed of the strategy random", minimum=0, maximum=2**32 - 1)
 

@@ -34,7 +34,9 @@ class Data:
     """problems"""
 
     train_data: str = flag("words", "a named set or KIND:FILE.jsonl; words is the tiny Countdown, which is generated")
-    eval_data: tuple[str, ...] = flag((), "one or more such sets; by default those that belong to --train-data")
+    eval_data: tuple[str, ...] = flag(
+        (), "one or more named sets or KIND:FILE.jsonl; by default those that belong to the training set"
+    )
     chat_template: bool = flag(True, "put problems into the chat template of the model, if it has one")
     max_prompt_length: int = flag(1024, "most tokens of a problem; longer ones are left out and counted", least=1)
     reward_workers: int = flag(2, "processes that verify maths answers", least=1)
@@ -77,7 +79,7 @@ class Demonstrations:
     """supervised warm start of a model from scratch, cached"""
 
     sft_steps: int = flag(2000, "optimizer steps", least=0)
-    sft_batch_size: int = flag(32, "demonstrations a step", least=1)
+    sft_batch_size: int = flag(32, "demonstrations in a step", least=1)
     sft_learning_rate: float = flag(2e-3, "AdamW's largest learning rate; it decays to a tenth", above=0)
 
 
@@ -86,7 +88,7 @@ class Rollout:
     """rollouts"""
 
     engine: str = flag("transformers", "library that samples the answers", choices=("transformers", "vllm"))
-    prompts_per_step: int = flag(32, "problems a step, over all ranks", least=1)
+    prompts_per_step: int = flag(32, "problems in a step, over all ranks", least=1)
     num_generations: int = flag(8, "answers to each problem; rewards are compared within this group", least=2)
     max_completion_length: int = flag(64, "most tokens of an answer", least=1)
     temperature: float = flag(1.0, "temperature of the sampling and of all log-probabilities", above=0)
@@ -124,7 +126,7 @@ class GRPO:
     vllm_importance_sampling_correction: bool = flag(
         False, "weight each token by the trainer's over the sampler's probability, with either engine"
     )
-    vllm_importance_sampling_cap: float = flag(2.0, "largest such weight", above=0)
+    vllm_importance_sampling_cap: float = flag(2.0, "largest weight of that correction", above=0)
     num_iterations: int = flag(1, "passes over a rollout batch", least=1)
     gradient_steps: int = flag(2, "optimizer steps in a pass; they divide --prompts-per-step", least=1)
     micro_batch_tokens: int = flag(
@@ -137,7 +139,9 @@ class Run:
     """the run"""
 
     output: str = flag("", "folder of the run; by default runs/PRESET-CREDIT-TIME")
-    seeds: tuple[int, ...] = flag((0, 1), "seeds, one run for each, side by side; only one under torchrun", least=0)
+    seeds: tuple[int, ...] = flag(
+        (0, 1), "seeds, one run for each, side by side; only one under torchrun or in train.evaluate", least=0
+    )
     device: str = flag("auto", "device of the run; auto is cuda if there is one", choices=("auto", "cpu", "cuda"))
     threads: int = flag(0, "CPU threads of each training run; 0 shares the cores among the seeds", least=0)
     cache: str = flag("runs/cache", "folder in which warm starts are kept")

@@ -2,9 +2,9 @@
 
     python -m train.evaluate MODEL [--eval-data aime24 aime25 amc23 math-500 olympiadbench] [--engine vllm] [flags]
 
-MODEL is a run's folder (its last checkpoint), a checkpoint, or a transformers model. A checkpoint brings its run's
-settings; for another model --preset or flags give them. AIME's problems are answered 16 times (avg@16), others once
-(pass@1).
+MODEL is a run's folder (its last checkpoint), a checkpoint, or a transformers model. A run of several seeds has a
+folder for each: name one, such as runs/FOLDER/seed-0. A checkpoint brings its run's settings. For another model
+--preset or flags give them. AIME's problems are answered 16 times (avg@16), others once (pass@1).
 """
 
 import argparse

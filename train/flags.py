@@ -49,7 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
         usage="python -m train [--preset NAME] [flags] | --resume FOLDER",
-        description="Trains a language model with GRPO, whose credit follows the attention.",
+        description="Trains a language model with group relative policy optimization (GRPO). The credit of a token "
+        "follows the model's attention: WAAD is the windowed average attention distance of a token, FAI its future "
+        "attention influence, Delta the size of the change of WAAD to the next token. Brackets hold the value of a "
+        "flag that neither the command nor the preset sets.",
         argument_default=argparse.SUPPRESS,  # only what was given comes out
         allow_abbrev=False,
     )

@@ -101,7 +101,7 @@ def parse(arguments: list[str] | None = None) -> Request:
     parser.add_argument(
         "--layers",
         default="5",
-        help="layers that WAAD and FAI are read in: so many of the middle third, or a list such as 10,13,15 (5)",
+        help="layers that WAAD and FAI are read in: a number of the middle third, or a list such as 10,13,15 (5)",
     )
     parser.add_argument(
         "--receivers", type=int, help="number of receiver heads: those whose attention falls on the fewest tokens (16)"

@@ -62,8 +62,9 @@ def token_credit(
         shared_fraction: alpha of the paper: the fraction of a dominated anchor's credit that goes to its intro, 0 to 1.
         max_lookback: k of the paper: how many tokens back an intro may be.
         largest: False selects the bottom (the paper's ablation); in "coupled" it changes the anchors alone.
-        tau_waad: an anchor is dominated if its WAAD is at most this; the lower median of R if None. Tokens.
-        tau_delta: and if a Delta of at least this comes before it; the smallest of the preplan tokens' if None. Tokens.
+        tau_waad: the largest WAAD of a dominated anchor, in tokens; the lower median of R if None.
+        tau_delta: the smallest Delta that comes before a dominated anchor, in tokens; the smallest of the preplan
+            tokens if None.
         seed: the seed of "random"; give each step its own. A compiled graph cannot make the generator: call
             "random" outside of it.
         cu_seqlens: [S + 1] int32 or int64, bounds of packed sequences, as in `attention_stats`; then B = 1. Each
