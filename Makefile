@@ -56,8 +56,8 @@ train: build
 	$(PY) -m train $(ARGS)
 
 # Leaves out the tests of the benchmarks, and those that need a GPU, draw random cases (hypothesis), share something
-# expensive (xdist_group) or take seconds (slow). A run of the tests lists those that take seconds without the mark. Files whose
-# tests are all left out are not imported, which would take seconds too.
+# expensive (xdist_group) or take seconds (slow). A run of the tests lists those that take seconds without the mark.
+# Files whose tests are all left out are not imported, which would take seconds too.
 test-fast: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not (gpu or hypothesis or xdist_group or slow)" -n 2 $(ARGS) \
 		$(shell grep -LE '^(from benchmarks import|pytestmark = .*(gpu|slow|xdist_group))' tests/test_*.py)

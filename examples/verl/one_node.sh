@@ -6,11 +6,11 @@
 #   STRATEGY=none bash examples/verl/one_node.sh         # the same run without credit
 #   bash examples/verl/one_node.sh --cfg job             # prints the config and ends
 #
-# Needs verl 0.9.1 with vLLM or SGLang and FlashAttention, installed as verl's manual says, then in the same environment,
-# on every node: pip install --no-build-isolation --no-deps PATH_OF_THIS_REPOSITORY
+# Needs verl 0.9.1 with vLLM or SGLang and FlashAttention, installed as verl's manual says. Then run in the same
+# environment, on every node: pip install --no-build-isolation --no-deps PATH_OF_THIS_REPOSITORY
 #
-# Untested on a GPU. The tests load these flags with verl's config and run three steps of verl's trainer on a CPU, with a
-# tiny model, tiny batches and fixed answers. Batch sizes and token budgets are meant for 80 GB and may need tuning.
+# Untested on a GPU. The tests load these flags with verl's config and run three steps of verl's trainer on a CPU, with
+# a tiny model, tiny batches and fixed answers. Batch sizes and token budgets are meant for 80 GB and may need tuning.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

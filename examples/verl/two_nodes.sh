@@ -4,8 +4,8 @@
 #   bash examples/verl/two_nodes.sh head                 # any flag of verl may follow
 #   bash examples/verl/two_nodes.sh join FIRST_NODE      # its name or address, as the second node sees it
 #
-# The first node waits for the second. The environment, this repository, MODEL, DATA and RUNS must be the same on both, at
-# the same paths. Ray's workers load the plug-in by its entry point and need no setting. Untested on GPUs.
+# The first node waits for the second. The environment, this repository, MODEL, DATA and RUNS must be the same on both,
+# at the same paths. Ray's workers load the plug-in by its entry point and need no setting. Untested on GPUs.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
