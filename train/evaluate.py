@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("place", metavar="MODEL")
+    parser.add_argument("place", metavar="MODEL", help="a run's folder, a checkpoint, or a transformers model")
     parser.add_argument("--preset", help="settings for a model that no run made: a preset of python -m train")
     add_flags(parser, FLAGS)
     return parser

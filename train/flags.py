@@ -75,9 +75,10 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
                 continue
             several = isinstance(f.default, tuple) or name == "credit_layers"
             default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            shown = text if default in ("", None) else f"{text} [{default}]"
             metavar = "N" if several else " ".join(f.metadata.get("choices", [name.upper()]))
             nargs = "+" if several else None
-            section.add_argument(flag_name(name), help=f"{text} [{default}]", metavar=metavar, nargs=nargs)
+            section.add_argument(flag_name(name), help=shown, metavar=metavar, nargs=nargs)
 
 
 def check_given(given: Collection[str], config: Config) -> None:
