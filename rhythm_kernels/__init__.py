@@ -1,6 +1,6 @@
 """Attention-rhythm statistics for LLM reinforcement learning: WAAD and FAI without N x N maps, and credit from them.
 
-Each public name is loaded at its first use, so that the modules without torch (`options`, `tasks`) load none.
+Each public name is loaded at its first use, so `options` and `tasks` can be imported without loading torch.
 """
 
 # ruff: noqa: F401

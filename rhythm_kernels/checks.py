@@ -19,7 +19,7 @@ def check_float(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}: {value!r}")
-    if not minimum <= value <= maximum:  # so NaN fails too; a compiled graph cannot call math.isfinite
+    if not minimum <= value <= maximum:  # written so that NaN fails too; a compiled graph cannot call math.isfinite
         raise ValueError(f"{name} must be finite and between {minimum} and {maximum}, got {value}")
     return float(value)
 
@@ -37,7 +37,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
 
 
 def check_cuts(cuts: Sequence[int], tokens: int) -> None:
-    """Raises ValueError where the values of cu_seqlens do not rise from 0 to T."""
+    """Raises ValueError if the values of cu_seqlens do not rise from 0 to T."""
     rising = all(begin <= end for begin, end in itertools.pairwise(cuts))
     if not cuts or cuts[0] != 0 or cuts[-1] != tokens or not rising:
         raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {cuts[:8]}{' ...' * (len(cuts) > 8)}")

@@ -1,7 +1,7 @@
 """Checks that a model fits its inputs: enough positions, a row for each token id, weights that are numbers.
 
-A language model does not refuse these by itself. Positions beyond its own give wrong numbers without a word. A token id
-beyond its rows is an error of the indexing or, on a GPU, of the whole device.
+A language model does not check these itself. Positions beyond its limit silently give wrong numbers. A token id beyond
+its embedding rows raises an indexing error or, on a GPU, leaves the device unusable.
 """
 
 import torch
@@ -12,10 +12,10 @@ STRETCHED = ("linear", "dynamic")  # rotary embeddings whose factor max_position
 
 
 def most_positions(config) -> int | None:
-    """Returns the number of positions that a transformers configuration allows, None where it names no limit.
+    """Returns the number of positions that a transformers configuration allows, None if it names no limit.
 
-    Learned positions are the rows of a table. Rotary ones have the length that the model is configured for, with its
-    scaling. A sliding window does not limit positions.
+    Learned positions are the rows of a table. Rotary positions reach the configured length times the
+    scaling factor. A sliding window does not limit positions.
     """
     config = config.get_text_config(decoder=True)
     limits = (getattr(config, name, None) for name in POSITIONS)
@@ -47,7 +47,7 @@ def knows_words(tokenizer) -> bool:
 
 @torch.no_grad()
 def broken_weight(model: nn.Module) -> str | None:
-    """Returns the name of the first parameter that holds NaN or infinity, None where all are finite."""
+    """Returns the name of the first parameter that holds NaN or infinity, None if all are finite."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
             return name

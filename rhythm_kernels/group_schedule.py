@@ -16,7 +16,7 @@ class GroupDrift(NamedTuple):
     """How far the heads' ranking by span moved from one calibration to the next."""
 
     spearman: float
-    """Spearman's correlation of the two calibrations' spans over all heads, -1 to 1; NaN if all of one's are equal."""
+    """Spearman's correlation of both calibrations' spans over all heads, -1 to 1; NaN if all spans of one are equal."""
     local_overlap: float
     """The share of the local heads that were local before, 0 to 1."""
     global_overlap: float
@@ -37,11 +37,10 @@ class GroupSchedule:
                 schedule.add(rhythm.spans, mask.sum(-1))
             drift = schedule.advance()
 
-    The first step is a calibration, and then every `every`-th. The passes of a calibration compute spans, and group the
-    heads by their own. The spans that they add are pooled into one span for each head, the mean over all their tokens
-    of R (Eq. 7). Groups of the pooled spans serve from the next step on: they are those of the batch, since they are
-    for sequences yet to come. With `every=1` no groups are ever kept: each pass makes its own, per sequence or batch
-    (the paper), and the drift from each step to the next is known.
+    The first step is a calibration, then every `every`-th. Each pass of a calibration computes spans and groups the
+    heads by them. `add` pools the spans into one span for each head, the mean over all tokens of R (Eq. 7). The groups
+    of the pooled spans serve from the next step on, for all sequences. With `every=1` no groups are kept: each pass
+    ranks its own heads, by sequence or batch (the paper), and `advance` returns the drift from step to step.
 
     Each process has its own pool, which is summed in fp64 in the order of the calls.
 
@@ -70,9 +69,9 @@ class GroupSchedule:
         """Pools the spans of one pass of a calibration.
 
         Args:
-            spans: `rhythm.spans`: [B, L, HQ], or [L, HQ] over the whole pass; floating, tokens. A pass that was given
-                groups has None, which adds nothing.
-            tokens: [B] int64 or int32: how many tokens of R each sequence of the pass has (packed: [S]).
+            spans: `rhythm.spans`: [B, L, HQ], or [L, HQ] over the whole pass; floating, in tokens. None adds
+                nothing: a pass that was given groups has no spans.
+            tokens: [B] int64 or int32: the number of tokens of R in each sequence of the pass (packed: [S]).
 
         Raises:
             TypeError, ValueError: wrong type, shape, dtype or device; other layers or heads than before.
@@ -94,12 +93,12 @@ class GroupSchedule:
         self._size = list(spans.shape[-2:])
 
     def advance(self) -> GroupDrift | None:
-        """Ends the step. A calibration makes the groups for the next steps and returns how far they drifted.
+        """Ends the step. A calibration ranks the groups for the next steps and returns their drift.
 
         Returns None at the first calibration and between calibrations. At a calibration the host waits for the device.
 
         Raises:
-            RuntimeError: a calibration without a token of R.
+            RuntimeError: a calibration had no token of R.
             ValueError: a span is NaN, or the fractions leave no disjoint groups (`group_heads`).
         """
         if self.groups is not None:
@@ -120,7 +119,11 @@ class GroupSchedule:
         )
 
     def state_dict(self) -> dict[str, int | Tensor | None]:
-        """Returns the state between two steps: the age of the groups in steps, and the spans that they come from."""
+        """Returns the state between two steps: the age of the groups in steps, and their spans, [L, HQ] fp32 or None.
+
+        Raises:
+            RuntimeError: the step is a calibration that has begun.
+        """
         if isinstance(self._tokens, Tensor):
             raise RuntimeError("state_dict in the middle of a calibration: advance() first")
         return {"age": self._age, "spans": self._spans}
@@ -129,7 +132,7 @@ class GroupSchedule:
         """Sets the state that `state_dict` returned.
 
         Raises:
-            TypeError, ValueError: it is none.
+            TypeError, ValueError: `state` is not such a state.
         """
         if set(state) != {"age", "spans"}:
             raise ValueError(f"state must have age and spans, got {sorted(state)}")

@@ -1,4 +1,4 @@
-"""Chooses the layers that are sampled, and the local and the global ones among their heads."""
+"""Chooses the sampled layers, and the local and global heads among theirs."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ def sampled_layers(num_layers: int, layers: int | str | Sequence[int] = 5) -> li
     Args:
         num_layers: the number of layers of the model, L.
         layers: "all"; or a list of indices, where negative ones count from the end; or a number of layers, evenly
-            spaced over floor(L/3)..floor(2L/3), both ends in, each rounded to the nearest layer (halves up). In a
-            shallow model fewer are returned, without repeats.
+            spaced over floor(L/3)..floor(2L/3), both ends included, each rounded to the nearest layer (halves up). A
+            shallow model has fewer; none is repeated.
 
     Raises:
-        TypeError, ValueError: a wrong type, an index that the model does not have, repeated indices.
+        TypeError, ValueError: `layers` has the wrong type, repeats an index, or has one that the model lacks.
     """
     check_int("num_layers", num_layers, 1)
     if layers == "all":
@@ -49,7 +49,7 @@ def group_heads(spans: Tensor, *, local_fraction: float = 0.3, global_fraction: 
     Of all n = L HQ heads, ceil(local_fraction n) are local and ceil(global_fraction n) are global.
 
     Args:
-        spans: [L, HQ] or, for each sequence, [B, L, HQ]; floating, tokens. The host waits for a GPU that holds them.
+        spans: [L, HQ] or, for each sequence, [B, L, HQ]; floating, in tokens. The host waits for a GPU that holds them.
         local_fraction, global_fraction: fractions of all heads, together at most 1.
 
     Returns:
@@ -65,7 +65,7 @@ def group_heads(spans: Tensor, *, local_fraction: float = 0.3, global_fraction: 
 
 
 def rank_heads(spans: Tensor, local_fraction: float, global_fraction: float) -> HeadGroups:
-    """Does as `group_heads`, but the host does not wait for the device: groups of spans with NaN mean nothing."""
+    """Does what `group_heads` does without a wait of the host; groups of spans with NaN are meaningless."""
     floating = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
     check_tensor("spans", spans, ["L", "HQ"] if getattr(spans, "ndim", 2) == 2 else ["B", "L", "HQ"], floating)
     heads = spans.shape[-2] * spans.shape[-1]

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a host tensor on a device, without waiting for its work, as a copy from pageable memory would."""
+    """Returns a host tensor on a device, copied from pinned memory so that the host does not wait for the device."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the tensors on the host; a GPU that holds any of them is waited for once."""
+    """Returns the tensors on the host; waits once for each GPU that holds any of them."""
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
-"""The settings by which products of fp32 matrices may round their factors, one for each library."""
+"""The settings that may round the factors of fp32 matrix products, one for each library."""
 SETTING_OF = dict(zip(("cuda", "cpu"), PRODUCTS, strict=True))
 """The setting of each device type."""
 ROUNDED = ("bf16", "tf32")
@@ -21,11 +21,11 @@ _changed: dict[tuple[str, str], str] = {}  # the settings as they were before th
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """Opens a context for the arithmetic of the statistics, which no setting outside of it changes.
+    """Opens a context in which no outer setting changes the arithmetic of the statistics.
 
     Gradients are off. Autocast is off, since it would round scores to 16 bits. Products of fp32 matrices are exact,
-    whatever `torch.set_float32_matmul_precision` and TF32 say. No dispatch mode listens: selective activation
-    checkpointing keeps results in a queue, which operators that its recomputation does not repeat would shift.
+    whatever `torch.set_float32_matmul_precision` and TF32 say. No dispatch mode is active: selective activation
+    checkpointing queues results, and operators that its recomputation does not repeat would shift the queue.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -64,7 +64,7 @@ def lowest_precision(device: str | None = None) -> str | None:
     """Returns the coarsest rounding of factors that a setting asks for in fp32 products: "bf16", "tf32", or None.
 
     Args:
-        device: a device type, of which only its own setting counts; the settings of all libraries if None or unknown.
+        device: a device type, whose setting alone counts; the settings of all libraries if None or unknown.
     """
     settings = [_precision(place) for place in ([SETTING_OF[device]] if device in SETTING_OF else PRODUCTS)]
     return next((precision for precision in ROUNDED if precision in settings), None)
@@ -75,7 +75,7 @@ def _precision(place: tuple[str, str]) -> str:
 
 
 def _own_precision(place: tuple[str, str]) -> str:
-    """Returns a setting, "none" where it is inherited from that of its library or of all, so that it stays so."""
+    """Returns a setting; "none" if it is inherited from a wider setting, so that restoring it keeps it inherited."""
     precision = _precision(place)
     torch._C._set_fp32_precision_setter(*place, "none")
     return "none" if _precision(place) == precision else precision

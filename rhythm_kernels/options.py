@@ -1,4 +1,4 @@
-"""The options of rhythm credit: flags, fields of configurations and the docs' table are made from this one list.
+"""The options of rhythm credit: flags, configuration fields and the docs' table come from this one list.
 
 Loads no torch, so that a command line can show its help at once.
 """
@@ -12,12 +12,12 @@ STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
 READS_ATTENTION = ("local", "global", "coupled")
 GROUP_BY = ("sequence", "batch")
 MAX_WINDOW = 256  # tokens
-MOST_AMPLIFICATION = 1e37  # so that every factor is finite in fp32
+MOST_AMPLIFICATION = 1e37  # keeps every factor finite in fp32
 PREFIX = "credit"
 
 
 def _option(default: object, help: str, **limits) -> Field:
-    """Makes a field with its help; `limits` are those of `check_int` or `check_float`, or `choices`."""
+    """Makes a field with its help; `limits` are arguments of `check_int` or `check_float`, or `choices`."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -26,7 +26,7 @@ class CreditOptions:
     """The options of a run's credit, with the defaults of `collect` and `token_credit`.
 
     Raises:
-        TypeError, ValueError: an option of the wrong type or value, when it is made; the message starts with its name.
+        TypeError, ValueError: an option has the wrong type or value; the message starts with the option's name.
     """
 
     strategy: str = _option("coupled", "what multiplies a token's positive advantage", choices=STRATEGIES)
@@ -108,14 +108,14 @@ class CreditOptions:
         return {**self.set_arguments, **self._of(("amplification", "shared_fraction"))}
 
     def draw_seed(self, draw: int) -> int:
-        """Returns the seed of `token_credit` for one call; `draw` tells the calls of "random" from each other."""
+        """Returns the seed of `token_credit` for one call; `draw` counts the calls, so that each draws anew."""
         return (self.seed << 32) + draw % 2**32
 
     def _of(self, names: Sequence[str]) -> dict[str, object]:
         return {name: getattr(self, name) for name in names}
 
 
-# ---- among the settings of a whole run -------------------------------------------------------------------------------
+# ---- flat names in the settings of a run -----------------------------------------------------------------------------
 
 
 def flat_name(option: str) -> str:
@@ -127,13 +127,13 @@ def from_flat(settings: Mapping[str, object]) -> CreditOptions:
     """Makes the options from settings under their flat names; other settings are not read.
 
     Raises:
-        TypeError, ValueError: as `CreditOptions`; the message starts with the flat name.
+        TypeError, ValueError: those of `CreditOptions`; the message starts with the flat name.
     """
     flat = {option.name: flat_name(option.name) for option in fields(CreditOptions)}
     options = {name: settings[setting] for name, setting in flat.items() if setting in settings}
     try:
         return CreditOptions(**options)
-    except (TypeError, ValueError) as error:  # which starts with the option's name
+    except (TypeError, ValueError) as error:  # its message starts with the option's name
         name = str(error).partition(" ")[0]
         raise type(error)(flat_name(name) + str(error).removeprefix(name)) from None
 

@@ -1,10 +1,10 @@
-"""The definitions, dense and readable: one function for each row of the table in DESIGN.md, "Definitions".
+"""Defines every quantity with dense maps: one function for each row of the table in DESIGN.md, "Definitions".
 
 All other code of this package is tested against this file. It is slow, and no fast code imports it. Equation numbers
 are those of Li et al., arXiv 2510.13554.
 
-Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences, B
-where the batch is not packed; L layers.
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v, L layers, S
+sequences (S = B in a batch that is not packed).
 
 - A, the attention map: [B, HQ, T, T], with a row t for each query and a column s for each key.
 - R, the response positions: `rows` or `response_mask`, [B, T] bool.
@@ -80,9 +80,9 @@ def attention_map(
 
 
 def attention_out(attention: Tensor, v: Tensor) -> Tensor:
-    """Returns sum_s A[t, s] v[s] of v [B, H, T, Dv], [B, HQ, T, Dv] in A's dtype; 0 in padding.
+    """Returns sum_s A[t, s] v[s] for v [B, H, T, Dv]: [B, HQ, T, Dv] in A's dtype, 0 in padding.
 
-    A key with a weight of 0 does not count, even if its value is NaN. So a NaN in padding stays there.
+    A key with a weight of 0 does not count, even if its value is NaN. So a NaN in padding does not spread.
     """
     v = v.to(attention.dtype).repeat_interleave(attention.shape[1] // v.shape[1], 1)
     finite = v.isfinite()
@@ -220,7 +220,7 @@ def group_heads(spans: Tensor, local_fraction: float = 0.3, global_fraction: flo
 def segment_topq(values: Tensor, response_mask: Tensor, top_fraction: float, largest: bool = True) -> Tensor:
     """Returns TopQ: the ceil(top_fraction n) largest (smallest) of the n values of R in each batch row, [B, T] bool.
 
-    Ties go to the lower position. A NaN is never taken, but counts in n. values: [B, T].
+    Ties go to the lower position. A NaN is never selected, but counts in n. values: [B, T].
     """
     out = torch.zeros_like(response_mask)
     for b in range(len(values)):
@@ -236,13 +236,13 @@ def segment_topq(values: Tensor, response_mask: Tensor, top_fraction: float, lar
 def find_peaks(values: Tensor, response_mask: Tensor, min_quantile: float = 0.0) -> Tensor:
     """Returns the strict local maxima inside runs of consecutive positions of R, [B, T] bool.
 
-    A plateau counts at its first position. As in scipy.signal.find_peaks, a plateau that touches an end of its run is
-    no peak. Comparisons with NaN are false.
+    A plateau counts at its first position. A plateau that touches an end of its run is
+    no peak, as in scipy.signal.find_peaks. Comparisons with NaN are false.
 
     Args:
         values: [B, T].
-        min_quantile: a peak must reach the ceil(min_quantile n)-th smallest of the batch row's n values in R, among
-            which NaN is the largest; with 0 every peak stays.
+        min_quantile: a peak must reach the ceil(min_quantile n)-th smallest of the batch row's n values in R, where
+            NaN counts as the largest; with 0 every peak stays.
     """
     out = torch.zeros_like(response_mask)
     for b in range(len(values)):

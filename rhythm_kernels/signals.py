@@ -28,18 +28,18 @@ def rhythm_of(
 ) -> Rhythm:
     """Returns WAAD of the local heads' mean map and FAI of the global heads' (Eq. 8-10).
 
-    Both are linear in the map, so the means of the heads' own values are those of the mean map.
+    Both are linear in the map, so the mean of the heads' values is the value of the mean map.
 
     Args:
-        stats: by layer, those of each head or their sums over the `groups`; added in ascending order of the layers.
+        stats: by layer, statistics of each head or their sums over the `groups`; summed in ascending order of layers.
         layout: where the sequences of the batch are.
-        groups: [L, HQ] or [sequences, L, HQ]; made from the spans if None. Sums have no spans, and need groups.
+        groups: [L, HQ] or [sequences, L, HQ]; ranked from the spans if None. Sums have no spans, so they need groups.
         group_by: "sequence": each sequence has its own groups, from its own spans; "batch": one grouping from the
             spans over all of R in the batch.
 
     Raises:
-        TypeError, ValueError: wrong groups, or none for sums; a span that is NaN. The host does not wait for a GPU:
-            there the rhythm of that span's sequence is NaN.
+        TypeError, ValueError: the groups are wrong or missing for sums, or a span is NaN. The host does not wait for
+            a GPU: there the rhythm of a sequence with a NaN span is NaN.
     """
     check_choice("group_by", group_by, GROUP_BY)
     layers = [stats[index] for index in sorted(stats)]
@@ -83,17 +83,16 @@ def _pool(spans: Tensor, layout: Layout) -> Tensor:
 
 
 def _mean(values: Tensor, group: Tensor, layout: Layout) -> Tensor:
-    """Returns the mean over all heads of the group of each token's own sequence, [B, T]; 0 if it has none.
+    """Returns each token's mean over the heads of its sequence's group, [B, T]; 0 if the group is empty.
 
     Args:
-        values: [L, B, HQ, T], of each head, which is overwritten; or [L, B, T], sums over each layer's heads of the
-            group.
+        values: [L, B, HQ, T], one value a head, overwritten; or [L, B, T], sums over each layer's heads of the group.
         group: [L, HQ] or [sequences, L, HQ] bool.
     """
     of_sequences = group.to(values.device).expand(layout.sequences, -1, -1)  # [sequences, L, HQ]
     if values.ndim == 4:
         member = of_sequences[layout.segments].permute(2, 0, 3, 1)  # [L, B, HQ, T]
-        # filled and not multiplied, so that a NaN of a head outside the group does not reach the sum
+        # filled, not multiplied: a NaN of a head outside the group must not reach the sum
         values = values.masked_fill_(~member, 0.0).sum(2)
     heads = of_sequences.flatten(1).sum(1)[layout.segments]
     return values.sum(0) / heads.clamp(min=1)

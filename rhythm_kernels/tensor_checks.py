@@ -14,15 +14,16 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] = (),
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Returns `value`, a tensor of this shape, dtype and device.
+    """Returns `value` if it is a tensor of this shape, dtype and device.
 
     Args:
-        shape: a number for each size that is known, a letter for any other.
-        dtypes: those that are allowed; any if empty.
-        device: the tensor's; any if None.
+        shape: a number for each known size, a name for each free one.
+        dtypes: the allowed dtypes; any if empty.
+        device: the required device; any if None.
 
     Raises:
-        TypeError, ValueError: it is another.
+        TypeError: `value` is not a tensor, or has another dtype.
+        ValueError: it has another shape or device, or its device has no float64.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: {value!r}"[:300])
@@ -48,17 +49,17 @@ def check_device(name: str, device: torch.device) -> None:
 
 
 def at_hand(value: object, device: torch.device) -> torch.device:
-    """Returns the CPU for an argument that is there, else the device of the other arguments."""
+    """Returns the CPU if the argument is a CPU tensor, else the device of the other arguments."""
     return torch.device("cpu") if getattr(value, "is_cpu", False) else device
 
 
 def can_look(tensor: torch.Tensor) -> bool:
-    """Returns whether the host can read a tensor's values without a wait: not on a GPU, and not in a graph."""
+    """Returns whether the host can read a tensor's values without waiting: it is on the CPU, outside a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is torch.Tensor
 
 
 def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Checks all but the values, for which the host would have to wait for a GPU."""
+    """Checks type, shape and device. To check the values, the host would have to wait for a GPU."""
     check_tensor("cu_seqlens", cu_seqlens, ["S + 1"], [torch.int32, torch.int64], device)
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a batch of one row, got B = {batch}")

@@ -1,8 +1,8 @@
 """The results that flow between the steps: statistics of each head -> head groups -> the rhythm of the tokens.
 
-Shapes: B batch rows, T tokens, L collected layers, HQ query heads; S sequences, B where the batch is not packed. R is
-the set of response positions (rows) of a sequence. WAAD is windowed average attention distance, FAI future attention
-influence. Equations are those of Li et al., arXiv 2510.13554.
+Shapes: B batch rows, T tokens, L collected layers, HQ query heads, S sequences (S = B in a batch that is not packed). R
+is the set of response positions (rows) of a sequence. WAAD is windowed average attention distance, FAI future
+attention influence. Equations are those of Li et al., arXiv 2510.13554.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class AttentionStats(NamedTuple):
     fai: torch.Tensor
     """[B, HQ, T] fp32, a mean weight between 0 and 1: FAI of each column (Eq. 10); 0 where no row of R looks back."""
     span: torch.Tensor | None
-    """[S, HQ] fp32, in tokens: mean attention distance over R (Eq. 7); None if it was not asked for."""
+    """[S, HQ] fp32, in tokens: mean attention distance over R (Eq. 7); None if it was not requested."""
     lse: torch.Tensor
     """[B, HQ, T] fp32, natural log: log-sum-exp of the scores of each row of R, a sink included; 0 outside R."""
 
@@ -51,4 +51,5 @@ class Rhythm(NamedTuple):
     spans: torch.Tensor | None = None
     """[S, L, HQ] or [L, HQ] fp32, in tokens: the spans that the groups come from; None if the groups were given."""
     groups: HeadGroups | None = None
-    """The groups that WAAD and FAI are means over. On a GPU they mean nothing where a span, and so a signal, is NaN."""
+    """The groups over which WAAD and FAI are means. On a GPU, where a span is NaN, they mean nothing; WAAD and FAI
+    are then NaN."""

@@ -1,1 +1,1 @@
-"""Selects tokens and computes the factors of their advantages, by C++/CUDA ops or the same rules in torch ops."""
+"""Selects tokens and computes the factors of their advantages, with C++/CUDA ops or the same rules in torch ops."""

@@ -1,7 +1,7 @@
-"""The extension's ops composed of torch ops: they run where it is not built, and benchmarks compare it with them.
+"""Composes the extension's ops of torch ops, for builds without it and for benchmarks.
 
 They have the names, arguments and results of `torch.ops.rhythm_kernels`, bit for bit; csrc/ops.cpp has the shapes.
-Packed sequences are padded here, for which the host reads cu_seqlens.
+The host reads cu_seqlens, to pad packed sequences.
 """
 
 import itertools
@@ -16,9 +16,9 @@ from rhythm_kernels.checks import check_cuts
 NAN = -(2**31) + 1
 OUTSIDE = -(2**31)  # the key of a position outside the response_mask
 
-# The codes of csrc/rows/credit.h. Faults of a sequence: this signal is not finite in R.
+# The codes of csrc/rows/credit.h. A sequence has a fault if that signal is not finite in R.
 FIRST_SIGNAL, SECOND_SIGNAL = 1, 2
-# Sets that a token is in.
+# Bits of the sets to which a token belongs.
 INTRO, ALONE, DOMINATED, PREPLAN = 1, 2, 4, 8
 
 
@@ -105,7 +105,7 @@ def coupled_credit(
     reach = range(1, min(max_lookback, response_mask.shape[1] - 1) + 1)
     for steps in reach:
         earlier = pad(before[:, :-steps], (steps, 0), value=-torch.inf)
-        better = earlier > best  # strictly: the latest wins a tie
+        better = earlier > best  # strictly larger: the latest token wins a tie
         best, back = torch.where(better, earlier, best), torch.where(better, steps, back)
     dominated = anchors & (waad.double() <= low) & (best.double() >= high) & (back > 0)
     back = torch.where(dominated, back, 0)
@@ -158,11 +158,11 @@ class _Rows:
         self.response_mask = self.pad(response_mask)
 
     def pad(self, values: Tensor) -> Tensor:
-        """Returns values [1, T] as padded rows, [S, longest], 0 behind a sequence."""
+        """Returns values [1, T] as padded rows, [S, longest], 0 after the end of a sequence."""
         return values if self.index is None else torch.where(self.inside, values[0][self.index], 0).to(values.dtype)
 
     def unpad(self, values: Tensor) -> Tensor:
-        """Returns padded rows as they were, [1, T]."""
+        """Returns padded rows as one packed row, [1, T]."""
         return values if self.index is None else values[self.inside][None]
 
 
@@ -178,7 +178,7 @@ def _keys(values: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def _ranks(keys: Tensor, largest: bool) -> Tensor:
-    """Returns ranks, of which the largest is selected first; NaN and OUTSIDE stay last."""
+    """Returns ranks: the largest is selected first, NaN and OUTSIDE last."""
     return keys if largest else torch.where(keys > NAN, ~keys, keys)
 
 
@@ -222,6 +222,6 @@ def _is_broken(values: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def _void(gamma: Tensor, response_mask: Tensor, faults: Tensor) -> Tensor:
-    """Returns gamma where sequences with a fault have NaN in R, and 1 elsewhere."""
+    """Returns gamma with the sequences that have a fault set to NaN in R and 1 elsewhere."""
     broken = (faults != 0)[:, None]
     return gamma.masked_fill(broken & response_mask, torch.nan).masked_fill(broken & ~response_mask, 1.0)

@@ -1,7 +1,7 @@
 """Loads the compiled library rhythm_kernels._C and gives its ops fake implementations.
 
-Without the library the package works through torch ops: `available` says which device types the library serves,
-`require` raises for the others.
+Without the library the package uses torch ops. `available` says which device types the library serves; `require` raises
+for the others.
 """
 
 import warnings
@@ -73,7 +73,7 @@ def _sequences(response_mask: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def available(device_type: str) -> bool:
-    """Returns whether the library has ops for a device type. Warns once for one that it could have been built for."""
+    """Returns whether the library has ops for a device type. Warns once if it could have been built for it."""
     if device_type in _DEVICE_TYPES:
         return True
     if device_type in ("cpu", "cuda") and device_type not in _warned and not torch.compiler.is_compiling():
@@ -85,6 +85,6 @@ def available(device_type: str) -> bool:
 
 
 def require(device_type: str) -> None:
-    """Raises RuntimeError where the library has no ops for a device type."""
+    """Raises RuntimeError if the library has no ops for a device type."""
     if device_type not in _DEVICE_TYPES:
         raise RuntimeError(f'backend="extension" has no ops for {device_type}: {_REASON}; {HOW_TO_BUILD}')

@@ -28,7 +28,7 @@ def segment_topq(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selects the ceil(top_fraction n - 1e-9) largest of each sequence's n masked positions (TopQ, Eq. 13, 15).
 
-    Of equal values those at lower positions come first. NaN counts towards n but is never selected.
+    Ties go to the lower position. NaN counts towards n but is never selected.
 
     Args:
         values: [B, T] fp32, fp16 or bf16.
@@ -40,7 +40,7 @@ def segment_topq(
         backend: "extension", "torch", or "auto": the extension where it is built for the device, else torch.
 
     Returns:
-        [B, T] bool; with `return_nan` a pair of it and bool [S], where S is B if sequences are not packed.
+        [B, T] bool; with `return_nan` also bool [S] (S = B if sequences are not packed).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
@@ -101,7 +101,7 @@ def ops(backend: str, device: torch.device):
 
 
 def check_packing(cu_seqlens: Tensor | None, response_mask: Tensor) -> Tensor | None:
-    """Returns cu_seqlens in int32. Checks what it holds where the host need not wait for it."""
+    """Returns cu_seqlens in int32. Checks its values if the host need not wait for them."""
     if cu_seqlens is None:
         return None
     check_cu_seqlens(cu_seqlens, *response_mask.shape, response_mask.device)

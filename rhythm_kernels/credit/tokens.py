@@ -52,8 +52,8 @@ def token_credit(
 
     Args:
         strategy: "none" (all 1), "random" (TopQ of a draw from `seed`), "entropy" (TopQ of `entropy`), "local" (TopQ of
-            Delta, Eq. 14), "global" (TopQ of FAI, Eq. 16), "coupled" (anchors, of which the locally dominated share
-            their credit with the token that introduces them, Eq. 18).
+            Delta, Eq. 14), "global" (TopQ of FAI, Eq. 16), "coupled" (anchors; each dominated one shares its
+            credit with the token that introduces it, Eq. 18).
         response_mask: [B, T] bool, R.
         rhythm: "local" needs rhythm.waad, "global" rhythm.fai, "coupled" both; each [B, T] floating, finite in R.
         entropy: [B, T] floating, nats, finite in R; only for "entropy".
@@ -69,7 +69,7 @@ def token_credit(
             "random" outside of it.
         cu_seqlens: [S + 1] int32 or int64, bounds of packed sequences, as in `attention_stats`; then B = 1. Each
             sequence has its own R, and no Delta or intro crosses from one to another.
-        backend: "extension" (on a GPU one launch for fp32 signals, a fill before it for packed ones; the host does not
+        backend: "extension" (on a GPU one launch for fp32 signals, preceded by a fill if packed; the host does not
             wait), "torch", or "auto": the extension where it is built for the device, else torch.
 
     Raises:
@@ -126,9 +126,9 @@ def coupled_sets(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> CoupledSets:
-    """Returns the sets of coupled credit (Eq. 13, 15, 17); arguments and errors are those of `token_credit`.
+    """Returns the sets of coupled credit (Eq. 13, 15, 17), each [B, T].
 
-    Where `token_credit` would give NaN, the sets are empty.
+    Arguments and errors are those of `token_credit`. The sets are empty where `token_credit` would give NaN.
     """
     check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
     _check_options(rhythm, top_fraction, max_lookback, largest, tau_waad, tau_delta)
@@ -199,7 +199,7 @@ def _check_both(rhythm: Rhythm | None, response_mask: Tensor) -> tuple[Tensor, T
 
 
 def _raise_faults(faults: Tensor, *names: str) -> None:
-    """Raises ValueError where the host need not wait to read the faults; elsewhere gamma is NaN."""
+    """Raises ValueError for faults that the host can read without waiting; otherwise gamma is NaN."""
     if not can_look(faults):
         return
     for name, bit in zip(names, (FIRST_SIGNAL, SECOND_SIGNAL)):

@@ -1,1 +1,1 @@
-"""Listens to a model's own forward, and hands its queries, keys and log-sum-exp to the statistics."""
+"""Listens to a model's forward, and passes its queries, keys and log-sum-exp to the statistics."""

@@ -1,18 +1,18 @@
 """Reads the log-sum-exp that a model's own attention kernel computes, while the kernel runs.
 
-Fused attention kernels keep the log-sum-exp of each row for a backward pass. `LseReader` is open around one call of a
-layer's attention function and reads it from the operator below autograd. The operator runs as often as before, on the
-same inputs, and its output keeps its bits:
+Fused attention kernels keep the log-sum-exp of each row for a backward pass. `LseReader` wraps one call of a layer's
+attention function and reads it from the operator below autograd. The operator runs as often as before, on the same
+inputs, and its output keeps its bits:
 
 - Flash attention, torch's and FlashAttention 2 and 3, always computes the log-sum-exp: the call stays as it is.
-- SDPA's memory-efficient kernel is one binary with and without it, and writes it after the output.
+- SDPA's memory-efficient kernel is the same binary with and without it, and writes it after the output.
 - cuDNN builds another execution plan for it, with an engine of its choice, so that the output need not keep its bits.
   Without gradients only a reader that `asks` has it computed. With gradients the model itself does.
 - FlexAttention returns it, since transformers asks for it.
 
-Only operators are read that are known by their name and by the shape of their output. Eager attention has no such
-operator. Neither has FlashAttention 4 (flash_attn.cute): it launches its kernels itself, and computes no log-sum-exp
-without gradients. Where torch runs FlashAttention 3 or 4 in place of its own, the operators are torch's.
+Only operators with a known name and output shape are read. Eager attention has no such operator. Neither has
+FlashAttention 4 (flash_attn.cute): it launches its kernels itself, and computes no log-sum-exp without gradients.If
+torch runs FlashAttention 3 or 4 in place of its own, the operators are torch's.
 """
 
 from functools import cache
@@ -28,7 +28,7 @@ from rhythm_kernels.statistics.layout import Layout
 EFFICIENT = "aten::_scaled_dot_product_efficient_attention"
 
 # Operators whose second output is the natural log-sum-exp of each row, before dropout: [B, HQ, T] or, where the batch
-# was unpadded into one row of tokens, [HQ, tokens]. Beside each, the argument that must be True for it to be computed.
+# was unpadded into one row of tokens, [HQ, tokens]. The value names the argument that must be True to compute it.
 # Devices that plug in _scaled_dot_product_fused_attention_overrideable do not promise to fill it.
 FUSED_OPS: dict[str, str | None] = {
     # torch.nn.functional.scaled_dot_product_attention
@@ -53,13 +53,13 @@ def row_pass(why: str) -> str:
 class _Call(NamedTuple):
     source: str
     lse: Tensor | None
-    """None where the operator was not asked for it."""
+    """None if it was not requested of the operator."""
     dtype: torch.dtype
     unpadded: bool
     has_sinks: bool
 
     def reason_against(self, query: Tensor, sinks: Tensor | None) -> str | None:
-        """Returns why this call's log-sum-exp is not that of the scores of q and k; None if it may be."""
+        """Returns why this call's log-sum-exp cannot be that of the scores of q and k; None if it can."""
         if self.dtype != query.dtype:
             return f"{_short(query.dtype)} queries were cast to {_short(self.dtype)}"
         if sinks is not None and not self.has_sinks:
@@ -75,9 +75,9 @@ class LseReader(TorchDispatchMode):
     """A context around one call of an attention function, after which `lse` has the log-sum-exp of its fused operator.
 
     Args:
-        device: the type of the call's device; if None, the precision of fp32 products on all devices counts.
+        device: the device type of the call; if None, the precision of fp32 products on all devices counts.
         attention: the name of the attention implementation, for reasons.
-        asks: whether operators whose output then need not keep its bits are asked for it too.
+        asks: whether to request it also of operators whose output may then change in its last bits.
     """
 
     supports_higher_order_operators = True  # FlexAttention is one where it runs uncompiled
@@ -125,15 +125,15 @@ class LseReader(TorchDispatchMode):
             query: [B, HQ, T, D], the argument of the attention function.
             sinks: [HQ] fp32, of the layer.
             returned: [B, HQ, T], the log-sum-exp that transformers' FlexAttention returned beside its output: without
-                sinks, and rounded to the dtype of the values, so that only fp32 is of use. (In torch 2.11 that of the
-                FLASH backend has another unit; it takes 16 bits only.)
+                sinks, and rounded to the dtype of the values, so only fp32 is used. (The FLASH backend of torch
+                2.11 returns another unit, and takes 16 bits only.)
 
         Returns:
             (lse [B, HQ, T] fp32, natural log, sinks included, anything in padding; the operator's name), or
-            (None, "row pass: " and the reason). Reasons are: no known operator ran; several ran, and they are not one
+            (None, "row pass: " and the reason). The reasons: no known operator ran; several ran, but not one
             for each packed sequence; the query was cast to another dtype; the operator left out the sinks, or was not
-            asked; its log-sum-exp has another shape; it is of 16-bit inputs on a CPU, where torch approximates it; it
-            is of fp32 inputs, and TF32 or bf16 products round the scores.
+            asked; its log-sum-exp has another shape; inputs have 16 bits on a CPU, where torch approximates it; inputs
+            are fp32, and TF32 or bf16 products round the scores.
         """
         shape = query.shape[:3]
         if query.dtype == torch.float32 and self._rounds:
@@ -159,8 +159,8 @@ class LseReader(TorchDispatchMode):
 
 
 def _keeps_output(name: str, query: Tensor) -> bool:
-    """Returns whether an operator that is asked for its log-sum-exp returns the same output, to the bit, as without."""
-    # unless asked it puts heads in the place of rows where there is one query and keys are expanded; AMD's is another
+    """Returns whether an operator's output keeps its bits when its log-sum-exp is requested."""
+    # without it, the kernel swaps heads and rows for a single query with expanded keys; AMD's kernel is another
     return name == EFFICIENT and query.shape[2] > 1 and torch.version.hip is None
 
 
@@ -179,7 +179,7 @@ def _name(operator) -> str:
 
 
 def _joined(calls: list[_Call], shape: torch.Size, layout: Layout) -> Tensor | None:
-    """Returns [1, HQ, T] where there was one call for each sequence of a packed row; None if the calls are others."""
+    """Returns [1, HQ, T] if there was one call for each sequence of a packed row, else None."""
     parts = [call.lse.detach().float() for call in calls]
     lengths = [end - begin for _, begin, end in layout.bounds]
     expected = [(1, shape[1], length) for length in lengths]
@@ -205,9 +205,6 @@ def _fitted(call: _Call, shape: torch.Size, layout: Layout) -> Tensor | None:
 
 
 def _places(layout: Layout) -> Tensor:
-    """Returns the place of each token among those of all batch rows without padding, [B T] int64.
-
-    It may be anything in padding.
-    """
+    """Returns the index of each token among all tokens without padding, [B T] int64; anything in padding."""
     is_token = layout.first <= layout.last
     return is_token.flatten().cumsum(0).sub(1).clamp(min=0)

@@ -6,7 +6,7 @@ import torch
 
 
 class Clock:
-    """Adds up the seconds inside its `with` blocks: wall time, or the stream's own time where `on_gpu` is set."""
+    """Adds up the seconds inside its `with` blocks: wall time, or the stream's time if `on_gpu` is set."""
 
     def __init__(self):
         self.on_gpu = False
@@ -30,7 +30,7 @@ class Clock:
             self.wall += self._now() - self.begin
 
     def seconds(self) -> float:
-        """Returns the sum; waits for a GPU."""
+        """Returns the sum in seconds; waits for a GPU."""
         if self.events:
             self.events[-1][1].synchronize()  # the events before it are done then too
         for begin, end in self.events:

@@ -1,4 +1,4 @@
-"""Opens a context that records attention statistics inside a transformers model's own forward."""
+"""Opens a context that records attention statistics inside a transformers model's forward."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from rhythm_kernels.tensor_checks import check_cu_seqlens, check_tensor
 from rhythm_kernels.types import HeadGroups
 
 LSE = ("auto", "model", "own")
-"""The choices of the log-sum-exp that the statistics take."""
+"""The choices of whose log-sum-exp the statistics use."""
 
 
 class collect(Collector):  # called like a function, and named like one
@@ -31,33 +31,33 @@ class collect(Collector):  # called like a function, and named like one
     `position_ids` that restart. The host waits for a GPU once to read them, and not at all with `cu_seqlens`.
 
     The map that these arguments describe is checked: for a few rows of each sequence it must give the output that the
-    layer's attention returned (`statistics/verify.py`). So packed rows that a model does not keep apart are refused.
-    The sdpa and eager attention of transformers does not keep them apart beside an attention_mask or a key-value cache.
+    layer's attention returned (`statistics/verify.py`). This refuses packed sequences that the model mixes. The sdpa
+    and eager attention of transformers mixes them where it gets an attention_mask or a key-value cache.
 
     Statistics are those of the map before dropout. A context belongs to the thread that opened it. The model's outputs
-    keep their bits, but for `lse="model"`. Under torch.compile the model is compiled in other pieces while a context is
-    open, which may change the last bits.
+    keep their bits, except with `lse="model"`. With torch.compile an open context splits the model
+    into other graphs, which may change the last bits.
 
     Args:
         model: a transformers decoder, alone, in an encoder-decoder or in a model of images, or a wrapper of one (PEFT,
             DDP, FSDP, torch.compile without fullgraph=True), with any attention implementation. With "sdpa" the
             statistics leave out soft-capping and sinks, as transformers does.
         layers: how many of the middle third, "all", or a list of layer indices in the order in which layers run; see
-            `sampled_layers`. Of a hybrid only its softmax layers are counted, and a warning says so.
+            `sampled_layers`. In a hybrid only softmax layers count, and a warning says so.
         window, horizon: W of WAAD and (lo, hi) of FAI, tokens.
         response_mask: [B, T] bool, R; every valid token if None.
-        cu_seqlens: [S + 1] int32 or int64 on the CPU, bounds of the packed sequences of the forward, where the caller
-            knows them. Then they are not read from the forward's arguments, and the host does not wait for a GPU.
+        cu_seqlens: [S + 1] int32 or int64 on the CPU, bounds of the packed sequences of the forward, if the caller
+            knows them. They are then not read from the forward's arguments, and the host does not wait for a GPU.
         groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
             Then spans are not computed and heads outside the groups are skipped.
         group_by: "sequence": head groups from each sequence's own spans (the paper's reading); "batch": from the
             spans over the whole batch.
         local_fraction, global_fraction: fractions of local and global heads.
-        backend: that of `attention_stats`.
-        lse: whose log-sum-exp the statistics take; `lse_sources` says which it was. "auto": that of the model's own
-            attention kernel where the model's output keeps its bits then; else the statistics compute it in a row pass.
-            "model": that of cuDNN too, which without gradients is another execution plan: faster statistics, and
-            outputs that may differ in their last bits. "own": always a row pass.
+        backend: as in `attention_stats`.
+        lse: whose log-sum-exp the statistics use; `lse_sources` says which it was. "auto": the attention kernel's, if
+            the model's output keeps its bits; else the statistics compute it in a row pass. "model": cuDNN's too,
+            which without gradients takes another execution plan: the statistics are faster, and outputs may differ in
+            their last bits. "own": always a row pass.
 
     Raises:
         TypeError, ValueError: wrong arguments, or a forward that cannot be collected from: with a key-value cache, a
@@ -105,7 +105,7 @@ class collect(Collector):  # called like a function, and named like one
 
 
 def _choose_layers(decoder: nn.Module, decoder_layers: Layers, layers: int | str | Sequence[int]) -> list[int]:
-    """Returns the places of `sampled_layers` among the softmax layers of a decoder."""
+    """Returns the indices of the sampled softmax layers of a decoder."""
     softmax = list(decoder_layers.attention)
     if not isinstance(layers, (int, str)):
         chosen = sampled_layers(decoder_layers.count, layers)

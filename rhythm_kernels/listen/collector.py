@@ -1,7 +1,7 @@
 """Records the statistics of a model's forward while it runs.
 
-A tap listens to the attention of the model (`taps.py`): it hands q, k and the attention kernel's own log-sum-exp of the
-sampled layers to the statistics. The model's outputs keep their bits.
+A tap listens to the model's attention (`taps.py`) and passes q, k and the attention kernel's log-sum-exp of the sampled
+layers to the statistics. The model's outputs keep their bits.
 """
 
 import inspect
@@ -28,11 +28,11 @@ from rhythm_kernels.tensor_checks import check_device, check_tensor
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
 
 MASKED = ("eager", "sdpa")
-"""Implementations that know of a sliding window by their mask alone."""
+"""Implementations that apply a sliding window only through their mask."""
 
 
 class Collector:
-    """Holds the statistics of one forward: what `collect` returns.
+    """Holds the statistics of one forward.
 
     The forward fills `stats`, `lse_sources`, `layout` and `rhythm()`.
     """
@@ -48,7 +48,7 @@ class Collector:
     _options: dict[str, object]
     """Arguments of `check_options`."""
     _grouping: dict[str, object]
-    """Arguments of `rhythm_of` beside the groups."""
+    """Arguments of `rhythm_of`, without the groups."""
     _lse: str
 
     def __init__(self, model: nn.Module):
@@ -66,7 +66,7 @@ class Collector:
         self._places: dict[int, list[int]] = {}  # by the id of a module: its layers, in the order of its calls
         for layer, module in self._decoder_layers.attention.items():
             self._places.setdefault(id(module), []).append(layer)
-        # a module around the decoder with another configuration may make the decoder's masks, from the [B, T] one
+        # a module around the decoder with another configuration may build the decoder's masks from its own [B, T] mask
         outer = ancestors_of(self.decoder, model)
         self._outer = [module for module in outer if getattr(module, "config", None) is not self.decoder.config]
         # by the id of a mask; the mask is kept too, so that no other gets its id
@@ -95,18 +95,18 @@ class Collector:
 
     @property
     def seconds(self) -> float:
-        """Seconds spent in the statistics of this forward, their check included; on a GPU this waits for them."""
+        """Seconds spent on the statistics of this forward, including their check; waits for a GPU."""
         return self.findings.seconds
 
     @property
     def check_seconds(self) -> float:
-        """Seconds of these in which the layers' outputs were checked; on a GPU this waits for them."""
+        """The part of `seconds` spent on checking the layers' outputs; waits for a GPU."""
         return self.findings.check_seconds
 
     def rhythm(self) -> Rhythm:
         """Returns the means over the groups: Rhythm(waad [B, T], fai [B, T], spans, groups).
 
-        On a GPU, which the host does not wait for, they are NaN where a layer does not attend as its statistics assume.
+        The host does not wait for a GPU: there they are NaN if a layer does not attend as its statistics assume, and
         `check()` says which layer and why.
 
         Raises:
@@ -124,9 +124,9 @@ class Collector:
             return rhythm_of(self.stats, self.layout, groups=self.groups, **self._grouping)
 
     def check(self) -> None:
-        """Raises where a layer's output or log-sum-exp is not that of the map that its statistics assume.
+        """Raises if a layer's output or log-sum-exp is not that of the map that its statistics assume.
 
-        On a CPU the forward itself has raised. On a GPU this does, since the host does not wait for the forward.
+        On a CPU the forward itself raises this error. On a GPU the host does not wait for the forward: call `check`.
 
         Raises:
             ValueError: names the layer, the token, the head and both values.
@@ -136,7 +136,7 @@ class Collector:
     # ---- around the forward ------------------------------------------------------------------------------------------
 
     def _is_mine(self) -> bool:
-        """Returns whether the thread that opened the context runs a forward, and no recomputation for a gradient."""
+        """Returns whether this is the thread that opened the context, in a forward and not in its recomputation."""
         return threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1
 
     def __deepcopy__(self, memo) -> "Collector":
@@ -165,7 +165,7 @@ class Collector:
         """Reads where the sequences of a forward begin and end, and moves the groups to its device.
 
         Args:
-            arguments: those of the decoder's forward, by name.
+            arguments: the arguments of the decoder's forward, by name.
             inputs: the token ids or the embeddings, [B, T, ...].
         """
         self.findings.clock.on_gpu = self.findings.check_clock.on_gpu = inputs.is_cuda
@@ -255,7 +255,7 @@ class Collector:
         return run_group_stats(q, k, lse, local_heads, global_heads, self.layout, options, self.backend)
 
     def _window(self, mask, given: int | None, layer: int) -> int | None:
-        """Returns the sliding window that a layer really has: that of its mask, or that `given` where it has none."""
+        """Returns a layer's sliding window in tokens: its mask's, or `given` if it has no mask."""
         if not is_mask(mask):
             return None if self._tap.name in MASKED else given
         if id(mask) not in self._windows:  # all layers of a kind share one mask in a forward

@@ -1,4 +1,4 @@
-"""Keeps what is known of a forward only once the device has run it: whether its layers attend as assumed, and times."""
+"""Keeps what is known once the device has run a forward: its times, and whether its layers attend as assumed."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from rhythm_kernels.tensor_checks import can_look
 class Findings:
     """The deviations and times of one forward.
 
-    They are small: those of many forwards can be kept until the host waits for the device, once for all of them.
+    They are small, so many forwards can be kept until the host waits for the device once.
     """
 
     def __init__(self):
@@ -22,12 +22,12 @@ class Findings:
 
     @property
     def seconds(self) -> float:
-        """Seconds spent in the statistics, their check included; on a GPU this waits for them."""
+        """Seconds spent on the statistics, including their check; waits for a GPU."""
         return self.clock.seconds()
 
     @property
     def check_seconds(self) -> float:
-        """Seconds of these in which the layers' outputs were checked; on a GPU this waits for them."""
+        """The part of `seconds` spent on checking the layers' outputs; waits for a GPU."""
         return self.check_clock.seconds()
 
     def add(self, layer: int, worst: list[tuple[str, Deviation]], hints: str) -> None:
@@ -43,16 +43,16 @@ class Findings:
             self._deviations += deviations
 
     def poison(self) -> Tensor | None:
-        """Returns NaN if a layer does not attend as assumed, else 1, 0-dim fp32; None where `add` has looked."""
+        """Returns NaN if a layer does not attend as assumed, else 1, 0-dim fp32; None if `add` has checked all."""
         if not self._deviations:
             return None
         worst = torch.stack([deviation.excess for _, _, deviation, _ in self._deviations]).amax()
         return factor_of(worst)
 
     def check(self) -> None:
-        """Raises where a layer's output or log-sum-exp is not that of the map that its statistics assume.
+        """Raises if a layer's output or log-sum-exp is not that of the map that its statistics assume.
 
-        On a CPU the forward itself has raised. On a GPU this does, since the host does not wait for the forward.
+        On a CPU `add` raises this error. On a GPU the host does not wait for the forward: call `check`.
 
         Raises:
             ValueError: names the layer, the token, the head and both values.

@@ -9,18 +9,18 @@ from rhythm_kernels.host import fetch
 from rhythm_kernels.statistics.layout import Layout
 
 PROBES = 64
-"""The number of rows at which a mask that is a function is evaluated."""
+"""The number of rows at which a mask function is evaluated."""
 MOST_SCORES = 2**24
-"""The number of places of a mask that are held at a time."""
+"""The most mask entries held at a time."""
 
 
 def is_mask(mask) -> bool:
-    """Returns whether an attention mask says which keys each row sees; a [B, T] one only says what is padding."""
+    """Returns whether an attention mask says which keys each row sees; a [B, T] mask only marks padding."""
     return (isinstance(mask, Tensor) and mask.ndim == 4) or hasattr(mask, "mask_mod")
 
 
 def packing_hint(layout: Layout) -> str:
-    """Returns sentences that say how packed sequences are kept apart; "" where none are packed."""
+    """Returns sentences on how to keep packed sequences apart; "" if none are packed."""
     if layout.sequences <= len(layout.rows):
         return ""
     return (
@@ -39,9 +39,9 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
         layer: named in the error.
 
     Raises:
-        ValueError: rows of R see anything else, such as a chunk, a sparse choice, later tokens.
+        ValueError: rows of R see anything else, such as a chunk, a sparse choice or later tokens.
 
-    The host waits for a GPU twice.
+    The host waits twice for a GPU.
     """
     rows = layout.rows.any(0).nonzero().flatten()
     if not len(rows):
@@ -76,7 +76,7 @@ def window_of(mask, layout: Layout, layer: int) -> int | None:
 
 
 def _parts(mask, rows: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields some of the rows at a time, and what they see, bool [B, heads or 1, rows, T]. `rows` ascend."""
+    """Yields the rows in parts, each with what it sees, bool [B, heads or 1, rows, T]. `rows` ascend."""
     batch, tokens = layout.rows.shape
     heads = mask.shape[1] if isinstance(mask, Tensor) else 1
     for part in rows.split(max(1, MOST_SCORES // max(1, batch * heads * tokens))):

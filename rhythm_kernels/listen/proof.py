@@ -1,4 +1,4 @@
-"""Which calls of attention can be collected, and how closely a call's output must match the map that is assumed."""
+"""Checks that an attention call can be collected, and says how closely its output must match the assumed map."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ UNKNOWN = ("position_bias", "indices", "block_indices")
 
 
 def check_call(layer: int, call: Call, layout: Layout, query_heads: object) -> None:
-    """Raises ValueError for a call of other shapes than the statistics know.
+    """Raises ValueError for a call whose shapes the statistics cannot take.
 
     Args:
         layer: named in the error.
         layout: where the sequences of the forward are.
-        query_heads: the number of query heads of the model's layers; not checked where it is not an int.
+        query_heads: the number of query heads of the model's layers; not checked if it is not an int.
     """
     q, k, v = call.query, call.key, call.value
     if k.shape[2] != q.shape[2]:
@@ -48,7 +48,7 @@ def check_call(layer: int, call: Call, layout: Layout, query_heads: object) -> N
 
 
 def output_of(call: Call) -> Tensor:
-    """Returns the output of a call without dropout, [B, T, HQ, Dv]: the statistics are of the map before it."""
+    """Returns the output of a call without dropout, [B, T, HQ, Dv]: the statistics describe the map before dropout."""
     if not call.kwargs.get("dropout"):
         return call.out
     with torch.no_grad():  # the output that the model got is random, so the function is called once more
@@ -56,7 +56,7 @@ def output_of(call: Call) -> Tensor:
 
 
 def rounding_of_call(call: Call) -> Rounding:
-    """Returns how coarsely a call computed, in the settings that it ran under."""
+    """Returns the rounding of a call under the settings in which it ran."""
     device, dtype = call.query.device.type, call.query.dtype
     dtypes = [dtype, call.out.dtype, *call.reader.dtypes]
     if torch.is_autocast_enabled(device):

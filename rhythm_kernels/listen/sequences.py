@@ -14,9 +14,9 @@ def find_sequences(
     """Returns (attention_mask [B, T], cu_seqlens [S + 1]) of a forward, on the CPU; at least one of them is None.
 
     Args:
-        arguments: those of the decoder's forward, by name. The host waits for a GPU once, to fetch them together.
-        outer_mask: the attention_mask of a model around the decoder, if there is one that was given or left out a mask.
-        known: cu_seqlens on the CPU, where the caller has it; positions and bounds are then not read.
+        arguments: the arguments of the decoder's forward, by name. The host waits for a GPU once, to fetch them.
+        outer_mask: the attention_mask of a model around the decoder, None if it got none; ... without such a model.
+        known: cu_seqlens on the CPU, if the caller has it; positions and bounds are then not read.
 
     Raises:
         ValueError: a mask of another kind, padding in a packed row, packed rows in a batch of several, positions of
@@ -47,7 +47,7 @@ def find_sequences(
 
 
 def _padding_mask(mask: object, outer: object | EllipsisType) -> Tensor | None:
-    """Returns the attention_mask [B, T]: the decoder's own or, where a model around it made that one, the model's."""
+    """Returns the attention_mask [B, T]: the decoder's, or the outer model's if it built the decoder's from that."""
     if mask is not None and not _is_2d(mask):
         shown = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         mask = outer
@@ -61,10 +61,10 @@ def _is_2d(mask: object) -> bool:
 
 
 def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
-    """Returns positions [B or 1, T]: the axis of the text, where models of images have several, [3 or 4, B, T].
+    """Returns positions [B or 1, T]: the text axis of those that models of images have, [3 or 4, B, T].
 
     Raises:
-        ValueError: they are those of images, and sequences would have to be told apart by them.
+        ValueError: sequences must be told apart by the positions, and these are positions in images.
     """
     if position_ids.ndim == 2:
         return position_ids
@@ -77,7 +77,7 @@ def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
 
 
 def _check_begin(position_ids: Tensor) -> None:
-    """Raises ValueError for rows that begin inside a sequence. Padding at the left has position 0 or 1, by custom."""
+    """Raises ValueError for rows that begin inside a sequence. By custom, padding at the left has position 0 or 1."""
     first = position_ids[:, :1]
     if (first > 1).any():
         raise ValueError(
@@ -89,7 +89,7 @@ def _check_begin(position_ids: Tensor) -> None:
 def _packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
     """Returns cu_seqlens int32 [S + 1] where positions restart inside a row; None if they do not.
 
-    Beside an attention_mask only a return to 0 between two tokens counts: padding has positions of any kind.
+    With an attention_mask, only a return to 0 between two tokens counts: padding may have any position.
     """
     restarts = torch.diff(position_ids, dim=-1) != 1
     if mask is not None:

@@ -1,8 +1,8 @@
 """Finds a transformers model's decoder and its softmax layers, and listens to their attention.
 
 Every attention layer of transformers looks up its function in a table, ALL_ATTENTION_FUNCTIONS, at each call. A `Tap`
-takes the place of the entry that a model uses and calls the function that was there. It hands q, k and the attention
-kernel's own log-sum-exp to its listeners. Name, masks and dispatch stay as they are.
+replaces the entry that a model uses and calls the original function. It passes q, k and the attention kernel's
+log-sum-exp to its listeners. Name, masks and dispatch stay as they are.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from rhythm_kernels.listen.backend_lse import LseReader
 TABLE = "ALL_ATTENTION_FUNCTIONS"
 NOT_WHOLE = "rhythm_kernels reads attention here: compile the model without fullgraph=True"
 SHARDING = ("deepspeed", "ring_flash_attn", "torch.distributed")
-"""Packages that put an attention function of their own in place to compute a sequence on several ranks."""
+"""Packages that replace the attention function by one that computes a sequence on several ranks."""
 
 
 class Call(NamedTuple):
@@ -49,19 +49,19 @@ class Listener(Protocol):
     """Listens to a model's attention calls."""
 
     asks_for_lse: bool
-    """Whether operators are asked for a log-sum-exp also where their output then need not keep its bits."""
+    """Whether to request a log-sum-exp also of operators whose output may then change in its last bits."""
 
     def layer_of(self, module: nn.Module) -> int | None:
-        """Returns the layer that a call is recorded as, None if it is not. Called once for each, before it runs."""
+        """Returns the layer under which a call is recorded, None if it is not. Called once, before each call runs."""
 
     def record(self, layer: int, call: Call) -> None:
         """Takes a call that has returned."""
 
 
 class Tap:
-    """One wrapped entry of an attention table, shared by all listeners that need it and gone with the last.
+    """One wrapped entry of an attention table, shared by its listeners; the last to leave restores the entry.
 
-    The object itself is kept, so that what torch.compile made of a model with it serves the next context too.
+    The object itself is kept, so that a model compiled with it needs no recompilation in the next context.
     """
 
     def __init__(self, table, name: str):
@@ -117,7 +117,7 @@ _lock = threading.Lock()
 
 
 def tap_of(decoder: nn.Module) -> Tap:
-    """Returns the tap of the entry that this decoder's attention implementation has in its table."""
+    """Returns the tap of the table entry of this decoder's attention implementation."""
     table = getattr(_modeling_file(decoder, TABLE), TABLE)
     name = getattr(decoder.config, "_attn_implementation", None) or "eager"
     return _taps.setdefault((id(table), name), Tap(table, name))
@@ -128,7 +128,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it is no transformers model with layers on the attention interface.
+        ValueError: it is not a transformers model whose layers use the attention interface.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
@@ -160,9 +160,9 @@ class Layers(NamedTuple):
 
 
 def layers_of(decoder: nn.Module) -> Layers:
-    """Returns a decoder's layers by their place, whatever `layer_idx` says.
+    """Returns a decoder's layers by their place in the order of execution, whatever `layer_idx` says.
 
-    Layers may have been removed, and one may stand at several places.
+    Layers may have been removed, and one layer may have several places.
     """
     named = [
         (name.split("."), module)
@@ -193,7 +193,7 @@ def layers_of(decoder: nn.Module) -> Layers:
 
 
 def is_of_encoder_decoder(config) -> bool:
-    """Returns whether the sizes in a decoder's configuration that name no side are the encoder's."""
+    """Returns whether sizes without a prefix in a decoder's configuration are the encoder's."""
     return getattr(config, "is_encoder_decoder", False) or hasattr(config, "decoder_layers")
 
 
@@ -206,7 +206,7 @@ def query_heads(decoder: nn.Module) -> int:
 
 
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
-    """Returns the modules that call an attention function: one a layer, none in a hybrid's other layers."""
+    """Returns the modules that call an attention function, one for each softmax layer."""
     return list(layers_of(decoder).attention.values())
 
 
@@ -216,7 +216,7 @@ def softmax_layers(decoder: nn.Module) -> list[int]:
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Returns whether weights of a module are distributed by torch while it runs: FSDP has gathered its own by then."""
+    """Returns whether a running module has distributed tensors as weights; FSDP has gathered its shards by then."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -230,7 +230,7 @@ def _is_decoder(module: nn.Module) -> bool:
 
 
 def _looks_elsewhere(name: str, cls: type) -> bool:
-    """Returns whether this attention is that of a sequence's tokens to those of an image or of an encoder."""
+    """Returns whether this is cross-attention, to the tokens of an image or of an encoder."""
     own = name.rpartition(".")[2]
     return "cross" in own or own == "encoder_attn" or "cross_attention_states" in _parameters(cls)
 
@@ -247,7 +247,7 @@ def _attends(cls: type) -> bool:
 
 @cache
 def _attending_forward(cls: type) -> Callable | None:
-    """Returns the forward that looks the function up in the table: this class's, or that of a base that it calls."""
+    """Returns the forward that looks up the function in the table: this class's, or a base's that it calls."""
     for base in cls.__mro__:
         forward = inspect.unwrap(vars(base).get("forward") or _nothing)
         code = getattr(forward, "__code__", None)
@@ -266,7 +266,7 @@ def _nothing() -> None:
 
 @cache
 def _eager_function(cls: type) -> Callable:
-    """Returns the function that this class's forward takes where the table has none: the one that it names itself."""
+    """Returns the eager function that this class's forward names, for a table without an entry."""
     forward = _attending_forward(cls)
     names = [] if forward is None else [name for name in forward.__code__.co_names if "eager" in name]
     functions = [forward.__globals__[name] for name in names if callable(forward.__globals__.get(name))]
