@@ -1,1 +1,1 @@
-"""Rhythm credit inside other trainers, a module for each. The package imports none of them by itself."""
+"""Adds rhythm credit to other trainers, one module for each. The package itself imports none of them."""

@@ -1,4 +1,4 @@
-"""Metrics that a run inside another trainer logs about its credit."""
+"""Computes the metrics of credit that a run inside another trainer logs."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,16 @@ from rhythm_kernels.types import Rhythm
 
 
 def credit_sums(gamma: Tensor, response_mask: Tensor, rhythm: Rhythm | None = None) -> dict[str, Tensor]:
-    """Returns sums over R, from which `credit_means` makes metrics; they add up over parts of a batch and ranks.
+    """Returns sums over R for `credit_means`; they add up over parts of a batch and over ranks.
+
+    Args:
+        gamma: [B, T] floating.
+        response_mask: [B, T] bool, R.
+        rhythm: WAAD and FAI [B, T], if the strategy reads them.
 
     Returns:
-        Sums by name, 0-dim fp64 on the device of gamma: "tokens" (of R), which the others are divided by,
-        "rhythm/gamma_mean", "rhythm/credited_share" and, with a rhythm, "rhythm/waad_mean" (tokens) and
+        Sums by name, 0-dim fp64 on the device of gamma: "tokens" (the number in R, which divides the
+        others), "rhythm/gamma_mean", "rhythm/credited_share" and, with a rhythm, "rhythm/waad_mean" (tokens) and
         "rhythm/fai_mean".
     """
     check_tensor("gamma", gamma, ["B", "T"])
@@ -24,6 +29,6 @@ def credit_sums(gamma: Tensor, response_mask: Tensor, rhythm: Rhythm | None = No
 
 
 def credit_means(sums: dict[str, float]) -> dict[str, float]:
-    """Returns the metrics of such sums, none where there was no token."""
+    """Returns the means from the sums of `credit_sums`; none if there was no token."""
     tokens = sums["tokens"]
     return {name: total / tokens for name, total in sums.items() if name != "tokens"} if tokens else {}

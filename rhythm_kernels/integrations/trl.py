@@ -1,13 +1,13 @@
-"""Rhythm credit in TRL's GRPOTrainer: the advantages [B] of a batch become [B, T] before its loss reads them.
+"""Adds rhythm credit to TRL's GRPOTrainer: a batch's advantages [B] become [B, T] before its loss reads them.
 
     from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer  # in place of TRL's
 
     config = RhythmGRPOConfig(..., credit="coupled")
     trainer = RhythmGRPOTrainer(..., args=config)
 
-No forward is added. TRL runs an old-log-prob pass where there are several iterations, generation and optimizer steps
-that are not aligned, or vLLM with importance sampling: there the statistics are read in that pass. Elsewhere the policy
-that sampled is the one of the loss's own forward, and they are read in that, before the loss reads the advantages.
+No forward is added. TRL runs an old-log-prob pass for several iterations, for generation and optimizer steps that are
+not aligned, and for vLLM with importance sampling: then that pass gives the statistics. Otherwise the sampling policy
+also runs the loss's forward, which gives the statistics before the loss reads the advantages.
 """
 
 import inspect
@@ -42,8 +42,8 @@ from rhythm_kernels.integrations.virtual_tokens import virtual_tokens
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.options import CreditOptions
 
-FIRST, BEYOND = Version("1.15"), Version("1.17")  # of TRL
-USED = {  # the methods that the mixin overrides, with the parameters that it counts on
+FIRST, BEYOND = Version("1.15"), Version("1.17")  # the versions of TRL from FIRST to before BEYOND
+USED = {  # the methods that the mixin overrides, with the parameters that it relies on
     "_generate": ("self", "prompts"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_get_per_token_logps_and_entropies": (
@@ -66,7 +66,7 @@ GAMMA = "rhythm_gamma"
 
 
 def check_trl(version: str, trainer: type) -> None:
-    """Raises ImportError where this TRL is not one that the mixin was written for."""
+    """Raises ImportError if the mixin does not support this TRL."""
     fits = f"rhythm_kernels.integrations.trl needs trl >= {FIRST}, < {BEYOND}"
     if not FIRST <= Version(version) < BEYOND:
         raise ImportError(f"{fits}, got {version}")
@@ -84,7 +84,7 @@ check_trl(metadata.version("trl"), GRPOTrainer)
 
 
 def _check_order(cls: type) -> None:
-    """Raises TypeError where the mixin would not come before a GRPOTrainer."""
+    """Raises TypeError if the mixin does not come before a GRPOTrainer."""
     if not issubclass(cls, GRPOTrainer):
         raise TypeError(f"{RhythmMixin.__name__} needs a GRPOTrainer after it, {cls.__name__} is none")
     if cls.__mro__.index(RhythmMixin) > cls.__mro__.index(GRPOTrainer):
@@ -92,15 +92,15 @@ def _check_order(cls: type) -> None:
 
 
 class RhythmMixin:
-    """Adds rhythm credit to a GRPOTrainer that stands after it: class Mine(RhythmMixin, MyGRPOTrainer).
+    """Adds rhythm credit to the GRPOTrainer that follows it: class Mine(RhythmMixin, MyGRPOTrainer).
 
-    Only training is credited: an evaluation sees the advantages as they are. With credit="none" nothing is done.
+    Only training is credited: evaluation uses the plain advantages. With credit="none" the mixin changes nothing.
 
     Raises:
-        TypeError: args is not a RhythmGRPOConfig, or no GRPOTrainer stands after the mixin.
+        TypeError: args is not a RhythmGRPOConfig, or no GRPOTrainer follows the mixin.
         ValueError: the attention of this model, or of layers that the config names, cannot be read.
-        RuntimeError: in training, where a batch would have gone on without its credit, or a loss of another trainer
-            does not take the advantages of tokens.
+        RuntimeError: in training, a batch would have lost its credit, or another trainer's loss does not take the
+            advantages of tokens.
     """
 
     # a trainer may be made without __init__
@@ -138,7 +138,7 @@ class RhythmMixin:
             self._layers = collect(self.model, **self._credit.collect_arguments).layers
 
     def _default_config(self, model) -> RhythmGRPOConfig:
-        """Returns TRL's own default, with the credit's."""
+        """Returns the default configuration of TRL and of the credit."""
         owner = _owner("__init__", type(self))
         if owner is not GRPOTrainer:
             raise TypeError(f"args must be a RhythmGRPOConfig, got None: {owner.__name__} may have defaults of its own")
@@ -148,12 +148,12 @@ class RhythmMixin:
     # ---- where the credit is read ------------------------------------------------------------------------------------
 
     def _is_credited(self) -> bool:
-        """Returns whether the batch at hand gets credit."""
-        return self._credit.strategy != "none" and self.model.training  # TRL's own sign of training
+        """Returns whether the current batch gets credit."""
+        return self._credit.strategy != "none" and self.model.training  # TRL's own test of training
 
     @property
     def _generate_every(self) -> int:
-        """Micro-batches that a generation batch serves."""
+        """The number of micro-batches for which one generation batch is used."""
         return self.args.steps_per_generation * self.num_iterations
 
     def _runs_old_pass(self) -> bool:
@@ -163,7 +163,7 @@ class RhythmMixin:
 
     @contextmanager
     def _reading(self, awaited: Pass) -> Iterator[None]:
-        """Opens a context in which this pass is waited for."""
+        """Opens a context that waits for this pass."""
         self._pass = awaited
         try:
             yield
@@ -284,10 +284,10 @@ class RhythmMixin:
         return loss
 
     def _prove_loss(self, model, inputs) -> None:
-        """Raises where the loss is not known to take the advantages of tokens, and does not.
+        """Raises RuntimeError if the loss does not take the advantages of tokens.
 
-        TRL's own loss with token ratios is known. Others are computed five times on a copy of the trainer, with
-        log-probs of no model: no forward runs, and neither metrics nor random states change.
+        TRL's loss with token ratios is known to. Any other is computed five times on a copy of the trainer, with
+        made-up log-probs: no forward runs, and neither metrics nor random states change.
         """
         owner = _owner("_compute_loss", type(self))
         if owner is not GRPOTrainer or self.importance_sampling_level != "token":
@@ -296,7 +296,7 @@ class RhythmMixin:
 
             def gradient(advantages: Tensor) -> Tensor:
                 leaf = log_probs.clone().requires_grad_()
-                gamma = leaf.detach() if GAMMA in inputs else None  # with one, advantages are there before the pass
+                gamma = leaf.detach() if GAMMA in inputs else None  # with gamma, advantages are known before the pass
                 stand_in = StandIn(model, ids_of(inputs), reads=False, gamma=gamma, leaf=leaf)
                 devices = [device] if device.type == "cuda" else []
                 with torch.random.fork_rng(devices), torch.enable_grad(), trainer._reading(stand_in):
@@ -330,7 +330,7 @@ class RhythmMixin:
             spans, tokens = pooled[:-1].view_as(self._spans), pooled[-1:].long()
             self._start_pool()
             if not tokens.item():
-                return  # the calibration is put off until there is a token to train on
+                return  # the calibration waits for a token to train on
             self._schedule.add(spans[None] / tokens, tokens)
         drift = self._schedule.advance()
         for name, value in (drift._asdict() if drift else {}).items():
@@ -350,7 +350,7 @@ class RhythmMixin:
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
     def _finish(self, read: Pass) -> None:
-        """Keeps what a pass has read: metrics over all ranks, spans for the head groups, seconds.
+        """Stores the results of a pass: metrics over all ranks, spans for the head groups, seconds.
 
         Raises:
             ValueError: a layer did not attend as its statistics assume.
@@ -382,7 +382,7 @@ class RhythmMixin:
 
 
 class RhythmGRPOTrainer(RhythmMixin, GRPOTrainer):
-    """TRL's GRPOTrainer with rhythm credit: same arguments, with a RhythmGRPOConfig as `args`."""
+    """TRL's GRPOTrainer with rhythm credit; takes the same arguments, with a RhythmGRPOConfig as `args`."""
 
 
 def _owner(name: str, cls: type) -> type:

@@ -1,4 +1,4 @@
-"""TRL's GRPOConfig with the options of rhythm credit."""
+"""Extends TRL's GRPOConfig by the options of rhythm credit."""
 
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
@@ -8,11 +8,11 @@ from trl import GRPOConfig
 from rhythm_kernels.options import PREFIX, CreditOptions, flat_name, from_flat, read_text
 
 SEQUENCE_TOKEN = "sequence_token"
-"""importance_sampling_level of GSPO-token: a sequence's ratio, and the gradient of each token."""
+"""The importance_sampling_level of GSPO-token: the ratio of the sequence, with the gradient of each token."""
 THROUGH_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo")
 """Losses whose gradient reaches a token only through the ratio; the others multiply the token's own log-prob."""
 AS_TEXTS = ("layers", "horizon")
-"""Options of several types, which HfArgumentParser cannot read: their flags are lists of texts."""
+"""Options of several types, which HfArgumentParser cannot read: their flags take lists of strings."""
 
 
 def _flat_field(option: Field) -> tuple[str, type, Field]:
@@ -37,8 +37,8 @@ class RhythmGRPOConfig(CreditFields, GRPOConfig):
     They are also flags of HfArgumentParser and TrlParser: `--credit global --credit_layers all --credit_horizon 10 50`.
 
     Raises:
-        TypeError, ValueError: an option of the wrong type or value, or one that does not go with TRL's own. The message
-            starts with the field.
+        TypeError, ValueError: an option has the wrong type or value, or conflicts with TRL's. The message starts with
+            the field.
     """
 
     def __post_init__(self):

@@ -1,6 +1,6 @@
-"""The inputs of a TRL trainer's loss, and the proof that it takes the advantages of tokens.
+"""Prepares the inputs of a TRL trainer's loss, and proves that it takes the advantages of tokens.
 
-B rows of a micro-batch, C tokens of the longest completion.
+Shapes: B rows of a micro-batch, C tokens of the longest completion.
 """
 
 import copy
@@ -39,7 +39,7 @@ class StandIn(Pass):
     def model_for(self, is_read: bool, completion: int) -> Callable:
         """Returns a function for TRL's pass to call in place of a model.
 
-        It gives the rows of `leaf` one after another, or log-probs of -1 where the pass is another one.
+        It returns the rows of `leaf` one after another, or log-probs of -1 if the pass is another one.
         """
         begin = 0
 
@@ -53,7 +53,7 @@ class StandIn(Pass):
 
 
 class LateInputs(dict):
-    """A micro-batch with fields that depend on the log-prob pass of the loss, and can be read once it is done."""
+    """A micro-batch with fields that can be read only after the log-prob pass of the loss."""
 
     def __init__(self, inputs: Mapping, late: dict[str, Callable[[], Tensor]], read: Pass):
         super().__init__(inputs)
@@ -73,14 +73,14 @@ class LateInputs(dict):
 
 
 def with_sequence_ratio(log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    """Returns old log-probs with which a loss of token ratios is that of GSPO-token (arXiv 2507.18071).
+    """Returns old log-probs [B, C] that turn a loss of token ratios into that of GSPO-token (arXiv 2507.18071).
 
-    The ratio of a token to them has the value of its sequence's ratio, the geometric mean over R. Its gradient is that
-    of the token's own log-prob.
+    A token's ratio to them has the value of its sequence's ratio, the geometric mean over R, and the gradient of the
+    token's own log-prob.
 
     Args:
-        log_probs: [B, C], of the policy, without a gradient.
-        old: [B, C], of the policy that sampled.
+        log_probs: [B, C], the policy's, without a gradient.
+        old: [B, C], the sampling policy's.
         mask: [B, C] of 0 and 1, R.
     """
     mean = ((log_probs - old) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
@@ -106,17 +106,17 @@ def proof_inputs(inputs: Mapping) -> tuple[dict, Tensor]:
 
 
 def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like: Tensor) -> None:
-    """Raises where a loss does not multiply each token's gradient by that token's own advantage.
+    """Raises if a loss does not multiply each token's gradient by that token's own advantage.
 
-    Equal advantages would not show it: with them a loss that averages the advantages of a sequence has the same value.
+    The advantages differ: if they were equal, a loss that averages them over a sequence would pass.
 
     Args:
-        name: that of the loss, for the error.
+        name: the name of the loss, for the error.
         gradient: advantages [B] or [B, C] -> the gradient of the loss by the log-probs, [B, C].
         like: a tensor [B, C].
 
     Raises:
-        RuntimeError: the loss does not take advantages [B, C], or the gradients are others, or it could not be tried.
+        RuntimeError: the loss does not take advantages [B, C], has other gradients, or could not be tried.
     """
     rows, width = like.shape
     token, row = torch.arange(width, device=like.device), torch.arange(rows, device=like.device)[:, None]
@@ -149,7 +149,7 @@ def prove_token_advantages(name: str, gradient: Callable[[Tensor], Tensor], like
 
 
 def without_traces(trainer):
-    """Returns a copy of a trainer whose own fields and containers may be changed; models and the like are shared."""
+    """Returns a copy of a trainer whose fields and containers may be changed; models and other objects are shared."""
     twin = copy.copy(trainer)
     for name, value in vars(trainer).items():
         if name != "_buffered_inputs":  # shared too: it is a generation batch, which may be large

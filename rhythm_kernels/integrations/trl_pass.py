@@ -1,6 +1,6 @@
-"""The log-prob pass of TRL's trainer: the tokens that it runs over, and what is read in it.
+"""Describes the log-prob pass of TRL's trainer and reads its attention.
 
-B rows of a batch, P tokens of the longest prompt, C of the longest completion.
+Shapes: B rows of a batch, P tokens of the longest prompt, C of the longest completion.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from rhythm_kernels.types import HeadGroups, Rhythm
 
 
 class Readings:
-    """Reads the statistics of each forward of a model inside the context: one pass runs in chunks of its rows.
+    """Reads the statistics of each forward of a model in this context: a pass runs one forward for each chunk of rows.
 
     Args:
         response_mask: [B, P + C] bool, R.
@@ -65,7 +65,7 @@ class Readings:
         self._close()
         self._collectors.append(collector)
         self._rhythms.append(collector.rhythm())
-        collector.stats.clear()  # [B, HQ, T] of each layer
+        collector.stats.clear()  # frees [B, HQ, T] tensors of each layer
 
     def rhythm(self, completion: int) -> Rhythm:
         """Returns WAAD and FAI of the last `completion` tokens of all rows, [B, C]."""
@@ -75,17 +75,17 @@ class Readings:
         return Rhythm(waad, fai)
 
     def check(self) -> None:
-        """Raises ValueError where a layer did not attend as its statistics assume; waits for a GPU."""
+        """Raises ValueError if a layer did not attend as its statistics assume; waits for a GPU."""
         for collector in self._collectors:
             collector.check()
 
     @property
     def seconds(self) -> float:
-        """Seconds spent in the statistics; on a GPU this waits for them."""
+        """Seconds spent on the statistics; waits for a GPU."""
         return sum(collector.seconds for collector in self._collectors)
 
     def pooled_spans(self) -> tuple[Tensor, Tensor]:
-        """Returns the spans of a calibration, and the tokens that they are means over.
+        """Returns the pooled spans of a calibration and their number of tokens.
 
         Returns:
             (spans times tokens of R, summed over sequences, [L, HQ] fp64; tokens of R, 0-dim int64).
@@ -102,20 +102,20 @@ class Readings:
 
 @dataclass
 class Pass:
-    """A log-prob pass of the policy that is waited for: the next one of this model over these tokens."""
+    """The awaited log-prob pass of the policy: the next one of this model over these tokens."""
 
     model: nn.Module
     ids: Tensor | None = None
-    """[B, P + C]: prompt and completion; None: the tokens of the next pass, whatever they are."""
+    """[B, P + C]: prompt and completion; None accepts any tokens."""
     tool_mask: Tensor | list[list[int]] | None = None
     is_open: bool = True
-    """Whether the next pass can be the one. It cannot while a rollout runs."""
+    """Whether the next pass can be the awaited one; False while a rollout runs."""
     reads: bool = True
     """Whether its credit is read."""
     gamma: Tensor | None = None
-    """[B, C] fp32, once the pass is done, or from an earlier one."""
+    """[B, C] fp32, after the pass, or from an earlier one."""
     log_probs: Tensor | None = None
-    """[B, C], once the pass is done, without a gradient."""
+    """[B, C], after the pass, without a gradient."""
     response_mask: Tensor | None = None
     """[B, C] bool, R: completion tokens that are trained on."""
     rhythm: Rhythm | None = None
@@ -123,7 +123,7 @@ class Pass:
     readings: Readings | None = None
 
     def is_of(self, model: nn.Module, ids: Tensor) -> bool:
-        """Returns whether a pass of this model over these tokens is the one that is waited for."""
+        """Returns whether a pass of this model over these tokens is the awaited one."""
         waits = self.is_open and self.log_probs is None and model is self.model
         return waits and (self.ids is None or torch.equal(ids, self.ids))
 
@@ -147,13 +147,13 @@ def completion_mask(valid: Tensor, tool_mask: Tensor | list[list[int]] | None) -
 
     Args:
         valid: [B, C] of 0 and 1.
-        tool_mask: 0 at a tool's tokens, [B, C] or a list of each row.
+        tool_mask: 0 at a tool's tokens, [B, C] or one list for each row.
     """
     mask = valid.bool()
     if tool_mask is None:
         return mask
     if not isinstance(tool_mask, Tensor):
-        padded = torch.ones(mask.shape, dtype=torch.bool)  # TRL counts tokens behind a list's end as the model's
+        padded = torch.ones(mask.shape, dtype=torch.bool)  # TRL counts tokens after a list's end as the model's
         for row, of_model in zip(padded, tool_mask, strict=True):
             row[: len(of_model)] = torch.tensor(of_model, dtype=torch.bool)
         tool_mask = padded.to(mask.device)

@@ -1,4 +1,4 @@
-"""The file in a TRL checkpoint from which a run with rhythm credit goes on to the bit."""
+"""Saves and loads the state of rhythm credit in a TRL checkpoint; a resumed run repeats to the bit."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from rhythm_kernels.group_schedule import GroupSchedule
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "rhythm_state.json"
-"""Its name in a checkpoint's folder."""
+"""The file's name in a checkpoint's folder."""
 
 
 def save_state(folder: Path, schedule: GroupSchedule, draws: int, layers: list[int] | None) -> None:
@@ -24,10 +24,10 @@ def save_state(folder: Path, schedule: GroupSchedule, draws: int, layers: list[i
 
 
 def load_state(folder: Path, schedule: GroupSchedule, draws: int, layers: list[int] | None) -> int:
-    """Gives the schedule the head groups of a checkpoint, and returns the number of draws that came before it.
+    """Gives the schedule the head groups of a checkpoint, and returns the number of draws before it.
 
-    Without the file that is `draws`, and the schedule stays as it is; a warning says so. The schedule also stays as it
-    is where the file has the spans of other layers.
+    If the file is missing, warns, returns `draws` and leaves the schedule unchanged. Also leaves it unchanged, with a
+    warning, if the file has the spans of other layers.
 
     Raises:
         ValueError: the file does not hold such a state.

@@ -1,10 +1,10 @@
-"""Rhythm credit in verl's trainer: a plug-in for verl 0.9.1, asked for by the block `rhythm` of its config.
+"""Adds rhythm credit to verl's trainer: a plug-in for verl 0.9.1, switched on by the block `rhythm` of its config.
 
     python -m verl.trainer.main_ppo ... +rhythm.strategy=coupled
 
 verl imports this module in each of its processes: by the entry point of the group `verl.plugins`, or because
 VERL_USE_EXTERNAL_MODULES names it. The import wraps some functions of verl's modules, each once its module has been
-imported. Where the config has no block, the wrapped functions do as before.
+imported. If the config has no such block, they do as before.
 
 The block goes to the workers with the call that computes the old log-probs, in the batch's extra_info. There
 `FSDPEngineWithLMHead.forward_step` runs inside `collect`. WAAD (windowed average attention distance), FAI (future
@@ -51,9 +51,9 @@ TOKEN_LOSSES = (
     "cispo",
     "bypass_mode",
 )
-"""Policy losses in which a token's gradient is multiplied by that token's own advantage."""
+"""Policy losses that multiply each token's gradient by that token's own advantage."""
 WAAD, FAI, SPANS = "rhythm_waad", "rhythm_fai", "rhythm_spans"
-"""Fields of the batch, nested: WAAD [B, prompt + response] fp32, tokens; FAI of the same shape, a probability; spans
+"""Nested fields of the batch: WAAD [B, prompt + response] fp32, tokens; FAI of the same shape, a probability; spans
 [B, L HQ] fp32, tokens."""
 SIGNALS = (WAAD, FAI)
 
@@ -62,11 +62,11 @@ _said: set[str] = set()
 
 
 def read_options(config: Mapping) -> CreditOptions | None:
-    """Returns the options of verl's config; None where it has no block.
+    """Returns the options of verl's config; None if it has no block.
 
     Raises:
-        TypeError, ValueError: unknown keys, wrong values, or settings of verl that keep the statistics from being read.
-        RuntimeError: a verl that the plug-in does not know.
+        TypeError, ValueError: a key is unknown, a value is wrong, or a setting of verl prevents reading the statistics.
+        RuntimeError: the plug-in does not support this verl.
     """
     from omegaconf import OmegaConf
 
@@ -160,7 +160,7 @@ def _say_once(text: str) -> None:
 
 
 def wrap_forward_step(forward_step: Callable) -> Callable:
-    """Wraps `FSDPEngineWithLMHead.forward_step`: it adds the statistics to the output where the batch asks for them."""
+    """Wraps `FSDPEngineWithLMHead.forward_step`: it adds the statistics to the output if the batch requests them."""
 
     @functools.wraps(forward_step)
     def with_rhythm(engine, micro_batch, loss_function, forward_only):
@@ -210,7 +210,7 @@ def _check_pass(engine, micro_batch) -> None:
 def _response_tokens(response_mask: Tensor, offsets: Tensor) -> Tensor:
     """Returns R among the packed tokens, [nnz] bool, from nested response masks [B, response].
 
-    A response is the end of its sequence.
+    Each response ends its sequence.
     """
     ends, lengths = response_mask.offsets()[1:], response_mask.offsets().diff()
     shift = torch.repeat_interleave(offsets[1:] - ends, lengths)
@@ -226,7 +226,7 @@ def _packed_row(response: Tensor, engine) -> Tensor:
 
 
 def _valid(offsets: Tensor) -> Tensor:
-    """Returns which places of right-padded rows hold a token, [B, T] bool."""
+    """Returns the mask of tokens in right-padded rows, [B, T] bool."""
     lengths = offsets.diff()
     return torch.arange(int(lengths.max()), device=offsets.device) < lengths[:, None]
 
@@ -254,7 +254,7 @@ def _as_model_output(rhythm: Rhythm, offsets: Tensor, packed: bool) -> dict[str,
         for name, signal in ((WAAD, rhythm.waad), (FAI, rhythm.fai))
     }
     if rhythm.spans is not None:
-        spans = rhythm.spans  # [B, L, HQ] of each sequence, of which verl's padding is the last; or [L, HQ] of the pass
+        spans = rhythm.spans  # [B, L, HQ], verl's padding the last sequence; or [L, HQ] for the pass
         spans = spans[:sequences] if spans.ndim == 3 else spans.expand(sequences, -1, -1)
         output[SPANS] = torch.nested.as_nested_tensor(list(spans.flatten(1)), layout=torch.jagged)
     return output
@@ -280,7 +280,8 @@ class TrainerCredit:
         """Ends a step, and returns metrics of the groups' drift.
 
         Args:
-            spans, tokens: [B, L HQ] and the response tokens of each row, [B], where the step ranks heads; else None.
+            spans: [B, L HQ], in tokens, if the step ranks heads; else None.
+            tokens: [B], the number of response tokens of each row; None without spans.
         """
         if spans is not None:
             self.schedule.add(spans[tokens > 0][:, None], tokens[tokens > 0])  # verl's padding rows have no response
@@ -295,7 +296,7 @@ class TrainerCredit:
         Args:
             advantages: [B, T].
             response_mask: [B, T] bool, R.
-            signals: [B, T] each, by the name of its field: those that the strategy reads.
+            signals: the signals that the strategy reads, [B, T] each, by the name of their field.
         """
         rhythm = Rhythm(signals[WAAD], signals[FAI]) if self.options.reads_attention else None
         gamma = token_credit(
@@ -312,7 +313,7 @@ class TrainerCredit:
 
 
 def credit_of(trainer) -> TrainerCredit | None:
-    """Returns the credit of a `PPOTrainer`, made at the first call; None where its config has no block."""
+    """Returns the credit of a `PPOTrainer`, created at the first call; None if its config has no block."""
     if BLOCK not in trainer.__dict__:
         options = read_options(trainer.config)
         trainer.__dict__[BLOCK] = None if options is None else TrainerCredit(options)
@@ -338,10 +339,10 @@ def wrap_old_log_prob(compute_old_log_prob: Callable) -> Callable:
         credit = credit_of(trainer)
         if credit is None or not credit.options.reads_attention:
             return compute_old_log_prob(trainer, batch, metrics)
-        asked = batch
-        asked.extra_info[BLOCK] = credit.request()
-        batch = compute_old_log_prob(trainer, asked, metrics)
-        del asked.extra_info[BLOCK]  # the reference's and the critic's passes are not to be read
+        request_batch = batch
+        request_batch.extra_info[BLOCK] = credit.request()
+        batch = compute_old_log_prob(trainer, request_batch, metrics)
+        del request_batch.extra_info[BLOCK]  # the reference's and the critic's passes must not be read
         spans = tokens = None
         if credit.schedule.groups is None:
             fields = _get(batch, [SPANS, "response_mask"])
@@ -400,7 +401,7 @@ def _put(batch, padded: dict[str, Tensor], nested_mask: Tensor):
 def _response_part(nested: Tensor, nested_mask: Tensor) -> Tensor:
     """Returns the response's part of a nested signal [B, prompt + response].
 
-    verl keeps log-probs one token earlier; signals stand at their own tokens.
+    verl stores log-probs one token earlier; signals are stored at their own tokens.
     """
     parts = [row[len(row) - len(mask) :] for row, mask in zip(nested.unbind(), nested_mask.unbind(), strict=True)]
     return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
@@ -447,7 +448,7 @@ WRAPPED = {
 
 
 def _wrap(module: ModuleType) -> None:
-    """Wraps the functions of a module that WRAPPED names. A run with a block is refused where the module lacks one."""
+    """Wraps the functions of a module that WRAPPED names. If one is missing, a run with a block is refused."""
     for path, wrapper in WRAPPED[module.__name__].items():
         *parents, name = path.split(".")
         owner = functools.reduce(lambda outer, part: getattr(outer, part, None), parents, module)
@@ -458,10 +459,10 @@ def _wrap(module: ModuleType) -> None:
 
 
 class _WrapAfterImport(MetaPathFinder):
-    """Wraps verl's modules when they have been imported: importing them here would be slow, and circular.
+    """Wraps verl's modules after their import: importing them here would be slow and circular.
 
-    wrapt's post-import hooks would do the same in fewer lines. But verl drops a plug-in whose import fails without a
-    word, so where wrapt is missing a run would go on without its credit.
+    wrapt's post-import hooks would do the same in fewer lines. But verl silently drops a plug-in whose import fails, so
+    without wrapt a run would go on without its credit.
     """
 
     def find_spec(self, name, path=None, target=None):
@@ -478,7 +479,7 @@ class _WrapAfterImport(MetaPathFinder):
 
 
 def install() -> None:
-    """Wraps verl's modules, once: those that are imported at once, the others when they are."""
+    """Wraps verl's modules once: imported ones now, the others after their import."""
     if any(isinstance(finder, _WrapAfterImport) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _WrapAfterImport())

@@ -1,8 +1,8 @@
 """Collects from models to which PEFT adds virtual tokens: their decoder sees more tokens than the input ids have.
 
-Prompt tuning and p-tuning put V learned embeddings before each row. Rows are padded on the left, so that the padding
-comes to lie between the virtual tokens and the prompt. The statistics know no padding in the middle of a sequence, so
-q, k and masks are moved to rows that begin with the padding. This changes neither scores nor distances in tokens.
+Prompt tuning and p-tuning put V learned embeddings before each row. Rows are padded on the left, so the padding lies
+between the virtual tokens and the prompt. The statistics allow no padding inside a sequence, so q, k and masks are
+moved to rows that begin with the padding. This changes neither scores nor distances in tokens.
 """
 
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from rhythm_kernels.listen.masks import is_mask
 from rhythm_kernels.listen.taps import Call
 
 CACHED = ("PREFIX_TUNING", "CARTRIDGE")
-"""PEFT's types that put keys and values into the cache of each layer."""
+"""PEFT types that put keys and values into the cache of each layer."""
 
 
 def virtual_tokens(model: nn.Module) -> int:
@@ -45,16 +45,16 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 class VirtualTokensCollector(collect):
-    """`collect` for a forward with V virtual tokens before each row; R [B, T] is that of the input ids.
+    """Collects a forward with V virtual tokens before each row; response_mask [B, T] covers the input ids.
 
-    The signals are [B, V + T]. Their last tokens are those of the input ids, but for the padding on the left.
+    The signals are [B, V + T]. Their last T are those of the input ids, except in the padding on the left.
     """
 
     def __init__(self, model: nn.Module, virtual: int, response_mask: Tensor, **options):
         super().__init__(model, response_mask=nn.functional.pad(response_mask, (virtual, 0)), **options)
         self.virtual = virtual
         self._order: Tensor | None = None
-        """[B, V + T] int64: the place in the decoder's rows of each place in the moved ones."""
+        """[B, V + T] int64: for each position of the moved rows, its position in the decoder's rows."""
         # by the id of a mask; the mask is kept too, so that no other gets its id
         self._moved: dict[int, tuple[object, object]] = {}
 
@@ -82,7 +82,7 @@ class VirtualTokensCollector(collect):
         super().record(layer, call)
 
     def _move(self, x: Tensor, dim: int) -> Tensor:
-        """Returns x with its tokens, in this dimension, in their new places."""
+        """Returns x with its tokens, along `dim`, at their new positions."""
         shape = [1] * x.ndim
         shape[0], shape[dim] = self._order.shape
         return x.gather(dim, self._order.view(shape).expand_as(x))

@@ -11,7 +11,7 @@ inputs, and its output keeps its bits:
 - FlexAttention returns it, since transformers asks for it.
 
 Only operators with a known name and output shape are read. Eager attention has no such operator. Neither has
-FlashAttention 4 (flash_attn.cute): it launches its kernels itself, and computes no log-sum-exp without gradients.If
+FlashAttention 4 (flash_attn.cute): it launches its kernels itself, and computes no log-sum-exp without gradients. If
 torch runs FlashAttention 3 or 4 in place of its own, the operators are torch's.
 """
 
