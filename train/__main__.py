@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-# Before torch starts its thread pools: waiting threads must not spin on cores that the other seeds need.
+# Set before torch starts its thread pools: waiting threads must not spin on cores that the other seeds need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from train.command import run
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process; a rank at once, since gloo's threads can abort an interpreter that is being torn down."""
+    """Ends the process. A rank exits without cleanup, since gloo's threads can abort an interpreter during teardown."""
     if os.environ.get("WORLD_SIZE"):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""Attends within each of the sequences packed into one row, without padding and without a mask of [tokens, tokens].
+"""Attends within each sequence of a packed row, without padding and without a [T, T] mask.
 
 Importing this file registers it with transformers under the name "packed". The decoder then takes position_ids that
-restart and, as for transformers' own kernels for packed input, `cu_seq_lens_q` and `max_length_q`. On a GPU it calls
+restart and, like transformers' kernels for packed input, `cu_seq_lens_q` and `max_length_q`. On a GPU it calls
 torch's variable-length FlashAttention, elsewhere torch's attention once for each sequence.
 Shapes: T tokens in S sequences, HQ query heads, H key heads, D channels of a head.
 """
@@ -37,7 +37,7 @@ def packed_attention(
     """Maps query [1, HQ, T, D], key and value [1, H, T, D], cu_seq_lens_q int32 [S + 1] to the output [1, T, HQ, D].
 
     Raises:
-        ValueError: the model wants what the kernels cannot do: a mask, dropout, soft-capping, sinks, bidirectional
+        ValueError: the model needs what the kernels cannot do: a mask, dropout, soft-capping, sinks or bidirectional
             attention.
     """
     given = {"a mask": attention_mask, "soft-capping": softcap, "sinks": s_aux, "dropout": dropout or None}
@@ -59,7 +59,7 @@ def packed_attention(
 def _varlen(query, key, value, cu_seqlens, longest, scale, window) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # later torch versions want to be told that key heads are shared
+    # later torch versions need a flag for shared key heads
     shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     reach = (-1 if window is None else window - 1, 0)

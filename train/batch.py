@@ -1,7 +1,7 @@
-"""Packs rollouts into one row of tokens, and cuts micro-batches from it: nothing is padded, nothing is dropped.
+"""Packs rollouts into one row of tokens and cuts micro-batches from it; nothing is padded or dropped.
 
-Every tensor of tokens is [N]: prompts and answers of all sequences, one after another. Entry t is about token t, which
-the row before it, t - 1, predicts.
+Every tensor of tokens is [N]: prompts and answers of all sequences, one after another. Entry t describes token t, which
+the model predicts at t - 1.
 Shapes: N tokens and B sequences in the batch; n tokens, S sequences and m tokens of answers in a micro-batch.
 """
 
@@ -26,13 +26,13 @@ class Rollouts(NamedTuple):
     response_mask: Tensor
     """[N] bool: true for the answers' tokens, the end of sequence included."""
     log_probs: Tensor
-    """[N] fp32: as the sampler computed them; 0 in prompts."""
+    """[N] fp32: the sampler's log-probabilities; 0 in prompts."""
     finished: Tensor
     """[B] bool: which answers ended by themselves."""
     lengths: tuple[int, ...]
-    """Tokens of each sequence, known to the host."""
+    """The number of tokens of each sequence, known to the host."""
     prompts: tuple[int, ...]
-    """Tokens of each sequence's prompt, known to the host."""
+    """The number of tokens of each sequence's prompt, known to the host."""
 
     @property
     def sequence_of(self) -> Tensor:
@@ -47,10 +47,10 @@ class Rollouts(NamedTuple):
 
 
 def pack(prompts: Sequence[list[int]], completions: Sequence[Completion], n: int, device: torch.device) -> Rollouts:
-    """Returns the rollouts of `n` completions to each prompt, in the order in which an engine gives them.
+    """Returns the rollouts of `n` completions to each prompt, in the order in which an engine returns them.
 
     Raises:
-        ValueError: another number of completions, or a prompt or a completion that is empty.
+        ValueError: the number of completions is wrong, or a prompt or a completion is empty.
     """
     if not prompts or len(completions) != n * len(prompts):
         raise ValueError(f"completions must be {n} to each prompt, got {len(completions)} to {len(prompts)} prompts")
@@ -78,7 +78,7 @@ def pack(prompts: Sequence[list[int]], completions: Sequence[Completion], n: int
 
 
 class MicroBatch(NamedTuple):
-    """A packed row of some of a batch's sequences."""
+    """A packed row with some of a batch's sequences."""
 
     ids: Tensor
     """[1, n] int64."""
@@ -96,13 +96,13 @@ class MicroBatch(NamedTuple):
     sequences: Tensor
     """[S] int64: which sequences of the batch these are."""
     is_surplus: bool = False
-    """It is run only because other ranks have one more, and counts nowhere."""
+    """Whether it is run only because another rank has one more micro-batch; its results are dropped."""
 
 
 def micro_batches(batch: Rollouts, rows: Sequence[int], most_tokens: int, world: World) -> list[MicroBatch]:
-    """Returns the sequences `rows` in packed rows of at most `most_tokens`; a longer sequence has one to itself.
+    """Returns the sequences `rows` in packed rows of at most `most_tokens`; a longer sequence gets its own row.
 
-    Every rank gets as many, since sharded weights are gathered by all ranks together.
+    Every rank gets the same number, since all ranks gather sharded weights together.
     """
     micros = [take(batch, bin_) for bin_ in bins([batch.lengths[row] for row in rows], rows, most_tokens)]
     missing = world.most(len(micros)) - len(micros)
@@ -126,7 +126,7 @@ def bins(lengths: Sequence[int], rows: Sequence[int], most_tokens: int) -> list[
 
 
 def take(batch: Rollouts, rows: Sequence[int]) -> MicroBatch:
-    """Returns these sequences as a micro-batch, without waiting for a device: the host knows all that it takes."""
+    """Returns these sequences as a micro-batch, without waiting for a device."""
     device = batch.ids.device
     lengths, prompts = (torch.tensor([known[row] for row in rows]) for known in (batch.lengths, batch.prompts))
     ends = lengths.cumsum(0)

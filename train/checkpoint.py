@@ -1,12 +1,12 @@
-"""Checkpoints that survive a kill at any moment, and that a run continues from as if nothing had happened.
+"""Writes checkpoints that survive a kill at any moment, and restores runs from them to the bit.
 
     checkpoints/step-000025/
-      trainer.json          step, config, what the loop shares; every tensor's shape, every file's size and CRC32
-      rank-R.safetensors    rank R's random generators, and its other own tensors
+      trainer.json          step, config, state shared by all ranks; every tensor's shape, every file's size and CRC32
+      rank-R.safetensors    rank R's random generators and other tensors of its own
       state/                parameters and optimizer state: each rank writes its shards, any number of ranks read them
       model/                the whole model and the tokenizer, for from_pretrained
 
-A checkpoint is written under another name, flushed to the disk and renamed, so a folder of that name is complete.
+A checkpoint is written under another name, flushed to the disk and renamed, so a folder `step-...` is complete.
 Everything is safetensors and JSON; nothing is unpickled. All ranks must see the folder. A failure on one rank is raised
 on all with the same message, so that none waits for the others forever.
 """
@@ -37,23 +37,23 @@ from train.distributed import weights_of, whole_weights
 FORMAT = 1
 RECORD, STATE, MODEL = "trainer.json", "state", "model"
 UNFINISHED = "unfinished-"
-FILE_BYTES = 2 << 30  # the most state that a rank puts into one file, which DCP makes in memory before it writes it
+FILE_BYTES = 2 << 30  # the most state that a rank puts into one file; DCP builds a file in memory
 CHUNK_BYTES = 16 << 20
 
 T = TypeVar("T")
 
 
 class CheckpointError(RunError):
-    """Raised where a checkpoint cannot be written, is damaged, or is another run's."""
+    """Raised if a checkpoint cannot be written, is damaged, or is another run's."""
 
 
 class Checkpoint(NamedTuple):
-    """Returned by `restore`: the step, and what was passed to `save_checkpoint` at it."""
+    """Holds what `restore` returns: the step, and the arguments of `save_checkpoint` at that step."""
 
     step: int
     shared: dict
     own: dict[str, Tensor] | None
-    """None on a rank that the saved run did not have: its random generators are left as they are."""
+    """None on a rank that the saved run did not have; its random generators stay unchanged."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -76,15 +76,15 @@ def save_checkpoint(
 ) -> Path:
     """Writes the checkpoint of `step`, removes all but the last `keep`, and returns the folder; every rank calls it.
 
-    A complete checkpoint of that step is left as it is. Numbers of the optimizer's param_groups, such as the learning
-    rate, are not saved.
+    A complete checkpoint of that step is kept. Numbers in the optimizer's param_groups, such as the learning rate, are
+    not saved.
 
     Args:
-        shared, config: what JSON can hold; rank 0's are written.
+        shared, config: values that JSON can hold; rank 0's are written.
         own: each rank's own tensors.
 
     Raises:
-        CheckpointError: it cannot be written. What was written of it is removed first.
+        CheckpointError: it cannot be written. The unfinished folder is removed first.
     """
     folder = run / "checkpoints" / f"step-{step:06d}"
     unfinished = folder.with_name(UNFINISHED + folder.name)
@@ -108,15 +108,15 @@ def save_checkpoint(
 
 
 def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, config: dict) -> Checkpoint:
-    """Puts parameters, optimizer state and random generators back to where the checkpoint was made; all ranks call it.
+    """Restores parameters, optimizer state and random generators from a checkpoint; all ranks call it.
 
     Each file's size and CRC32, `config` and the model's shapes and dtypes are checked before anything is changed.
-    Tensors are copied into the model's own memory, and into optimizer state made as a first step makes it, so that a
-    continued run repeats to the bit.
+    Tensors are copied into the model's own memory and into optimizer state created as by a first step, so that a
+    resumed run repeats to the bit.
 
     Args:
         model, optimizer: built as at the run's start, on any number of ranks.
-        config: all settings that must be those of the saved run.
+        config: all settings that must match the saved run.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or another run's.
@@ -138,13 +138,13 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
 
 
 def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns model/NAME and optimizer/NAME/KEY, sharded where they are.
+    """Returns the tensors model/NAME and optimizer/NAME/KEY, each with its sharding.
 
     The model's tensors come from `weights_of`: torch's get_model_state_dict names a tied weight twice, and it would be
     written twice.
     """
     state = {f"model/{name}": tensor for name, tensor in weights_of(model).items()}
-    if optimizer.state:  # otherwise torch would make it, and leave Adam one step ahead
+    if optimizer.state:  # otherwise torch would create it, and leave Adam one step ahead
         for name, values in get_optimizer_state_dict(model, optimizer)["state"].items():
             state |= {f"optimizer/{name}/{key}": value for key, value in values.items()}
     return state
@@ -155,11 +155,11 @@ def _specs(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _make_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Iterable[str]):
-    """Has the optimizer make its state of the saved parameters as it does in training."""
+    """Creates the optimizer's state of the saved parameters as in training."""
     stepped = {name.split("/")[1] for name in saved if name.startswith("optimizer/")}
     optimizer.state.clear()
     if stepped:
-        get_optimizer_state_dict(model, optimizer)  # makes it, by a step with gradients and learning rate of 0
+        get_optimizer_state_dict(model, optimizer)  # creates it, by a step with gradients and learning rate of 0
     for name, parameter in model.named_parameters():
         if name not in stepped:
             optimizer.state.pop(parameter, None)
@@ -235,7 +235,7 @@ def _clean_up(unfinished: Path, folder: Path, cause: str) -> str:
 
 def _prune(run: Path, keep: int):
     for old in list_checkpoints(run)[:-keep]:
-        doomed = old.rename(old.with_name(UNFINISHED + old.name))  # half removed it must not look complete
+        doomed = old.rename(old.with_name(UNFINISHED + old.name))  # so that it never looks complete while half removed
         shutil.rmtree(doomed)
 
 
@@ -243,7 +243,7 @@ def _prune(run: Path, keep: int):
 
 
 def _verify(folder: Path) -> dict:
-    """Returns the record, after it and this rank's share of the files were found to be as they were written."""
+    """Returns the record after checking it and this rank's share of the files."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
         form = record["format"]
@@ -286,7 +286,7 @@ def _compare(folder: Path, what: str, there: dict[str, str], here: dict[str, str
 
 
 def _read_state(folder: Path, tensors: dict[str, Tensor], rank: int | None) -> dict[str, Tensor] | None:
-    """Fills `tensors`; of a rank that the checkpoint has, restores the generators and returns the own tensors."""
+    """Fills `tensors`; on a rank of the saved run also restores its generators and returns its own tensors."""
     with _one_process_is_fine():
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder / STATE))
     if rank is None:
@@ -356,13 +356,13 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _my_share(names: Iterable[str]) -> list[str]:
-    """Returns the files that this rank reads through."""
+    """Returns the files whose CRC32 this rank computes."""
     rank, world = _rank_and_world()
     return sorted(names)[rank::world]
 
 
 def _flush(path: Path):
-    """Waits until the disk holds what was written to a file, or the names in a folder."""
+    """Waits until the disk holds the contents of a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

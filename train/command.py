@@ -1,4 +1,4 @@
-"""Runs a command's work so that any console takes its output, errors are one line, and signals end it."""
+"""Runs a command's work: its output suits any console, errors are one line, and signals end it."""
 
 import errno
 import sys
@@ -12,10 +12,10 @@ OWN = ("train", "rhythm_kernels")
 
 
 def run(program: str, work: Callable[[], int], *, when_stopped: str = "") -> int:
-    """Returns the exit status of the work, or that of an error of the caller or the machine, which is told in one line.
+    """Returns the work's exit status, or that of an error of the caller or the machine, which is printed in one line.
 
-    The status is 2 for a setting, 1 for what is missing, full, damaged or not allowed, and 130, 143 and 129 after
-    SIGINT, SIGTERM and SIGHUP. Any other error is raised: it is a fault of the program.
+    The status is 2 for a wrong setting, 1 for something missing, full, damaged or not allowed, and 130, 143 and 129
+    after SIGINT, SIGTERM and SIGHUP. Any other error is a fault of the program and is raised.
     """
     escape_unencodable()
     try:

@@ -1,8 +1,7 @@
-"""Every setting of a run: dataclasses whose fields are the flags of the command line, in the same groups.
+"""Defines every setting of a run in dataclasses; their fields are the command line's flags, in the same groups.
 
-The field `prompts_per_step` is the flag `--prompts-per-step`. Its help and its limits stand beside its default, and
-`Config.check` holds every value against them before anything runs. A setting that TRL's GRPOConfig has is named as in
-it.
+The field `prompts_per_step` is the flag `--prompts-per-step`. Its help and limits are beside its default, and
+`Config.check` checks every value against them before anything runs. Settings of TRL's GRPOConfig keep its names.
 """
 
 import json
@@ -13,7 +12,7 @@ from typing import get_args, get_origin
 
 from rhythm_kernels.options import CreditOptions, flat_name, from_flat, read_text
 
-MOST = 2**31 - 1  # of a whole number without a limit of its own: larger ones overflow in torch
+MOST = 2**31 - 1  # for integers without their own limit: larger ones overflow in torch
 
 
 class BadSetting(ValueError):
@@ -207,7 +206,7 @@ class Config:
         return self
 
     def settings(self) -> dict[str, object]:
-        """Returns what the results of a run depend on: not where it writes and how it reports."""
+        """Returns the settings on which a run's results depend, without those of its outputs and reports."""
         reports = {f.name for f in fields(Run)} - {"seeds", "eval_steps"}
         return json.loads(json.dumps({name: value for name, value in self.flat().items() if name not in reports}))
 
@@ -242,7 +241,7 @@ def settings_of(group: object) -> dict[str, Field]:
 
 
 def _change(group: object, values: dict[str, object]) -> object:
-    """Returns a copy of a group with what `values` holds of its settings."""
+    """Returns a copy of a group with its settings in `values` replaced."""
     settings = {name: f for name, f in settings_of(group).items() if name in values}
     if not isinstance(group, CreditOptions):
         return replace(group, **{name: _read(f, values[name]) for name, f in settings.items()})
@@ -255,7 +254,7 @@ def _change(group: object, values: dict[str, object]) -> object:
 
 
 def _limits(f: Field, item) -> Iterator[tuple[bool, str]]:
-    """Yields whether a value keeps a limit of its field, and what the limit demands."""
+    """Yields, for each limit of a field, whether the value meets it, and what it demands."""
     limits = f.metadata
     if "choices" in limits:
         yield item in limits["choices"], f"be one of {', '.join(limits['choices'])}"

@@ -1,4 +1,4 @@
-"""Progress on the console: bars that show the time left, and whole lines between them."""
+"""Shows progress on the console: bars with the time left, and whole lines between them."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-# Where standard error is a file, every update stays in it: at most one line in half a minute.
+# If standard error is a file, every update stays in it, so there is at most one line in half a minute.
 LOG_OPTIONS = {
     "mininterval": 30.0,
     "delay": 15.0,
@@ -37,7 +37,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, phase: str, total: int = 1, unit: str = "") -> Iterator[Callable[..., None]]:
-        """Gives a function that is told how much was done since its last call, and how many tokens that made."""
+        """Yields a function that takes the amount of work and the number of tokens since its last call."""
         began, made = time.perf_counter(), 0
         options = {"total": total, "unit_scale": True, "disable": not self.shown}
         if sys.stderr.isatty():  # under the bar of the steps; a phase that is over within a second shows none
@@ -58,7 +58,7 @@ class Phases:
         self.seconds[phase] = time.perf_counter() - began
 
     def metrics(self, statistics: float) -> dict[str, float]:
-        """Returns the seconds of each phase and of the step, and the share that the statistics took of them."""
+        """Returns the seconds of each phase and of the step, and the share of the statistics in them."""
         total = sum(self.seconds.values())
         times = {f"time/{phase.replace(' ', '_')}": seconds for phase, seconds in self.seconds.items()}
         times |= {"time/statistics": statistics, "rhythm/statistics_share": statistics / total}

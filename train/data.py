@@ -1,4 +1,4 @@
-"""The order in which problems are trained on."""
+"""Determines the order of the training problems."""
 
 import torch
 
@@ -6,14 +6,14 @@ from rhythm_kernels.tasks import Problem
 
 
 class ProblemStream:
-    """Endless seeded epochs over `problems`; the cursor (epoch, position) is its whole state."""
+    """Yields endless seeded epochs over `problems`; its whole state is the cursor (epoch, position)."""
 
     def __init__(self, problems: list[Problem], seed: int):
         self.problems, self.seed = problems, seed
         self.load_state_dict({"epoch": 0, "position": 0})
 
     def take(self, count: int) -> list[Problem]:
-        """Returns the next `count` problems; a new epoch begins wherever one ends."""
+        """Returns the next `count` problems; a new epoch begins when one ends."""
         taken = []
         while len(taken) < count:
             if self.position == len(self.problems):

@@ -1,9 +1,9 @@
-"""Joins the ranks of a run, and shards the policy over them with FSDP2. One process alone needs none of it.
+"""Joins the ranks of a run, and shards the policy over them with FSDP2. A single process needs none of it.
 
     torchrun --nproc-per-node 8 -m train ...
 
-Problems are dealt out, and weights, gradients and optimizer state are sharded. Each rank reads the attention statistics
-of its own sequences and makes their head groups and credit, without communication.
+Problems, weights, gradients and optimizer state are divided among the ranks. Each rank reads the attention statistics
+of its own sequences and computes their head groups and credit, without communication.
 """
 
 import os
@@ -39,7 +39,7 @@ class World(NamedTuple):
 
     @classmethod
     def join(cls, device: str) -> "World":
-        """Joins the ranks that torchrun started; without it this process is alone."""
+        """Joins the ranks that torchrun started; without torchrun the world has one rank."""
         name = choose_device(device)
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if name == "cuda":
@@ -69,7 +69,7 @@ class World(NamedTuple):
             dist.barrier()
 
     def from_first(self, make: Callable[[], Item]) -> Item:
-        """Returns what the first rank makes, on every rank; its error is raised on all."""
+        """Returns the first rank's result of `make` on every rank, or raises its error on every rank."""
         outcome: list = [None, None]
         if self.is_first:
             try:
@@ -100,15 +100,15 @@ class World(NamedTuple):
         return values
 
     def share(self, items: Sequence[Item], parts: int) -> list[Item]:
-        """Returns this rank's items of each of `parts` equal parts; all ranks' parts together are those of one rank."""
+        """Returns this rank's share of each of `parts` equal parts of the items, part by part."""
         size = len(items) // (parts * self.size)
         starts = (size * (part * self.size + self.rank) for part in range(parts))
         return [item for start in starts for item in items[start : start + size]]
 
 
 def shard(policy: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype) -> None:
-    """Makes the float32 parameters DTensors, which are gathered layer by layer, in `dtype`, where they are used."""
-    if not dist.is_initialized():  # one process that computes in another dtype than it keeps
+    """Shards the float32 parameters as DTensors, which are gathered layer by layer, in `dtype`, for use."""
+    if not dist.is_initialized():  # a single process that computes in another dtype than its parameters'
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -120,12 +120,12 @@ def shard(policy: nn.Module, layers: Iterable[nn.Module], world: World, dtype: t
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns the tensor of which this rank has a shard; every rank must ask."""
+    """Returns the whole tensor of which this rank has a shard; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and persistent buffers, sharded where they are; a tied one under its first name."""
+    """Returns parameters and persistent buffers with their sharding; a tied one under its first name."""
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     first = {id(tensor): name for name, tensor in reversed(state.items())}
     return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
