@@ -6,7 +6,7 @@ from rhythm_kernels.tasks import Problem
 
 
 class ProblemStream:
-    """Yields endless seeded epochs over `problems`; its whole state is the cursor (epoch, position)."""
+    """Repeats `problems` in endless seeded epochs; its whole state is the cursor (epoch, position)."""
 
     def __init__(self, problems: list[Problem], seed: int):
         self.problems, self.seed = problems, seed

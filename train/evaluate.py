@@ -1,4 +1,4 @@
-"""Solve rates of any model, from the command line.
+"""Measures the solve rates of any model, from the command line.
 
     python -m train.evaluate MODEL [--eval-data aime24 aime25 amc23 math-500 olympiadbench] [--engine vllm] [flags]
 

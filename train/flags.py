@@ -1,4 +1,4 @@
-"""The command line of a run: a flag for every setting, and which of them have no effect beside the others."""
+"""Defines the command line of a run: a flag for every setting, and which flags have no effect with the others."""
 
 import argparse
 from collections.abc import Collection
@@ -29,7 +29,7 @@ ACT_WHERE = (
 
 
 def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
-    """Returns the checked configuration of a run, and its folder where --resume names one."""
+    """Returns the checked configuration of a run, and its folder if --resume names one."""
     values = vars(build_parser().parse_args(arguments))
     preset, resume = values.pop("preset"), values.pop("resume")
     if resume is None:
@@ -82,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
 
 
 def check_given(given: Collection[str], config: Config) -> None:
-    """Raises BadSetting for a flag that was given and that nothing reads beside the other settings."""
+    """Raises BadSetting for a given flag that has no effect with the other settings."""
     for names, acts, reason in ACT_WHERE:
         idle = [flag_name(name) for name in names if name in given]
         if idle and not acts(config):

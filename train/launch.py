@@ -1,7 +1,7 @@
-"""Starts a run: its folder, one process for each seed, the picture and the summary at the end.
+"""Starts a run: opens its folder, runs one process for each seed, and ends with the learning curve and a summary.
 
-A run of several seeds is a folder of one-seed runs, `seed-0`, `seed-1`, ..., each of which can be looked at and
-continued by itself.
+A run of several seeds is a folder of one-seed runs, `seed-0`, `seed-1`, ..., each of which can be read and
+resumed by itself.
 """
 
 import fcntl
@@ -27,17 +27,17 @@ from train.report import report
 from train.stop import Stopped, stop_with_parent
 
 CONFIG, UNFINISHED_CONFIG, LOCK = "config.json", "config.json.tmp", ".lock"
-PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds: the run itself reports for them
+PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds, whose parent reports for them
 
 
 def launch(config: Config, folder: Path | None = None) -> int:
     """Starts the run, or continues the one in `folder`; returns the exit status.
 
     Raises:
-        BadSetting: a setting that the machine, the model or the problems do not go with; a folder of another run.
-        RunError: a checkpoint that is damaged or cannot be written, a sampler that is another policy.
-        OSError: a disk that is full or does not let the run write.
-        ModuleNotFoundError: a package that these settings need.
+        BadSetting: a setting does not fit the machine, the model or the problems, or the folder is another run's.
+        RunError: a checkpoint is damaged or cannot be written, or the sampler's policy differs from the trainer's.
+        OSError: the disk is full or not writable.
+        ModuleNotFoundError: a package that these settings need is missing.
     """
     transformers_logging.disable_progress_bar()
     if os.environ.get(PARENT):
@@ -57,7 +57,7 @@ def launch(config: Config, folder: Path | None = None) -> int:
 
 
 def launch_seed(config: Config, folder: Path | None) -> int:
-    """Runs one seed, in this process or as a rank of torchrun; the first rank decides on the folder and reports."""
+    """Runs one seed, in this process or as a rank of torchrun; the first rank chooses the folder and reports."""
     is_guest, began = dist.is_initialized(), time.time()
     world = World.join(config.run.device)
     with ExitStack() as stack:
@@ -79,7 +79,7 @@ def finish(config: Config, folder: Path, runs: dict[str, Path], began: float) ->
 
 @contextmanager
 def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
-    """Holds the run's folder for this process; without `folder` that of a new run, or of one with the same settings."""
+    """Locks the run's folder for this process; without `folder`, a new one, or that of a run with the same settings."""
     if folder is not None:
         with claim(folder):
             yield folder
@@ -101,7 +101,7 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
 
 
 def holds_other_files(folder: Path) -> bool:
-    """Returns whether a folder has files and none of them says that it is a run's."""
+    """Returns whether a folder has files but no configuration of a run."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     return bool(names - {LOCK, UNFINISHED_CONFIG}) and CONFIG not in names
 
@@ -112,7 +112,7 @@ def has_begun(folder: Path) -> bool:
 
 
 def check_same(config: Config, folder: Path) -> None:
-    """Raises BadSetting where the run in this folder has other settings."""
+    """Raises BadSetting if the run in this folder has other settings."""
     there, now = Config.load(folder / CONFIG).flat(), config.flat()
     changed = [
         f"{flag_name(name)} {there[name]!r} there, {now[name]!r} now" for name in now if there[name] != now[name]
@@ -130,7 +130,7 @@ def write_config(config: Config, folder: Path) -> None:
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; the system lets go of it however the process ends."""
+    """Locks the folder for this process; the system releases the lock however the process ends."""
     try:
         lock = open(folder / LOCK, "w")  # noqa: SIM115
     except OSError as error:
@@ -149,9 +149,9 @@ def threads_per_seed(config: Config) -> int:
 
 
 def run_side_by_side(config: Config, folders: list[Path]) -> int:
-    """Runs one process for each seed. If one fails, the others are stopped, with a checkpoint, and its status returned.
+    """Runs one process for each seed and returns the exit status; if one fails, stops the others with a checkpoint.
 
-    They also stop where this process is stopped or killed: each watches its standard input, a pipe from this process.
+    They also stop when this process is stopped or killed: each watches its standard input, a pipe from this process.
     """
     threads = threads_per_seed(config)
     for seed, folder in zip(config.run.seeds, folders, strict=True):
@@ -177,7 +177,7 @@ def run_side_by_side(config: Config, folders: list[Path]) -> int:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """Asks the processes that still run to stop, and waits for them; kills them where that wait is interrupted."""
+    """Asks the running processes to stop and waits for them; kills them if the wait is interrupted."""
     for process in processes:
         if process.poll() is None:
             process.terminate()

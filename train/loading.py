@@ -1,4 +1,4 @@
-"""Builds a model from scratch, or loads one: onto the rank's device and, where there are several ranks, in shards."""
+"""Builds a model from scratch or loads one onto the rank's device, in shards if there are several ranks."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 def load_policy(folder: str | Path, config: Config, world: World, *, trains: bool = True) -> Policy:
     """Returns the policy on this rank's device, with float32 parameters.
 
-    They are sharded where there are several ranks or the policy computes in another dtype. The first rank reads the
+    They are sharded if there are several ranks or the policy computes in another dtype. The first rank reads the
     files and the others get their shards from it.
     """
     attention, dtype = config.model.attention, getattr(torch, config.model.dtype)
@@ -82,7 +82,7 @@ def load_policy(folder: str | Path, config: Config, world: World, *, trains: boo
                 AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation=attention
             )
         _without_dropout(model).eval()
-    model.config.dtype = dtype  # in which checkpoints export the model
+    model.config.dtype = dtype  # the dtype in which checkpoints export the model
     if config.model.gradient_checkpointing and trains:
         activation_checkpointing(model)
     policy = Policy(model, config.rollout.temperature).eval()

@@ -1,4 +1,4 @@
-"""Trains one run, in the order of its data flow. This is GRPO, but for the credit of tokens, which follows attention.
+"""Trains one run, in the order of its data flow, with GRPO whose token credit follows attention.
 
     problems -> answers -> rewards -> advantages, normalised in each problem's group
     ids -> old-log-prob pass, with the statistics of the same forward -> gamma -> shaped advantages -> clipped loss
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     metrics: dict[str, float]
     scores: list[Score]
-    """One for each answer, with the reason where it could not be verified."""
+    """One score for each answer, with the reason if it could not be verified."""
 
 
 def train(config: Config, folder: Path):
@@ -70,7 +70,7 @@ def train(config: Config, folder: Path):
 
 
 def train_step(run: TrainingRun, number: int) -> Step:
-    """Goes from problems to an updated policy; `number` counts from 1."""
+    """Makes one step, from problems to an updated policy; `number` counts from 1."""
     config, world = run.config, run.world
     rollout, grpo, credit = config.rollout, config.grpo, config.credit
     phase = Phases(f"{run.label} step {number}", shown=world.is_first)
@@ -129,7 +129,7 @@ def train_step(run: TrainingRun, number: int) -> Step:
 
 
 def is_due(every: int, step: int, last: int) -> bool:
-    """Returns True at each `every`-th step but the last, after which there is always one; never if it is 0."""
+    """Returns True at every `every`-th step except the last, which is always evaluated; never if `every` is 0."""
     return every > 0 and step % every == 0 and step < last
 
 
@@ -142,7 +142,11 @@ def assess(run: TrainingRun, step: int, when: str):
 
 
 def warn(run: TrainingRun, step: int, done: Step, before: set[str]) -> set[str]:
-    """Warns of steps that teach nothing, once as long as it lasts; ends a run whose sampler is another policy."""
+    """Returns this step's warnings and prints those that the step before did not have.
+
+    Raises:
+        RunError: the sampler's policy differs from the trainer's.
+    """
     metrics = done.metrics
     gap, most = metrics.get("sampling/sampling_logp_difference/mean", 0.0), run.config.rollout.vllm_logp_tolerance
     if gap > most and step <= run.step + 2:  # the second of them is the first after a weight sync

@@ -11,7 +11,7 @@ from train.distributed import World
 
 
 def group_advantages(rewards: Tensor, num_generations: int, scale: str, world: World) -> Tensor:
-    """Returns each reward minus its group's mean, [B], divided by the deviation of what `scale` names.
+    """Returns each reward minus its group's mean, [B], divided by the standard deviation over `scale`.
 
     Args:
         rewards: [B], the answers to one problem adjacent.
@@ -36,7 +36,7 @@ def token_weights(batch: Rollouts, chosen: Tensor, loss_type: str, max_completio
         loss_type: "dapo": every token counts the same; "grpo": every answer; "dr_grpo": a constant in place of length.
     """
     tokens = batch.per_sequence(batch.response_mask.float())
-    counts = torch.stack([(tokens * chosen).sum(), chosen.sum()])  # an index by `chosen` would have the host wait
+    counts = torch.stack([(tokens * chosen).sum(), chosen.sum()])  # indexing by `chosen` would make the host wait
     all_tokens, all_answers = world.sum(counts.double()).clamp(min=1).float()
     if loss_type == "dapo":
         weights = torch.ones_like(tokens) / all_tokens
@@ -63,12 +63,13 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the clipped surrogate, -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), and its metrics.
 
-    Losses and metrics of micro-batches, and of ranks, add up to those of the whole.
+    Losses and metrics add up over micro-batches and ranks.
 
     Args:
         log_probs, old_log_probs, advantages, weights: [m], see `token_weights`.
         correction: [m], factors for the sampler's mismatch, see `sampler_correction`.
-        reference_log_probs, beta: the KL divergence from a reference by the estimator exp(d) - d - 1, and its weight.
+        reference_log_probs, beta: [m] for the KL divergence from a reference, by the estimator
+            exp(d) - d - 1, and its weight.
     """
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)

@@ -1,4 +1,4 @@
-"""The metrics of a step, named as in TRL where TRL has them, and the files that they go to: JSON lines, TensorBoard."""
+"""Computes the metrics of a step, with TRL's names if it has them; writes them as JSON lines and to TensorBoard."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from train.reading import TokenStats
 
 FILE = "metrics.jsonl"
 UNVERIFIED = "most answers could not be verified, and got 0 whatever they say"
-TOTAL = -1.0  # in place of a count: the metric is a sum and no mean
+TOTAL = -1.0  # in place of a count: the metric is a sum, not a mean
 
 
 class MetricsLog:
-    """Appends to a run's metrics, after it has cut off what lies behind `size` bytes or is of steps after `step`.
+    """Appends to a run's metrics; first cuts off what lies beyond `size` bytes or belongs to steps after `step`.
 
-    Only the first rank writes. `missing` says how many of those bytes are not there, as where only the checkpoints of
-    a run were copied.
+    Only the first rank writes. `missing` says how many of the `size` bytes are missing, for example if only the
+    checkpoints of a run were copied.
     """
 
     def __init__(self, run: Path, step: int, size: int, world: World):
@@ -70,7 +70,7 @@ def whole_lines(path: Path, step: int, size: int) -> int:
         try:
             if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
-        except (ValueError, TypeError, KeyError):  # no record of this run
+        except (ValueError, TypeError, KeyError):  # not a record of a run
             break
         kept += len(line)
     return kept
@@ -81,7 +81,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 class Gathered:
-    """Means and extremes over all ranks, summed on the device and read from it once; a mean of nothing is left out."""
+    """Collects means and extremes over all ranks, with one read from the device; leaves out means of nothing."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -92,7 +92,7 @@ class Gathered:
         """Adds the mean of the values of all ranks, or of those where a mask of their shape is True."""
         if where is None:
             where = torch.ones_like(values, dtype=torch.bool)
-        # an index by the mask would have the host wait for its length
+        # indexing by the mask would make the host wait for its length
         self.sums[name] = (values.double().where(where, 0.0).sum(), where.sum().double())
 
     def share(self, name: str, part: Tensor, whole: Tensor) -> None:
@@ -179,10 +179,10 @@ def memory_metrics(old: TokenStats, device: torch.device) -> dict[str, float]:
 
 
 def learning_warnings(metrics: dict[str, float]) -> set[str]:
-    """Returns the reasons why a step taught nothing, none if it did."""
+    """Returns the reasons why a step gave no learning signal; empty if it gave one."""
     reasons = set()
     if metrics.get("rewards/error_share", 0) > 0.5:
-        reasons.add(UNVERIFIED)  # and so nothing is known of how hard the task is
+        reasons.add(UNVERIFIED)  # so the difficulty of the task is not known
     elif metrics["frac_reward_zero_std"] == 1:
         reasons.add(
             f"every group's answers got equal rewards (mean {metrics['reward']:.2f}), so no advantage differs from 0; "

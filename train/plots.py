@@ -1,4 +1,4 @@
-"""The learning curve of a run, as one picture."""
+"""Draws the learning curve of a run in one figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from train.metrics import read_metrics
 from train.solve_rates import Evaluation
 
 matplotlib.use("Agg")  # files only
-SMOOTHING = 0.8  # of the exponential mean drawn over the single steps
+SMOOTHING = 0.8  # weight of the past in the exponential mean drawn over the steps
 CURVES = {
     "reward": "reward (lines, star: peak of the mean); held-out: dots",
     "completions/mean_length": "mean length, tokens",

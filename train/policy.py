@@ -1,4 +1,4 @@
-"""The policy: a causal language model that gives the log-probabilities of answers, and never holds their logits.
+"""Wraps a causal language model as the policy: computes log-probabilities of answers without holding all logits.
 
 Shapes: n tokens in a packed row, m of them in answers, C channels, V tokens in the vocabulary.
 """
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from train.batch import MicroBatch
 
-MOST_LOGITS = 2**26  # held at a time, 256 MiB in float32
+MOST_LOGITS = 2**26  # the most logits held at a time, 256 MiB in float32
 
 
 class Policy(nn.Module):
@@ -30,7 +30,7 @@ class Policy(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Returns the log-probability of each token of the answers [m] and, if asked, the entropies [m] in nats.
 
-        Without `head` only the decoder runs, for those who listen to its attention, and both are None.
+        Without `head` only the decoder runs, so that its attention can be read, and both are None.
         """
         hidden = self.decoder(
             input_ids=micro.ids,
@@ -59,11 +59,11 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns log-probabilities [m] and, if asked, entropies [m] in nats; float32 or wider.
 
-    The logits of a few rows are made at a time, and again in the backward pass: [m, V] is never held.
+    Logits are computed a few rows at a time, and again in the backward pass: [m, V] is never held.
 
     Args:
         hidden: [m, C], the states that predict `ids`.
-        weight, bias: [V, C] and [V], of the output layer.
+        weight, bias: [V, C] and [V], those of the output layer.
         ids: [m] int64.
     """
 

@@ -1,4 +1,4 @@
-"""The problems to train and to evaluate on, and the token ids that the policy reads."""
+"""Loads the problems for training and evaluation, and turns them into the policy's token ids."""
 
 import importlib.util
 from collections import Counter
@@ -23,7 +23,7 @@ class EvalSet(NamedTuple):
     """Problems, each answered `answers` times at a temperature; None is greedy."""
 
     name: str
-    """Names the metrics, so it has no slash: a set of a file is named by the set and the file, math-500:mine."""
+    """The name in the metrics, without a slash: a set from a file is named by set and file, as in math-500:mine."""
     problems: list[Problem]
     answers: int
     temperature: float | None
@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 @contextmanager
 def reading_sets() -> Iterator[None]:
-    """Turns the error of a set that does not load into one of a setting."""
+    """Turns the error of a set that does not load into BadSetting."""
     try:
         yield
     except BadSet as error:
@@ -45,7 +45,7 @@ def reading_sets() -> Iterator[None]:
 
 @reading_sets()
 def load_task(config: Config, world: World) -> Task:
-    """Loads what --train-data and --eval-data name; what is evaluated on is not trained on."""
+    """Loads --train-data and --eval-data; removes evaluation problems from the training problems."""
     name, tell = config.data.train_data, _teller(world)
     evaluations = load_held_out(config, world)
     problems = words.split_problems(config.words).train if name == "words" else load_set(name, tell)
@@ -59,7 +59,7 @@ def load_task(config: Config, world: World) -> Task:
 
 @reading_sets()
 def load_held_out(config: Config, world: World) -> list[EvalSet]:
-    """Loads --eval-data, or the sets that belong to --train-data; the tiny Countdown's is sampled and greedy."""
+    """Loads --eval-data, or the sets that belong to --train-data; the tiny Countdown has a sampled and a greedy set."""
     name, temperature = config.data.train_data, config.rollout.temperature
     if name == "words" and not config.data.eval_data:
         held_out = words.split_problems(config.words).held_out
@@ -74,7 +74,7 @@ def load_held_out(config: Config, world: World) -> list[EvalSet]:
 def load_evaluations(
     names: Sequence[str], temperature: float | None, tell: Callable[[str], object] = say
 ) -> list[EvalSet]:
-    """Loads the sets under names of their own, which their metrics are called by."""
+    """Loads the sets under distinct names, which appear in their metrics."""
     sets = {name: find_set(name) for name in names}
     labels = [name if sets[name][1] is None else f"{name.partition(':')[0]}:{sets[name][1].stem}" for name in names]
     for label, count in Counter(labels).items():
@@ -91,7 +91,7 @@ def _teller(world: World) -> Callable[[str], object]:
 
 
 def check_verifiers(sets: Sequence[Sequence[Problem]]) -> None:
-    """Raises ModuleNotFoundError, before any answer is given, where verifying one needs a package that is missing."""
+    """Raises ModuleNotFoundError if verifying an answer needs a package that is missing."""
     maths = any(problem.verifier not in BOUNDED for problems in sets for problem in problems)
     if maths and importlib.util.find_spec("math_verify") is None:
         raise ModuleNotFoundError("No module named 'math_verify'", name="math_verify")
@@ -114,7 +114,7 @@ class Prompts:
         if self.as_chat:
             return self._encode_turn(problem.prompt)
         ids = self.tokenizer.encode(problem.prompt)
-        while ids and ids[-1] in self.ends:  # some tokenizers end every text: the answer would begin behind the end
+        while ids and ids[-1] in self.ends:  # some tokenizers end every text, so the answer would begin after the end
             ids.pop()
         return ids
 
@@ -138,7 +138,7 @@ class Prompts:
         return [self.tokenizer.decode([token]) for token in ids]
 
     def all_fitting(self, evaluations: list[EvalSet]) -> list[EvalSet]:
-        return [one._replace(problems=self.fitting(one.problems, one.name)) for one in evaluations]
+        return [set_._replace(problems=self.fitting(set_.problems, set_.name)) for set_ in evaluations]
 
     def fitting(self, problems: list[Problem], what: str) -> list[Problem]:
         """Returns the problems that are not longer than --max-prompt-length, and says how many are left out."""
@@ -163,7 +163,7 @@ class Prompts:
 
 
 def check_fit(model: str, prompts: Prompts, config: Config) -> None:
-    """Raises BadSetting where a prompt and its answer have more positions or other tokens than the model."""
+    """Raises BadSetting if prompts with answers exceed the model's positions, or have token ids that it lacks."""
     shape, answer = AutoConfig.from_pretrained(model), config.rollout.max_completion_length
     most, rows = most_positions(shape), embedding_rows(shape)
     if most is not None and prompts.longest + answer > most:

@@ -18,25 +18,25 @@ from train.policy import Policy
 
 
 class TokenStats(NamedTuple):
-    """Holds the values of a batch's tokens; log-probabilities and entropy only if the pass ran the whole model."""
+    """Holds the values of a batch's tokens; log-probabilities and entropy are None if the model's head did not run."""
 
     log_probs: Tensor | None
     """[N] fp32, 0 in prompts."""
     entropy: Tensor | None
     """[N] fp32, nats, 0 in prompts."""
     rhythm: Rhythm | None = None
-    """WAAD (windowed average attention distance) and FAI (future attention influence), [1, N], where a strategy asks
-    for them."""
+    """WAAD (windowed average attention distance) and FAI (future attention influence), [1, N], if the strategy reads
+    them."""
     drift: GroupDrift | None = None
-    """How far the head groups moved, where this pass was a calibration and not the first."""
+    """The drift of the head groups, if this pass was a calibration after the first."""
     seconds: float = 0.0
-    """Time spent on the statistics."""
+    """Seconds spent on the statistics."""
     bytes: int = 0
     """The most memory that the statistics of one micro-batch held."""
 
 
 def needs_old_log_probs(config: Config) -> bool:
-    """Returns False where a batch has one optimizer step only: its own log-probabilities are then the old ones."""
+    """Returns False if a batch has a single optimizer step, whose own log-probabilities are then the old ones."""
     grpo = config.grpo
     return grpo.num_iterations * grpo.gradient_steps > 1 or config.credit.reads_entropy
 
@@ -63,13 +63,13 @@ def read_batch(
 ) -> TokenStats:
     """Runs the old-log-prob pass, and reads the rhythm from its attention calls: nothing is run twice.
 
-    Where no old log-probabilities are needed, the forward ends after the last layer that is read; where the strategy
-    reads no rhythm either, there is none.
+    If no old log-probabilities are needed, the forward ends after the last layer that is read. If the strategy reads no
+    rhythm either, no forward runs.
 
     Args:
-        micros: the whole batch.
+        micros: the whole batch, in micro-batches.
         schedule: keeps the head groups and takes this pass as one step.
-        everything: reads also what this run's training does not need.
+        everything: whether to read also what this run's training does not need.
     """
     reads_log_probs = everything or needs_old_log_probs(config)
     reads_rhythm = everything or config.credit.reads_attention
@@ -130,7 +130,7 @@ class _Listener:
             config.num_hidden_layers = count
 
     def finish(self, stats: TokenStats) -> TokenStats:
-        """Adds to `stats` what was read. Only now, when all of its work is under way, a GPU is waited for."""
+        """Adds the rhythm to `stats`. Waits for a GPU here only, once all its work has been queued."""
         for findings in self.findings:
             findings.check()
         return stats._replace(

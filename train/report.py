@@ -1,4 +1,4 @@
-"""The summary at the end of a run: solve rates before and after, times, and where everything lies."""
+"""Prints the summary at the end of a run: solve rates before and after, times, and the files."""
 
 import math
 from collections.abc import Sequence

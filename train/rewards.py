@@ -1,7 +1,7 @@
-"""Scores answers with their problems' verifiers, whatever a model wrote: an answer never ends or stalls a run.
+"""Scores answers with their problems' verifiers; no answer can end or stall a run.
 
 Verifiers that are bounded by construction run in the process. All others run in worker processes, which are killed and
-replaced where an answer takes too long, too much memory, or the process with it. A worker is a fresh process that loads
+replaced if an answer takes too long or too much memory, or crashes the process. A worker is a fresh process that loads
 this module, so it and what it imports stay clear of torch.
 """
 
@@ -35,7 +35,7 @@ class Score(NamedTuple):
 
 
 class Rewards:
-    """Scores answers; as a context manager it ends its worker processes on leaving.
+    """Scores answers; as a context manager, ends its worker processes on leaving.
 
     Args:
         workers: processes, started at the first answer that needs one.
@@ -135,7 +135,7 @@ class Rewards:
 
 
 def prepare() -> None:
-    """Runs when a worker starts: the time of an answer counts from after it."""
+    """Prepares a worker when it starts; this does not count towards an answer's time."""
     if sys.platform == "linux":  # macOS refuses the limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with contextlib.suppress(ImportError):  # `check` reports it
@@ -143,7 +143,7 @@ def prepare() -> None:
 
 
 def check() -> None:
-    """Raises ImportError, in the process that asks, where a worker lacks a library."""
+    """Raises ImportError, in the calling process, if a worker lacks a library."""
     maths.load_library()
 
 
@@ -159,7 +159,7 @@ def verify(verifier: Callable[[str, str], float], completion: str, answer: str) 
 
 
 def describe(error: BaseException) -> str:
-    """Returns class and message of an exception, or its class alone where the message cannot be made."""
+    """Returns class and message of an exception, or its class alone if the message cannot be formatted."""
     try:
         return f"{type(error).__name__}: {error}"[:200]
     except Exception:
@@ -178,7 +178,7 @@ def describe_errors(scores: Sequence[Score]) -> str:
 
 
 def _score_of(future: Future) -> Score:
-    """Returns the score of a verification; raises BrokenProcessPool or CancelledError where the pool gave up on it."""
+    """Returns the score of a verification; raises BrokenProcessPool or CancelledError if the pool gave up on it."""
     error = future.exception()
     if error is None:
         return future.result()

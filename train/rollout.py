@@ -1,4 +1,4 @@
-"""Answers sampled from the policy: what an engine is, and the embedded one, transformers' generate.
+"""Samples answers from the policy: the protocol of an engine, and the engine on transformers' generate.
 
 The other engine is vLLM, in vllm_engine.py.
 """
@@ -15,11 +15,11 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 STAGE = 24  # tokens; shorter stages drop finished answers sooner, and cut the cache more often
 
 Progress = Callable[[int, int], object]
-"""Takes the number of answers that were finished, and of tokens that were sampled, since the last call."""
+"""Takes the numbers of answers finished and of tokens sampled since the last call."""
 
 
 class Sampling(NamedTuple):
-    """Says how to sample; the same seed, prompts and weights give the same answers."""
+    """The settings of sampling; the same seed, prompts and weights give the same answers."""
 
     max_completion_length: int
     """Tokens, the end of sequence included."""
@@ -32,7 +32,7 @@ class Completion(NamedTuple):
     ids: list[int]
     """The answer's tokens, the end of sequence included if it ended by itself."""
     log_probs: list[float]
-    """Natural log, of each id at the temperature, as the engine computed them."""
+    """Natural log-probability of each id at the temperature, as the engine computed it."""
     finish_reason: str
     """"stop": ended by itself; "length": cut off."""
 
@@ -47,13 +47,13 @@ class Engine(Protocol):
         """Takes the policy's weights: whole tensors under the names of the model's parameters."""
 
     def sleep(self) -> None:
-        """Gives up what memory it can until `wake`."""
+        """Frees memory until `wake`."""
 
     def wake(self) -> None:
         """Makes ready to generate."""
 
     def close(self) -> None:
-        """Frees what it holds; it is of no use afterwards."""
+        """Frees all memory; the engine cannot be used afterwards."""
 
 
 class TransformersEngine:
@@ -136,7 +136,7 @@ class TransformersEngine:
         """Samples up to `most` tokens of each row, fewer where all rows have ended.
 
         Args:
-            ids, mask: [rows, length] all tokens so far, and which of them are no padding.
+            ids, mask: [rows, length] all tokens so far, and their attention mask, 0 in padding.
             cache: the keys and values of all but the last token, from an earlier stage; None in the first.
 
         Returns:
@@ -192,7 +192,7 @@ class ChosenLogProbs(LogitsProcessor):
 
 @contextmanager
 def _generating(model: PreTrainedModel):
-    """Left-padded batches need transformers' own attention, and a cache that gradient checkpointing would forbid."""
+    """Switches to transformers' attention, for left-padded batches, and to evaluation, for a key-value cache."""
     attention, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("sdpa")
     model.eval()

@@ -1,4 +1,4 @@
-"""A page of sampled answers: every token tinted by its WAAD, FAI and entropy, the credited ones underlined.
+"""Writes a page of sampled answers: tokens are tinted by WAAD, FAI and entropy, and credited ones underlined.
 
 WAAD is the windowed average attention distance, FAI the future attention influence.
 """
@@ -75,6 +75,6 @@ def render(answers: list[dict], config: Config) -> str:
 
 
 def _places(count: int) -> list[int]:
-    """Returns the tokens that are shown of so many."""
+    """Returns the indices of the tokens shown of an answer of `count` tokens."""
     head, tail = SHOWN - SHOWN // 3, SHOWN // 3
     return [place for place in range(count) if count <= SHOWN or place < head or place >= count - tail]

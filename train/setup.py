@@ -1,4 +1,4 @@
-"""Makes all that a run works with, or loads it from the latest checkpoint, and saves it."""
+"""Builds the parts of a run, restores them from the latest checkpoint, and saves them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ class TrainingRun:
     world: World
     policy: Policy
     reference: Policy | None
-    """The first policy, where --beta weighs the divergence from it; otherwise None."""
+    """The first policy, if --beta weights the divergence from it; else None."""
     engine: Engine
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ class TrainingRun:
     rewards: Rewards
     log: MetricsLog
     step: int
-    """The step of the checkpoint that it continues from, or 0."""
+    """The step of the checkpoint from which the run continues, or 0."""
     is_new: bool
 
     @property
@@ -143,7 +143,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
 
 
 def local_model(name: str, world: World) -> str:
-    """Returns the folder of a model: the name itself, or that of the hub's files, loaded now unless they are here."""
+    """Returns the folder of a model: the name itself, or that of the hub's files, downloaded if they are missing."""
     if Path(name).is_dir():
         return name
     from huggingface_hub import snapshot_download
@@ -157,7 +157,7 @@ def local_model(name: str, world: World) -> str:
                 f"--model must be a folder or a model on the Hugging Face hub, got {name!r}: {error}"
             ) from error
 
-    world.from_first(download)  # one rank loads, and the others of its machine find the files
+    world.from_first(download)  # one rank downloads; the others on its machine find the files
     return download()
 
 
@@ -180,7 +180,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 def check_engine(config: Config) -> None:
-    """Raises ModuleNotFoundError where --engine names a package that is not installed."""
+    """Raises ModuleNotFoundError if the package of --engine is not installed."""
     if config.rollout.engine == "vllm":
         from train.vllm_engine import check_installed
 

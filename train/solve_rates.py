@@ -1,4 +1,4 @@
-"""Solve rates on held-out problems, with their standard errors."""
+"""Measures solve rates on held-out problems, with standard errors."""
 
 import math
 from statistics import mean
@@ -68,9 +68,11 @@ class Evaluation(NamedTuple):
 def evaluate(
     engine: Engine, evaluations: list[EvalSet], prompts: Prompts, rewards: Rewards, config: Config, world: World
 ) -> Evaluation:
-    """Answers all sets with the run's first seed: the draws are the same before and after training."""
+    """Returns the solve rates on all sets, with the run's first seed: draws before and after training are the same."""
     engine.wake()
-    rates = {each.name: solve_rate(engine, each, prompts, rewards, config, world) for each in evaluations}
+    rates = {
+        questions.name: solve_rate(engine, questions, prompts, rewards, config, world) for questions in evaluations
+    }
     engine.sleep()
     return Evaluation(rates)
 

@@ -1,4 +1,4 @@
-"""Ends a run at SIGTERM or SIGHUP: after the step under way, with a checkpoint; before and after its steps, at once.
+"""Ends a run at SIGTERM or SIGHUP: during training after the current step, with a checkpoint; otherwise at once.
 
 Ctrl-C and SIGKILL end it at once. It continues from its last checkpoint in every case.
 """
@@ -13,11 +13,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """Raised where a signal ends this process. Like KeyboardInterrupt it passes every `except Exception`."""
+    """Raised when a signal ends this process. Like KeyboardInterrupt, it passes every `except Exception`."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
-        self.status = 128 + number  # which shells report of a process that the signal itself ended
+        self.status = 128 + number  # the status that shells report for a process ended by the signal
 
 
 class _State:
@@ -29,7 +29,7 @@ class _State:
 
 
 def _arrive(number: int, frame) -> None:
-    if _State.asked:  # it is ending already: a second signal must not interrupt what it still writes
+    if _State.asked:  # the run is ending: a second signal must not interrupt its writing
         return
     _State.asked = number
     if not _State.is_held:
@@ -38,7 +38,7 @@ def _arrive(number: int, frame) -> None:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Raises Stopped at the signals in this block; one that is ignored, such as SIGHUP under nohup, stays ignored."""
+    """Raises Stopped at the signals in this block; an ignored one, such as SIGHUP under nohup, stays ignored."""
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield
         return
@@ -56,7 +56,7 @@ def heeded() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Makes a signal in this block wait: `asked` tells of it, and Stopped is raised at the end."""
+    """Makes a signal in this block wait: `asked` returns it, and Stopped is raised at the end."""
     _State.is_held = True
     try:
         yield

@@ -1,6 +1,6 @@
-"""The supervised warm start: the policy learns from search demonstrations until it can search by itself.
+"""Trains the supervised warm start: the policy learns to search from demonstrations.
 
-The result is kept under a hash of everything that made it, so that every later run starts from it at once.
+The result is cached under a hash of all that it depends on, so later runs start from it at once.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from train.distributed import World
 from train.loading import build_model
 from train.words import build_tokenizer, demonstrate
 
-# Raise it when a change here, in words.py or in build_model makes other weights of the same settings: warm starts that
-# were kept before are then not found. A change of comments or of names is none.
+# Raise it when a change here, in words.py or in build_model changes the weights for the same settings: cached warm
+# starts are then not found. Comments and names do not matter.
 VERSION = 1
 BATCHES_PER_SORT = 16  # demonstrations are sorted by length over this many batches, which halves the padding
 
 
 def warm_start_path(config: Config, seed: int) -> Path:
-    """Returns where this configuration's warm start lies, by a hash of the settings and versions that it depends on."""
+    """Returns the folder of this configuration's warm start, named by a hash of settings and versions."""
     settings = [asdict(group) for group in (config.words, config.model, config.demonstrations)]
     parts = [*settings, context_length(config), seed, VERSION, torch.__version__]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -46,7 +46,7 @@ def context_length(config: Config) -> int:
 
 
 def warm_start(config: Config, seed: int, problems: list[Problem], world: World) -> Path:
-    """Returns the folder of this seed's supervised model; the first rank trains it now unless it is there already."""
+    """Returns the folder of this seed's supervised model; the first rank trains it if it is missing."""
     folder = warm_start_path(config, seed)
     if world.is_first:
         if folder.exists():

@@ -47,7 +47,7 @@ def update_policy(
     """Makes `gradient_steps` optimizer steps on equal shares of the batch, `num_iterations` times.
 
     Args:
-        old: without log-probabilities where there is one step only, whose own they are.
+        old: without log-probabilities if there is a single step, which then fills them in.
         advantages, reference_log_probs: [N].
 
     Returns:
@@ -85,7 +85,7 @@ def update_policy(
 
 
 def _with_unknown_log_probs(old: TokenStats, batch: Rollouts) -> TokenStats:
-    """NaN in answers, to be replaced as they are run; 0 in prompts."""
+    """Returns `old` with NaN in answers, to be replaced as they are run, and 0 in prompts."""
     unknown = torch.where(batch.response_mask, torch.nan, 0.0)
     return old._replace(log_probs=unknown, entropy=unknown.clone())
 
@@ -94,7 +94,7 @@ class _OptimizerStep(NamedTuple):
     counted: Tensor
     """[B] bool: the answers over which the loss is averaged."""
     micros: list[MicroBatch]
-    """They hold the answers that have a gradient."""
+    """The micro-batches with the answers that have a gradient."""
 
 
 def _split(batch: Rollouts, advantages: Tensor, config: Config, world: World) -> list[_OptimizerStep]:
@@ -148,7 +148,7 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float
     """Makes one optimizer step and returns the norm of its gradient before clipping, for which the host waits.
 
     Raises:
-        RunError: the norm is not finite, as from the credit of a NaN signal; it does not reach the weights.
+        RunError: the norm is not finite, for example after a NaN signal; the weights stay unchanged.
     """
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)).item()
     if not norm < float("inf"):
@@ -160,7 +160,7 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float
 
 @contextmanager
 def _training(policy: Policy) -> Iterator[None]:
-    """Puts the policy into training mode, in which alone activations are checkpointed; it has no dropout."""
+    """Puts the policy into training mode, so that activations are checkpointed; it has no dropout."""
     policy.train()
     try:
         yield

@@ -23,7 +23,7 @@ from torch import Tensor
 from train.rollout import Completion, Progress, Sampling
 
 LEAST_TEMPERATURE = 0.01  # vLLM replaces lower ones by this, and 0 by greedy
-CPU_CACHE = 2**30  # bytes of keys and values on a CPU, where VLLM_CPU_KVCACHE_SPACE (GiB) does not say otherwise
+CPU_CACHE = 2**30  # bytes of keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE (GiB) is set
 
 RELOAD = "vllm.model_executor.model_loader.reload.inplace"
 NOT_LOADED = "Following weights were not loaded"  # the beginning of that logger's warning
@@ -32,7 +32,7 @@ NOT_LOADED = "Following weights were not loaded"  # the beginning of that logger
 class VLLMEngine:
     """An `Engine` (see rollout.py) on vLLM, in this process; all ranks must construct theirs at the same time.
 
-    The log-probabilities are the sampler's own, at the temperature, and at temperature 1 if it is greedy.
+    The log-probabilities are the sampler's, at the temperature, or at 1 if it is greedy.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class VLLMEngine:
         if self._missing_weights:
             raise RuntimeError(f"{self._missing_weights}: sync() first")
         with _undisturbed():
-            # Keys and values of earlier weights; and what was cached would decide which sums are rounded how.
+            # The cache has keys and values of earlier weights, and a cached prefix would change the rounding of sums.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM still works on other requests, and does not drop its prefix cache")
             return self._generate(prompts, n, sampling, progress)
@@ -163,12 +163,12 @@ class VLLMEngine:
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes the policy's weights: whole tensors, of any dtype and device, by the names of the model's parameters.
 
-        They are read one by one and may be made on the way, each in memory of its own: vLLM keeps them until a layer is
-        complete. An engine that sleeps gets back the memory of its weights, and no more.
+        They are read one by one and may be created on the way, each in its own memory: vLLM keeps them until a layer is
+        complete. A sleeping engine gets back only the memory of its weights.
 
         Raises:
-            ValueError: vLLM knows no such weight.
-            RuntimeError: some of the model's weights did not come. After either, generate() raises until a whole sync.
+            ValueError: vLLM does not know a weight.
+            RuntimeError: weights of the model are missing. After either, generate() raises until a complete sync.
         """
         if self._is_asleep:
             self._wake("weights")
@@ -196,7 +196,7 @@ class VLLMEngine:
             self._is_asleep = True
 
     def wake(self) -> None:
-        """Makes ready to generate; awake, it does nothing."""
+        """Makes the engine ready to generate; does nothing if it is awake."""
         if self._is_asleep:
             self._wake("weights", "kv_cache")
             self._is_asleep = False
@@ -211,7 +211,7 @@ class VLLMEngine:
                     self._llm.wake_up(tags=[tag])
 
     def close(self) -> None:
-        """Frees all memory; ends torch's process group, if vLLM started it. The engine is of no use afterwards."""
+        """Frees all memory; ends torch's process group, if vLLM started it. The engine cannot be used afterwards."""
         core = self._llm.llm_engine.engine_core
         if self._owns_groups:
             core.shutdown()
@@ -221,7 +221,7 @@ class VLLMEngine:
 
 
 def answer_seed(seed: int, prompt: int, answer: int) -> int:
-    """Returns a seed of 63 bits for one answer; no two answers share one, but for chance."""
+    """Returns a seed of 63 bits for one answer; two answers share one only by chance."""
     digest = blake2b(f"{seed}/{prompt}/{answer}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -244,11 +244,11 @@ def _completion(output) -> Completion:
 
 
 def _import_vllm():
-    """Imports vLLM, quiet, and to run in this process."""
+    """Imports vLLM, set up to log only errors and to run in this process."""
     # Its engine in a process of its own would need all weights pickled at each sync.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Some twenty warnings come at each start on a CPU, and some at each sync, about things that are as they should be.
+    # Some twenty warnings come at each start on a CPU, and some at each sync, none of which needs action.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     check_installed()
     import vllm
@@ -291,7 +291,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _warnings_of(name: str) -> Iterator[list[logging.LogRecord]]:
-    """Gives the warnings that a logger gets in the block, also where they are not printed."""
+    """Yields the list of a logger's warnings in the block, printed or not."""
     logger, records = logging.getLogger(name), []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append

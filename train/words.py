@@ -1,4 +1,4 @@
-"""Problems, tokenizer and demonstrations of the tiny Countdown; its verifier is in rhythm_kernels.tasks.words.
+"""Makes problems, tokenizer and demonstrations of the tiny Countdown; rhythm_kernels.tasks.words has its verifier.
 
 In a demonstration an attempt that misses the target ends in `x`, one that hits it in `!`.
 """
@@ -120,7 +120,7 @@ def demonstrate(
     odds: Sequence[float] = ODDS_OF_MISSES,
     give_up: float = GIVE_UP,
 ) -> str:
-    """Returns a search: some misses, then a hit or, given up, the last miss as the answer."""
+    """Returns a search: some misses, then a hit or, if it gives up, the last miss as the answer."""
     numbers, target = Puzzle.of(problem)
     ways = attempts(numbers, task.operators)
     hits = [way for way in ways if way.value == target]
