@@ -100,7 +100,7 @@ class World(NamedTuple):
         return values
 
     def share(self, items: Sequence[Item], parts: int) -> list[Item]:
-        """Returns this rank's share of each of `parts` equal parts of the items, part by part."""
+        """Returns this rank's share of each of `parts` equal parts; the parts are the same for any number of ranks."""
         size = len(items) // (parts * self.size)
         starts = (size * (part * self.size + self.rank) for part in range(parts))
         return [item for start in starts for item in items[start : start + size]]
