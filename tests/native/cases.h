@@ -46,11 +46,11 @@ class Random {
 
 struct Inputs {
   std::vector<float> first, second;
-  std::vector<uint8_t> mask;
+  std::vector<uint8_t> response_mask;
   std::vector<int32_t> cuts;  // empty: rows of equal length
   int64_t count, tokens;
-  double q;
-  int32_t k;
+  double top_fraction;
+  int32_t max_lookback;
   bool largest, of_delta, with_sets;
   uint32_t low, high;
 
@@ -118,8 +118,8 @@ inline Inputs draw_inputs(Random& random) {
   for (int64_t t = 0; t < size; ++t) {
     inputs.response_mask.push_back(random.below(100) < density);
   }
-  inputs.q = random.one_of({0.0, 0.2, 0.4, 0.4, 0.9, 1.0});
-  inputs.k = random.one_of({1, 3, 8, 1000});
+  inputs.top_fraction = random.one_of({0.0, 0.2, 0.4, 0.4, 0.9, 1.0});
+  inputs.max_lookback = random.one_of({1, 3, 8, 1000});
   inputs.largest = random.once_in(2);
   inputs.of_delta = random.once_in(2);
   inputs.with_sets = random.once_in(2);
@@ -164,11 +164,12 @@ struct Outputs {
 };
 
 inline TopQ topq(const Inputs& in, Outputs& out) {
-  return {in.first.data(), in.response_mask.data(), out.bytes.data(), out.of_sequences.data(), in.q, in.largest};
+  return {
+      in.first.data(), in.response_mask.data(), out.bytes.data(), out.of_sequences.data(), in.top_fraction, in.largest};
 }
 
 inline Peaks peaks(const Inputs& in, Outputs& out) {
-  return {in.first.data(), in.response_mask.data(), out.bytes.data(), in.q};
+  return {in.first.data(), in.response_mask.data(), out.bytes.data(), in.top_fraction};
 }
 
 inline TopQCredit topq_credit(const Inputs& in, Outputs& out) {
@@ -177,7 +178,7 @@ inline TopQCredit topq_credit(const Inputs& in, Outputs& out) {
       in.response_mask.data(),
       out.factors.data(),
       out.of_sequences.data(),
-      in.q,
+      in.top_fraction,
       1.5f,
       in.of_delta,
       in.largest};
@@ -192,8 +193,8 @@ inline CoupledCredit coupled_credit(const Inputs& in, Outputs& out) {
       out.of_sequences.data(),
       in.with_sets ? out.bytes.data() : nullptr,
       in.with_sets ? out.steps.data() : nullptr,
-      in.q,
-      in.k,
+      in.top_fraction,
+      in.max_lookback,
       in.largest,
       in.low,
       in.high,
