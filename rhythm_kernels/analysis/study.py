@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shlex
+import textwrap
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -226,8 +227,15 @@ def report_of(
     command = shlex.join(["rhythm", study.name, *arguments])
     where = environment(study.model.device)
     described = ", ".join(f"{name} {value}" for name, value in where.items())
-    text = "\n".join(f"{part}\n" for part in (f"# {title}", f"    {command}", described, *paragraphs))
+    text = "\n".join(f"{part}\n" for part in (f"# {title}", f"    {command}", *map(_fold, (described, *paragraphs))))
     return text, {"command": command, "versions": where, "settings": study.settings, **numbers}
+
+
+def _fold(paragraph: str) -> str:
+    """Returns a paragraph of Markdown in lines of at most 120 columns, a table as it is."""
+    if paragraph.startswith("|"):
+        return paragraph
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
