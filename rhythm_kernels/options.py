@@ -213,8 +213,12 @@ def _check(option: Field, value: object, limits: dict) -> None:
 def _check_layers(layers: object) -> int | str | tuple[int, ...]:
     if layers == "all":
         return layers
-    if isinstance(layers, Sequence) and not isinstance(layers, str):
-        if not layers:
-            raise ValueError('layers must be "all", an int or a list of layer indices, got an empty list')
-        return tuple(check_int("layers", layer, -(2**31)) for layer in layers)
-    return check_int("layers", layers, 1)
+    indices = [layers] if isinstance(layers, int) else layers
+    is_list = isinstance(indices, Sequence) and not isinstance(indices, str)
+    if not is_list or any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+        raise TypeError(f'layers must be "all", an int or a list of layer indices, got {layers!r}')
+    if isinstance(layers, int):
+        return check_int("layers", layers, 1)
+    if not layers:
+        raise ValueError('layers must be "all", an int or a list of layer indices, got an empty list')
+    return tuple(check_int("layers", layer, -(2**31)) for layer in layers)

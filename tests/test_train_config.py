@@ -40,7 +40,7 @@ SOURCES = Path(train.__file__).parent
         (["--seeds", "1", "1"], "--seeds must be different numbers, at least one, got (1, 1)"),
         (["--seeds", "18446688743710"], "--seeds must be at most 2147483647, got (18446688743710,)"),
         (["--credit-window", "999"], "--credit-window must be between 1 and 256, got 999"),
-        (["--credit-layers", "some"], "--credit-layers must be an int"),
+        (["--credit-layers", "some"], '--credit-layers must be "all", an int or a list of layer indices'),
         (["--credit-tau-waad", "low"], "--credit-tau-waad must be a float"),
         (["--model", "m", "--layers", "3"], "--layers would have no effect: --model names a trained model"),
         (["--model", "m", "--sft-steps", "1"], "--sft-steps would have no effect: --model names a trained model"),

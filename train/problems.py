@@ -122,7 +122,7 @@ class Prompts:
         turn = [{"role": "user", "content": text}]
         try:
             return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is a program, and raises what it likes
+        except Exception as error:  # a template is a program and can raise anything
             raise BadSetting(
                 f"the model's chat template does not take a problem ({type(error).__name__}: {error}); "
                 "--no-chat-template leaves it out"
