@@ -1,7 +1,7 @@
 """Which tiles of the Triton kernels are fastest on this GPU?
 
     python -m benchmarks.tiles [--passes rows forward band groups] [--tokens 8192] [--out OUT]
-    python -m benchmarks.tiles --try rows=128,128,8,2 band=128,16,8,2,128    # these alone, beside the table's own
+    python -m benchmarks.tiles --try rows=128,128,8,2 near_band=64,8,8,2,128    # these alone, beside the table's own
 
 Each pass runs by itself with the tile of the table (triton_tiles.py) and with each of the others:
 
@@ -10,6 +10,8 @@ Each pass runs by itself with the tile of the table (triton_tiles.py) and with e
     forward     the forward pass with v
     band        WAAD and FAI of each head, from the log-sum-exp
     groups      WAAD summed over 30 % of the heads, FAI over another 30 %
+    far-band    the band by the pass for longer windows and horizons
+    far-groups  the groups by that pass
 
 A tile whose results differ from those of the table's tile by more than `EXACT` (outputs: `ROUNDED`) of the largest
 value, or that does not compile, is left out, with the reason. Times are medians of interleaved rounds, with an L2 cache
@@ -48,10 +50,20 @@ from benchmarks.measure import (
 from rhythm_kernels.statistics.options import check_options
 from rhythm_kernels.statistics.triton_band import band_pass
 from rhythm_kernels.statistics.triton_forward import forward_pass
-from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, choose_tiles
+from rhythm_kernels.statistics.triton_tiles import BandTile, NearBandTile, Tile, Tiles, choose_tiles
 
-TILE_OF = {"rows": "rows", "known": "rows", "forward": "forward", "band": "band", "groups": "band"}
-WORK_OF = {"rows": "full", "known": "full", "forward": "sdpa", "band": "band", "groups": "groups"}
+AnyTile = Tile | BandTile | NearBandTile
+
+TILE_OF = {
+    "rows": "rows",
+    "known": "rows",
+    "forward": "forward",
+    "band": "near_band",
+    "groups": "near_band",
+    "far-band": "band",
+    "far-groups": "band",
+}
+WORK_OF = {"rows": "full", "known": "full", "forward": "sdpa", "far-band": "band", "far-groups": "groups"}
 COMPILED_AT = 256  # tokens; the kernels are the same at every number
 
 # For heads up to 128 in 16 bits on a Hopper GPU.
@@ -84,25 +96,40 @@ OTHERS = {
         BandTile(64, 16, 4, 2),
         BandTile(64, 16, 4, 2, 128),
         BandTile(64, 16, 8, 2),
-        BandTile(64, 16, 8, 2, 128),
-        BandTile(128, 16, 8, 2),
-        BandTile(128, 16, 8, 2, 168),
-        BandTile(32, 16, 4, 2),
         BandTile(32, 16, 2, 2),
+    ],
+    "near_band": [
+        NearBandTile(64, 8, 8, 2, 128),
+        NearBandTile(64, 8, 8, 3),
+        NearBandTile(64, 8, 4, 2),
+        NearBandTile(64, 8, 4, 3),
+        NearBandTile(64, 4, 8, 2),
+        NearBandTile(64, 4, 8, 2, 128),
+        NearBandTile(64, 4, 4, 2),
+        NearBandTile(64, 16, 8, 2),
+        NearBandTile(64, 16, 8, 2, 128),
+        NearBandTile(64, 16, 4, 2),
     ],
 }
 
 
-def run_pass(name: str, tile: Tile | BandTile, p: Problem) -> tuple[Tensor, ...]:
+def run_pass(name: str, tile: AnyTile, p: Problem) -> tuple[Tensor, ...]:
     """Runs one pass and returns its results."""
     plain_map = dict.fromkeys(("scale", "sliding_window", "softcap", "sinks"))
     options = check_options(p.q, p.k, need_span=TILE_OF[name] == "rows", **OPTIONS, **plain_map)
-    if name in ("band", "groups"):
-        heads = (p.local_heads[None], p.global_heads[None]) if name == "groups" else None
-        return band_pass(p.q, p.k, p.lse, heads, p.layout, options, tile)
+    if "band" in TILE_OF[name]:
+        heads = (p.local_heads[None], p.global_heads[None]) if "groups" in name else None
+        near = {"near_band": None, TILE_OF[name]: tile}
+        return band_pass(p.q, p.k, p.lse, heads, p.layout, options, own_tiles(p.q)._replace(**near))
     lse = p.lse if name == "known" else None
     results = forward_pass(p.q, p.k, p.v if name == "forward" else None, lse, p.layout, options, tile)
     return tuple(x for x in results if x is not None)
+
+
+def own_tiles(q: Tensor) -> Tiles:
+    """Returns the table's tiles for this GPU and heads like those of q."""
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return choose_tiles(10 * major + minor, q.shape[-1], q.shape[-1], 8 * q.element_size())
 
 
 def why_wrong(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> str:
@@ -115,7 +142,7 @@ def why_wrong(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def compile_tile(name: str, tile: Tile | BandTile, shape: Shape) -> str:
+def compile_tile(name: str, tile: AnyTile, shape: Shape) -> str:
     """Compiles a pass in a process of its own, which leaves the kernels in Triton's cache. Returns why it failed."""
     try:
         run_pass(name, tile, make_problem(shape, COMPILED_AT, torch.device("cuda")))
@@ -125,7 +152,7 @@ def compile_tile(name: str, tile: Tile | BandTile, shape: Shape) -> str:
     return ""
 
 
-def compile_all(tiles: dict[tuple[str, Tile | BandTile], None], shape: Shape) -> dict[tuple, str]:
+def compile_all(tiles: dict[tuple[str, AnyTile], None], shape: Shape) -> dict[tuple, str]:
     """Compiles all passes, and returns the reasons of those that failed."""
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -133,9 +160,9 @@ def compile_all(tiles: dict[tuple[str, Tile | BandTile], None], shape: Shape) ->
     return {key: reason for key, done in reasons.items() if (reason := done.result())}
 
 
-def measure(name: str, tiles: list, problem: Problem, failed: dict, rounds: int) -> dict[Tile | BandTile, Measured]:
+def measure(name: str, tiles: list, problem: Problem, failed: dict, rounds: int) -> dict[AnyTile, Measured]:
     """Returns the times of the tiles whose results are those of the first; the others join `failed`."""
-    runs: dict[Tile | BandTile, Callable] = {}
+    runs: dict[AnyTile, Callable] = {}
     want = None
     for tile in tiles:
         if (name, tile) in failed:
@@ -149,7 +176,7 @@ def measure(name: str, tiles: list, problem: Problem, failed: dict, rounds: int)
     return interleave(runs, rounds, name, problem.q.device)
 
 
-def describe(tile: Tile | BandTile) -> str:
+def describe(tile: AnyTile) -> str:
     return ", ".join(f"{field} {value}" for field, value in tile._asdict().items() if value is not None)
 
 
@@ -158,10 +185,10 @@ def report(out: Path | None, where: dict, args: argparse.Namespace, shape: Shape
     rows, data = [], []
     for name, measured in results.items():
         own = next(iter(measured.values()))
-        least = work(WORK_OF[name], shape, args.tokens)
+        least = work(WORK_OF.get(name, name), shape, args.tokens)
         for tile, m in measured.items():
             seconds = m.kernel_seconds or m.seconds
-            amount, unit = (least.bytes / 1e9, "GB/s") if TILE_OF[name] == "band" else (least.flops / 1e12, "TFLOP/s")
+            amount, unit = (least.bytes / 1e9, "GB/s") if "band" in TILE_OF[name] else (least.flops / 1e12, "TFLOP/s")
             rate = f"{amount / seconds:,.0f} {unit}"
             kernels = f"{m.kernel_seconds * 1e6:,.1f}" if m.kernel_seconds else "-"
             cells = [name, describe(tile), f"{m.seconds * 1e6:,.1f}", kernels, median_and_range(ratios(m, own)), rate]
@@ -181,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, nargs=2, metavar=("HQ", "H"), default=(32, 8))
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    help_ = "these tiles alone, as in benchmarks.kernels: rows=128,64,4,3 or band=64,16,4,2,168"
+    help_ = "these tiles alone, as in benchmarks.kernels: rows=128,64,4,3 or near_band=64,8,8,2,128"
     parser.add_argument("--try", dest="tiles", type=parse_tile, nargs="+", metavar="PASS=A,B,WARPS,STAGES", help=help_)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
@@ -194,8 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
             "tiles are timed on a GPU, and there is none here: python -m benchmarks.kernels --try needs none"
         )
     device, shape = torch.device("cuda"), Shape(*args.heads, args.head_size, DTYPES[args.dtype])
-    major, minor = torch.cuda.get_device_capability(device)
-    own = choose_tiles(10 * major + minor, args.head_size, args.head_size, 8 * shape.dtype.itemsize)
+    own = own_tiles(torch.empty(0, args.head_size, dtype=shape.dtype, device=device))
     if args.once:
         problem = make_problem(shape, args.tokens, device)
         for name in args.passes:

@@ -34,6 +34,18 @@ class BandTile(NamedTuple):
     """
 
 
+class NearBandTile(NamedTuple):
+    """A tile of the band pass where window and horizon reach no further than `block` tokens."""
+
+    block: int
+    run: int
+    """The tiles that a program walks over. A longer run repeats less work at its beginning, a shorter one leaves fewer
+    SMs without work at the end."""
+    warps: int
+    stages: int
+    max_registers: int | None = None
+
+
 class Tiles(NamedTuple):
     """The tiles of all passes for one target, head size and dtype."""
 
@@ -42,6 +54,8 @@ class Tiles(NamedTuple):
     forward: Tile
     """The forward pass with v."""
     band: BandTile
+    near_band: NearBandTile | None = None
+    """None leaves the near band to the general band pass."""
 
 
 # The band loads far more than it computes. A tile of 64 tokens loads little outside the horizon (hi + 64 rows for 64
@@ -65,8 +79,10 @@ TARGETS = {
     # registers of two warpgroups. Each has 64 rows, since with fewer both would compute the same. Heads of 64 fit 168
     # registers, and so three programs, where the compiler would take up to 222.
     90: (
-        Tiles(rows=Tile(128, 64, 4, 3, max_registers=168), forward=Tile(128, 64, 8, 3), band=_BAND_90),
-        Tiles(rows=Tile(128, 64, 4, 3), forward=Tile(128, 64, 8, 3), band=_BAND_90),
+        Tiles(Tile(128, 64, 4, 3, max_registers=168), Tile(128, 64, 8, 3), _BAND_90, NearBandTile(64, 8, 8, 2, 128)),
+        Tiles(
+            rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND_90, near_band=NearBandTile(64, 8, 8, 2)
+        ),
         Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(128, 64, 8, 2), band=_BAND),
         Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(128, 16, 8, 2), band=_BAND),
     ),
@@ -84,7 +100,7 @@ TARGETS[120] = TARGETS[80]
 FP32 = Tiles(rows=Tile(16, 16, 4, 2), forward=Tile(32, 16, 8, 2), band=BandTile(16, 16, 4, 2))
 
 # The interpreter's time depends on the number of operations, not of elements. Short tests should cross many borders.
-INTERPRETED = Tiles(rows=Tile(32, 16, 1, 1), forward=Tile(16, 32, 1, 1), band=BandTile(32, 16, 1, 1))
+INTERPRETED = Tiles(Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), BandTile(32, 16, 1, 1), NearBandTile(64, 2, 1, 1))
 
 
 def choose_tiles(capability: int, head_size: int, value_size: int, bits: int) -> Tiles:
