@@ -28,6 +28,13 @@ RUN_FIELDS = tl.constexpr(5)  # of a row of `Layout.tiles`
 
 
 @triton.jit
+def _load_rows(rows, lse, t, last):
+    """Returns whether the rows t are of R, as int32, and their log-sum-exp; 0 from `last` on."""
+    inside = t < last
+    return tl.load(rows + t, mask=inside, other=0).to(tl.int32), tl.load(lse + t, mask=inside, other=0.0)
+
+
+@triton.jit
 def _seen_before_run(
     q, k, lse, stride_qt, stride_kt, begin, first, last, window, near_end, factor, cap,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BEFORE: tl.constexpr,
@@ -144,16 +151,18 @@ def near_band_kernel(
         SIZE, BLOCK_D, BLOCK, BLOCK_BEFORE, SCALE_FIRST, USE_SOFTCAP,
     )  # fmt: skip
     k += begin.to(tl.int64) * stride_kt
+    active, own_lse = _load_rows(rows, lse, begin + i, last)
+    late, late_lse = _load_rows(rows, lse, begin + BLOCK + i, last)
     for start in range(begin, end, BLOCK):
-        s, t = start + i, start + BLOCK + i
-        inside, late_end = s < last, tl.minimum(start + BLOCK + reach, last)
+        s, late_end = start + i, tl.minimum(start + BLOCK + reach, last)
+        inside = s < last
         key = load_tile(k, stride_kt, start, last, SIZE, BLOCK_D, BLOCK)
         query = load_tile(q, stride_qt, start, last, SIZE, BLOCK_D, BLOCK)
         late_query = load_tile(q + BLOCK * stride_qt, stride_qt, start + BLOCK, late_end, SIZE, BLOCK_D, BLOCK)
-        active = tl.load(rows + s, mask=inside, other=0) != 0
-        own_lse = tl.load(lse + s, mask=inside, other=0.0)
-        late = tl.load(rows + t, mask=t < late_end, other=0) != 0
-        late_lse = tl.load(lse + t, mask=t < late_end, other=0.0)
+        # the compiler loads operands of products a turn ahead, and nothing at all if a value is carried for two turns
+        next_active, next_lse = _load_rows(rows, lse, start + BLOCK + i, last)
+        next_late, next_late_lse = _load_rows(rows, lse, start + 2 * BLOCK + i, last)
+        count = tl.load(counts + s, mask=inside, other=1)
 
         # hidden weights are removed after exp2, since they may be NaN; rows outside R are removed last
         log_sum = own_lse * LOG2E
@@ -164,8 +173,8 @@ def near_band_kernel(
             row_sum = tl.full([BLOCK], 1.0, tl.float32)
             if USE_SINKS:
                 row_sum -= tl.exp2(sink - log_sum)
-            tl.store(waad + out + s, tl.where(active, window * row_sum - nearness, 0.0), mask=inside)
-        limit = tl.where(active, horizon, 0)[:, None]
+            tl.store(waad + out + s, tl.where(active != 0, window * row_sum - nearness, 0.0), mask=inside)
+        limit = tl.where(active != 0, horizon, 0)[:, None]
         received = tl.where(is_within(distance - lo, limit), weights, 0.0)
 
         scores = scores_of(multiply(late_query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
@@ -174,15 +183,16 @@ def near_band_kernel(
             near = is_within(distance + BLOCK, near_end)
             seen_before = tl.sum(tl.where(near, weights * (past - BLOCK), 0.0), 1)
         if is_global:
-            limit = tl.where(late, horizon, 0)[:, None]
+            limit = tl.where(late != 0, horizon, 0)[:, None]
             received += tl.where(is_within(distance + (BLOCK - lo), limit), weights, 0.0)
             halves = tl.sum(tl.reshape(received, [2, BLOCK // 2, BLOCK]), 1)
             upper, lower = tl.split(tl.trans(halves))
             total = upper + lower
             if not GROUPED:
-                total /= tl.load(counts + s, mask=inside, other=1).to(tl.float32)
+                total /= count.to(tl.float32)
             tl.store(fai + out + s, total, mask=inside)
         if COPY_LSE:
-            tl.store(row_lse + out + s, tl.where(active, own_lse, 0.0), mask=inside)
+            tl.store(row_lse + out + s, tl.where(active != 0, own_lse, 0.0), mask=inside)
+        active, own_lse, late, late_lse = next_active, next_lse, next_late, next_late_lse
         k += BLOCK * stride_kt
         q += BLOCK * stride_qt
