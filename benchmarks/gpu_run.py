@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from benchmarks import ROOT
 
@@ -27,6 +27,8 @@ class Step(NamedTuple):
     limit: int
     """The seconds after which it is stopped."""
     environment: dict[str, str] | None = None
+    together: str = ""
+    """Steps of one such name, which measure no time, run side by side."""
 
 
 class Outcome(NamedTuple):
@@ -41,31 +43,58 @@ class Outcome(NamedTuple):
 
 
 def run(step: Step, seconds: float, out: Path) -> Outcome:
-    """Runs a step in its own process group, which ends with it.
+    """Runs a step in its own process group, which ends with it, for at most `seconds`. `out` stands for {out}."""
+    return run_together([step], [seconds], out.parent)[0]
 
-    After `seconds` it is interrupted, as by Ctrl-C, so that tests say what failed and benchmarks keep what they have.
-    Processes that still run `GRACE` seconds later are killed.
+
+def run_together(steps: list[Step], seconds: list[float], folder: Path) -> list[Outcome]:
+    """Runs steps side by side, each in its own process group, which ends with it. Their {out} is `folder`/name.
+
+    After its `seconds` a step is interrupted, as by Ctrl-C, so that tests say what failed and benchmarks keep what they
+    have. Processes that still run `GRACE` seconds later are killed.
     """
-    command = [argument.replace("{out}", str(out)) for argument in step.command]
-    begin = time.perf_counter()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with contextlib.ExitStack() as stack:
+        running = []
+        for step in steps:
+            output = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            running.append(stack.enter_context(_Running(step, folder / step.name, output)))
+        return [x.wait(limit) for x, limit in zip(running, seconds, strict=True)]
+
+
+class _Running:
+    """A step's process. All that it started ends with the block."""
+
+    def __init__(self, step: Step, out: Path, output: TextIO):
+        command = [argument.replace("{out}", str(out)) for argument in step.command]
+        self.name, self.begin = step.name, time.perf_counter()
+        self.output = output
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(step.environment or {})}
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+    def __enter__(self) -> "_Running":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _end(self.process)
+
+    def wait(self, seconds: float) -> Outcome:
+        """Returns the outcome, at the latest `seconds` after the begin and `GRACE` more."""
+        left = self.begin + seconds - time.perf_counter()
         try:
-            status = "passed" if process.wait(max(seconds, 0)) == 0 else "failed"
+            status = "passed" if self.process.wait(max(left, 0)) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "out of time"
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)  # reaches processes under a sanitizer or in a worker too
+                os.killpg(self.process.pid, signal.SIGINT)  # reaches processes under a sanitizer or in a worker too
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-        finally:
-            _end(process)
-        output.seek(0)
-        lines = [line for line in output.read().replace("\r", "\n").splitlines() if line.strip()]
-    return Outcome(step.name, status, time.perf_counter() - begin, "\n".join(lines[-TAIL:]), _cut("\n".join(lines)))
+                self.process.wait(GRACE)
+        _end(self.process)
+        took = time.perf_counter() - self.begin
+        self.output.seek(0)
+        lines = [line for line in self.output.read().replace("\r", "\n").splitlines() if line.strip()]
+        return Outcome(self.name, status, took, "\n".join(lines[-TAIL:]), _cut("\n".join(lines)))
 
 
 def _end(process: subprocess.Popen) -> None:

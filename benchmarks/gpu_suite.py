@@ -29,7 +29,7 @@ from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.gpu_report import Report, load
-from benchmarks.gpu_run import GRACE, Outcome, Step, run
+from benchmarks.gpu_run import GRACE, Outcome, Step, run_together
 from benchmarks.measure import environment, make_parser, output_of
 
 ARCHITECTURES = ROOT / "tests" / "test_architectures.py"
@@ -49,7 +49,7 @@ def steps() -> list[Step]:
     workers = max(1, min(8, cores // 2))
     if importlib.util.find_spec("xdist"):  # references and compilations take most of the tests' time
         pytest += ["-n", str(workers), "--dist", "loadgroup"]
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+    threads = {"OMP_NUM_THREADS": "1"}  # several steps of tests run side by side
     attention = [PYTHON, "-m", "benchmarks.attention", "--rounds", "20", "--limit", "8", "--out", "{out}"]
     selection = [PYTHON, "-m", "benchmarks.selection", "--rounds", "20", "--limit", "4", "--out", "{out}"]
     forward = [PYTHON, "-m", "benchmarks.forward", "--rounds", "5", "--limit", "40", "--out", "{out}"]
@@ -67,15 +67,18 @@ def steps() -> list[Step]:
     memcheck = [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *kernels]
     return [
         Step("build", 1, [PYTHON, "-m", "benchmarks.gpu_build"], 30, 120, {"MAX_JOBS": str(cores)}),
-        Step("gpu-tests", 1, [*pytest, "-m", "gpu", *runnable(gpu_tests())], 60, 150, threads),
-        Step("memcheck", 1, memcheck, 50, 90, no_cache),
+        Step("gpu-tests", 1, [*pytest, "-m", "gpu", *runnable(gpu_tests())], 60, 150, threads, "checks"),
+        Step("memcheck", 1, memcheck, 50, 90, no_cache, "checks"),
+        Step(
+            "triton-tests", 1, [*pytest, *runnable(triton_tests())], 90, 150, threads | {"FUZZ_CASES": "40"}, "checks"
+        ),
+        Step("architectures", 1, [*pytest, "-m", "gpu", *runnable([ARCHITECTURES])], 40, 90, threads, "checks"),
         Step("ceilings", 1, [PYTHON, "-m", "benchmarks.ceilings", "--out", "{out}"], 15, 40),
         Step("attention", 1, variants((*OURS, *DENSE, "cudnn"), 1024, 4096, 8192, 16384), 90, 150),
+        Step("tiles", 1, [PYTHON, "-m", "benchmarks.tiles", "--rounds", "10", "--out", "{out}"], 40, 80),
         Step("selection", 1, selection, 30, 60),
         Step("forward", 1, forward, 40, 100),
         Step("trainer", 1, [*trainer, "--out", "{out}"], 60, 120, whole),
-        Step("triton-tests", 2, [*pytest, *runnable(triton_tests())], 50, 120, threads | {"FUZZ_CASES": "40"}),
-        Step("architectures", 2, [*pytest, "-m", "gpu", *runnable([ARCHITECTURES])], 30, 90, threads),
         Step("racecheck", 2, [*sanitizer, "--tool", "racecheck", *kernels], 60, 120),
         Step("attention-long", 2, variants(OURS, 32768, 131072), 60, 120),
         Step("attention-others", 2, variants(("sdpa", "full", *OTHERS), 8192), 60, 150),
@@ -186,13 +189,14 @@ def left_out_tests() -> dict[str, list[str]]:
 def describe(chosen: list[Step], budget: float) -> str:
     """Returns a line for each step: its time, and whether the steps before it leave it enough."""
     lines, begin = [], 0
-    for step in chosen:
-        end = begin + step.estimate
+    for together in side_by_side(chosen):
+        end = begin + max(step.estimate for step in together)
         fits = "" if end <= budget else f"; beyond the budget of {budget:.0f} s"
-        lines.append(
+        lines += [
             f"{step.name}: half {step.half}, about {step.estimate} s, at most {step.limit} s, done after about {end} s"
             f"{fits}: {' '.join(step.command)}"
-        )
+            for step in together
+        ]
         begin = end
     lines += [f"left out: {name}, {', '.join(missing)} not installed" for name, missing in left_out_tests().items()]
     return "\n".join(lines)
@@ -201,22 +205,40 @@ def describe(chosen: list[Step], budget: float) -> str:
 def run_all(chosen: list[Step], report: Report, budget: float, out: Path) -> list[Outcome]:
     """Runs the steps in their order while the budget lasts, and writes the report after each."""
     begin, outcomes = time.perf_counter(), []
+
+    def add(outcome: Outcome) -> None:
+        print(f"{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
+        outcomes.append(outcome)
+        report.add(outcome, Path(scratch), out)
+        report.save(out)
+
     with tempfile.TemporaryDirectory() as scratch:
-        for step in chosen:
+        for together in side_by_side(chosen):
             left = budget - (time.perf_counter() - begin) - GRACE
-            if reason := why_not(step):
-                outcome = Outcome(step.name, "left out", 0.0, reason)
-            elif left < step.estimate / 2:  # a shorter step behind it may still fit
-                why = f"{max(left, 0):.0f} s of {budget:.0f} s are left, and it takes about {step.estimate} s"
-                outcome = Outcome(step.name, "out of time", 0.0, why)
-            else:
-                print(f"{step.name} ...", flush=True)
-                outcome = run(step, min(step.limit, left), Path(scratch) / step.name)
-            print(f"{step.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
-            outcomes.append(outcome)
-            report.add(outcome, Path(scratch), out)
-            report.save(out)
+            ready = []
+            for step in together:
+                if reason := why_not(step):
+                    add(Outcome(step.name, "left out", 0.0, reason))
+                elif left < step.estimate / 2:  # a shorter step behind it may still fit
+                    why = f"{max(left, 0):.0f} s of {budget:.0f} s are left, and it takes about {step.estimate} s"
+                    add(Outcome(step.name, "out of time", 0.0, why))
+                else:
+                    print(f"{step.name} ...", flush=True)
+                    ready.append(step)
+            for outcome in run_together(ready, [min(step.limit, left) for step in ready], Path(scratch)):
+                add(outcome)
     return outcomes
+
+
+def side_by_side(chosen: list[Step]) -> list[list[Step]]:
+    """Returns the steps in their order, those together that run at the same time."""
+    groups: list[list[Step]] = []
+    for step in chosen:
+        if step.together and groups and groups[-1][0].together == step.together:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
 
 
 def merge(folders: list[Path], out: Path) -> Report:

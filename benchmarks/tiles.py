@@ -201,7 +201,7 @@ def report(out: Path | None, where: dict, args: argparse.Namespace, shape: Shape
     return publish(out, text, {**where, "tokens": args.tokens, "measured": data, "failed": lines})
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--passes", nargs="+", choices=TILE_OF, default=list(TILE_OF))
     parser.add_argument("--tokens", type=int, default=8192)
@@ -215,7 +215,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--once", action="store_true", help="run each pass once with the table's tile, and time nothing"
     )
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each pass")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     if not torch.cuda.is_available():
         raise SystemExit(
             "tiles are timed on a GPU, and there is none here: python -m benchmarks.kernels --try needs none"

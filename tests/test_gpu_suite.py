@@ -31,10 +31,14 @@ def test_each_half_fits_its_budget_and_the_first_has_what_matters_most():
     halves = {half: [step for step in gpu_suite.steps() if step.half == half] for half in gpu_suite.HALVES}
     for steps in halves.values():
         build = 0 if steps[0].name == "build" else gpu_suite.steps()[0].estimate  # each half begins with the build
-        assert build + sum(step.estimate for step in steps) <= gpu_suite.BUDGET - gpu_run.GRACE
+        seconds = sum(max(step.estimate for step in together) for together in gpu_suite.side_by_side(steps))
+        assert build + seconds <= gpu_suite.BUDGET - gpu_run.GRACE
         assert all(step.estimate <= step.limit <= gpu_suite.BUDGET for step in steps)
-    first = ["build", "gpu-tests", "memcheck", "ceilings", "attention", "selection", "forward", "trainer"]
-    assert [step.name for step in halves[1]] == first
+    checks = ["gpu-tests", "memcheck", "triton-tests", "architectures"]
+    times = ["ceilings", "attention", "tiles", "selection", "forward", "trainer"]
+    assert [step.name for step in halves[1]] == ["build", *checks, *times]
+    groups = [[step.name for step in together] for together in gpu_suite.side_by_side(gpu_suite.steps())]
+    assert [names for names in groups if len(names) > 1] == [checks]
     names = [step.name for step in gpu_suite.steps()]
     assert len(set(names)) == len(names) and all(re.fullmatch("[a-z-]+", name) for name in names)
 
@@ -50,7 +54,7 @@ def test_the_commands_name_what_is_there():
             module = importlib.import_module(step.command[at])
             arguments = step.command[at + 1 :]
             if hasattr(module, "parse"):
-                module.parse([*arguments, *(["--device", "cpu"] if step.name != "ceilings" else [])])
+                module.parse([*arguments, *(["--device", "cpu"] if step.name != "tiles" else [])])
             else:
                 assert not arguments or step.name == "ceilings"
     assert (gpu_run.ROOT / "setup.py").exists()
@@ -261,6 +265,20 @@ def test_tests_that_are_interrupted_say_what_failed(tmp_path, workers):
         process.send_signal(signal.SIGINT)
         output = process.communicate()[0]
     assert "assert 1 == 2" in output and "FAILED test_it.py::test_wrong" in output
+
+
+def test_steps_side_by_side_have_limits_and_outputs_of_their_own(tmp_path):
+    meet = (
+        "import pathlib, sys, time\npathlib.Path({mine!r}).touch()\nwhile not pathlib.Path({other!r}).exists(): pass\n"
+    )
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    steps = [
+        python("a", meet.format(mine=a, other=b) + "print('done')"),
+        python("b", meet.format(mine=b, other=a) + "time.sleep(60)"),
+    ]
+    done = gpu_run.run_together(steps, [30, 2], tmp_path)
+    assert (done[0].name, done[0].status, done[0].tail.splitlines()[:1]) == ("a", "passed", ["done"])
+    assert done[1].status == "out of time" and done[1].seconds < 20
 
 
 def test_a_long_log_keeps_its_ends(tmp_path, monkeypatch):
