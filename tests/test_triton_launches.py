@@ -114,8 +114,8 @@ def test_the_mean_over_tiles_has_the_bits_of_the_mean_over_rows(kind, tile):
     generator = torch.Generator().manual_seed(tile)
     response_mask = torch.rand(batch, TOKENS, generator=generator) < 0.6
     response_mask[-1, 33:] = False  # the last sequence of the packed ones has no row
-    kind = {name: x.to(DEVICE) for name, x in kind.items()}
-    layout = make_layout(batch, TOKENS, torch.device(DEVICE), response_mask.to(DEVICE), **kind)
+    response_mask, kind = response_mask.to(DEVICE), {name: x.to(DEVICE) for name, x in kind.items()}
+    layout = make_layout(batch, TOKENS, response_mask.device, response_mask, **kind)
     distance = torch.rand(batch, HEADS, TOKENS, generator=generator).to(DEVICE) * TOKENS * layout.rows[:, None]
     distance[0, 1, layout.rows[0].nonzero()[0]] = torch.nan
     expected = mean_over_rows(distance, layout)
