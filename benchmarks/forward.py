@@ -16,6 +16,10 @@ pass. Compared are:
 `collect` checks each sampled layer's output on a few rows. The time of this check is part of `groups` and `spans`. The
 report also gives it by itself, by the collector's own clock, and says where each log-sum-exp came from.
 
+On a GPU the times are those between two CUDA events. Each run has a head start of 50 ms, in which the host queues its
+first launches: in a log-prob pass over several micro-batches the host is ahead of the device, too. What is measured is
+then the device's work and every place where the host waits for it, and not the host's own time before the first layer.
+
 Nothing is timed before two checks: the logits of `groups` and `spans` must have the bits of `plain`, and the rhythm
 must be the dense one, to `EXACT` (fp32) or `ROUNDED` (16-bit inputs: eager rounds scores) of the largest value.
 
@@ -144,6 +148,7 @@ def dense_layers(
         del table["sdpa"]
 
 
+HEAD_START = 0.05  # seconds, longer than the host takes for a whole forward under `collect`
 Result = tuple[Tensor, Rhythm | None, dict[int, AttentionStats]]
 
 
@@ -280,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
         notes.check_seconds.clear()
         report_so_far = partial(report, args, environment(device), weights, error, notes)
         label = f"{args.model}, {args.tokens:,} tokens"
-        measured = interleave(variants, args.rounds, label, device, args.limit, after_round=report_so_far)
+        measured = interleave(variants, args.rounds, label, device, args.limit, report_so_far, HEAD_START)
         text = report_so_far(measured)
     print(text)
 

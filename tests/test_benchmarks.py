@@ -8,6 +8,7 @@ from benchmark_cases import TINY_LLAMA
 
 from benchmarks import attention, attention_variants, ceilings, forward, measure
 from benchmarks.attention_variants import VARIANTS, Answer, Shape, Variant
+from benchmarks.pretended_cuda import pretended_cuda
 from benchmarks.triton_forward_baseline import causal_attention
 
 CPU = torch.device("cpu")
@@ -28,6 +29,23 @@ def test_variants_take_turns_and_rounds_stop_at_the_limit():
     assert calls == ["a", "b"] * rounds
     assert len(measured["a"].samples) == measure.FEWEST_ROUNDS
     assert len(measure.interleave(variants, 5, "test")["a"].samples) == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended")
+def test_a_gpu_waits_as_long_as_a_caller_says(monkeypatch):
+    cycles = []
+    monkeypatch.setattr("rhythm_kernels.analysis.measure._kernel_seconds", lambda run, device: None)
+    with pretended_cuda() as device:
+        monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
+        for head_start in ({}, {"head_start": forward.HEAD_START}):
+            measure.interleave({"a": lambda: None}, 1, "test", device, **head_start)
+    assert cycles == [2_000_000, 100_000_000]
+
+
+@pytest.mark.parametrize("seconds", [-1e-3, 1.1, float("nan")])
+def test_a_head_start_that_no_gpu_can_wait_is_refused(seconds):
+    with pytest.raises(ValueError, match=f"^head_start must be between 0 and 1.07 seconds, got {seconds}$"):
+        measure.interleave({}, 1, "test", head_start=seconds)
 
 
 def test_extra_bytes_are_the_peak():

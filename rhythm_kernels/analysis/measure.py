@@ -13,7 +13,8 @@ import torch
 
 CPU = torch.device("cpu")
 FEWEST_ROUNDS = 3  # rounds that are timed even after the time limit
-HEAD_START = 2_000_000  # GPU clock cycles, about 1 ms, in which the launches queue up before the clock starts
+HEAD_START = 1e-3  # seconds
+CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most: a slower one gives a longer head start
 TRACED_RUNS = 3
 
 
@@ -47,6 +48,7 @@ def interleave(
     device: torch.device = CPU,
     limit: float = float("inf"),
     after_round: Callable[[dict[str, Measured]], object] | None = None,
+    head_start: float = HEAD_START,
 ) -> dict[str, Measured]:
     """Runs the variants in turn in each round, so that a machine that drifts slows all of them alike.
 
@@ -59,7 +61,13 @@ def interleave(
         label: names the progress bar.
         limit: seconds after which no further round starts, once `FEWEST_ROUNDS` are timed.
         after_round: is called after each timed round with the measurements so far, without `kernel_seconds`.
+        head_start: seconds for which a GPU waits before its clock starts, while the host queues the first launches of
+            a run. It must be longer than the time by which the device would otherwise be ahead of the host.
+
+    Raises:
+        ValueError: `head_start` is negative, or longer than a GPU can be made to wait.
     """
+    cycles_of(head_start)
     extra: dict[str, list[int]] = {name: [] for name in variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     begin = time.perf_counter()
@@ -73,7 +81,7 @@ def interleave(
             if i < 0:
                 extra[name].append(extra_bytes(run, device))
             else:
-                seconds[name].append(_time(run, device))
+                seconds[name].append(_time(run, device, head_start))
         if i >= 0 and after_round is not None:
             after_round(_summed_up(seconds, extra, min))
     gc.unfreeze()
@@ -111,14 +119,27 @@ def _summed_up(
     }
 
 
-def _time(run: Callable[[], object], device: torch.device) -> float:
+def cycles_of(head_start: float) -> int:
+    """Returns the clock cycles of a head start in seconds.
+
+    Raises:
+        ValueError: it is negative, or takes more cycles than torch.cuda._sleep counts.
+    """
+    cycles = head_start * CYCLES_PER_SECOND
+    if not 0 <= cycles < 2**31:
+        most = (2**31 - 1) / CYCLES_PER_SECOND
+        raise ValueError(f"head_start must be between 0 and {most:.2f} seconds, got {head_start}")
+    return int(cycles)
+
+
+def _time(run: Callable[[], object], device: torch.device, head_start: float = HEAD_START) -> float:
     if device.type != "cuda":
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _l2_sized_buffer(device).zero_()
-    torch.cuda._sleep(HEAD_START)
+    torch.cuda._sleep(cycles_of(head_start))
     first.record()
     run()
     last.record()
