@@ -18,12 +18,12 @@ distance, FAI the future attention influence, lse the log-sum-exp of the scores.
     groups      group_stats with a known lse: WAAD summed over 30 % of the heads, FAI over another 30 %
     fused       attention: the output and all statistics
 
-`full`, `band` and `groups` get the layout of the batch ready-made, since `collect` makes it once for all layers.
+The last four variants get the layout of the batch ready-made, since `collect` makes it once for all layers.
 
 Each variant is checked before it is timed. Up to 1,024 tokens the reference is fp64; where only larger sizes are asked
 for, this check runs once at 1,024. Above, statistics are held against `full` and outputs against sdpa. Errors are in
 units of the largest value of the result. `EXACT` is allowed, or `ROUNDED` for 16-bit outputs and for variants that
-round scores, weights or sums to 16 bits. The last four variants are the package's own: if one is wrong or fails, the
+round scores, weights or sums to 16 bits. They are the package's own: if one of them is wrong or fails, the
 benchmark ends. Another variant that is wrong or fails is left out from there on, with a footnote that says why.
 
 `flex` compiles several graphs for each number of tokens, so it runs at one number only: the largest up to 8,192.

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import available_bytes
-from rhythm_kernels import AttentionStats, attention, attention_stats, group_heads
-from rhythm_kernels.statistics.api import run_group_stats, run_stats
+from rhythm_kernels import AttentionStats, attention_stats, group_heads
+from rhythm_kernels.statistics.api import run_attention, run_group_stats, run_stats
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.options import Options, check_options
 
@@ -240,8 +240,10 @@ def checked_options(p: Problem, need_span: bool) -> Options:
 
 
 def make_fused(p: Problem) -> Callable[[], Answer]:
+    options = checked_options(p, need_span=True)
+
     def run() -> Answer:
-        out, stats = attention(p.q, p.k, p.v, **OPTIONS)
+        out, stats = run_attention(p.q, p.k, p.v, p.layout, options)
         return answer_of(stats)._replace(out=out)
 
     return run

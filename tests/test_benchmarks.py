@@ -10,6 +10,7 @@ from benchmarks import attention, attention_variants, ceilings, forward, measure
 from benchmarks.attention_variants import VARIANTS, Answer, Shape, Variant
 from benchmarks.pretended_cuda import pretended_cuda
 from benchmarks.triton_forward_baseline import causal_attention
+from rhythm_kernels.statistics import api
 
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the Triton kernels, interpreted on a CPU
@@ -105,6 +106,14 @@ def test_the_passes_of_flex_give_the_statistics(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     _, row = attention.prepare(SMALL, 128, ["flex"], CPU, {})
     assert row.gives["flex"] == ["out", "waad", "fai", "lse"] and row.errors["flex"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["full", "band", "groups", "fused"])
+def test_the_packages_own_variants_are_timed_without_their_layout(name, monkeypatch):
+    run = VARIANTS[name].make(attention_variants.make_problem(SMALL, 32, CPU))
+    for place in (api, attention_variants):
+        monkeypatch.setattr(place, "make_layout", None)
+    run()
 
 
 @pytest.mark.parametrize("tokens", [64, 1100])  # against fp64, and against `full`

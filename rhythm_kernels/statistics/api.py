@@ -158,9 +158,7 @@ def attention(
     check_values(v, k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("attention has no backward, got an input that requires a gradient: call it in torch.no_grad()")
-    layout = _check_layout(q, None, response_mask, attention_mask, cu_seqlens)
-    with isolated(q.device):
-        return _backend_module(backend, q=q, k=k, v=v).attention(q.detach(), k.detach(), v.detach(), layout, options)
+    return run_attention(q, k, v, _check_layout(q, None, response_mask, attention_mask, cu_seqlens), options, backend)
 
 
 def run_stats(
@@ -186,6 +184,14 @@ def run_group_stats(
     with isolated(q.device):
         run = _backend_module(backend, q=q, k=k).group_stats
         return run(q.detach(), k.detach(), lse, local_heads, global_heads, layout, options)
+
+
+def run_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options, backend: str = "auto"
+) -> tuple[Tensor, AttentionStats]:
+    """Does the work of `attention` on checked arguments."""
+    with isolated(q.device):
+        return _backend_module(backend, q=q, k=k, v=v).attention(q.detach(), k.detach(), v.detach(), layout, options)
 
 
 def _check_layout(q: Tensor, lse: object, response_mask: object, attention_mask: object, cu_seqlens: object) -> Layout:
