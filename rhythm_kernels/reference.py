@@ -36,7 +36,7 @@ def segment_ids(
             ids[0, cu_seqlens[s] : cu_seqlens[s + 1]] = s
         return ids
     ids = torch.arange(batch)[:, None].expand(batch, tokens)
-    return ids if attention_mask is None else ids.masked_fill(~attention_mask.bool().cpu(), -1)
+    return ids if attention_mask is None else ids.masked_fill(~attention_mask.bool().to(ids.device), -1)
 
 
 def attention_map(

@@ -1,18 +1,25 @@
 """Cases for every backend, with values and head groups, and checks against the reference.
 
 A case is made for `attention_stats`. `group_stats` and `attention` take the same case, with `make_groups` and
-`make_values`.
+`make_values`. Its tensors are on the CPU. Results are compared on their own device, where the reference and the eager
+formula run too: with the few threads of a test, dense maps in fp64 take a CPU most of a minute.
 
 Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rhythm_kernels import AttentionStats, GroupStats, reference
+from rhythm_kernels.isolation import exact_products
+
+ROUNDED_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+"""The settings of torch that let a GPU round partial sums of 16-bit products to 16 bits."""
 
 
 class StatsCase(NamedTuple):
@@ -30,6 +37,38 @@ class StatsCase(NamedTuple):
     def options(self, *without: str) -> dict:
         """Returns kwargs without some names: `group_stats` takes no `need_span`, and `attention` no `lse`."""
         return {name: x for name, x in self.kwargs.items() if name not in without}
+
+
+def moved(x, device: torch.device | str):
+    """Returns a copy of a tensor on the device, in the same memory order; anything else as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+def case_on(device: torch.device | str, case: StatsCase) -> StatsCase:
+    """Returns a case with its tensors on the device."""
+    kwargs = {name: moved(x, device) for name, x in case.kwargs.items()}
+    return StatsCase(moved(case.q, device), moved(case.k, device), kwargs)
+
+
+@contextmanager
+def dense_formulas_on(device: torch.device) -> Iterator[None]:
+    """Opens a context in which dense formulas make their tensors on the device, and their products keep all bits.
+
+    Without it a GPU may round the factors of fp32 products to TF32, and the partial sums of 16-bit products to 16 bits.
+    The eager formula would then be worse, and the tolerance, which is twice its error, wider.
+    """
+    settings = torch.backends.cuda.matmul
+    earlier = {name: getattr(settings, name) for name in ROUNDED_SUMS}
+    try:
+        for name in ROUNDED_SUMS:
+            setattr(settings, name, False)
+        with torch.device(device), exact_products():
+            yield
+    finally:
+        for name, value in earlier.items():
+            setattr(settings, name, value)
 
 
 def strided(x: Tensor, how: str) -> Tensor:
@@ -53,15 +92,17 @@ def make_case(
     sharpness: float = 1.0,
     order: str = "heads outside",
     lse_given: bool = False,
+    device: str = "cpu",
     **kwargs,
 ) -> StatsCase:
-    """Returns a case of random q and k.
+    """Returns a case of random q and k, on the CPU.
 
     Args:
         q_shape: B, HQ, T and D.
         sharpness: factor of the scores.
         order: memory order of q, k and lse, as in `strided`.
         lse_given: whether kwargs get the log-sum-exp of the reference.
+        device: where the reference computes that log-sum-exp.
         kwargs: arguments of `attention_stats`.
     """
     batch, _, tokens, size = q_shape
@@ -73,9 +114,9 @@ def make_case(
     case = StatsCase(q, k, kwargs)
     if not lse_given:
         return case
-    exact = reference_stats(case)
+    exact = reference_stats(case_on(device, case)).lse.cpu()
     rows = rows_of(case)
-    lse = torch.where(rows[:, None], exact.lse, math.nan).float()
+    lse = torch.where(rows[:, None], exact, math.nan).float()
     if order != "heads outside":
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
     return case._replace(kwargs=kwargs | {"lse": lse})
@@ -101,7 +142,8 @@ def make_groups(case: StatsCase, seed: int = 0, per_sequence: bool = True) -> tu
 def segments_of(case: StatsCase) -> Tensor:
     """Returns the sequence of each token, -1 for padding: [B, T]."""
     batch, _, tokens, _ = case.q.shape
-    return reference.segment_ids(batch, tokens, case.kwargs.get("attention_mask"), case.kwargs.get("cu_seqlens"))
+    with dense_formulas_on(case.q.device):
+        return reference.segment_ids(batch, tokens, case.kwargs.get("attention_mask"), case.kwargs.get("cu_seqlens"))
 
 
 def sequences_of(case: StatsCase) -> int:
@@ -118,14 +160,23 @@ def rows_of(case: StatsCase) -> Tensor:
 
 
 def reference_stats(case: StatsCase, dtype: torch.dtype = torch.float64) -> AttentionStats:
-    return reference.attention_stats(case.q, case.k, **case.options("lse", "need_span"), dtype=dtype)
+    """Returns the statistics of the reference, on the device of the case."""
+    with dense_formulas_on(case.q.device):
+        return reference.attention_stats(case.q, case.k, **case.options("lse", "need_span"), dtype=dtype)
 
 
 def reference_map(case: StatsCase, dtype: torch.dtype) -> Tensor:
     """Returns A [B, HQ, T, T] of all tokens that are not padding, whether in R or not."""
     names = ("scale", "sliding_window", "softcap", "sinks")
     options = {name: case.kwargs[name] for name in names if name in case.kwargs}
-    return reference.attention_map(case.q, case.k, segments_of(case), **options, dtype=dtype)[0]
+    with dense_formulas_on(case.q.device):
+        return reference.attention_map(case.q, case.k, segments_of(case), **options, dtype=dtype)[0]
+
+
+def attention_out(weights: Tensor, v: Tensor) -> Tensor:
+    """Returns the reference's output of a map, on the device of the map."""
+    with dense_formulas_on(v.device):
+        return reference.attention_out(weights, v)
 
 
 def errors(stats: AttentionStats, exact: AttentionStats) -> dict[str, float]:
@@ -133,7 +184,7 @@ def errors(stats: AttentionStats, exact: AttentionStats) -> dict[str, float]:
     largest = {}
     for name, x, true in zip(stats._fields, stats, exact, strict=True):
         if x is not None:
-            error = (x.double().cpu() - true.double()).abs().nan_to_num(nan=math.inf)
+            error = (x.double().to(true.device) - true.double()).abs().nan_to_num(nan=math.inf)
             largest[name] = error.max().item() if error.numel() else 0.0
     return largest
 
@@ -142,13 +193,14 @@ def eager_score_error(case: StatsCase) -> float:
     """Returns the largest error of a visible score, q k^T times the scale, that the eager formula computes in fp32."""
     _, query_heads, tokens, size = case.q.shape
     segments = segments_of(case)
-    distance = reference.distances(tokens)
+    distance = reference.distances(tokens).to(segments.device)
     visible = (distance >= 0) & (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, :, None]
     if case.kwargs.get("sliding_window") is not None:
         visible &= distance < case.kwargs["sliding_window"]
     scale = size**-0.5 if case.kwargs.get("scale") is None else case.kwargs["scale"]
     k = case.k.repeat_interleave(query_heads // case.k.shape[1], 1)
-    error = (case.q.float() @ k.float().mT * scale).double() - case.q.double() @ k.double().mT * scale
+    with dense_formulas_on(case.q.device):
+        error = (case.q.float() @ k.float().mT * scale).double() - case.q.double() @ k.double().mT * scale
     error = error.abs()[visible[:, None].expand_as(error)]
     return error.max().item() if error.numel() else 0.0
 
@@ -178,6 +230,7 @@ def tolerances(case: StatsCase, exact: AttentionStats) -> dict[str, float]:
 
 def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
     """Checks shapes, dtypes, zeros where the contract says 0, and that errors against fp64 are within `tolerances`."""
+    case = case_on(stats.waad.device, case)
     exact = reference_stats(case)
     assert (stats.span is None) == (not case.kwargs.get("need_span", True))
     for name, x, true in zip(stats._fields, stats, exact, strict=True):
@@ -185,8 +238,8 @@ def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
             assert x.dtype == torch.float32, (name, x.dtype)
             assert x.shape == true.shape, (name, x.shape, true.shape)
     outside = ~rows_of(case)[:, None].expand_as(exact.waad)
-    assert (stats.waad.cpu()[outside] == 0).all(), "waad is not 0 outside R"
-    assert (stats.lse.cpu()[outside] == 0).all(), "lse is not 0 outside R"
+    assert (stats.waad[outside] == 0).all(), "waad is not 0 outside R"
+    assert (stats.lse[outside] == 0).all(), "lse is not 0 outside R"
     allowed = tolerances(case, exact)
     largest = errors(stats, exact)
     wrong = {name: (error, allowed[name]) for name, error in largest.items() if not error <= allowed[name]}
@@ -195,6 +248,8 @@ def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
 
 def assert_groups_close(stats: GroupStats, case: StatsCase, local_heads: Tensor, global_heads: Tensor) -> None:
     """Checks shapes, dtypes, zeros, and that each sum is off by at most `tolerances` for each of its heads."""
+    case = case_on(stats.waad.device, case)
+    local_heads, global_heads = (moved(group, stats.waad.device) for group in (local_heads, global_heads))
     exact, segments = reference_stats(case), segments_of(case)
     sums = reference.group_sums(exact.waad, exact.fai, local_heads, global_heads, segments)
     one = torch.ones_like(exact.waad)
@@ -203,9 +258,9 @@ def assert_groups_close(stats: GroupStats, case: StatsCase, local_heads: Tensor,
     for name, x, true, heads in zip(stats._fields, stats, sums, head_counts, strict=True):
         assert x.dtype == torch.float32, (name, x.dtype)
         assert x.shape == true.shape, (name, x.shape, true.shape)
-        excess = (x.double().cpu() - true).abs().nan_to_num(nan=math.inf) - heads * allowed[name]
+        excess = (x.double() - true).abs().nan_to_num(nan=math.inf) - heads * allowed[name]
         assert (excess <= 0).all(), f"{name}: above heads x {allowed[name]} by {excess.max().item()}"
-    assert (stats.waad.cpu()[~rows_of(case)] == 0).all(), "waad is not 0 outside R"
+    assert (stats.waad[~rows_of(case)] == 0).all(), "waad is not 0 outside R"
 
 
 def assert_attention_close(out: Tensor, stats: AttentionStats, case: StatsCase, v: Tensor) -> None:
@@ -219,20 +274,21 @@ def assert_attention_close(out: Tensor, stats: AttentionStats, case: StatsCase, 
     """
     case = case._replace(kwargs=case.options("lse"))  # `attention` takes no lse, so none widens its tolerance
     assert_close_to_reference(stats, case)
+    case, v = case_on(out.device, case), moved(v, out.device)
     exact_map = reference_map(case, torch.float64)
-    exact = reference.attention_out(exact_map, v)
+    exact = attention_out(exact_map, v)
     assert out.dtype == case.q.dtype, out.dtype
     assert out.shape == exact.shape, (out.shape, exact.shape)
     padding = (segments_of(case) < 0)[:, None, :, None].expand_as(exact)
-    assert (out.cpu()[padding] == 0).all(), "out is not 0 in padding"
+    assert (out[padding] == 0).all(), "out is not 0 in padding"
 
-    eager = reference.attention_out(reference_map(case, torch.float32).to(v.dtype), v)
+    eager = attention_out(reference_map(case, torch.float32).to(v.dtype), v)
     eager_error = (eager.double() - exact).abs()
     every_row = case._replace(kwargs=case.options("response_mask"))
     slip = weight_slip(case, reference_stats(every_row).lse) + torch.finfo(v.dtype).eps
-    allowed = slip * reference.attention_out(exact_map, v.abs())
+    allowed = slip * attention_out(exact_map, v.abs())
     if eager_error.numel():
         allowed += 2 * eager_error.max()
-    error = (out.double().cpu() - exact).abs().nan_to_num(nan=math.inf)
+    error = (out.double() - exact).abs().nan_to_num(nan=math.inf)
     wrong = error > allowed
     assert not wrong.any(), f"out is off by {error[wrong].max().item()}, allowed {allowed[wrong].min().item()}"
