@@ -33,7 +33,7 @@ from benchmarks.launches import TARGETS, Launch, compile_launches
 from benchmarks.measure import environment, fold, make_parser, progress, show
 from benchmarks.sass import WARP_LANES, Instruction
 from rhythm_kernels.statistics import triton_backend
-from rhythm_kernels.statistics.triton_tiles import BandTile, NearBandTile, Tile, Tiles, choose_tiles
+from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, Tiles, choose_tiles
 
 # The rates of one SM of an H100 SXM are those of a cycle. 132 SMs at 1.83 GHz make the data sheet's 989e12 FLOP/s
 # (bf16, dense).
@@ -107,11 +107,6 @@ def named_loops(launch: Launch) -> tuple[list[tuple[str, int]], tuple[str, int |
         loops = [*["keys before"] * constants["LOOP_BEFORE"], *["rows behind"] * constants["LOOP_BEHIND"]]
         once = {"own tile": block * block} | {name: tiles[name] for name in tiles if name not in loops}
         return [(name, tiles[name]) for name in loops], (", ".join(once), sum(once.values()))
-    if launch.kernel == "near_band_kernel":
-        return [("tiles", 2 * constants["BLOCK"] ** 2)], (
-            "before the run",
-            constants["BLOCK"] * constants["BLOCK_BEFORE"],
-        )
     if launch.kernel == "probe_scores_kernel":
         return [("keys", constants["BLOCK_M"] * constants["BLOCK_N"])], ("outside", None)
     if launch.kernel in ("sum_heads_kernel", "span_kernel", "probe_errors_kernel", "probe_worst_kernel"):
@@ -237,10 +232,10 @@ def lines_report(rows: list[dict[str, Any]], most: int = 12) -> str:
     )
 
 
-def parse_tile(text: str) -> tuple[str, Tile | BandTile | NearBandTile]:
+def parse_tile(text: str) -> tuple[str, Tile | BandTile]:
     """Returns ("rows", Tile(128, 64, 4, 3)) for "rows=128,64,4,3"."""
     launch, _, numbers = text.partition("=")
-    kinds = {"rows": Tile, "forward": Tile, "band": BandTile, "near_band": NearBandTile}
+    kinds = {"rows": Tile, "forward": Tile, "band": BandTile}
     try:
         return launch, kinds[launch](*map(int, numbers.split(",")))
     except (KeyError, TypeError, ValueError):
@@ -248,7 +243,7 @@ def parse_tile(text: str) -> tuple[str, Tile | BandTile | NearBandTile]:
 
 
 @contextmanager
-def other_tiles(tiles: dict[str, Tile | BandTile | NearBandTile]) -> Iterator[None]:
+def other_tiles(tiles: dict[str, Tile | BandTile]) -> Iterator[None]:
     """Replaces the table's tiles for 16-bit inputs in its block."""
 
     def choose(capability: int, head_size: int, value_size: int, bits: int) -> Tiles:
@@ -266,8 +261,7 @@ def main() -> None:
     parser.add_argument("--lines", action="store_true", help="also list the source lines of each loop's instructions")
     parser.add_argument(
         "--try", dest="tiles", type=parse_tile, nargs="+", default=(), metavar="LAUNCH=A,B,WARPS,STAGES",
-        help="for 16-bit inputs: rows=M,N,.. or forward=M,N,.. or band=TOKENS,LEAST_BEFORE,..[,MAX_REGISTERS] or "
-        "near_band=TOKENS,RUN,..[,MAX_REGISTERS]",
+        help="for 16-bit inputs: rows=M,N,.. or forward=M,N,.. or band=TOKENS,LEAST_BEFORE,..[,MAX_REGISTERS]",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print everything that is known of each launch, as JSON")
     parser.add_argument("--out", type=Path, help="write what is printed to this file as well")

@@ -1,7 +1,7 @@
 """Which tiles of the Triton kernels are fastest on this GPU?
 
     python -m benchmarks.tiles [--passes rows forward band groups] [--tokens 8192] [--out OUT]
-    python -m benchmarks.tiles --try rows=128,128,8,2 near_band=64,8,8,2,128    # these alone, beside the table's own
+    python -m benchmarks.tiles --try rows=128,128,8,2 band=64,16,4,2,128    # these alone, beside the table's own
 
 Each pass runs by itself with the tile of the table (triton_tiles.py) and with each of the others:
 
@@ -10,8 +10,6 @@ Each pass runs by itself with the tile of the table (triton_tiles.py) and with e
     forward     the forward pass with v
     band        WAAD and FAI of each head, from the log-sum-exp
     groups      WAAD summed over 30 % of the heads, FAI over another 30 %
-    far-band    the band by the pass for longer windows and horizons
-    far-groups  the groups by that pass
 
 A tile whose results differ from those of the table's tile by more than `EXACT` (outputs: `ROUNDED`) of the largest
 value, or that does not compile, is left out, with the reason. Times are medians of interleaved rounds, with an L2 cache
@@ -50,20 +48,12 @@ from benchmarks.measure import (
 from rhythm_kernels.statistics.options import check_options
 from rhythm_kernels.statistics.triton_band import band_pass
 from rhythm_kernels.statistics.triton_forward import forward_pass
-from rhythm_kernels.statistics.triton_tiles import BandTile, NearBandTile, Tile, Tiles, choose_tiles
+from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, Tiles, choose_tiles
 
-AnyTile = Tile | BandTile | NearBandTile
+AnyTile = Tile | BandTile
 
-TILE_OF = {
-    "rows": "rows",
-    "known": "rows",
-    "forward": "forward",
-    "band": "near_band",
-    "groups": "near_band",
-    "far-band": "band",
-    "far-groups": "band",
-}
-WORK_OF = {"rows": "full", "known": "full", "forward": "sdpa", "far-band": "band", "far-groups": "groups"}
+TILE_OF = {"rows": "rows", "known": "rows", "forward": "forward", "band": "band", "groups": "band"}
+WORK_OF = {"rows": "full", "known": "full", "forward": "sdpa"}
 COMPILED_AT = 256  # tokens; the kernels are the same at every number
 
 # For heads up to 128 in 16 bits on a Hopper GPU.
@@ -93,22 +83,10 @@ OTHERS = {
         Tile(128, 32, 8, 3),
     ],
     "band": [
-        BandTile(64, 16, 4, 2),
         BandTile(64, 16, 4, 2, 128),
+        BandTile(64, 16, 4, 2, 168),
         BandTile(64, 16, 8, 2),
         BandTile(32, 16, 2, 2),
-    ],
-    "near_band": [
-        NearBandTile(64, 8, 8, 2, 128),
-        NearBandTile(64, 8, 8, 3),
-        NearBandTile(64, 8, 4, 2),
-        NearBandTile(64, 8, 4, 3),
-        NearBandTile(64, 4, 8, 2),
-        NearBandTile(64, 4, 8, 2, 128),
-        NearBandTile(64, 4, 4, 2),
-        NearBandTile(64, 16, 8, 2),
-        NearBandTile(64, 16, 8, 2, 128),
-        NearBandTile(64, 16, 4, 2),
     ],
 }
 
@@ -117,10 +95,9 @@ def run_pass(name: str, tile: AnyTile, p: Problem) -> tuple[Tensor, ...]:
     """Runs one pass and returns its results."""
     plain_map = dict.fromkeys(("scale", "sliding_window", "softcap", "sinks"))
     options = check_options(p.q, p.k, need_span=TILE_OF[name] == "rows", **OPTIONS, **plain_map)
-    if "band" in TILE_OF[name]:
-        heads = (p.local_heads[None], p.global_heads[None]) if "groups" in name else None
-        near = {"near_band": None, TILE_OF[name]: tile}
-        return band_pass(p.q, p.k, p.lse, heads, p.layout, options, own_tiles(p.q)._replace(**near))
+    if TILE_OF[name] == "band":
+        heads = (p.local_heads[None], p.global_heads[None]) if name == "groups" else None
+        return band_pass(p.q, p.k, p.lse, heads, p.layout, options, tile)
     lse = p.lse if name == "known" else None
     results = forward_pass(p.q, p.k, p.v if name == "forward" else None, lse, p.layout, options, tile)
     return tuple(x for x in results if x is not None)
@@ -188,7 +165,7 @@ def report(out: Path | None, where: dict, args: argparse.Namespace, shape: Shape
         least = work(WORK_OF.get(name, name), shape, args.tokens)
         for tile, m in measured.items():
             seconds = m.kernel_seconds or m.seconds
-            amount, unit = (least.bytes / 1e9, "GB/s") if "band" in TILE_OF[name] else (least.flops / 1e12, "TFLOP/s")
+            amount, unit = (least.bytes / 1e9, "GB/s") if TILE_OF[name] == "band" else (least.flops / 1e12, "TFLOP/s")
             rate = f"{amount / seconds:,.0f} {unit}"
             kernels = f"{m.kernel_seconds * 1e6:,.1f}" if m.kernel_seconds else "-"
             cells = [name, describe(tile), f"{m.seconds * 1e6:,.1f}", kernels, median_and_range(ratios(m, own)), rate]
@@ -208,7 +185,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, nargs=2, metavar=("HQ", "H"), default=(32, 8))
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    help_ = "these tiles alone, as in benchmarks.kernels: rows=128,64,4,3 or near_band=64,8,8,2,128"
+    help_ = "these tiles alone, as in benchmarks.kernels: rows=128,64,4,3 or band=64,16,4,2,128"
     parser.add_argument("--try", dest="tiles", type=parse_tile, nargs="+", metavar="PASS=A,B,WARPS,STAGES", help=help_)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,38 @@ def test_the_binary_uses_only_stable_interfaces():
     assert "torch_library_impl" in undefined
     if shutil.which("readelf"):
         assert "libtorch_python" not in run(["readelf", "-d", _C.__file__])
+
+
+OWN_LIBRARY = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+values = torch.tensor([[3.0, 1.0, 2.0]])
+mask = torch.ones_like(values, dtype=torch.bool)
+op = torch.ops.rhythm_kernels.segment_topq
+print(op(values, mask, None, 0.4, True)[0].tolist())
+for wrong in (lambda: op(values, mask, None, 1.25, True), lambda: op(values[0], mask, None, 0.4, True)):
+    try:
+        wrong()
+    except ValueError as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.skipif(build.find_cxx() is None, reason="no C++ compiler")
+@pytest.mark.slow
+def test_a_compiler_that_links_its_own_cxx_library_gives_ops_and_messages_that_work(tmp_path):
+    """Two C++ libraries in a process share no locale, so that a stream of one crashes on what the other has made."""
+    sources = [CSRC / "ops.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
+    torch_libraries = [flag for path in build.cpp_extension.library_paths() for flag in ("-L", path)]
+    flags = [*build.cxx_flags(), "-shared", "-fPIC", "-static-libstdc++", "-isystem", sysconfig.get_path("include")]
+    library = tmp_path / "own.so"
+    run([*shlex.split(build.find_cxx()), *flags, *sources, *torch_libraries, "-lc10", "-ltorch_cpu", "-o", library])
+    lines = run([sys.executable, "-c", OWN_LIBRARY, library]).splitlines()
+    assert lines == [
+        "[[True, False, True]]",
+        "segment_topq: top_fraction must be in [0, 1], got 1.25",
+        "segment_topq: values must have the shape of response_mask, [1, 3], got [3]",
+    ]
 
 
 def build_wheel(tmp_path: Path, **environment: str) -> Path:

@@ -6,9 +6,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -19,23 +19,31 @@ namespace rhythm_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The parts of a message. No streams are used: where a compiler links its own C++ library into the extension, their
+// locales are mixed with those of torch's library, and writing a number crashes.
+inline std::string text_of(const char* text) { return text; }
+inline std::string text_of(const std::string& text) { return text; }
+inline std::string text_of(int64_t number) { return std::to_string(number); }
+inline std::string text_of(double number) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", number);
+  return text;
+}
+
+inline std::string text_of(const Tensor& tensor) {  // its shape
+  std::string text = "[";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    text += (dim > 0 ? ", " : "") + std::to_string(tensor.size(dim));
+  }
+  return text + "]";
+}
+
+// Throws a message of the parts, which are not looked at otherwise.
 template <typename... Parts>
 void check(bool holds, const Parts&... parts) {
   if (!holds) {
-    std::ostringstream message;
-    (message << ... << parts);
-    throw std::invalid_argument(message.str());
+    throw std::invalid_argument((text_of(parts) + ...));
   }
-}
-
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    text << (dim ? ", " : "") << tensor.size(dim);
-  }
-  text << ']';
-  return text.str();
 }
 
 inline std::string device_of(const Tensor& tensor) {
@@ -73,7 +81,7 @@ struct Batch {
 // row are int32. The values of cu_seqlens are checked by the device that runs the rows.
 inline Batch check_batch(const char* op, const Tensor& response_mask, const std::optional<Tensor>& cu_seqlens) {
   check_dtype(op, "response_mask", response_mask, ScalarType::Bool);
-  check(response_mask.dim() == 2, op, ": response_mask must have shape [B, T], got ", shape_of(response_mask));
+  check(response_mask.dim() == 2, op, ": response_mask must have shape [B, T], got ", response_mask);
   const int64_t tokens = response_mask.size(1);
   check(
       tokens <= std::numeric_limits<int32_t>::max(),
@@ -86,10 +94,7 @@ inline Batch check_batch(const char* op, const Tensor& response_mask, const std:
   }
   check_dtype(op, "cu_seqlens", *cu_seqlens, ScalarType::Int);
   check(
-      cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0,
-      op,
-      ": cu_seqlens must have shape [S + 1], got ",
-      shape_of(*cu_seqlens));
+      cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0, op, ": cu_seqlens must have shape [S + 1], got ", *cu_seqlens);
   check(response_mask.size(0) == 1, op, ": cu_seqlens needs a batch of one row, got B = ", response_mask.size(0));
   check_device(op, "cu_seqlens", *cu_seqlens, response_mask);
   batch.cu_seqlens = torch::stable::contiguous(*cu_seqlens);
@@ -108,9 +113,9 @@ inline Tensor check_signal(const char* op, const char* name, const Tensor& value
       ": ",
       name,
       " must have the shape of response_mask, ",
-      shape_of(batch.response_mask),
+      batch.response_mask,
       ", got ",
-      shape_of(values));
+      values);
   check_device(op, name, values, batch.response_mask);
   return torch::stable::contiguous(values);
 }

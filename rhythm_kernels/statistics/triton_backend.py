@@ -33,8 +33,8 @@ def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
         if lse is None or options.need_span:
             row_lse, span, _ = forward_pass(q, k, None, lse, layout, options, tiles.rows)
         if lse is None:
-            return AttentionStats(*band_pass(q, k, row_lse, None, layout, options, tiles), span, row_lse)
-        waad, fai, row_lse = band_pass(q, k, lse, None, layout, options, tiles, copy_lse=True)
+            return AttentionStats(*band_pass(q, k, row_lse, None, layout, options, tiles.band), span, row_lse)
+        waad, fai, row_lse = band_pass(q, k, lse, None, layout, options, tiles.band, copy_lse=True)
         return AttentionStats(waad, fai, span, row_lse)
 
 
@@ -53,7 +53,7 @@ def group_stats(
         q, k = aligned(q), aligned(k)
         if lse is None:
             lse, *_ = forward_pass(q, k, None, None, layout, options, tiles.rows)
-        return GroupStats(*band_pass(q, k, lse.contiguous(), (local_heads, global_heads), layout, options, tiles))
+        return GroupStats(*band_pass(q, k, lse.contiguous(), (local_heads, global_heads), layout, options, tiles.band))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> tuple[Tensor, AttentionStats]:
@@ -62,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options)
     with torch.cuda.device_of(q):
         q, k = aligned(q), aligned(k)
         lse, span, out = forward_pass(q, k, v, None, layout, options, tiles.forward)
-        return out, AttentionStats(*band_pass(q, k, lse, None, layout, options, tiles), span, lse)
+        return out, AttentionStats(*band_pass(q, k, lse, None, layout, options, tiles.band), span, lse)
 
 
 def unsupported(**inputs: Tensor) -> str | None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
-from rhythm_kernels.statistics.triton_near_band import near_band_kernel
 from rhythm_kernels.statistics.triton_scores import (
     LOG2E,
     NOWHERE,
@@ -32,7 +31,7 @@ from rhythm_kernels.statistics.triton_scores import (
     scores_of,
     weights_of,
 )
-from rhythm_kernels.statistics.triton_tiles import BandTile, Tiles
+from rhythm_kernels.statistics.triton_tiles import BandTile
 
 TABLE_FIELDS = tl.constexpr(8)  # of a row of `band_table`
 FAR = 1 << 30  # tokens: the length of an open horizon
@@ -215,11 +214,13 @@ def band_kernel(
             received += _received_behind(
                 late_query, key, late, late_lse, t, s, lo, horizon, factor, cap, SCALE_FIRST, USE_SOFTCAP
             )
-        total = tl.sum(received, 0)
-        if not GROUPED:
+        if GROUPED:
+            total = tl.sum(received, 0)
+        else:  # in halves: their sum is in a thread once, and is divided once; a sum of all rows is in many threads
+            first_half, second_half = tl.split(tl.trans(tl.sum(tl.reshape(received, [2, BLOCK // 2, BLOCK]), 1)))
             if LOOP_BEHIND:
                 count = tl.load(counts + batch * tokens + s, mask=inside, other=1)
-            total /= count.to(tl.float32)
+            total = (first_half + second_half) / count.to(tl.float32)
         tl.store(fai + to, total, mask=inside)
     if COPY_LSE:
         tl.store(row_lse + to, tl.where(active, own_lse, 0.0), mask=inside)
@@ -277,7 +278,7 @@ def band_pass(
     groups: tuple[Tensor, Tensor] | None,
     layout: Layout,
     options: Options,
-    tiles: Tiles,
+    tile: BandTile,
     copy_lse: bool = False,
 ) -> tuple[Tensor, ...]:
     """Returns WAAD and FAI, fp32 [B, HQ, T], or with groups their sums over the heads of the groups, fp32 [B, T].
@@ -293,67 +294,47 @@ def band_pass(
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
     batch, heads, tokens, size = q.shape
-    tile, near_tile = tiles.band, tiles.near_band
     waad, fai = empty(batch, heads, tokens), empty(batch, heads, tokens)
     row_lse = empty(batch, heads, tokens) if copy_lse else None
     lo, horizon = _horizon(options)
     reach = min(lo, tokens), min(horizon, tokens)
+    order = "position" if options.horizon[1] is not None else "future"
+    tiles = layout.keep(("band", tile.block, order, *reach), lambda: band_table(layout, tile.block, order, *reach))
     counts = layout.rows_looking_back(options.horizon)
-    shared = {
-        "rows": layout.rows,
-        "counts": counts,
-        "lse": lse,
-        "waad": waad,
-        "fai": fai,
-        "row_lse": row_lse,
-        **_group_arguments(groups),
-        **score_arguments(q, k, options),
-        "BLOCK_D": padded_size(size),
-        "window": options.window,
-        "near_end": options.window if options.sliding_window is None else min(options.window, options.sliding_window),
-        "lo": reach[0],
-        "horizon": reach[1],
-        "GROUPED": groups is not None,
-        "COPY_LSE": copy_lse,
-    }
     before = triton.next_power_of_2(max(options.window - 1, tile.least_before))
-    # lengths do not matter here, so that a sequence has the same kernel alone and in any batch
-    if near_tile is not None and max(options.window - 1, lo + horizon - 1) <= near_tile.block:
-        run = near_tile.run * near_tile.block
-        runs = layout.tiles(run, padding=True)
-        near_band_kernel[(len(runs) * heads,)](
-            **shared,
-            runs=runs,
-            next_row=layout.next_row(),
-            BLOCK=near_tile.block,
-            BLOCK_BEFORE=before,
-            RUN_TOKENS=run,
-            num_warps=near_tile.warps,
-            num_stages=near_tile.stages,
-            maxnreg=near_tile.max_registers,
-        )
-    else:
-        before = min(before, max(tile.block // 2, 16))
-        table = _kept_table(layout, tile, options, reach)
-        band_kernel[(len(table) * heads,)](
-            **shared,
-            tiles=table,
-            BLOCK=tile.block,
-            BLOCK_BEFORE=before,
-            LOOP_BEFORE=tile.in_turns or options.window - 1 > before,
-            LOOP_BEHIND=tile.in_turns or horizon - 1 + min(lo, tile.block) > tile.block,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            maxnreg=tile.max_registers,
-        )
-    if groups is None:
-        return (waad, fai, row_lse) if copy_lse else (waad, fai)
-    table = _kept_table(layout, tile, options, reach)
-    waad_sum, fai_sum = empty(batch, tokens), empty(batch, tokens)
-    sum_heads_kernel[(len(table),)](
+    before = min(before, max(tile.block // 2, 16))
+    band_kernel[(len(tiles) * heads,)](
+        tiles=tiles,
+        rows=layout.rows,
+        counts=counts,
+        lse=lse,
         waad=waad,
         fai=fai,
-        tiles=table,
+        row_lse=row_lse,
+        **_group_arguments(groups),
+        **score_arguments(q, k, options),
+        BLOCK_D=padded_size(size),
+        window=options.window,
+        near_end=options.window if options.sliding_window is None else min(options.window, options.sliding_window),
+        lo=reach[0],
+        horizon=reach[1],
+        BLOCK=tile.block,
+        BLOCK_BEFORE=before,
+        LOOP_BEFORE=tile.in_turns or options.window - 1 > before,
+        LOOP_BEHIND=tile.in_turns or horizon - 1 + min(lo, tile.block) > tile.block,
+        GROUPED=groups is not None,
+        COPY_LSE=copy_lse,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.max_registers,
+    )
+    if groups is None:
+        return (waad, fai, row_lse) if copy_lse else (waad, fai)
+    waad_sum, fai_sum = empty(batch, tokens), empty(batch, tokens)
+    sum_heads_kernel[(len(tiles),)](
+        waad=waad,
+        fai=fai,
+        tiles=tiles,
         counts=counts,
         waad_sum=waad_sum,
         fai_sum=fai_sum,
@@ -364,12 +345,6 @@ def band_pass(
         HEADS=min(triton.next_power_of_2(heads), SUM_HEADS),
     )
     return waad_sum, fai_sum
-
-
-def _kept_table(layout: Layout, tile: BandTile, options: Options, reach: tuple[int, int]) -> Tensor:
-    """Returns `band_table`, which is made once for all layers."""
-    order = "position" if options.horizon[1] is not None else "future"
-    return layout.keep(("band", tile.block, order, *reach), lambda: band_table(layout, tile.block, order, *reach))
 
 
 def band_table(layout: Layout, block: int, order: str, lo: int, horizon: int) -> Tensor:

@@ -34,18 +34,6 @@ class BandTile(NamedTuple):
     """
 
 
-class NearBandTile(NamedTuple):
-    """A tile of the band pass where window and horizon reach no further than `block` tokens."""
-
-    block: int
-    run: int
-    """The tiles that a program walks over. A longer run repeats less work at its beginning, a shorter one leaves fewer
-    SMs without work at the end."""
-    warps: int
-    stages: int
-    max_registers: int | None = None
-
-
 class Tiles(NamedTuple):
     """The tiles of all passes for one target, head size and dtype."""
 
@@ -54,15 +42,11 @@ class Tiles(NamedTuple):
     forward: Tile
     """The forward pass with v."""
     band: BandTile
-    near_band: NearBandTile | None = None
-    """None leaves the near band to the general band pass."""
 
 
 # The band loads far more than it computes. A tile of 64 tokens loads little outside the horizon (hi + 64 rows for 64
 # keys). A loop of one or two turns fills no more than two stages.
 _BAND = BandTile(64, 16, 4, 2)
-# The compiler would take up to 222 registers. It spills none with 168, and then three programs share an SM of an H100.
-_BAND_90 = BandTile(64, 16, 4, 2, max_registers=168)
 
 # Compute capability (from this one up to the next) -> head sizes to 64; to 128; to 192 with values to 128; to 256.
 TARGETS = {
@@ -74,15 +58,14 @@ TARGETS = {
         Tiles(rows=Tile(64, 32, 4, 2), forward=Tile(64, 16, 8, 2), band=BandTile(64, 16, 8, 2, in_turns=True)),
         Tiles(rows=Tile(64, 32, 4, 2), forward=Tile(64, 16, 8, 2), band=BandTile(64, 16, 8, 2, in_turns=True)),
     ),
-    # Rows: an SM holds two programs of one warpgroup, so that the softmax of one hides behind the wgmma of the other.
-    # They have 128 rows, since 64 would read keys faster than L2 can give them. With v, scores and output take the
-    # registers of two warpgroups. Each has 64 rows, since with fewer both would compute the same. Heads of 64 fit 168
-    # registers, and so three programs, where the compiler would take up to 222.
+    # Measured on an H100 with heads of 128 at 8,192 tokens (benchmarks/tiles.py). Rows: an SM holds two programs of two
+    # warpgroups, so that the softmax of one hides behind the wgmma of the others; programs of one warpgroup take 1.08x
+    # the time. With v, scores and output take the registers of two warpgroups, and a program has an SM alone. Each
+    # warpgroup has 64 rows, since with fewer both would compute the same. Heads of 64, which were not measured, fit 168
+    # registers, and so three programs.
     90: (
-        Tiles(Tile(128, 64, 4, 3, max_registers=168), Tile(128, 64, 8, 3), _BAND_90, NearBandTile(64, 8, 8, 2, 128)),
-        Tiles(
-            rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND_90, near_band=NearBandTile(64, 8, 8, 2)
-        ),
+        Tiles(rows=Tile(128, 64, 4, 3, max_registers=168), forward=Tile(128, 64, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
         Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(128, 64, 8, 2), band=_BAND),
         Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(128, 16, 8, 2), band=_BAND),
     ),
@@ -100,7 +83,7 @@ TARGETS[120] = TARGETS[80]
 FP32 = Tiles(rows=Tile(16, 16, 4, 2), forward=Tile(32, 16, 8, 2), band=BandTile(16, 16, 4, 2))
 
 # The interpreter's time depends on the number of operations, not of elements. Short tests should cross many borders.
-INTERPRETED = Tiles(Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), BandTile(32, 16, 1, 1), NearBandTile(64, 2, 1, 1))
+INTERPRETED = Tiles(rows=Tile(32, 16, 1, 1), forward=Tile(16, 32, 1, 1), band=BandTile(32, 16, 1, 1))
 
 
 def choose_tiles(capability: int, head_size: int, value_size: int, bits: int) -> Tiles:
