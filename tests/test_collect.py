@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import AttentionStats, GroupStats, HeadGroups, Rhythm, collect, reference
 from rhythm_kernels.listen import collector
+from rhythm_kernels.listen.taps import layers_of
 from rhythm_kernels.signals import rhythm_of
 from rhythm_kernels.statistics.layout import make_layout
 
@@ -303,6 +304,57 @@ def test_wrappers_and_bare_decoders(make):
             call(ids, real)
         results.append(c.rhythm().fai)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+class Visits(dict):
+    """The children of a module, which count how often they are listed."""
+
+    count = 0
+
+    def values(self):
+        self.count += 1
+        return super().values()
+
+    def items(self):
+        self.count += 1
+        return super().items()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "wrapped"])
+def test_a_context_visits_each_module_of_the_model_once(wrapped):
+    """A walk takes a model of 36 layers 0.3 ms or more, in which a GPU may have nothing to do."""
+    model = qwen3()
+    outer = torch.nn.Sequential(torch.nn.Sequential(model)) if wrapped else model
+    for module in outer.modules():
+        module._modules = Visits(module._modules)
+    collect(outer)
+    inside = {name: module._modules.count for name, module in model.model.named_modules()}
+    # named_modules itself has visited each once more
+    assert len(inside) > 80 and max(inside.values()) == 2, inside
+    around = [
+        module._modules.count for module in outer.modules() if all(module is not x for x in model.model.modules())
+    ]
+    assert sum(around) < 20
+
+
+@pytest.mark.parametrize("change", ["remove", "replace", "wrap"])
+def test_layers_that_change_between_two_contexts_are_found(change):
+    model, other = qwen3(), qwen3()
+    before = collect(model, layers="all")
+    layers = model.model.layers
+    assert before.layers == list(range(6))
+    if change == "remove":
+        del layers[2]
+    elif change == "replace":
+        layers[2] = other.model.layers[2]
+    else:
+        layers[2].self_attn = torch.nn.Sequential(layers[2].self_attn)
+    after = collect(model, layers="all")
+    assert after.layers == list(range(len(layers)))
+    own = [
+        layer.self_attn[0] if isinstance(layer.self_attn, torch.nn.Sequential) else layer.self_attn for layer in layers
+    ]
+    assert list(layers_of(model.model).attention.values()) == own
 
 
 def test_what_cannot_be_collected_is_refused():

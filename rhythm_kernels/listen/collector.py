@@ -17,7 +17,7 @@ from rhythm_kernels.listen.findings import Findings
 from rhythm_kernels.listen.masks import is_mask, window_of
 from rhythm_kernels.listen.proof import check_call, hints_of, output_of, rounding_of_call
 from rhythm_kernels.listen.sequences import find_sequences
-from rhythm_kernels.listen.taps import NOT_WHOLE, Call, ancestors_of, decoder_of, layers_of, query_heads, tap_of
+from rhythm_kernels.listen.taps import NOT_WHOLE, Call, ancestors_of, find_decoder, query_heads, tap_of
 from rhythm_kernels.signals import check_groups, rhythm_of
 from rhythm_kernels.statistics.api import run_group_stats, run_stats
 from rhythm_kernels.statistics.layout import Layout, make_layout
@@ -61,8 +61,7 @@ class Collector:
         self.layout: Layout | None = None
         self.findings = Findings()
         """Holds what `check()` and `seconds` read. It is small, and may be kept longer than the statistics."""
-        self.decoder = decoder_of(model)
-        self._decoder_layers = layers_of(self.decoder)
+        self.decoder, self._decoder_layers = find_decoder(model)
         self._places: dict[int, list[int]] = {}  # by the id of a module: its layers, in the order of its calls
         for layer, module in self._decoder_layers.attention.items():
             self._places.setdefault(id(module), []).append(layer)

@@ -123,8 +123,18 @@ def tap_of(decoder: nn.Module) -> Tap:
     return _taps.setdefault((id(table), name), Tap(table, name))
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """Returns the module whose forward gets attention_mask and position_ids and calls the layers, whatever wraps it.
+class Layers(NamedTuple):
+    """The layers of a decoder, counted in the order in which they run."""
+
+    count: int
+    attention: dict[int, nn.Module]
+    """The causal self-attention of each layer that has one, by the layer's place, ascending."""
+
+
+def find_decoder(model: nn.Module) -> tuple[nn.Module, Layers]:
+    """Returns the decoder of a model, whatever wraps it, and its layers. All modules of the decoder are visited once.
+
+    The decoder is the module whose forward gets attention_mask and position_ids and calls the layers.
 
     Raises:
         TypeError: `model` is not a module.
@@ -135,28 +145,117 @@ def decoder_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(type(module), "get_decoder"):  # DDP, FSDP, PEFT and torch.compile have none, the wrapped model has
             # the decoder may be wrapped in turn, or still have an output layer: the innermost one calls the layers
-            nested = [inner for inner in module.get_decoder().modules() if _is_decoder(inner)]
+            nested = _Tree(module.get_decoder()).decoders()
             if nested:
-                return next(inner for inner in reversed(nested) if softmax_layers(inner) == softmax_layers(nested[0]))
+                softmax = list(nested[0][1].attention)
+                return next(found for found in reversed(nested) if list(found[1].attention) == softmax)
     raise ValueError(
         f"model must be a transformers decoder whose layers go through the attention interface ({TABLE}), "
         f"got {type(model).__name__}"
     )
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Returns the decoder that `find_decoder` finds."""
+    return find_decoder(model)[0]
+
+
 def ancestors_of(decoder: nn.Module, model: nn.Module) -> list[nn.Module]:
     """Returns the modules of `model` that hold its decoder, the outermost first."""
-    name = next(name for name, module in model.named_modules() if module is decoder)
-    parts = name.split(".") if name else []
-    return [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+    return _holders(decoder, model, set()) or []
 
 
-class Layers(NamedTuple):
-    """The layers of a decoder, counted in the order in which they run."""
+def _holders(inner: nn.Module, module: nn.Module, seen: set[int]) -> list[nn.Module] | None:
+    """Returns the modules from `module` down to the one that holds `inner`; None if it does not hold it."""
+    if module is inner:
+        return []
+    seen.add(id(module))
+    for child in module._modules.values():
+        if child is not None and id(child) not in seen:
+            below = _holders(inner, child, seen)
+            if below is not None:
+                return [module, *below]
+    return None
 
-    count: int
-    attention: dict[int, nn.Module]
-    """The causal self-attention of each layer that has one, by the layer's place, ascending."""
+
+class _Tree:
+    """The modules below a root, the root first, each at every place that it has.
+
+    nn.Module.named_modules takes about as long as the host needs to launch ten kernels, and every question about a
+    decoder would need it again. So the tree is walked once, and a subtree is a range of it. Nothing is kept for the
+    next call: layers may be removed, replaced or wrapped before it.
+    """
+
+    def __init__(self, root: nn.Module):
+        self.modules: list[nn.Module] = []
+        self.keys: list[str] = []
+        """The name of each module in its parent; "" for the root."""
+        self.parents: list[int] = []
+        """The index of each module's parent; -1 for the root."""
+        self.ends: list[int] = []
+        """One past the index of the last module below each."""
+        self._visit(root, "", -1)
+        self._classes = list(map(type, self.modules))
+        attending = {cls for cls in set(self._classes) if _attends(cls)}
+        self._attending = [index for index, cls in enumerate(self._classes) if cls in attending]
+
+    def _visit(self, module: nn.Module, key: str, parent: int) -> None:
+        index = len(self.modules)
+        self.modules.append(module)
+        self.keys.append(key)
+        self.parents.append(parent)
+        self.ends.append(index + 1)
+        if module._modules:
+            for name, child in module._modules.items():
+                if child is not None:
+                    self._visit(child, name, index)
+            self.ends[index] = len(self.modules)
+
+    def decoders(self) -> list[tuple[nn.Module, Layers]]:
+        """Returns the modules that take tokens and have softmax layers, each once, and their layers."""
+        takers = {cls for cls in set(self._classes) if {"input_ids", "inputs_embeds"} & _parameters(cls)}
+        first_places: dict[int, int] = {}
+        for index, cls in enumerate(self._classes):
+            if cls in takers and hasattr(self.modules[index], "config"):
+                first_places.setdefault(id(self.modules[index]), index)
+        found = [(self.modules[index], self.layers(index)) for index in first_places.values()]
+        return [(module, layers) for module, layers in found if layers.attention]
+
+    def layers(self, root: int) -> Layers:
+        """Returns the layers of the decoder at an index, as `layers_of` describes them."""
+        inside = [index for index in self._attending if root <= index < self.ends[root]]
+        own = [i for i in inside if not _looks_elsewhere("" if i == root else self.keys[i], self._classes[i])]
+        # cross-attention is marked as not causal; where no layer is marked as causal, masks may make all of them so
+        causal = [index for index in own if getattr(self.modules[index], "is_causal", True)]
+        at_place: dict[int, list[nn.Module]] = {}
+        count, begins = 0, {}  # by the index of each list of layers, the place of its first
+        for index in causal or own:
+            in_list = self._place_in_list(index, root)
+            if in_list is None:
+                continue
+            stack, place = in_list
+            if stack not in begins:
+                begins[stack] = count
+                count += len(self.modules[stack])
+            at_place.setdefault(begins[stack] + place, []).append(self.modules[index])
+        if any(len(modules) > 1 for modules in at_place.values()):  # several attentions a layer: each counts as a layer
+            modules_in_order = [module for _, modules in sorted(at_place.items()) for module in modules]
+            at_place, count = {place: [x] for place, x in enumerate(modules_in_order)}, len(modules_in_order)
+        config = self.modules[root].config
+        configured = getattr(config, "num_hidden_layers", None)
+        # layers beyond this number do not run; in the decoder of an encoder-decoder it is the encoder's
+        if isinstance(configured, int) and not is_of_encoder_decoder(config):
+            count = min(count, configured)
+        return Layers(count, {place: module for place, [module] in sorted(at_place.items()) if place < count})
+
+    def _place_in_list(self, index: int, root: int) -> tuple[int, int] | None:
+        """Returns the outermost list below the root that holds a module, by its index, and the place there."""
+        in_list = None
+        while index != root:
+            if self.keys[index].isdecimal():
+                in_list = self.parents[index], int(self.keys[index])
+            index = self.parents[index]
+        return in_list
 
 
 def layers_of(decoder: nn.Module) -> Layers:
@@ -164,32 +263,7 @@ def layers_of(decoder: nn.Module) -> Layers:
 
     Layers may have been removed, and one layer may have several places.
     """
-    named = [
-        (name.split("."), module)
-        for name, module in decoder.named_modules(remove_duplicate=False)
-        if _attends(type(module)) and not _looks_elsewhere(name, type(module))
-    ]
-    # cross-attention is marked as not causal; where no layer is marked as causal, masks may make all of them so
-    causal = [(parts, module) for parts, module in named if getattr(module, "is_causal", True)]
-    at_place: dict[int, list[nn.Module]] = {}
-    count, begins = 0, {}  # by the name of each list of layers, the place of its first
-    for parts, module in causal or named:
-        index = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-        if index is None:
-            continue
-        stack = ".".join(parts[:index])
-        if stack not in begins:
-            begins[stack] = count
-            count += len(decoder.get_submodule(stack))
-        at_place.setdefault(begins[stack] + int(parts[index]), []).append(module)
-    if any(len(modules) > 1 for modules in at_place.values()):  # several attentions a layer: each counts as a layer
-        modules_in_order = [module for _, modules in sorted(at_place.items()) for module in modules]
-        at_place, count = {place: [module] for place, module in enumerate(modules_in_order)}, len(modules_in_order)
-    configured = getattr(decoder.config, "num_hidden_layers", None)
-    # layers beyond this number do not run; in the decoder of an encoder-decoder it is the encoder's
-    if isinstance(configured, int) and not is_of_encoder_decoder(decoder.config):
-        count = min(count, configured)
-    return Layers(count, {place: module for place, [module] in sorted(at_place.items()) if place < count})
+    return _Tree(decoder).layers(0)
 
 
 def is_of_encoder_decoder(config) -> bool:
@@ -224,15 +298,9 @@ def is_tensor_parallel(module: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in module.parameters())
 
 
-def _is_decoder(module: nn.Module) -> bool:
-    takes_tokens = {"input_ids", "inputs_embeds"} & _parameters(type(module))
-    return bool(takes_tokens) and hasattr(module, "config") and bool(softmax_layers(module))
-
-
-def _looks_elsewhere(name: str, cls: type) -> bool:
-    """Returns whether this is cross-attention, to the tokens of an image or of an encoder."""
-    own = name.rpartition(".")[2]
-    return "cross" in own or own == "encoder_attn" or "cross_attention_states" in _parameters(cls)
+def _looks_elsewhere(key: str, cls: type) -> bool:
+    """Returns whether a module of this name in its parent is cross-attention, to an image or to an encoder."""
+    return "cross" in key or key == "encoder_attn" or "cross_attention_states" in _parameters(cls)
 
 
 @cache
