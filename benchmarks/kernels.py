@@ -53,6 +53,9 @@ L2_BYTES = 6.65e12 / SMS / CLOCK
 REGISTERS, SHARED_MEMORY, WARPS = 64 << 10, 228 << 10, 64
 REGISTER_UNIT, RESERVED_SHARED = 256, 1 << 10  # registers are given to a warp in units; bytes reserved in each program
 
+# kernels without a loop that multiplies matrices
+LOOPLESS = ("sum_heads_kernel", "span_kernel", "sampled_span_kernel", "probe_errors_kernel", "probe_worst_kernel")
+
 
 def describe(launch: Launch) -> dict[str, Any]:
     """Returns all that the tables and the tests show of a launch."""
@@ -109,7 +112,7 @@ def named_loops(launch: Launch) -> tuple[list[tuple[str, int]], tuple[str, int |
         return [(name, tiles[name]) for name in loops], (", ".join(once), sum(once.values()))
     if launch.kernel == "probe_scores_kernel":
         return [("keys", constants["BLOCK_M"] * constants["BLOCK_N"])], ("outside", None)
-    if launch.kernel in ("sum_heads_kernel", "span_kernel", "probe_errors_kernel", "probe_worst_kernel"):
+    if launch.kernel in LOOPLESS:
         return [], ("all", None)
     raise ValueError(f"named_loops does not know {launch.kernel}")
 
@@ -235,7 +238,7 @@ def lines_report(rows: list[dict[str, Any]], most: int = 12) -> str:
 def parse_tile(text: str) -> tuple[str, Tile | BandTile]:
     """Returns ("rows", Tile(128, 64, 4, 3)) for "rows=128,64,4,3"."""
     launch, _, numbers = text.partition("=")
-    kinds = {"rows": Tile, "forward": Tile, "band": BandTile}
+    kinds = {"rows": Tile, "sampled": Tile, "forward": Tile, "band": BandTile}
     try:
         return launch, kinds[launch](*map(int, numbers.split(",")))
     except (KeyError, TypeError, ValueError):
@@ -261,7 +264,7 @@ def main() -> None:
     parser.add_argument("--lines", action="store_true", help="also list the source lines of each loop's instructions")
     parser.add_argument(
         "--try", dest="tiles", type=parse_tile, nargs="+", default=(), metavar="LAUNCH=A,B,WARPS,STAGES",
-        help="for 16-bit inputs: rows=M,N,.. or forward=M,N,.. or band=TOKENS,LEAST_BEFORE,..[,MAX_REGISTERS]",
+        help="for 16-bit inputs: rows, sampled or forward=M,N,.. or band=TOKENS,LEAST_BEFORE,..[,MAX_REGISTERS]",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print everything that is known of each launch, as JSON")
     parser.add_argument("--out", type=Path, help="write what is printed to this file as well")

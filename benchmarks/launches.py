@@ -29,6 +29,7 @@ from rhythm_kernels.statistics.verify import probe_output
 TARGETS = (80, 90, 100)  # compute capabilities, times ten
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
 FEATURES = {"softcap": 30.0, "sinks": torch.zeros(QUERY_HEADS)}
+SAMPLE = {"span_rows": 512}
 WINDOW = {"sliding_window": 4096}
 # WAAD's window or FAI's horizon reaches further than a tile.
 FAR = {"window": 256}, {"horizon": (1, None)}, {"window": 256, "horizon": (1, None)}
@@ -130,6 +131,8 @@ def cases(target: int) -> list[Case]:
         *[Case("attention", size, WINDOW) for size in (64, 128, 256)],
         *[Case("attention_stats", size, {}) for size in (64, 72)],
         *[Case("attention_stats", size, FEATURES) for size in (128, 256)],
+        *[Case("attention_stats", size, SAMPLE | FEATURES | WINDOW, lse=True) for size in (64, 128, 256)],
+        *[Case(call, 128, SAMPLE) for call in ("attention", "attention_stats")],
         Case("group_stats", 128, FEATURES, lse=True),
         *[Case("probe_output", size, options) for size, options in ((64, {}), (128, FEATURES), (256, {}))],
         Case("probe_output", 128, FEATURES, dtype=torch.float32),
@@ -140,6 +143,9 @@ def cases(target: int) -> list[Case]:
             Case("attention_stats", 64, FEATURES),
             Case("attention", 128, FEATURES | WINDOW),
             *[Case("attention_stats", 128, options, lse=True) for options in ({}, FEATURES)],
+            *[Case("attention_stats", size, SAMPLE, lse=True) for size in (64, 80, 128, 256)],
+            *[Case(call, 64, SAMPLE) for call in ("attention", "attention_stats")],
+            Case("attention_stats", 128, SAMPLE | FEATURES | WINDOW, dtype=torch.float32, lse=True),
             *[Case("attention_stats", 128, {"need_span": False, **far}, lse=True) for far in FAR],
             Case("attention_stats", 128, {"need_span": False}),
             Case("group_stats", 128, {}, lse=True),

@@ -4,6 +4,8 @@ import itertools
 import sys
 from collections.abc import Sequence
 
+SPAN_BLOCK = 64  # tokens: spans are read from whole blocks of a sequence
+
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
@@ -22,6 +24,12 @@ def check_float(
     if not minimum <= value <= maximum:  # written so that NaN fails too; a compiled graph cannot call math.isfinite
         raise ValueError(f"{name} must be finite and between {minimum} and {maximum}, got {value}")
     return float(value)
+
+
+def check_span_rows(span_rows: object) -> int | None:
+    if span_rows is not None and check_int("span_rows", span_rows, SPAN_BLOCK) % SPAN_BLOCK:
+        raise ValueError(f"span_rows must be a multiple of {SPAN_BLOCK}, or None for all rows, got {span_rows}")
+    return span_rows
 
 
 def check_bool(name: str, value: object) -> bool:

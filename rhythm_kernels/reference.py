@@ -97,17 +97,52 @@ def distances(tokens: int) -> Tensor:
     return position[:, None] - position[None, :]
 
 
-def span(attention: Tensor, rows: Tensor, segments: Tensor, sequences: int) -> Tensor:
+def span_sample(rows: Tensor, segments: Tensor, sequences: int, heads: int, span_rows: int | None) -> Tensor:
+    """Returns the rows of R that the span of each head is read from: bool [B, heads, T].
+
+    A sequence is cut into blocks of 64 tokens, beginning with its own first one. Those that hold a row of R are its A
+    active blocks. With K = span_rows / 64, all of them are read where A <= K. Otherwise head h reads the blocks
+    ((64 i + u) A) // (64 K) of them, for i = 0..K-1 and u = 39 h mod 64: one from each of K equal parts, at a place
+    that differs from head to head.
+
+    Args:
+        rows: [B, T] bool, R.
+        segments: [B, T].
+        sequences: S.
+        heads: HQ, the query heads of the layer.
+        span_rows: a multiple of 64; None for all rows of R.
+    """
+    sample = rows[:, None].repeat(1, heads, 1)
+    if span_rows is None:
+        return sample
+    most = span_rows // 64
+    for sequence in range(sequences):
+        row, token = (segments == sequence).nonzero().unbind(-1)
+        if not len(token):
+            continue
+        block = (token - token[0]) // 64
+        active = sorted(set(block[rows[row, token]].tolist()))
+        for head in range(heads):
+            places = [((64 * i + 39 * head % 64) * len(active)) // (64 * most) for i in range(most)]
+            read = active if len(active) <= most else [active[place] for place in places]
+            sample[row, head, token] &= torch.isin(block, torch.tensor(read, dtype=torch.long))
+    return sample
+
+
+def span(attention: Tensor, rows: Tensor, segments: Tensor, sequences: int, span_rows: int | None = None) -> Tensor:
     """Returns the mean over t in R of sum_s A[t, s] (t - s), for each sequence: [S, HQ], in tokens (Eq. 7).
 
-    It is 0 where R is empty.
+    It is 0 where R is empty. With `span_rows` it is the mean over the rows of `span_sample`.
     """
     looked_back = (attention * distances(attention.shape[-1])).sum(-1)
-    out = attention.new_zeros(sequences, attention.shape[1])
+    heads = attention.shape[1]
+    sample = span_sample(rows, segments, sequences, heads, span_rows)
+    out = attention.new_zeros(sequences, heads)
     for sequence in range(sequences):
-        own_rows = rows & (segments == sequence)
-        if own_rows.any():
-            out[sequence] = looked_back.transpose(1, 2)[own_rows].mean(0)
+        for head in range(heads):
+            own_rows = sample[:, head] & (segments == sequence)
+            if own_rows.any():
+                out[sequence, head] = looked_back[:, head][own_rows].mean()
     return out
 
 
@@ -143,6 +178,7 @@ def attention_stats(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    span_rows: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> AttentionStats:
     """Returns what `rhythm_kernels.attention_stats` must return for the same arguments, in `dtype`."""
@@ -156,7 +192,7 @@ def attention_stats(
     return AttentionStats(
         waad=waad(attention, rows, window),
         fai=fai(attention, rows, segments, horizon),
-        span=span(attention, rows, segments, sequences),
+        span=span(attention, rows, segments, sequences, span_rows),
         lse=torch.where(rows[:, None], lse, 0.0),
     )
 

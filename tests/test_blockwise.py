@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rhythm_kernels import attention, attention_stats, group_stats
 from rhythm_kernels.statistics import api, blockwise_band, blockwise_rows
-from rhythm_kernels.statistics.layout import make_layout, mean_over_rows
+from rhythm_kernels.statistics.layout import make_layout
+from rhythm_kernels.statistics.spans import mean_over_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL_TILES = {  # one row or one item at a time

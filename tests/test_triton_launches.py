@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_calls import DEVICE, HALF
 
 from rhythm_kernels.statistics import triton_backend
-from rhythm_kernels.statistics.layout import SPAN_UNIT, make_layout, mean_over_rows
+from rhythm_kernels.statistics.layout import make_layout
 from rhythm_kernels.statistics.options import check_options
-from rhythm_kernels.statistics.triton_forward import BROKEN, mean_spans, span_units
+from rhythm_kernels.statistics.spans import SPAN_UNIT, mean_over_rows
 from rhythm_kernels.statistics.triton_scores import aligned
+from rhythm_kernels.statistics.triton_spans import BROKEN, mean_spans, span_units
 
 TOKENS, HEADS = 60, 4
 MOST = 4

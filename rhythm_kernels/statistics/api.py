@@ -37,6 +37,7 @@ def attention_stats(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     need_span: bool = True,
+    span_rows: int | None = None,
     backend: str = "auto",
 ) -> AttentionStats:
     """Returns WAAD, FAI, span and log-sum-exp of causal attention maps without computing whole maps.
@@ -63,6 +64,10 @@ def attention_stats(
         softcap: scores become softcap * tanh(score / softcap) before the mask; None for no cap.
         sinks: [HQ] floating, a logit for each head that takes a share of every row and belongs to no token.
         need_span: False skips the span, which needs every key of every row of R.
+        span_rows: reads the span of each head from so many rows of R at most in each sequence, a multiple of 64; None
+            for all rows of R. They are whole blocks of 64 tokens, spread evenly over R and offset from head to head, so
+            a sequence of up to `span_rows` tokens has all of them (DESIGN.md has the rule). With `lse` and a finite
+            horizon no other row is read for the span.
         backend: "triton", "torch" (blockwise) or "auto". "auto" is Triton on a GPU and torch elsewhere, and also torch
             for head sizes that the kernels do not take (above 256 in 16 bits, above 128 in fp32).
 
@@ -73,7 +78,7 @@ def attention_stats(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, rank, size, device or value, before anything runs.
     """
-    options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span)
+    options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span, span_rows)
     layout = _check_layout(q, lse, response_mask, attention_mask, cu_seqlens)
     lse_factor = _check_lse(q, k, lse, layout, options, backend)
     return _marked(run_stats(q, k, lse, layout, options, backend), lse_factor)
@@ -139,6 +144,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     need_span: bool = True,
+    span_rows: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, AttentionStats]:
     """Returns the output of causal attention and the statistics of its map, from one forward.
@@ -154,7 +160,7 @@ def attention(
     Raises:
         TypeError, ValueError: as `attention_stats`, and if a gradient would be lost (use torch.no_grad()).
     """
-    options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span)
+    options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span, span_rows)
     check_values(v, k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("attention has no backward, got an input that requires a gradient: call it in torch.no_grad()")

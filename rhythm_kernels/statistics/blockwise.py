@@ -2,8 +2,8 @@
 
 There are two passes, and a call needs one of them. The row pass (`blockwise_rows`) reads every visible key of a row;
 with v it is the forward as well. The band pass (`blockwise_band`) needs the log-sum-exp of the rows. It computes only
-the heads that are asked for and reads only the keys that the window or a finite horizon reaches. Memory beside the
-results is O(T x tile) for each head.
+the heads that are asked for and reads only the keys that the window or a finite horizon reaches. Beside it, a span from
+a sample of rows is read from them alone (`blockwise_sample`). Memory beside the results is O(T x tile) for each head.
 
 Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rhythm_kernels.statistics.blockwise_band import band_pass
 from rhythm_kernels.statistics.blockwise_rows import row_pass, row_statistics
+from rhythm_kernels.statistics.blockwise_sample import sampled_span
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.types import AttentionStats, GroupStats
@@ -20,11 +21,13 @@ from rhythm_kernels.types import AttentionStats, GroupStats
 
 def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
     """Computes `api.attention_stats` on checked arguments; `options.sinks` may be [B, HQ]."""
-    if lse is None or options.need_span or options.horizon[1] is None:
+    reads_all_rows = options.need_span and options.span_rows is None
+    if lse is None or reads_all_rows or options.horizon[1] is None:
         return row_statistics(row_pass(q, k, layout, options, lse=lse), layout, options)
+    span = sampled_span(q, k, lse, layout, options) if options.need_span else None
     all_heads = torch.ones(layout.sequences, k.shape[1], dtype=torch.bool, device=q.device)
     waad, fai = band_pass(q, k, lse, layout, options, all_heads, all_heads)
-    return AttentionStats(waad, fai, None, torch.where(layout.rows[:, None], lse, 0.0))
+    return AttentionStats(waad, fai, span, torch.where(layout.rows[:, None], lse, 0.0))
 
 
 def group_stats(

@@ -3,7 +3,6 @@
 Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhythm_kernels.statistics.blockwise_scores import row_sums, softcapped
+from rhythm_kernels.statistics.blockwise_scores import LOG2_E, row_sums, softcapped
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
 
 BAND_TILE = 32  # tokens
 BAND_BYTES = 3 << 20  # of fp32 queries, keys and scores held at once: what fits a cache is faster
-LOG2_E = 1 / math.log(2)
 
 
 class _BandTile(NamedTuple):

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rhythm_kernels.statistics.blockwise_scores import row_sums, softcapped
-from rhythm_kernels.statistics.layout import Layout, mean_over_rows
+from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.statistics.spans import mean_over_rows
 from rhythm_kernels.types import AttentionStats
 
 ROW_TILE = 64  # rows
@@ -48,7 +49,7 @@ class _RowTile(NamedTuple):
 def row_statistics(results: _RowResults, layout: Layout, options: Options) -> AttentionStats:
     """Returns the statistics: the column sums divided by their numbers of rows, and the means of the distances."""
     fai = results.fai_sums / layout.rows_looking_back(options.horizon)[:, None]
-    span = mean_over_rows(results.looked_back, layout) if options.need_span else None
+    span = mean_over_rows(results.looked_back, layout, options.span_rows) if options.need_span else None
     return AttentionStats(results.waad, fai, span, results.lse)
 
 

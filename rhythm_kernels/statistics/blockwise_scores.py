@@ -1,9 +1,13 @@
 """Operations on scores that both passes of the blockwise backend use."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from rhythm_kernels.statistics.options import Options
+
+LOG2_E = 1 / math.log(2)
 
 
 def row_sums(lse: Tensor, sinks: Tensor | None) -> Tensor | float:

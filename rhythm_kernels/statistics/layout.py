@@ -17,7 +17,6 @@ from rhythm_kernels.host import send
 from rhythm_kernels.tensor_checks import at_hand, check_cu_seqlens, check_tensor
 
 Kept = TypeVar("Kept")
-SPAN_UNIT = 2.0**-20  # tokens: spans are summed as integers of this unit, so that the order does not matter
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +64,7 @@ class Layout:
 
     def row_counts(self) -> Tensor:
         """Returns how many rows of R each sequence has: [S] int64."""
-        return self.keep("row counts", lambda: _sum_over_tokens(self.rows[:, None], self)[:, 0].contiguous())
+        return self.keep("row counts", lambda: sum_over_tokens(self.rows[:, None], self)[:, 0].contiguous())
 
     def next_row(self) -> Tensor:
         """Returns the first row of R at or behind each position, T if there is none: [B, T + 1] int32."""
@@ -214,22 +213,7 @@ def _padding(layout: Layout) -> list[tuple[int, int, int]]:
     return [(row, *ends) for row, begin, end in layout.bounds for ends in ((0, begin), (end, tokens))]
 
 
-def mean_over_rows(values: Tensor, layout: Layout) -> Tensor:
-    """Returns the mean over R of each sequence, fp32 [S, HQ]: 0 if R is empty, NaN if a value is not finite.
-
-    The values are summed as integers of `SPAN_UNIT`. So a sequence has the same mean alone and in any batch.
-
-    Args:
-        values: [B, HQ, T] below 2^20, 0 outside R.
-    """
-    finite = values.isfinite()
-    units = torch.where(finite, values.double() / SPAN_UNIT, 0.0).round().long()
-    total, broken = (_sum_over_tokens(x, layout) for x in (units, ~finite))
-    mean = total.double() * SPAN_UNIT / layout.row_counts().clamp(min=1)[:, None]
-    return mean.masked_fill(broken > 0, torch.nan).float()
-
-
-def _sum_over_tokens(x: Tensor, layout: Layout) -> Tensor:
+def sum_over_tokens(x: Tensor, layout: Layout) -> Tensor:
     """Returns the sum of integers or bools [B, H, T] over the tokens of each sequence: int64 [S, H]."""
     if layout.sequences == len(x):
         return x.long().sum(-1)

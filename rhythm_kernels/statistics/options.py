@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.checks import check_bool, check_float, check_horizon, check_int
+from rhythm_kernels.checks import check_bool, check_float, check_horizon, check_int, check_span_rows
 from rhythm_kernels.options import MAX_WINDOW
 from rhythm_kernels.tensor_checks import check_tensor
 
@@ -30,6 +30,8 @@ class Options(NamedTuple):
     sinks: Tensor | None
     """fp32 [HQ]."""
     need_span: bool
+    span_rows: int | None = None
+    """The rows of R that the span of each head is read from, in blocks (`span_sample`); None for all."""
 
 
 def check_options(
@@ -42,6 +44,7 @@ def check_options(
     softcap: float | None,
     sinks: Tensor | None,
     need_span: bool,
+    span_rows: int | None = None,
 ) -> Options:
     """Checks q, k and the options of a layer, and returns the options; `attention_stats` describes them.
 
@@ -72,6 +75,7 @@ def check_options(
         softcap=softcap,
         sinks=None if sinks is None else sinks.detach().float(),
         need_span=need_span,
+        span_rows=check_span_rows(span_rows),
     )
 
 

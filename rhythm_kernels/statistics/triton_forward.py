@@ -1,6 +1,7 @@
 """The forward pass: it reads each row's visible keys once, for its log-sum-exp, its mean distance and its output.
 
-Without v it computes only the rows of R; with v it is the fused forward and computes all rows.
+Without v it computes only the rows of R; with v it is the fused forward and computes all rows. With a given log-sum-exp
+it may compute only the rows that the spans are read from.
 
 Shapes: B batch rows, T tokens, HQ query heads, H key heads, SIZE (D) the head size of q and k, SIZE_V (Dv) that of v;
 S sequences.
@@ -11,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm_kernels.statistics.layout import SPAN_UNIT, Layout
+from rhythm_kernels.checks import SPAN_BLOCK
+from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.statistics.spans import span_sample
 from rhythm_kernels.statistics.triton_scores import (
     LN2,
     LOG2E,
@@ -31,12 +34,16 @@ from rhythm_kernels.statistics.triton_scores import (
     stride_arguments,
     weights_of,
 )
+from rhythm_kernels.statistics.triton_spans import (
+    BROKEN,
+    PLACE_FIELDS,
+    first_slot,
+    load_sampled_place,
+    mean_spans,
+    sampled_mean_spans,
+    span_units,
+)
 from rhythm_kernels.statistics.triton_tiles import Tile
-
-PLACE_FIELDS = tl.constexpr(5)  # of a row of Layout.tiles
-PER_TOKEN = tl.constexpr(1 / SPAN_UNIT)
-BROKEN = tl.constexpr(-(1 << 62))  # in place of the sum of a tile with a distance that is not finite
-SPAN_BLOCK = 128  # a program of `span_kernel` adds so many tiles at a time
 
 
 @triton.jit
@@ -107,15 +114,6 @@ def _key_tiles(
     return highest, total, distance, output
 
 
-@triton.jit
-def span_units(distance):
-    """Returns finite mean distances as int64 multiples of `SPAN_UNIT`, rounded to the nearest, halves to even."""
-    units = distance * PER_TOKEN
-    below = tl.floor(units)
-    rest, number = units - below, below.to(tl.int64)
-    return number + ((rest > 0.5) | ((rest == 0.5) & (number % 2 != 0))).to(tl.int64)
-
-
 @triton.jit(
     do_not_specialize=[
         *("stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh"),
@@ -127,10 +125,11 @@ def forward_kernel(
     k,  # [B, H, T, SIZE]
     v,  # [B, H, T, SIZE_V]
     tiles,  # [tiles, PLACE_FIELDS], of `Layout.tiles`
+    blocks,  # [sample slots, HQ], of `SpanSample`, read with USE_SAMPLE
     rows,  # [B, T]
     sinks,  # [HQ]
     lse,  # [B, HQ, T], read with USE_LSE, else written
-    totals,  # [HQ, slots]: each tile's sum of its rows' mean distances, in `span_units`, or BROKEN
+    totals,  # [HQ, slots]: for TOTAL_ROWS rows the sum of their mean distances, in `span_units`, or BROKEN
     out,  # [B, HQ, T, SIZE_V], contiguous
     stride_qb,  # all strides are in UNITs
     stride_qh,
@@ -163,9 +162,16 @@ def forward_kernel(
     USE_LSE: tl.constexpr,
     USE_SPAN: tl.constexpr,
     USE_OUT: tl.constexpr,
+    USE_SAMPLE: tl.constexpr,
+    TOTAL_ROWS: tl.constexpr,
+    SPAN_BLOCK: tl.constexpr,
 ):
     """Computes one tile of rows of one query head, by an online softmax over the keys that they see."""
-    batch, row, first, last, sequence, head = load_place(tiles, query_heads, PLACE_FIELDS)
+    if USE_SAMPLE:
+        place = load_sampled_place(tiles, blocks, query_heads, PLACE_FIELDS, BLOCK_M, SPAN_BLOCK)
+    else:
+        place = load_place(tiles, query_heads, PLACE_FIELDS)
+    batch, row, first, last, sequence, head = place
     key_head = head // (query_heads // key_heads)
     stride_qt, stride_kt, stride_vt = stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT
     t = row + tl.arange(0, BLOCK_M)
@@ -229,50 +235,27 @@ def forward_kernel(
     if USE_SPAN:
         looked_back = tl.where(in_response, looked_back, 0.0)
         is_finite = tl.abs(looked_back) < float("inf")
-        total_units = tl.sum(tl.where(is_finite, span_units(tl.where(is_finite, looked_back, 0.0)), 0), 0)
-        slot = first_slot(batch, first, sequence, tokens, BLOCK_M) + (row - first) // BLOCK_M
-        is_whole = tl.min(is_finite.to(tl.int32), 0) > 0
-        tl.store(totals + head * slots + slot, tl.where(is_whole, total_units, BROKEN), mask=sequence >= 0)
+        units = tl.where(is_finite, span_units(tl.where(is_finite, looked_back, 0.0)), 0)
+        if USE_SAMPLE:
+            slot = (tl.program_id(0) // query_heads).to(tl.int64)
+        else:
+            slot = first_slot(batch, first, sequence, tokens, TOTAL_ROWS) + (row - first) // TOTAL_ROWS
+        if TOTAL_ROWS == BLOCK_M:
+            total_units = tl.sum(units, 0)
+            is_whole = tl.min(is_finite.to(tl.int32), 0) > 0
+            tl.store(totals + head * slots + slot, tl.where(is_whole, total_units, BROKEN), mask=sequence >= 0)
+        else:
+            for part in tl.static_range(BLOCK_M // TOTAL_ROWS):
+                own = (t - row) // TOTAL_ROWS == part
+                total_units = tl.sum(tl.where(own, units, 0), 0)
+                is_whole = tl.min((is_finite | ~own).to(tl.int32), 0) > 0
+                inside = (sequence >= 0) & (row + part * TOTAL_ROWS < last)
+                to = totals + head * slots + slot + part
+                tl.store(to, tl.where(is_whole, total_units, BROKEN), mask=inside)
     if USE_OUT:
         d = tl.arange(0, BLOCK_DV)
         inside = (t < last)[:, None] & (d < SIZE_V)[None, :]
         tl.store(out + at[:, None] * SIZE_V + d[None, :], output / total[:, None], mask=inside)
-
-
-@triton.jit
-def first_slot(batch, begin, sequence, tokens, BLOCK_M: tl.constexpr):
-    """Returns the slot of a sequence's first tile. Every tile has a slot of its own; some slots stay empty."""
-    return (batch * tokens + begin) // BLOCK_M + sequence
-
-
-@triton.jit(do_not_specialize=["tokens", "heads", "slots"])
-def span_kernel(
-    totals,  # [HQ, slots], of `forward_kernel`
-    bounds,  # [S, 3] int64, `Layout.table`
-    row_counts,  # [S] int64
-    span,  # [S, HQ]
-    tokens,
-    heads,
-    slots,
-    BLOCK_M: tl.constexpr,  # tokens of a tile
-    BLOCK: tl.constexpr,
-):
-    """Computes the span of one sequence and head, with the bits of `mean_over_rows`."""
-    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    bounds += sequence * 3
-    batch, begin, end = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
-    row_count = tl.load(row_counts + sequence)
-    totals += head.to(tl.int64) * slots + first_slot(batch, begin, sequence, tokens, BLOCK_M)
-    i = tl.arange(0, BLOCK)
-    tiles = tl.cdiv(end - begin, BLOCK_M)
-    units, broken = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
-    for at in range(0, tiles, BLOCK):
-        total = tl.load(totals + at + i, mask=at + i < tiles, other=0)
-        broken |= (total == BROKEN).to(tl.int32)
-        units += total
-    mean = tl.sum(units, 0).to(tl.float64) / PER_TOKEN / tl.maximum(row_count, 1).to(tl.float64)
-    mean = tl.where(tl.max(broken, 0) > 0, float("nan"), mean.to(tl.float32))
-    tl.store(span + sequence.to(tl.int64) * heads + head, mean)
 
 
 def forward_pass(
@@ -286,27 +269,69 @@ def forward_pass(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    batch, query_heads, tokens, size = q.shape
+    batch, query_heads, tokens, _ = q.shape
     row_lse = empty(batch, query_heads, tokens) if lse is None else lse
-    slots = batch * tokens // tile.block_m + layout.sequences + 1
+    # a sample is chosen afterwards from sums over at most a block
+    total_rows = tile.block_m if options.span_rows is None else min(tile.block_m, SPAN_BLOCK)
+    slots = batch * tokens // total_rows + layout.sequences + 1
     totals = empty(query_heads, slots, dtype=torch.int64) if options.need_span else None
-    out, size_v = None, 16
+    out = None
     if v is not None:
-        size_v = v.shape[-1]
-        out, v = empty(batch, query_heads, tokens, size_v, dtype=v.dtype), aligned(v)
-    block_d, rest_d = size_parts(size)
+        out, v = empty(batch, query_heads, tokens, v.shape[-1], dtype=v.dtype), aligned(v)
     tiles = layout.tiles(tile.block_m, "past", padding=True)
-    forward_kernel[(len(tiles) * query_heads,)](
+    _launch(len(tiles), q, k, v, tiles, None, row_lse, totals, out, layout, options, tile, lse is not None, total_rows)
+    if totals is None:
+        return row_lse, None, out
+    if options.span_rows is None:
+        return row_lse, mean_spans(totals, layout, total_rows), out
+    sample = span_sample(layout, options.span_rows, query_heads)
+    return row_lse, sampled_mean_spans(totals, layout, sample, total_rows, sample_only=False), out
+
+
+def sampled_pass(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, tile: Tile) -> Tensor:
+    """Returns the spans over the rows of `options.span_rows`, fp32 [S, HQ]; no other row is read.
+
+    q [B, HQ, T, D] and k [B, H, T, D] are `aligned`, lse [B, HQ, T] is contiguous. tile.block_m divides SPAN_BLOCK.
+    """
+    heads, sample = q.shape[1], span_sample(layout, options.span_rows, q.shape[1])
+    programs = len(sample.blocks) * (SPAN_BLOCK // tile.block_m)  # of each head
+    totals = torch.empty((heads, programs), dtype=torch.int64, device=q.device)
+    tiles = layout.tiles(SPAN_BLOCK)
+    _launch(programs, q, k, None, tiles, sample.blocks, lse, totals, None, layout, options, tile, True, tile.block_m)
+    return sampled_mean_spans(totals, layout, sample, tile.block_m, sample_only=True)
+
+
+def _launch(
+    programs: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    tiles: Tensor,
+    blocks: Tensor | None,
+    lse: Tensor,
+    totals: Tensor | None,
+    out: Tensor | None,
+    layout: Layout,
+    options: Options,
+    tile: Tile,
+    use_lse: bool,
+    total_rows: int,
+) -> None:
+    """Launches `forward_kernel`, so many programs for each query head."""
+    tokens, size_v = q.shape[2], 16 if out is None else out.shape[-1]
+    block_d, rest_d = size_parts(q.shape[-1])
+    forward_kernel[(programs * q.shape[1],)](
         v=v,
         tiles=tiles,
+        blocks=blocks,
         rows=layout.rows,
-        lse=row_lse,
+        lse=lse,
         totals=totals,
         out=out,
         **score_arguments(q, k, options),
         **stride_arguments("v", v),
         sliding_window=tokens if options.sliding_window is None else min(options.sliding_window, tokens),
-        slots=slots,
+        slots=0 if totals is None else totals.shape[1],
         BLOCK_D=block_d,
         REST_D=rest_d,
         SIZE_V=size_v,
@@ -314,33 +339,13 @@ def forward_pass(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         USE_WINDOW=options.sliding_window is not None,
-        USE_LSE=lse is not None,
-        USE_SPAN=options.need_span,
+        USE_LSE=use_lse,
+        USE_SPAN=totals is not None,
         USE_OUT=v is not None,
+        USE_SAMPLE=blocks is not None,
+        TOTAL_ROWS=total_rows,
+        SPAN_BLOCK=SPAN_BLOCK,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.max_registers if options.softcap is None else None,  # a soft cap takes more and would spill
     )
-    return row_lse, None if totals is None else mean_spans(totals, layout, tile.block_m), out
-
-
-def mean_spans(totals: Tensor, layout: Layout, block_m: int) -> Tensor:
-    """Returns the spans, fp32 [S, HQ], from the sums of `forward_kernel` over tiles of block_m rows.
-
-    totals: int64 [HQ, slots].
-    """
-    heads, slots = totals.shape
-    span = torch.empty((layout.sequences, heads), dtype=torch.float32, device=totals.device)
-    span_kernel[(layout.sequences * heads,)](
-        totals=totals,
-        bounds=layout.table,
-        row_counts=layout.row_counts(),
-        span=span,
-        tokens=layout.rows.shape[1],
-        heads=heads,
-        slots=slots,
-        BLOCK_M=block_m,
-        BLOCK=SPAN_BLOCK,
-        num_warps=1,
-    )
-    return span

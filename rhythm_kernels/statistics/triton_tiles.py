@@ -39,6 +39,8 @@ class Tiles(NamedTuple):
 
     rows: Tile
     """The forward pass without v."""
+    sampled: Tile
+    """The forward pass over the rows that spans are read from; block_m divides SPAN_BLOCK."""
     forward: Tile
     """The forward pass with v."""
     band: BandTile
@@ -48,15 +50,22 @@ class Tiles(NamedTuple):
 # keys). A loop of one or two turns fills no more than two stages.
 _BAND = BandTile(64, 16, 4, 2)
 
+# A sample of 512 rows has 8 programs of a head: too few to fill a GPU, so that each waits alone for its loads, and
+# smaller tiles in more stages are faster than few reads of the keys. A tile has at most a block of rows.
+_SAMPLE = Tile(64, 64, 4, 3)
+_SAMPLE_LARGE = Tile(64, 32, 4, 2)
+_IN_TURNS = _BAND._replace(in_turns=True)
+_IN_TURNS_LARGE = BandTile(64, 16, 8, 2, in_turns=True)
+
 # Compute capability (from this one up to the next) -> head sizes to 64; to 128; to 192 with values to 128; to 256.
 TARGETS = {
     # mma.sync keeps operands in registers, and sm_86, sm_89 and sm_120 have 99 KB of shared memory. With v, tiles with
     # few keys leave registers for 128 rows of output.
     80: (
-        Tiles(rows=Tile(64, 64, 4, 3), forward=Tile(128, 32, 4, 3), band=_BAND),
-        Tiles(rows=Tile(64, 64, 4, 3), forward=Tile(128, 32, 8, 3), band=_BAND._replace(in_turns=True)),
-        Tiles(rows=Tile(64, 32, 4, 2), forward=Tile(64, 16, 8, 2), band=BandTile(64, 16, 8, 2, in_turns=True)),
-        Tiles(rows=Tile(64, 32, 4, 2), forward=Tile(64, 16, 8, 2), band=BandTile(64, 16, 8, 2, in_turns=True)),
+        Tiles(rows=Tile(64, 64, 4, 3), sampled=_SAMPLE, forward=Tile(128, 32, 4, 3), band=_BAND),
+        Tiles(rows=Tile(64, 64, 4, 3), sampled=_SAMPLE, forward=Tile(128, 32, 8, 3), band=_IN_TURNS),
+        Tiles(rows=Tile(64, 32, 4, 2), sampled=_SAMPLE_LARGE, forward=Tile(64, 16, 8, 2), band=_IN_TURNS_LARGE),
+        Tiles(rows=Tile(64, 32, 4, 2), sampled=_SAMPLE_LARGE, forward=Tile(64, 16, 8, 2), band=_IN_TURNS_LARGE),
     ),
     # Measured on an H100 with heads of 128 at 8,192 tokens (benchmarks/tiles.py). Rows: an SM holds two programs of two
     # warpgroups, so that the softmax of one hides behind the wgmma of the others; programs of one warpgroup take 1.08x
@@ -64,26 +73,36 @@ TARGETS = {
     # warpgroup has 64 rows, since with fewer both would compute the same. Heads of 64, which were not measured, fit 168
     # registers, and so three programs.
     90: (
-        Tiles(rows=Tile(128, 64, 4, 3, max_registers=168), forward=Tile(128, 64, 8, 3), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(128, 64, 8, 2), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(128, 16, 8, 2), band=_BAND),
+        Tiles(rows=Tile(128, 64, 4, 3, max_registers=168), sampled=_SAMPLE, forward=Tile(128, 64, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 3), sampled=_SAMPLE, forward=Tile(128, 64, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), sampled=_SAMPLE_LARGE, forward=Tile(128, 64, 8, 2), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), sampled=_SAMPLE_LARGE, forward=Tile(128, 16, 8, 2), band=_BAND),
     ),
     # tcgen05 returns scores through registers: 4 warps would need all 255.
     100: (
-        Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 64, 8, 3), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 3), forward=Tile(128, 32, 8, 3), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=_BAND._replace(in_turns=True)),
-        Tiles(rows=Tile(128, 64, 8, 2), forward=Tile(64, 32, 8, 2), band=_BAND._replace(in_turns=True)),
+        Tiles(rows=Tile(128, 64, 8, 3), sampled=_SAMPLE, forward=Tile(128, 64, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 3), sampled=_SAMPLE, forward=Tile(128, 32, 8, 3), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2), sampled=_SAMPLE_LARGE, forward=Tile(64, 32, 8, 2), band=_IN_TURNS),
+        Tiles(rows=Tile(128, 64, 8, 2), sampled=_SAMPLE_LARGE, forward=Tile(64, 32, 8, 2), band=_IN_TURNS),
     ),
 }
 TARGETS[120] = TARGETS[80]
 
 # fp32 without TF32 runs on the FMA units, unrolled over the head size. Larger tiles and larger heads would spill.
-FP32 = Tiles(rows=Tile(16, 16, 4, 2), forward=Tile(32, 16, 8, 2), band=BandTile(16, 16, 4, 2))
+FP32 = Tiles(
+    rows=Tile(16, 16, 4, 2),
+    sampled=Tile(16, 16, 4, 2),
+    forward=Tile(32, 16, 8, 2),
+    band=BandTile(16, 16, 4, 2),
+)
 
 # The interpreter's time depends on the number of operations, not of elements. Short tests should cross many borders.
-INTERPRETED = Tiles(rows=Tile(32, 16, 1, 1), forward=Tile(16, 32, 1, 1), band=BandTile(32, 16, 1, 1))
+INTERPRETED = Tiles(
+    rows=Tile(32, 16, 1, 1),
+    sampled=Tile(32, 16, 1, 1),
+    forward=Tile(16, 32, 1, 1),
+    band=BandTile(32, 16, 1, 1),
+)
 
 
 def choose_tiles(capability: int, head_size: int, value_size: int, bits: int) -> Tiles:
