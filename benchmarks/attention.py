@@ -14,7 +14,8 @@ distance, FAI the future attention influence, lse the log-sum-exp of the scores.
     flex        FlexAttention compiled: its forward, a pass for WAAD, and a reversed pass (k as queries) for the columns
     colreduce   the package flash-colreduce: means of whole columns (GPU)
     full        attention_stats without a known lse: lse, span, WAAD and FAI from every key
-    band        attention_stats with a known lse and without span: WAAD and FAI of each head, from a band
+    sampled     attention_stats with a known lse: span from 512 rows, WAAD and FAI of each head from a band
+    band        the same without span
     groups      group_stats with a known lse: WAAD summed over 30 % of the heads, FAI over another 30 %
     fused       attention: the output and all statistics
 
@@ -45,6 +46,7 @@ from benchmarks.attention_report import Row, one_line, report
 from benchmarks.attention_variants import (
     HORIZON,
     OPTIONS,
+    SPAN_ROWS,
     VARIANTS,
     WINDOW,
     Answer,
@@ -81,6 +83,7 @@ def exact_answer(p: Problem) -> Answer:
         lse=lse,
         group_waad=waad[:, local_heads].sum(1),
         group_fai=fai[:, global_heads].sum(1),
+        sampled_span=reference.span(weights, rows, segments, 1, SPAN_ROWS),
         column_mean=reference.fai(weights, rows, segments, (0, None)),
     )
 
@@ -92,6 +95,7 @@ def own_answer(p: Problem) -> Answer:
         out=F.scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=True),
         group_waad=full.waad[:, p.local_heads].sum(1),
         group_fai=full.fai[:, p.global_heads].sum(1),
+        sampled_span=attention_stats(p.q, p.k, span_rows=SPAN_ROWS, **OPTIONS).span,
         column_mean=attention_stats(p.q, p.k, lse=p.lse, need_span=False, window=1, horizon=(0, None)).fai,
     )
 

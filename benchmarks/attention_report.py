@@ -10,7 +10,8 @@ from benchmarks.attention_variants import HORIZON, VARIANTS, WINDOW, Shape, work
 from benchmarks.measure import Measured, environment, heading, markdown_table, publish, ratio
 
 RATIOS = [("maps", "full"), ("maps", "band"), ("maps", "groups")]  # the statistics against the paper's way
-RATIOS += [("band", "sdpa"), ("groups", "sdpa"), ("fused", "sdpa")]  # the statistics against the attention itself
+for attention in ("sdpa", "cudnn", "triton"):  # against the attention itself
+    RATIOS += [(statistics, attention) for statistics in ("sampled", "band", "groups", "fused")]
 SHORT = {"group_waad": "waad of a group", "group_fai": "fai of a group", "column_mean": "means of columns"}
 
 

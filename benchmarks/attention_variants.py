@@ -18,6 +18,7 @@ from rhythm_kernels.statistics.options import Options, check_options
 
 WINDOW, HORIZON = 10, (10, 50)
 OPTIONS = {"window": WINDOW, "horizon": HORIZON}
+SPAN_ROWS = 512
 MEMORY_SHARE = 0.9  # the part of the free memory that one variant may take
 
 
@@ -69,6 +70,8 @@ class Answer(NamedTuple):
     """[1, N]"""
     group_fai: Tensor | None = None
     """[1, N]"""
+    sampled_span: Tensor | None = None
+    """[1, HQ], over `SPAN_ROWS` rows."""
     column_mean: Tensor | None = None
     """[1, HQ, N], the mean of A[t, s] over all t >= s."""
 
@@ -234,9 +237,19 @@ def make_groups(p: Problem) -> Callable[[], Answer]:
     return run
 
 
-def checked_options(p: Problem, need_span: bool) -> Options:
+def make_sampled(p: Problem) -> Callable[[], Answer]:
+    options = checked_options(p, need_span=True, span_rows=SPAN_ROWS)
+
+    def run() -> Answer:
+        stats = run_stats(p.q, p.k, p.lse, p.layout, options)
+        return answer_of(stats._replace(span=None))._replace(sampled_span=stats.span)
+
+    return run
+
+
+def checked_options(p: Problem, need_span: bool, span_rows: int | None = None) -> Options:
     plain_map = dict.fromkeys(("scale", "sliding_window", "softcap", "sinks"))
-    return check_options(p.q, p.k, need_span=need_span, **OPTIONS, **plain_map)
+    return check_options(p.q, p.k, need_span=need_span, span_rows=span_rows, **OPTIONS, **plain_map)
 
 
 def make_fused(p: Problem) -> Callable[[], Answer]:
@@ -276,6 +289,7 @@ VARIANTS = {
     "flex": Variant(make_flex, one_size=True),
     "colreduce": Variant(make_colreduce, gpu_only=True, rounds=True),
     "full": Variant(make_full, ours=True),
+    "sampled": Variant(make_sampled, ours=True),
     "band": Variant(make_band, ours=True),
     "groups": Variant(make_groups, ours=True),
     "fused": Variant(make_fused, ours=True),
@@ -315,6 +329,7 @@ def work(name: str, shape: Shape, tokens: int) -> Work | None:
     (lo, hi), share = HORIZON, math.ceil(0.3 * heads)
     band = heads * len({*range(WINDOW), *range(lo, hi + 1)}) * tokens  # scores
     group_band = share * (WINDOW + hi - lo + 1) * tokens
+    sampled = heads * min(SPAN_ROWS, tokens) * (tokens + 1) // 2  # rows spread evenly see half of the keys on average
     queries, keys = (n * tokens * size * dtype.itemsize for n in (heads, key_heads))
     row = 4 * heads * tokens  # bytes of one fp32 value a row
     inputs, forward = queries + keys, 2 * queries + 2 * keys
@@ -325,6 +340,7 @@ def work(name: str, shape: Shape, tokens: int) -> Work | None:
         "flex": Work(4 * size * pairs + 2 * size * band, pairs + band, forward + 3 * row),
         "colreduce": Work(4 * size * pairs, 2 * pairs, inputs + row),
         "full": Work(2 * size * (pairs + band), pairs + band, inputs + 3 * row),
+        "sampled": Work(2 * size * (sampled + band), sampled + band, inputs + 3 * row),
         "band": Work(2 * size * band, band, inputs + 3 * row),
         "groups": Work(
             2 * size * group_band, group_band, 2 * share * queries // heads + keys + 2 * share * row // heads

@@ -38,6 +38,7 @@ def run_attention(device: str) -> None:
     response_mask, sinks = torch.rand(1, TOKENS, device=device) < 0.7, torch.zeros(QUERY_HEADS, device=device)
     packed = {"cu_seqlens": bounds, "response_mask": response_mask, "softcap": 20.0, "sinks": sinks}
     windowed = {"sliding_window": 40, "horizon": (1, None)}
+    padded = {"attention_mask": (torch.arange(TOKENS, device=device) >= 130)[None]}
     # small heads first: reads outside of shared memory have been reported for them
     for dtype, size, options, is_misaligned in (
         (torch.bfloat16, 16, {}, False),
@@ -45,6 +46,7 @@ def run_attention(device: str) -> None:
         (torch.bfloat16, 48, windowed, False),
         (torch.bfloat16, 72, {}, True),
         (torch.bfloat16, 128, {}, False),
+        (torch.bfloat16, 64, padded, False),
         (torch.float16, 80, packed, False),
         (torch.float32, 64, windowed, False),
     ):
@@ -61,9 +63,12 @@ def run_attention_once(device: str, dtype: torch.dtype, size: int, options: dict
     heads = torch.arange(QUERY_HEADS, device=device) % 3 == 0
     stats = attention_stats(q, k, **options)
     attention_stats(q, k, lse=stats.lse, need_span=False, **options)  # which checks the log-sum-exp
+    attention_stats(q, k, lse=stats.lse, span_rows=64, **options)
+    attention_stats(q, k, span_rows=64, **options)
     group_stats(q, k, heads, ~heads, lse=stats.lse, **options)
     out, _ = attention(q, k, v, **options)
-    layout = make_layout(1, TOKENS, q.device, options.get("response_mask"), cu_seqlens=options.get("cu_seqlens"))
+    masks = (options.get(name) for name in ("response_mask", "attention_mask", "cu_seqlens"))
+    layout = make_layout(1, TOKENS, q.device, *masks)
     map_options = {name: options.get(name) for name in ("scale", "sliding_window", "softcap", "sinks")}
     checked = check_options(q, k, **map_options, window=10, horizon=(10, 50), need_span=False)
     probe_output(q, k, v, out.transpose(1, 2), stats.lse, layout, checked, rounding_of(dtype, fused=True))

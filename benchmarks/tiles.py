@@ -7,6 +7,7 @@ Each pass runs by itself with the tile of the table (triton_tiles.py) and with e
 
     rows        the forward pass without v: log-sum-exp and span from every key
     known       the same with a given log-sum-exp: span alone
+    sampled     span from 512 rows, with a given log-sum-exp
     forward     the forward pass with v
     band        WAAD and FAI of each head, from the log-sum-exp
     groups      WAAD summed over 30 % of the heads, FAI over another 30 %
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from benchmarks.attention import DTYPES, EXACT, ROUNDED
 from benchmarks.attention_report import one_line
-from benchmarks.attention_variants import OPTIONS, Problem, Shape, make_problem, work
+from benchmarks.attention_variants import OPTIONS, SPAN_ROWS, Problem, Shape, make_problem, work
 from benchmarks.kernels import parse_tile
 from benchmarks.measure import (
     Measured,
@@ -47,12 +48,19 @@ from benchmarks.measure import (
 )
 from rhythm_kernels.statistics.options import check_options
 from rhythm_kernels.statistics.triton_band import band_pass
-from rhythm_kernels.statistics.triton_forward import forward_pass
+from rhythm_kernels.statistics.triton_forward import forward_pass, sampled_pass
 from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, Tiles, choose_tiles
 
 AnyTile = Tile | BandTile
 
-TILE_OF = {"rows": "rows", "known": "rows", "forward": "forward", "band": "band", "groups": "band"}
+TILE_OF = {
+    "rows": "rows",
+    "known": "rows",
+    "sampled": "sampled",
+    "forward": "forward",
+    "band": "band",
+    "groups": "band",
+}
 WORK_OF = {"rows": "full", "known": "full", "forward": "sdpa"}
 COMPILED_AT = 256  # tokens; the kernels are the same at every number
 
@@ -71,6 +79,15 @@ OTHERS = {
         Tile(128, 32, 4, 4),
         Tile(256, 64, 8, 3),
         Tile(256, 128, 8, 2),
+    ],
+    "sampled": [
+        Tile(64, 64, 4, 2),
+        Tile(64, 64, 4, 4),
+        Tile(64, 128, 4, 2),
+        Tile(64, 128, 4, 3),
+        Tile(64, 64, 8, 3),
+        Tile(64, 32, 4, 4),
+        Tile(32, 64, 4, 3),
     ],
     "forward": [
         Tile(128, 64, 8, 2),
@@ -94,7 +111,10 @@ OTHERS = {
 def run_pass(name: str, tile: AnyTile, p: Problem) -> tuple[Tensor, ...]:
     """Runs one pass and returns its results."""
     plain_map = dict.fromkeys(("scale", "sliding_window", "softcap", "sinks"))
-    options = check_options(p.q, p.k, need_span=TILE_OF[name] == "rows", **OPTIONS, **plain_map)
+    need_span, span_rows = TILE_OF[name] in ("rows", "sampled", "forward"), SPAN_ROWS if name == "sampled" else None
+    options = check_options(p.q, p.k, need_span=need_span, span_rows=span_rows, **OPTIONS, **plain_map)
+    if name == "sampled":
+        return (sampled_pass(p.q, p.k, p.lse, p.layout, options, tile),)
     if TILE_OF[name] == "band":
         heads = (p.local_heads[None], p.global_heads[None]) if name == "groups" else None
         return band_pass(p.q, p.k, p.lse, heads, p.layout, options, tile)
