@@ -47,6 +47,7 @@ def stats_case(draw, max_tokens: int = 80, dtypes=(torch.float32, torch.float16)
     if draw(st.booleans()):
         kwargs["sinks"] = 2 * torch.randn(query_heads, generator=generator)
     kwargs["need_span"] = draw(st.booleans())
+    kwargs["span_rows"] = draw(st.sampled_from((None, 64, 128)))
     return make_case(
         (batch, query_heads, tokens, draw(st.sampled_from(HEAD_SIZES))),
         key_heads,

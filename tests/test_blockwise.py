@@ -33,7 +33,7 @@ def run(case):
 
 
 def run_groups(case, local_heads, global_heads):
-    return group_stats(case.q, case.k, local_heads, global_heads, **case.options("need_span"), backend="torch")
+    return group_stats(case.q, case.k, local_heads, global_heads, **case.options("need_span", "span_rows"), backend="torch")
 
 
 def run_attention(case, v):

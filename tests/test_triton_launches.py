@@ -54,9 +54,12 @@ CALLS = {
     "statistics, lse given": ("statistics", {"lse_given": True}),
     "statistics, lse given in another order": ("statistics", {"lse_given": True, "order": "heads inside"}),
     "statistics, lse given, no span": ("statistics", {"lse_given": True, "need_span": False}),
+    "statistics, sampled": ("statistics", {"span_rows": 64}),
+    "statistics, lse given, sampled": ("statistics", {"lse_given": True, "span_rows": 64}),
     "groups": ("groups", {}),
     "groups, lse given": ("groups", {"lse_given": True}),
     "attention": ("attention", {}),
+    "attention, sampled": ("attention", {"span_rows": 64}),
 }
 
 
@@ -74,7 +77,7 @@ def test_a_layer_takes_few_launches(kind, call, options, monkeypatch):
     groups = [(torch.arange(HEADS) % 2 == i).expand(layout.sequences, -1) for i in range(2)]
     checked = check_options(
         q, k, scale=None, window=10, horizon=(10, 50), sliding_window=None, softcap=None, sinks=None,
-        need_span=options.get("need_span", call != "groups"),
+        need_span=options.get("need_span", call != "groups"), span_rows=options.get("span_rows"),
     )  # fmt: skip
     layer = {
         "statistics": lambda: triton_backend.attention_stats(q, k, lse, layout, checked),

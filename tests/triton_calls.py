@@ -32,7 +32,7 @@ def run(case: StatsCase):
 
 
 def run_groups(case: StatsCase, local_heads, global_heads):
-    kwargs = {name: on_device(x) for name, x in case.options("need_span").items()}
+    kwargs = {name: on_device(x) for name, x in case.options("need_span", "span_rows").items()}
     inputs = [on_device(x) for x in (case.q, case.k, local_heads, global_heads)]
     return on_cpu(group_stats(*inputs, **kwargs, backend="triton"))
 
