@@ -38,9 +38,10 @@ class GroupSchedule:
             drift = schedule.advance()
 
     The first step is a calibration, then every `every`-th. Each pass of a calibration computes spans and groups the
-    heads by them. `add` pools the spans into one span for each head, the mean over all tokens of R (Eq. 7). The groups
-    of the pooled spans serve from the next step on, for all sequences. With `every=1` no groups are kept: each pass
-    ranks its own heads, by sequence or batch (the paper), and `advance` returns the drift from step to step.
+    heads by them. `add` pools the spans into one span for each head, the mean over all tokens of R (Eq. 7), or its
+    estimate where `collect` reads the spans from a sample (`span_rows`). The groups of the pooled spans serve from the
+    next step on, for all sequences. With `every=1` no groups are kept: each pass ranks its own heads, by sequence or
+    batch (the paper), and `advance` returns the drift from step to step.
 
     Each process has its own pool, which is summed in fp64 in the order of the calls.
 

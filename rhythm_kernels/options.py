@@ -6,13 +6,14 @@ Loads no torch, so that a command line can show its help at once.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 
-from rhythm_kernels.checks import check_bool, check_choice, check_float, check_horizon, check_int
+from rhythm_kernels.checks import check_bool, check_choice, check_float, check_horizon, check_int, check_span_rows
 
 STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
 READS_ATTENTION = ("local", "global", "coupled")
 GROUP_BY = ("sequence", "batch")
 MAX_WINDOW = 256  # tokens
 MOST_AMPLIFICATION = 1e37  # keeps every factor finite in fp32
+SPAN_ROWS = 512  # benchmarks/results/span-sample.md
 PREFIX = "credit"
 
 
@@ -55,6 +56,9 @@ class CreditOptions:
     )
     local_fraction: float = _option(0.3, "fraction of all heads that are local", minimum=0.0, maximum=1.0)
     global_fraction: float = _option(0.3, "fraction of all heads that are global", minimum=0.0, maximum=1.0)
+    span_rows: int | None = _option(
+        SPAN_ROWS, "rows of a response at most that the spans of a head are read from, a multiple of 64; none for all"
+    )
     group_by: str = _option(
         "sequence", "rank heads by the spans of each sequence, or by those of the whole batch", choices=GROUP_BY
     )
@@ -88,7 +92,7 @@ class CreditOptions:
     @property
     def collect_arguments(self) -> dict[str, object]:
         """The arguments of `collect` that these options set."""
-        names = ("window", "horizon", "group_by", "local_fraction", "global_fraction")
+        names = ("window", "horizon", "span_rows", "group_by", "local_fraction", "global_fraction")
         layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         return {"layers": layers, **self._of(names)}
 
@@ -170,6 +174,10 @@ def _read_threshold(words: list[str]) -> float | None:
     return None if words == ["none"] else float(_read_word(words))
 
 
+def _read_count(words: list[str]) -> int | None:
+    return None if words == ["none"] else _read_number(int)(words)
+
+
 def _read_layers(words: list[str]) -> int | str | tuple[int, ...]:
     if words == ["all"]:
         return "all"
@@ -184,6 +192,7 @@ def _read_horizon(words: list[str]) -> tuple[int | None, ...]:
 _READERS = {
     "layers": _read_layers,
     "horizon": _read_horizon,
+    "span_rows": _read_count,
     "tau_waad": _read_threshold,
     "tau_delta": _read_threshold,
     int: _read_number(int),
@@ -201,6 +210,8 @@ def _check(option: Field, value: object, limits: dict) -> None:
         check_choice(name, value, limits["choices"])
     elif kind is bool:
         check_bool(name, value)
+    elif name == "span_rows":
+        check_span_rows(value)
     elif name.startswith("tau_"):
         if value is not None:
             check_float(name, value)

@@ -35,7 +35,7 @@ def rhythm_of(
         layout: where the sequences of the batch are.
         groups: [L, HQ] or [sequences, L, HQ]; ranked from the spans if None. Sums have no spans, so they need groups.
         group_by: "sequence": each sequence has its own groups, from its own spans; "batch": one grouping from the
-            spans over all of R in the batch.
+            spans over all of R in the batch, for which those of the sequences are weighted by their rows of R.
 
     Raises:
         TypeError, ValueError: the groups are wrong or missing for sums, or a span is NaN. The host does not wait for

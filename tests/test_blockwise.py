@@ -33,7 +33,8 @@ def run(case):
 
 
 def run_groups(case, local_heads, global_heads):
-    return group_stats(case.q, case.k, local_heads, global_heads, **case.options("need_span", "span_rows"), backend="torch")
+    options = case.options("need_span", "span_rows")
+    return group_stats(case.q, case.k, local_heads, global_heads, **options, backend="torch")
 
 
 def run_attention(case, v):

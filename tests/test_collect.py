@@ -86,6 +86,25 @@ def test_sharp_attention_is_held_to_the_same_tolerance(make, attention, side, mo
         assert_close_to_reference(stats, case)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_spans_are_read_from_a_sample_of_rows(make, attention, monkeypatch):
+    """By default all rows of such short sequences are read."""
+    model = make(attention)
+    ids = torch.randint(0, 61, (2, 200), generator=torch.Generator().manual_seed(0))
+    calls = []
+    real_run = collector.run_stats
+    monkeypatch.setattr(collector, "run_stats", lambda *args: calls.append(args) or real_run(*args))
+    for options in ({"span_rows": 64}, {}):
+        calls.clear()
+        with torch.no_grad(), collect(model, **options) as c:
+            model(ids)
+        spans = c.rhythm().spans
+        for i, (q, k, _, _, checked, _) in enumerate(calls):
+            window = checked.sliding_window
+            exact = reference.attention_stats(q, k, scale=checked.scale, sliding_window=window, **options).span
+            torch.testing.assert_close(spans[:, i].double(), exact, rtol=1e-5, atol=1e-3)
+
+
 def test_packed_sequences(make):
     model = make("sdpa")
     torch.manual_seed(3)

@@ -1,5 +1,6 @@
 """Spans from a sample of rows: which rows are read, and the same definition in every path of the torch backend."""
 
+import itertools
 import math
 
 import pytest
@@ -45,7 +46,7 @@ def test_the_blocks_of_a_head_are_distinct_and_spread(most):
     for active in range(most + 1, 4 * most + 70):
         for u in range(64):
             places = [((64 * i + u) * active) // (64 * most) for i in range(most)]
-            assert all(before < after for before, after in zip(places, places[1:]))
+            assert all(before < after for before, after in itertools.pairwise(places))
             assert places[0] >= 0 and places[-1] < active
             assert all(i * active // most <= place <= (i + 1) * active / most for i, place in enumerate(places))
 
@@ -53,8 +54,7 @@ def test_the_blocks_of_a_head_are_distinct_and_spread(most):
 @pytest.mark.parametrize("span_rows", [64, 128, 192, 320, 1024, None])
 def test_the_sample_is_that_of_the_reference_alone_and_in_any_batch(span_rows):
     rows = [some_rows(n, seed=i) for i, n in enumerate(LENGTHS)]
-    values = [torch.zeros(HEADS, n) for n in LENGTHS]
-    for x, r, masks in batches(values, rows):
+    for _, r, masks in batches([torch.zeros(HEADS, n) for n in LENGTHS], rows):
         layout = make_layout(len(r), r.shape[1], r.device, r, **masks)
         segments = reference.segment_ids(len(r), r.shape[1], **masks)
         sample = reference.span_sample(layout.rows, segments, len(LENGTHS), HEADS, span_rows)

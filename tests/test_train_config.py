@@ -31,6 +31,7 @@ SOURCES = Path(train.__file__).parent
         (["--key-heads", "3"], "--key-heads must divide --heads, got 3, with --heads 4"),
         (["--head-size", "7"], "--head-size must be even, got 7"),
         (["--credit-horizon", "50", "10"], "--credit-horizon[1] must be at least 50, got 10"),
+        (["--credit-span-rows", "100"], "--credit-span-rows must be a multiple of 64, or None for all rows, got 100"),
         (["--credit-horizon", "1", "2", "3"], "--credit-horizon must be (lo, hi) in tokens"),
         (["--credit-groups-every", "0"], "--credit-groups-every must be at least 1, got 0"),
         (

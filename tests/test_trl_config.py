@@ -38,6 +38,7 @@ pytestmark = pytest.mark.xdist_group("trl")
         ({"credit_layers": 0}, "credit_layers must be at least 1, got 0"),
         ({"credit_layers": []}, "credit_layers must be"),
         ({"credit_window": 0}, "credit_window must be"),
+        ({"credit_span_rows": 100}, "credit_span_rows must be a multiple of 64"),
         ({"credit_horizon": [9, 3]}, r"credit_horizon\[1\] must be"),
         (
             {"credit_local_fraction": 0.6, "credit_global_fraction": 0.6},
@@ -73,11 +74,11 @@ def test_options_from_a_command_line(tmp_path):
         "--credit_top_fraction",
         "0.2",
     ]
-    line += ["--no_credit_largest", "--credit_horizon", "4", "--credit_layers", "1", "2"]
+    line += ["--no_credit_largest", "--credit_horizon", "4", "--credit_layers", "1", "2", "--credit_span_rows", "none"]
     (config,) = TrlParser(RhythmGRPOConfig).parse_args_and_config(line)
     options = config.credit_options
     assert (options.strategy, options.top_fraction, options.largest) == ("global", 0.2, False)
-    assert options.horizon == (4, None) and options.layers == (1, 2)
+    assert options.horizon == (4, None) and options.layers == (1, 2) and options.span_rows is None
     (config,) = TrlParser(RhythmGRPOConfig).parse_args_and_config(line[:5])
     assert config.credit_options == CreditOptions()  # the same defaults
     json.dumps(config.to_dict())
@@ -85,7 +86,12 @@ def test_options_from_a_command_line(tmp_path):
 
 def test_options_survive_to_dict_and_yaml(tmp_path):
     options = {"credit": "coupled", "credit_tau_waad": 3.5, "credit_tau_delta": 0.25, "credit_largest": False}
-    options |= {"credit_layers": [1, -1], "credit_horizon": [4, None], "credit_group_by": "batch"}
+    options |= {
+        "credit_layers": [1, -1],
+        "credit_horizon": [4, None],
+        "credit_group_by": "batch",
+        "credit_span_rows": 128,
+    }
     config = make_config(tmp_path, **options)
     saved = json.loads(json.dumps(config.to_dict()))
     credit = {name: value for name, value in saved.items() if name.startswith("credit")}

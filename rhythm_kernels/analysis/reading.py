@@ -104,8 +104,8 @@ def read(
     check_int("receivers", receivers, 1, len(all_layers) * heads)
     mask = response[None]
     with (
-        collect(model, layers=layers, response_mask=mask) as credit,
-        collect(model, layers=all_layers, response_mask=mask, horizon=TO_THE_END) as whole,
+        collect(model, layers=layers, response_mask=mask, span_rows=None) as credit,
+        collect(model, layers=all_layers, response_mask=mask, span_rows=None, horizon=TO_THE_END) as whole,
     ):
         entropy = _entropies(model, ids, response)
     rhythm = credit.rhythm()

@@ -11,7 +11,7 @@ SEQUENCE_TOKEN = "sequence_token"
 """The importance_sampling_level of GSPO-token: the ratio of the sequence, with the gradient of each token."""
 THROUGH_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo")
 """Losses whose gradient reaches a token only through the ratio; the others multiply the token's own log-prob."""
-AS_TEXTS = ("layers", "horizon")
+AS_TEXTS = ("layers", "horizon", "span_rows")
 """Options of several types, which HfArgumentParser cannot read: their flags take lists of strings."""
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int
+from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_span_rows
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.listen.collector import Collector
 from rhythm_kernels.listen.taps import Layers, query_heads
-from rhythm_kernels.options import GROUP_BY, MAX_WINDOW
+from rhythm_kernels.options import GROUP_BY, MAX_WINDOW, SPAN_ROWS
 from rhythm_kernels.signals import check_groups
 from rhythm_kernels.statistics.api import BACKENDS
 from rhythm_kernels.tensor_checks import check_cu_seqlens, check_tensor
@@ -48,6 +48,8 @@ class collect(Collector):  # called like a function, and named like one
         response_mask: [B, T] bool, R; every valid token if None.
         cu_seqlens: [S + 1] int32 or int64 on the CPU, bounds of the packed sequences of the forward, if the caller
             knows them. They are then not read from the forward's arguments, and the host does not wait for a GPU.
+        span_rows: as in `attention_stats`: the spans, which only rank heads, are read from at most so many rows of R in
+            each sequence; None for all of them. Without a log-sum-exp of the model (`lse_sources`) it saves nothing.
         groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
             Then spans are not computed and heads outside the groups are skipped.
         group_by: "sequence": head groups from each sequence's own spans (the paper's reading); "batch": from the
@@ -76,6 +78,7 @@ class collect(Collector):  # called like a function, and named like one
         horizon: tuple[int, int | None] = (10, 50),
         response_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        span_rows: int | None = SPAN_ROWS,
         groups: HeadGroups | None = None,
         group_by: str = "sequence",
         local_fraction: float = 0.3,
@@ -90,7 +93,11 @@ class collect(Collector):  # called like a function, and named like one
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, 1, "T", torch.device("cpu"))
         self._response_mask, self._cu_seqlens = response_mask, cu_seqlens
-        self._options = {"window": check_int("window", window, 1, MAX_WINDOW), "horizon": check_horizon(horizon)}
+        self._options = {
+            "window": check_int("window", window, 1, MAX_WINDOW),
+            "horizon": check_horizon(horizon),
+            "span_rows": check_span_rows(span_rows),
+        }
         self._grouping = {
             "group_by": check_choice("group_by", group_by, GROUP_BY),
             "local_fraction": check_float("local_fraction", local_fraction, 0.0, 1.0),

@@ -16,12 +16,13 @@ from rhythm_kernels.statistics.blockwise_rows import row_pass, row_statistics
 from rhythm_kernels.statistics.blockwise_sample import sampled_span
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
+from rhythm_kernels.statistics.spans import leaves_out_rows
 from rhythm_kernels.types import AttentionStats, GroupStats
 
 
 def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options) -> AttentionStats:
     """Computes `api.attention_stats` on checked arguments; `options.sinks` may be [B, HQ]."""
-    reads_all_rows = options.need_span and options.span_rows is None
+    reads_all_rows = options.need_span and not leaves_out_rows(layout, options.span_rows)
     if lse is None or reads_all_rows or options.horizon[1] is None:
         return row_statistics(row_pass(q, k, layout, options, lse=lse), layout, options)
     span = sampled_span(q, k, lse, layout, options) if options.need_span else None

@@ -35,6 +35,13 @@ class SpanSample(NamedTuple):
     """int64 [S, HQ]: the sampled rows."""
 
 
+def leaves_out_rows(layout: Layout, span_rows: int | None) -> bool:
+    """Returns whether a sequence may be so long that not all of its rows are sampled; the host knows it."""
+    if span_rows is None:
+        return False
+    return any(end - begin > span_rows for _, begin, end in layout.bounds)
+
+
 def span_sample(layout: Layout, span_rows: int, heads: int) -> SpanSample:
     """Returns the blocks that each of the heads reads for its span; span_rows is a multiple of SPAN_BLOCK."""
     return layout.keep(("span sample", span_rows, heads), lambda: _span_sample(layout, span_rows, heads))

@@ -86,8 +86,13 @@ def test_a_block_is_read():
     )
     assert options.strategy == "local" and options.layers == (1, 2) and options.horizon == (10, None)
     assert options.top_fraction == 0.2 and options.amplification == 1.5
-    options = read("+rhythm.tau_waad=7.5", "+rhythm.tau_delta=null")
-    assert options.strategy == "coupled" and options.tau_waad == 7.5 and options.tau_delta is None
+    options = read("+rhythm.tau_waad=7.5", "+rhythm.tau_delta=null", "+rhythm.span_rows=null")
+    assert (
+        options.strategy == "coupled"
+        and options.span_rows is None
+        and options.tau_waad == 7.5
+        and options.tau_delta is None
+    )
 
 
 def test_every_option_is_a_key_of_the_block():
