@@ -77,6 +77,10 @@ def packed_inputs(device: torch.device) -> dict[str, Tensor | int | bool]:
     return {"input_ids": ids.to(device), "position_ids": positions.to(device), "use_cache": False, **bounds, **longest}
 
 
+def one_sequence(device: torch.device) -> dict[str, Tensor | bool]:
+    return {"input_ids": (torch.arange(TOKENS)[None] % 20).to(device), "use_cache": False}
+
+
 def padded_inputs(device: torch.device) -> dict[str, Tensor | bool]:
     ids = torch.arange(3 * TOKENS).view(3, TOKENS) % 20
     mask = torch.arange(TOKENS) < torch.tensor([[TOKENS], [90], [7]])
@@ -194,11 +198,15 @@ class HostWork(NamedTuple):
 def measure(device: torch.device) -> HostWork:
     packed, padded = make_policy(device, "packed").decoder, make_policy(device, "sdpa").decoder
     inputs, batch, bounds = packed_inputs(device), padded_inputs(device), torch.tensor([0, *LENGTHS]).cumsum(0)
+    one, response_mask = one_sequence(device), (torch.arange(TOKENS)[None] >= PROMPT).to(device)
     launches = {}
     for name, known in (("spans", False), ("known groups", True)):
         launches[f"{name}, packed, log-sum-exp of the model"] = launches_of(packed, inputs, known)
         launches[f"{name}, packed, row pass"] = launches_of(packed, inputs, known, lse="own")
         launches[f"{name}, padded, row pass"] = launches_of(padded, batch, known)
+        launches[f"{name}, one sequence, row pass"] = launches_of(padded, one, known)
+        masked = launches_of(padded, one, known, response_mask=response_mask)
+        launches[f"{name}, one sequence with a response mask, row pass"] = masked
     forwards = {
         "packed, bounds known to the host": count(packed, inputs, FEW, cu_seqlens=bounds).waits,
         "packed, bounds on the device": count(packed, inputs, FEW).waits,

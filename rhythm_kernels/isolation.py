@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,11 +27,7 @@ def isolated(device: torch.device) -> Iterator[None]:
     whatever `torch.set_float32_matmul_precision` and TF32 say. No dispatch mode is active: selective activation
     checkpointing queues results, and operators that its recomputation does not repeat would shift the queue.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(exact_products())
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes(), exact_products():
         yield
 
 

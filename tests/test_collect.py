@@ -341,7 +341,7 @@ class Visits(dict):
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["model", "wrapped"])
 def test_a_context_visits_each_module_of_the_model_once(wrapped):
-    """A walk takes a model of 36 layers 0.3 ms or more, in which a GPU may have nothing to do."""
+    """The host needs time for each walk, in which a GPU may have nothing to do."""
     model = qwen3()
     outer = torch.nn.Sequential(torch.nn.Sequential(model)) if wrapped else model
     for module in outer.modules():

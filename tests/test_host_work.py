@@ -22,6 +22,14 @@ def test_a_layer_takes_few_launches(counts):
         assert 0 < launches.statistics <= 4, name
 
 
+@pytest.mark.parametrize(
+    "which, most", [("one sequence", 60), ("packed", 62), ("one sequence with a response mask", 92)]
+)
+def test_a_forward_takes_few_launches_beside_its_layers(counts, which, most):
+    """The tables of a layout are made from its bounds, and dozens of steps on the device only where R must be read."""
+    assert 0 < counts.launches[f"known groups, {which}, row pass"].forward <= most
+
+
 def test_a_forward_with_known_bounds_is_not_waited_for(counts):
     assert not counts.forwards["packed, bounds known to the host"]
 

@@ -181,9 +181,9 @@ def _holders(inner: nn.Module, module: nn.Module, seen: set[int]) -> list[nn.Mod
 class _Tree:
     """The modules below a root, the root first, each at every place that it has.
 
-    nn.Module.named_modules takes about as long as the host needs to launch ten kernels, and every question about a
-    decoder would need it again. So the tree is walked once, and a subtree is a range of it. Nothing is kept for the
-    next call: layers may be removed, replaced or wrapped before it.
+    A walk over the modules of a model takes the host a good part of a millisecond, in which a GPU may have nothing to
+    do. So there is one walk for all questions, and a subtree is a range of it. Nothing is kept for the next call:
+    layers may be removed, replaced or wrapped before it.
     """
 
     def __init__(self, root: nn.Module):

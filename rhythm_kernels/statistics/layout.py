@@ -39,6 +39,9 @@ class Layout:
     """(batch row, first position, one past the last position) of each sequence, on the host."""
     table: Tensor
     """[S, 3] int64: the bounds, on the device."""
+    whole: bool = False
+    """Whether R is known to be every token that is not padding. What follows from R then follows from the bounds, which
+    the host has: on a GPU it takes a few launches in place of dozens."""
     _kept: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -46,13 +49,19 @@ class Layout:
         """S, the number of sequences."""
         return len(self.bounds)
 
+    @property
+    def padded(self) -> bool:
+        """Whether the batch has padding."""
+        return sum(end - begin for _, begin, end in self.bounds) < self.rows.numel()
+
     def slice(self, part: slice) -> "Layout":
         """Returns the layout of some batch rows; the batch is not packed."""
         begin = part.indices(len(self.rows))[0]
         bounds = tuple((b - begin, *ends) for b, *ends in self.bounds[part])
         table = self.table[part].clone()
         table[:, 0] -= begin
-        return Layout(self.first[part], self.last[part], self.rows[part], self.segments[part] - begin, bounds, table)
+        tensors = self.first[part], self.last[part], self.rows[part], self.segments[part] - begin
+        return Layout(*tensors, bounds, table, self.whole)
 
     def rows_looking_back(self, horizon: tuple[int, int | None]) -> Tensor:
         """Returns how many rows of R look at each column from its horizon, |T(s)| of Eq. 10, at least 1: [B, T] int32.
@@ -64,15 +73,15 @@ class Layout:
 
     def row_counts(self) -> Tensor:
         """Returns how many rows of R each sequence has: [S] int64."""
-        return self.keep("row counts", lambda: sum_over_tokens(self.rows[:, None], self)[:, 0].contiguous())
+        return self.keep("row counts", lambda: _row_counts(self))
 
     def next_row(self) -> Tensor:
         """Returns the first row of R at or behind each position, T if there is none: [B, T + 1] int32."""
-        return self.keep("next row", lambda: _next_row(self.rows))
+        return self.keep("next row", lambda: _next_row(self))
 
     def row_end(self) -> Tensor:
         """Returns one past the last row of R before each position, 0 if there is none: [B, T + 1] int32."""
-        return self.keep("row end", lambda: _row_end(self.rows))
+        return self.keep("row end", lambda: _row_end(self))
 
     def tiles(self, block: int, order: str = "position", padding: bool = False) -> Tensor:
         """Cuts every sequence into tiles of `block` tokens, beginning with its own first token.
@@ -127,18 +136,33 @@ def make_layout(
     else:
         bounds = tuple((b, 0, tokens) for b in range(batch))
 
-    table = send(torch.tensor(bounds, dtype=torch.int64, device="cpu").view(-1, 3), device)
-    position = torch.arange(tokens, device=device)
-    if cu_seqlens is None:
-        segments = torch.arange(batch, device=device)[:, None].expand(batch, tokens)
-    else:  # an empty sequence ends where the one before it does; `right` passes over both
-        segments = torch.searchsorted(table[:, 2].contiguous(), position, right=True)[None]
-    first, end = table.int()[segments][..., 1:].unbind(-1)  # [B, T]
-    position = position.int().expand(batch, tokens)
-    valid = (first <= position) & (position < end)
-    rows = valid if response_mask is None else valid & response_mask
-    first, last = torch.where(valid, first, position + 1), torch.where(valid, end - 1, position - 1)
-    return Layout(first.contiguous(), last.contiguous(), rows.contiguous(), segments.contiguous(), bounds, table)
+    # one copy: the bounds, the sequences' ends once more, side by side, and their first and last positions
+    on_host = torch.tensor(bounds, dtype=torch.int64, device="cpu").view(-1, 3)
+    ends_on_host = on_host[:, 1:] - torch.tensor([0, 1], device="cpu")
+    parts = send(torch.cat([on_host.flatten(), on_host[:, 2], ends_on_host.flatten()]), device)
+    table, behind, ends = parts.split([on_host.numel(), len(bounds), ends_on_host.numel()])
+    table, ends = table.view(-1, 3), ends.view(-1, 2)
+    every_token = None  # where there is no padding
+    if cu_seqlens is not None:  # an empty sequence ends where the one before it does; `right` passes over both
+        segments = torch.searchsorted(behind, torch.arange(tokens, device=device), right=True)[None]
+        first, last = ends[segments[0]].mT.to(torch.int32, memory_format=torch.contiguous_format)[:, None]
+    else:
+        segments = torch.arange(batch, device=device)[:, None].expand(batch, tokens).contiguous()
+        if attention_mask is None:
+            first = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
+            last = torch.full_like(first, tokens - 1)
+        else:
+            position, ends = torch.arange(tokens, dtype=torch.int32, device=device), ends.int()
+            begin, end = ends[:, :1], ends[:, 1:]
+            every_token = (begin <= position) & (position <= end)
+            first, last = torch.where(every_token, begin, position + 1), torch.where(every_token, end, position - 1)
+    if response_mask is None:
+        rows = torch.ones_like(first, dtype=torch.bool) if every_token is None else every_token
+    elif every_token is None:
+        rows = response_mask.clone(memory_format=torch.contiguous_format)
+    else:
+        rows = (every_token & response_mask).contiguous()
+    return Layout(first, last, rows, segments, bounds, table, response_mask is None)
 
 
 def _padded_bounds(attention_mask: Tensor, batch: int, tokens: int, device: torch.device) -> tuple:
@@ -168,25 +192,40 @@ def _packed_bounds(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.de
 
 
 def _rows_looking_back(layout: Layout, horizon: tuple[int, int | None]) -> Tensor:
-    tokens = layout.rows.shape[1]
-    rows_before = pad(layout.rows.long().cumsum(-1), (1, 0))  # [B, T + 1]: the number of rows of R below t
-    position = torch.arange(tokens, device=layout.rows.device)
+    tokens, device = layout.rows.shape[1], layout.rows.device
     lo, hi = horizon
-    end = layout.last.long() + 1 if hi is None else torch.minimum(layout.last.long(), position + hi) + 1
-    begin = torch.minimum(position + lo, end).clamp(min=0)
-    return (rows_before.gather(1, end.clamp(min=0)) - rows_before.gather(1, begin)).clamp(min=1).int()
+    if layout.whole:  # the tokens from s + lo to the last one, at most hi - lo + 1
+        lo = min(lo, tokens)
+        most = None if hi is None else max(1, min(hi, tokens) - lo + 1)
+        return (layout.last - torch.arange(lo - 1, lo - 1 + tokens, dtype=torch.int32, device=device)).clamp(1, most)
+    rows_before = pad(layout.rows.cumsum(-1), (1, 0))  # [B, T + 1] int64: the number of rows of R below t
+    end = layout.last.long() + 1  # in padding the token itself
+    if hi is not None:
+        end = torch.minimum(end, torch.arange(hi + 1, hi + 1 + tokens, device=device))
+    begin = torch.minimum(end, torch.arange(lo, lo + tokens, device=device))
+    return (rows_before.gather(1, end) - rows_before.gather(1, begin)).clamp(min=1).int()
 
 
-def _next_row(rows: Tensor) -> Tensor:
-    tokens = rows.shape[1]
-    position = torch.arange(tokens, dtype=torch.int32, device=rows.device)
-    row_or_none = pad(torch.where(rows, position, tokens), (0, 1), value=tokens)
+def _row_counts(layout: Layout) -> Tensor:
+    if layout.whole:
+        return layout.table[:, 2] - layout.table[:, 1]
+    return sum_over_tokens(layout.rows[:, None], layout)[:, 0].contiguous()
+
+
+def _next_row(layout: Layout) -> Tensor:
+    batch, tokens = layout.rows.shape
+    if layout.whole and not layout.padded:
+        return torch.arange(tokens + 1, dtype=torch.int32, device=layout.rows.device).expand(batch, -1).contiguous()
+    position = torch.arange(tokens, dtype=torch.int32, device=layout.rows.device)
+    row_or_none = pad(torch.where(layout.rows, position, tokens), (0, 1), value=tokens)
     return row_or_none.flip(-1).cummin(-1).values.flip(-1).int().contiguous()
 
 
-def _row_end(rows: Tensor) -> Tensor:
-    position_after = torch.arange(1, rows.shape[1] + 1, dtype=torch.int32, device=rows.device)
-    return pad(torch.where(rows, position_after, 0), (1, 0)).cummax(-1).values.int()
+def _row_end(layout: Layout) -> Tensor:
+    if layout.whole and not layout.padded:
+        return layout.next_row()  # both are the position itself
+    position_after = torch.arange(1, layout.rows.shape[1] + 1, dtype=torch.int32, device=layout.rows.device)
+    return pad(position_after * layout.rows, (1, 0)).cummax(-1).values.int()
 
 
 def _tiles(layout: Layout, block: int, order: str, padding: bool) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rhythm_kernels.host import send
 from rhythm_kernels.statistics.layout import Layout
 
 PROBES = 12
@@ -90,12 +91,19 @@ def _probed_rows(layout: Layout, most: int) -> Tensor:
     batch, tokens = layout.rows.shape
     device = layout.rows.device
     probes = most if layout.sequences <= batch else max(min(FEWEST, most), most * batch // layout.sequences)
+    bounds = torch.tensor(layout.bounds, dtype=torch.int64, device="cpu").view(-1, 3)
+    squares, most_square = torch.arange(probes, device="cpu") ** 2, max(1, (probes - 1) ** 2)
+    if layout.whole:
+        _, begin, end = bounds[..., None].unbind(1)
+        rows = begin + (end - begin - 1) * squares // most_square
+        return send(torch.where(begin < end, rows, -1), device)
     # positions run through all batch rows; rows_before[i] is the number of rows of R below position i
-    rows_before = pad(layout.rows.flatten().long().cumsum(0), (1, 0))
-    batch_row, begin, end = layout.table.unbind(-1)
-    first, count = rows_before[batch_row * tokens + begin], rows_before[batch_row * tokens + end]
-    count = count - first
-    index = torch.arange(probes, device=device)
-    rank = (count[:, None] - 1) * index**2 // max(1, (probes - 1) ** 2)  # 0 to count - 1
-    position = torch.searchsorted(rows_before[1:], first[:, None] + rank + 1)
-    return torch.where(count[:, None] > 0, position - batch_row[:, None] * tokens, -1)
+    rows_before = pad(layout.rows.flatten().cumsum(0), (1, 0))
+    offset = bounds[:, 0] * tokens
+    sent = send(torch.cat([offset, (bounds[:, 1:] + offset[:, None]).flatten(), squares]), device)
+    offset, ends, squares = sent.split([len(bounds), 2 * len(bounds), probes])
+    before = rows_before[ends.view(-1, 2)]
+    count = before[:, 1:] - before[:, :1]
+    rank = (count - 1) * squares // most_square  # 0 to count - 1
+    position = torch.searchsorted(rows_before[1:], before[:, :1] + rank, right=True)
+    return (position - offset[:, None]).masked_fill(count == 0, -1)
