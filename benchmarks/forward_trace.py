@@ -1,7 +1,8 @@
 """Where the time of a forward goes on a GPU: `python -m benchmarks.forward --trace`.
 
 Each variant runs under torch's profiler, without a head start, so that a device that waits for the host shows as idle.
-On a CPU the outermost operators of torch stand for kernels.
+A fill of one number is launched right before each call. It is the first kernel, and the gap behind it is what the host
+does before the call's own first launch. On a CPU the outermost operators of torch stand for kernels.
 """
 
 import time
@@ -77,11 +78,12 @@ def _trace(run: Callable[[], object], device: torch.device) -> Trace:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = device.type == "cuda"
+    on_gpu, mark = device.type == "cuda", torch.zeros(1, device=device)
     if on_gpu:
         torch.cuda.synchronize(device)
     # recording the host's operators too would slow the host down
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        mark.zero_()
         begin = time.perf_counter()
         run()
         host_seconds = time.perf_counter() - begin

@@ -1,6 +1,7 @@
 """Tests the benchmarks: they run to the end, refuse wrong results, and say what they left out and why."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -236,6 +237,22 @@ def test_forward_traces_its_variants(tiny, capsys):
     with pytest.raises(SystemExit):
         forward.main([*tiny, "--trace", "--out", "report"])
     assert "--trace prints its report" in capsys.readouterr().err
+
+
+def test_a_trace_begins_with_the_call():
+    """What the host does before its first launch is a gap, the longest one here."""
+    x = torch.ones(8)
+
+    def run():
+        time.sleep(0.05)
+        x.add_(1)
+
+    one = forward_trace.trace(run, CPU)
+    assert [kernel.name for kernel in one.kernels] == ["aten::zero_", "aten::add_"]
+    assert x[0] == 2 + forward_trace.RUNS
+    [(seconds, before, after)] = one.gaps()
+    assert 0.05 <= seconds < one.first_to_last and one.host_seconds >= 0.05
+    assert (before, after) == tuple(one.kernels)
 
 
 def test_a_trace_tells_kernels_from_gaps():
