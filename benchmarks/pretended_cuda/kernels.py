@@ -17,7 +17,7 @@ from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, Tiles
 
 GRID_LIMITS = (2**31, 2**16, 2**16)
 # A GPU has small tiles for fp32. The interpreter's time goes by operations, not by elements, so they are larger here.
-FP32 = Tiles(rows=Tile(64, 64, 1, 1), forward=Tile(64, 64, 1, 1), band=BandTile(64, 64, 1, 1))
+FP32 = Tiles(*[Tile(64, 64, 1, 1)] * 3, band=BandTile(64, 64, 1, 1))
 
 
 @contextmanager
