@@ -97,22 +97,20 @@ def distances(tokens: int) -> Tensor:
     return position[:, None] - position[None, :]
 
 
-def span_sample(rows: Tensor, segments: Tensor, sequences: int, heads: int, span_rows: int | None) -> Tensor:
-    """Returns the rows of R that the span of each head is read from: bool [B, heads, T].
+def span_sample(rows: Tensor, segments: Tensor, sequences: int, span_rows: int | None) -> Tensor:
+    """Returns the rows of R that spans are read from, the same for all heads: bool [B, T].
 
     A sequence is cut into blocks of 64 tokens, beginning with its own first one. Those that hold a row of R are its A
-    active blocks. With K = span_rows / 64, all of them are read where A <= K. Otherwise head h reads the blocks
-    ((64 i + u) A) // (64 K) of them, for i = 0..K-1 and u = 39 h mod 64: one from each of K equal parts, at a place
-    that differs from head to head.
+    active blocks. With K = span_rows / 64, all of them are read where A <= K. Otherwise these K of them are read, in
+    order and counted from 0: (2 i + 1) A // (2 K) for i = 0..K-1, the middle of each of K equal parts.
 
     Args:
         rows: [B, T] bool, R.
         segments: [B, T].
         sequences: S.
-        heads: HQ, the query heads of the layer.
         span_rows: a multiple of 64; None for all rows of R.
     """
-    sample = rows[:, None].repeat(1, heads, 1)
+    sample = rows.clone()
     if span_rows is None:
         return sample
     most = span_rows // 64
@@ -122,10 +120,9 @@ def span_sample(rows: Tensor, segments: Tensor, sequences: int, heads: int, span
             continue
         block = (token - token[0]) // 64
         active = sorted(set(block[rows[row, token]].tolist()))
-        for head in range(heads):
-            places = [((64 * i + 39 * head % 64) * len(active)) // (64 * most) for i in range(most)]
-            read = active if len(active) <= most else [active[place] for place in places]
-            sample[row, head, token] &= torch.isin(block, torch.tensor(read, dtype=torch.long))
+        if len(active) > most:
+            read = [active[(2 * i + 1) * len(active) // (2 * most)] for i in range(most)]
+            sample[row, token] &= torch.isin(block, torch.tensor(read))
     return sample
 
 
@@ -135,14 +132,12 @@ def span(attention: Tensor, rows: Tensor, segments: Tensor, sequences: int, span
     It is 0 where R is empty. With `span_rows` it is the mean over the rows of `span_sample`.
     """
     looked_back = (attention * distances(attention.shape[-1])).sum(-1)
-    heads = attention.shape[1]
-    sample = span_sample(rows, segments, sequences, heads, span_rows)
-    out = attention.new_zeros(sequences, heads)
+    out = attention.new_zeros(sequences, attention.shape[1])
+    sample = span_sample(rows, segments, sequences, span_rows)
     for sequence in range(sequences):
-        for head in range(heads):
-            own_rows = sample[:, head] & (segments == sequence)
-            if own_rows.any():
-                out[sequence, head] = looked_back[:, head][own_rows].mean()
+        own_rows = sample & (segments == sequence)
+        if own_rows.any():
+            out[sequence] = looked_back.transpose(1, 2)[own_rows].mean(0)
     return out
 
 

@@ -38,17 +38,16 @@ def batches(values, rows):
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 16, 61])
-def test_the_blocks_of_a_head_are_distinct_and_spread(most):
-    """For every offset u: the i-th block lies in the i-th of K equal parts or at its end, and none is read twice.
+def test_the_blocks_are_distinct_and_spread(most):
+    """The i-th block lies in the i-th of K equal parts, and none is read twice.
 
     Two neighbours differ by A / K > 1 before they are rounded down, so they differ after it too.
     """
-    for active in range(most + 1, 4 * most + 70):
-        for u in range(64):
-            places = [((64 * i + u) * active) // (64 * most) for i in range(most)]
-            assert all(before < after for before, after in itertools.pairwise(places))
-            assert places[0] >= 0 and places[-1] < active
-            assert all(i * active // most <= place <= (i + 1) * active / most for i, place in enumerate(places))
+    for active in range(most + 1, 8 * most + 200):
+        places = [(2 * i + 1) * active // (2 * most) for i in range(most)]
+        assert all(before < after for before, after in itertools.pairwise(places))
+        assert all(i * active // most <= place < (i + 1) * active / most for i, place in enumerate(places))
+        assert abs(sum(places) / most - (active - 1) / 2) <= 0.5  # the mean position is that of all blocks
 
 
 @pytest.mark.parametrize("span_rows", [64, 128, 192, 320, 1024, None])
@@ -57,28 +56,30 @@ def test_the_sample_is_that_of_the_reference_alone_and_in_any_batch(span_rows):
     for _, r, masks in batches([torch.zeros(HEADS, n) for n in LENGTHS], rows):
         layout = make_layout(len(r), r.shape[1], r.device, r, **masks)
         segments = reference.segment_ids(len(r), r.shape[1], **masks)
-        sample = reference.span_sample(layout.rows, segments, len(LENGTHS), HEADS, span_rows)
+        sample = reference.span_sample(layout.rows, segments, len(LENGTHS), span_rows)
         if span_rows is not None:
-            assert torch.equal(sampled_rows(layout, span_rows, HEADS), sample)
-            counts = [(sample & (segments == s)[:, None]).sum((0, 2)) for s in range(len(LENGTHS))]
-            assert torch.equal(span_sample(layout, span_rows, HEADS).row_counts, torch.stack(counts))
+            assert torch.equal(sampled_rows(layout, span_rows), sample)
+            counts = [(sample & (segments == s)).sum() for s in range(len(LENGTHS))]
+            assert torch.equal(span_sample(layout, span_rows).row_counts, torch.stack(counts))
         for sequence, own_rows in enumerate(rows):
-            own = sample.transpose(1, 2)[segments == sequence]  # [n, HEADS]
             alone = torch.zeros(1, len(own_rows), dtype=torch.long)
-            assert torch.equal(own.mT[None], reference.span_sample(own_rows[None], alone, 1, HEADS, span_rows))
+            own_sample = reference.span_sample(own_rows[None], alone, 1, span_rows)
+            assert torch.equal(sample[segments == sequence], own_sample[0])
 
 
-def test_the_sample_of_a_head_by_hand():
-    """Of 10 blocks the third has no row, so 9 are active. With K = 2 head 0 reads the active blocks 0 and 4."""
+@pytest.mark.parametrize(
+    "span_rows, read", [(64, [5]), (128, [3, 7]), (192, [1, 5, 8]), (576, [0, 1, 3, 4, 5, 6, 7, 8, 9])]
+)
+def test_the_sample_by_hand(span_rows, read):
+    """Of 10 blocks the third has no row, so 9 are active: with K = 2 those of the numbers 9 // 4 = 2 and 27 // 4 = 6.
+
+    They are the blocks 3 and 7, since both lie behind the hole.
+    """
     rows = torch.ones(1, 640, dtype=torch.bool)
     rows[:, 128:192] = False
-    sample = sampled_rows(make_layout(1, 640, rows.device, rows), 128, 3)
-    blocks = sample.view(3, 10, 64).all(-1)
-    assert torch.equal(blocks, sample.view(3, 10, 64).any(-1))
-    read = [block.nonzero().flatten().tolist() for block in blocks]
-    assert read[0] == [0, 5]  # active blocks 0 and 64 * 9 // 128 = 4, behind the hole
-    assert read[1] == [3, 8]  # u = 39: 39 * 9 // 128 = 2 and 103 * 9 // 128 = 7
-    assert read[2] == [0, 6]  # u = 14: 0 and 78 * 9 // 128 = 5
+    sample = sampled_rows(make_layout(1, 640, rows.device, rows), span_rows).view(10, 64)
+    assert torch.equal(sample.all(-1), sample.any(-1))
+    assert sample.any(-1).nonzero().flatten().tolist() == read
 
 
 @pytest.mark.parametrize("span_rows", [64, 192, 448])
@@ -134,9 +135,9 @@ def test_a_sample_is_read_in_parts_where_the_memory_is_small(monkeypatch):
 def test_rows_beside_the_sample_change_no_span(lse_given):
     """With a known log-sum-exp they are not even read; all heads share keys, so only queries are broken."""
     case = make_case((2, 3, 600, 8), 3, lse_given=lse_given, span_rows=128, response_mask=some_rows(2, 600))
-    sample = reference.span_sample(rows_of(case), segments_of(case), 2, 3, 128)
-    broken = case._replace(q=case.q.masked_fill(~sample[..., None], math.nan))
-    assert sample.sum((0, 2)).min() > 0
+    sample = reference.span_sample(rows_of(case), segments_of(case), 2, 128)
+    broken = case._replace(q=case.q.masked_fill(~sample[:, None, :, None], math.nan))
+    assert 0 < sample.sum() < rows_of(case).sum()
     lse = broken.kwargs.pop("lse", None)
     layout_options = {name: x for name, x in broken.kwargs.items() if name != "span_rows"}
     whole = attention_stats(case.q, case.k, lse=lse, span_rows=128, **layout_options)
@@ -145,9 +146,9 @@ def test_rows_beside_the_sample_change_no_span(lse_given):
     else:  # without the check of the log-sum-exp, which reads two rows of each sequence
         spans = spans_of(broken.q, case.k, lse, span_rows=128, **layout_options)
     torch.testing.assert_close(spans, whole.span)
-    one = sample[1, 2].nonzero()[3]
-    spans = spans_of(case.q.index_fill(2, one, math.nan), case.k, lse, span_rows=128, **layout_options)
-    assert spans[1, 2].isnan() and not spans[:, 2].isnan().all()
+    case.q[1, 2, sample[1].nonzero()[3]] = math.nan
+    spans = spans_of(case.q, case.k, lse, span_rows=128, **layout_options)
+    assert spans[1, 2].isnan() and spans.isnan().sum() == 1
 
 
 def spans_of(q, k, lse, *, span_rows, response_mask):

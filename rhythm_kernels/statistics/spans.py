@@ -1,9 +1,10 @@
-"""Which rows of R the span of each head is read from, and the mean over them.
+"""Which rows of R the spans are read from, and the mean over them.
 
 A span only ranks heads, so a sample of the rows serves. A sequence is cut into blocks of SPAN_BLOCK tokens, beginning
-with its own first one; those that hold a row of R are active. Each head reads some of the active blocks, and of them
-all rows of R. Everything here is integers and depends on the sequence alone, so a sequence has the same sample alone
-and in any batch. The tables are made from R on its device, which the host does not wait for.
+with its own first one; those that hold a row of R are active. Of the active blocks the one in the middle of each of
+span_rows / SPAN_BLOCK equal parts is read, for all heads alike: a head that was read further back than another one
+would have the larger span for that alone. All of this is integers and depends on the sequence alone, so a sequence has
+the same sample alone and in any batch. The tables are made from R on its device, which the host does not wait for.
 
 Shapes: B batch rows, T tokens, HQ query heads; S sequences.
 """
@@ -19,20 +20,29 @@ from rhythm_kernels.host import send
 from rhythm_kernels.statistics.layout import Layout, sum_over_tokens
 
 SPAN_UNIT = 2.0**-20  # tokens: spans are summed as integers of this unit, so that the order does not matter
-SPAN_OFFSET = 39  # of SPAN_BLOCK, from head to head: 39/64 is near the golden ratio, which spreads any number of heads
 
 
 class SpanSample(NamedTuple):
-    """The blocks that each head reads. A sequence has a slot for each of them, at most span_rows / SPAN_BLOCK."""
+    """The blocks that spans are read from. A sequence has a slot for each, at most span_rows / SPAN_BLOCK."""
 
-    blocks: Tensor
-    """int32 [slots, HQ]: the block's index in `layout.tiles(SPAN_BLOCK)`; -1 in a slot that the head does not need."""
+    tiles: Tensor
+    """int32 [slots, 5]: the blocks, as in `Layout.tiles`. A slot without a block has 0 everywhere, and the index -1."""
     bounds: Tensor
     """int32 [S + 1]: the first slot of each sequence, and one past the last slot."""
     sequences: Tensor
     """int64 [slots]: the sequence of each slot."""
     row_counts: Tensor
-    """int64 [S, HQ]: the sampled rows."""
+    """int64 [S]: the sampled rows."""
+
+    def cut(self, block: int) -> Tensor:
+        """Returns the tiles cut into tiles of `block` tokens, a part of SPAN_BLOCK: int32 [slots * parts, 5].
+
+        A tile behind the end of its sequence has the index -1.
+        """
+        part = torch.arange(0, SPAN_BLOCK, block, dtype=torch.int32, device=self.tiles.device)
+        batch_row, start, first, end, index = self.tiles[:, None].expand(-1, len(part), -1).unbind(-1)
+        start = start + part
+        return torch.stack([batch_row, start, first, end, index.where(start < end, -1)], -1).flatten(0, 1)
 
 
 def leaves_out_rows(layout: Layout, span_rows: int | None) -> bool:
@@ -42,14 +52,14 @@ def leaves_out_rows(layout: Layout, span_rows: int | None) -> bool:
     return any(end - begin > span_rows for _, begin, end in layout.bounds)
 
 
-def span_sample(layout: Layout, span_rows: int, heads: int) -> SpanSample:
-    """Returns the blocks that each of the heads reads for its span; span_rows is a multiple of SPAN_BLOCK."""
-    return layout.keep(("span sample", span_rows, heads), lambda: _span_sample(layout, span_rows, heads))
+def span_sample(layout: Layout, span_rows: int) -> SpanSample:
+    """Returns the blocks that spans are read from; span_rows is a multiple of SPAN_BLOCK."""
+    return layout.keep(("span sample", span_rows), lambda: _span_sample(layout, span_rows))
 
 
-def sampled_rows(layout: Layout, span_rows: int, heads: int) -> Tensor:
-    """Returns the rows of R in the blocks of each head: bool [B, HQ, T]."""
-    return layout.keep(("sampled rows", span_rows, heads), lambda: _sampled_rows(layout, span_rows, heads))
+def sampled_rows(layout: Layout, span_rows: int) -> Tensor:
+    """Returns the rows of R in the blocks that spans are read from: bool [B, T]."""
+    return layout.keep(("sampled rows", span_rows), lambda: _sampled_rows(layout, span_rows))
 
 
 def mean_over_rows(values: Tensor, layout: Layout, span_rows: int | None = None) -> Tensor:
@@ -64,12 +74,12 @@ def mean_over_rows(values: Tensor, layout: Layout, span_rows: int | None = None)
     """
     units, broken = to_units(values)
     if span_rows is None:
-        counts = layout.row_counts()[:, None]
+        counts = layout.row_counts()
     else:
-        sample = sampled_rows(layout, span_rows, values.shape[1])
+        sample = sampled_rows(layout, span_rows)[:, None]
         units, broken = units * sample, broken & sample
-        counts = span_sample(layout, span_rows, values.shape[1]).row_counts
-    return mean_of_units(sum_over_tokens(units, layout), sum_over_tokens(broken, layout), counts)
+        counts = span_sample(layout, span_rows).row_counts
+    return mean_of_units(sum_over_tokens(units, layout), sum_over_tokens(broken, layout), counts[:, None])
 
 
 def to_units(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,11 +94,12 @@ def mean_of_units(total: Tensor, broken: Tensor, counts: Tensor) -> Tensor:
     return mean.masked_fill(broken > 0, torch.nan).float()
 
 
-def _span_sample(layout: Layout, span_rows: int, heads: int) -> SpanSample:
+def _span_sample(layout: Layout, span_rows: int) -> SpanSample:
     device, most = layout.rows.device, span_rows // SPAN_BLOCK
     first_block, first_slot, sequence, slot = (send(x, device) for x in _slots(layout, most))
 
-    batch_row, start, _, end, _ = layout.tiles(SPAN_BLOCK).long().unbind(-1)
+    tiles = layout.tiles(SPAN_BLOCK)
+    batch_row, start, _, end, _ = tiles.long().unbind(-1)
     rows_before = pad(layout.rows.long().cumsum(-1), (1, 0))  # [B, T + 1]: the number of rows of R below t
     stop = torch.minimum(start + SPAN_BLOCK, end)
     row_counts = rows_before[batch_row, stop] - rows_before[batch_row, start]  # [blocks]
@@ -98,18 +109,17 @@ def _span_sample(layout: Layout, span_rows: int, heads: int) -> SpanSample:
     place = torch.where(is_active, active_before[:-1], len(start))
     active = place.new_zeros(len(start) + 1).scatter_(0, place, torch.arange(len(start), device=device))
 
-    base = active_before[first_block[sequence], None]  # [slots, 1]
-    number = active_before[first_block[sequence + 1], None] - base
-    offset = torch.arange(heads, device=device) * SPAN_OFFSET % SPAN_BLOCK
-    slot = slot[:, None]
-    spread = (slot * SPAN_BLOCK + offset) * number // (most * SPAN_BLOCK)
-    chosen = torch.where(number <= most, slot, spread)  # [slots, HQ]
+    base = active_before[first_block[sequence]]  # [slots]
+    number = active_before[first_block[sequence + 1]] - base
+    chosen = torch.where(number <= most, slot, (2 * slot + 1) * number // (2 * most))
     is_read = slot < number
-    blocks = active[(base + chosen).clamp(max=len(start))]
+    block = active[(base + chosen).clamp(max=len(start))].where(is_read, 0)
 
-    counts = torch.where(is_read, row_counts[blocks], 0)
-    row_counts = counts.new_zeros(layout.sequences, heads).index_add_(0, sequence, counts)
-    return SpanSample(torch.where(is_read, blocks, -1).int(), first_slot.int(), sequence, row_counts)
+    counts = torch.zeros(layout.sequences, dtype=torch.int64, device=device)
+    counts.index_add_(0, sequence, row_counts[block].where(is_read, 0))
+    nothing = torch.tensor([0, 0, 0, 0, -1], dtype=torch.int32, device="cpu")
+    tiles = tiles[block].where(is_read[:, None], send(nothing, device))
+    return SpanSample(tiles, first_slot.int(), sequence, counts)
 
 
 def _slots(layout: Layout, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,12 +137,12 @@ def _slots(layout: Layout, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return first_block, first_slot, sequence, torch.arange(len(sequence), device="cpu") - first_slot[sequence]
 
 
-def _sampled_rows(layout: Layout, span_rows: int, heads: int) -> Tensor:
-    device, tiles = layout.rows.device, layout.tiles(SPAN_BLOCK).long()
-    blocks = span_sample(layout, span_rows, heads).blocks.long()
-    read = torch.zeros(len(tiles) + 1, heads, dtype=torch.bool, device=device)
-    read.scatter_(0, torch.where(blocks < 0, len(tiles), blocks), True)  # one more place for slots that are not needed
-    first_block = send(_slots(layout, 1)[0], device)
-    position = torch.arange(layout.rows.shape[1], device=device)
-    block = first_block[layout.segments] + (position - layout.first).clamp(min=0) // SPAN_BLOCK  # [B, T]
-    return (read[block.clamp(max=len(tiles))] & layout.rows[..., None]).transpose(1, 2)
+def _sampled_rows(layout: Layout, span_rows: int) -> Tensor:
+    batch_row, start, _, end, index = span_sample(layout, span_rows).tiles.long().unbind(-1)
+    tokens = layout.rows.shape[1]
+    token = start[:, None] + torch.arange(SPAN_BLOCK, device=start.device)  # [slots, SPAN_BLOCK]
+    inside = (token < end[:, None]) & (index >= 0)[:, None]
+    # one more token takes what lies outside
+    sample = torch.zeros(layout.rows.numel() + 1, dtype=torch.bool, device=start.device)
+    sample[torch.where(inside, batch_row[:, None] * tokens + token, layout.rows.numel())] = True
+    return sample[:-1].view(layout.rows.shape) & layout.rows

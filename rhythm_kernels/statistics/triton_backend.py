@@ -10,7 +10,7 @@ from torch import Tensor
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.statistics.triton_band import band_pass
-from rhythm_kernels.statistics.triton_forward import forward_pass, sampled_pass
+from rhythm_kernels.statistics.triton_forward import forward_pass
 from rhythm_kernels.statistics.triton_scores import aligned
 from rhythm_kernels.statistics.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, MAX_TOKEN_STRIDE, Tiles, choose_tiles
 from rhythm_kernels.types import AttentionStats, GroupStats
@@ -31,7 +31,7 @@ def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
             lse = lse.contiguous()
         row_lse = lse
         if lse is not None and options.need_span and options.span_rows is not None:
-            span = sampled_pass(q, k, lse, layout, options, tiles.sampled)
+            _, span, _ = forward_pass(q, k, None, lse, layout, options, tiles.sampled, sample_only=True)
         elif lse is None or options.need_span:
             row_lse, span, _ = forward_pass(q, k, None, lse, layout, options, tiles.rows)
         if lse is None:

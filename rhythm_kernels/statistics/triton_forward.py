@@ -38,7 +38,6 @@ from rhythm_kernels.statistics.triton_spans import (
     BROKEN,
     PLACE_FIELDS,
     first_slot,
-    load_sampled_place,
     mean_spans,
     sampled_mean_spans,
     span_units,
@@ -124,8 +123,7 @@ def forward_kernel(
     q,  # [B, HQ, T, SIZE]
     k,  # [B, H, T, SIZE]
     v,  # [B, H, T, SIZE_V]
-    tiles,  # [tiles, PLACE_FIELDS], of `Layout.tiles`
-    blocks,  # [sample slots, HQ], of `SpanSample`, read with USE_SAMPLE
+    tiles,  # [tiles, PLACE_FIELDS], of `Layout.tiles`, or `SpanSample.cut`
     rows,  # [B, T]
     sinks,  # [HQ]
     lse,  # [B, HQ, T], read with USE_LSE, else written
@@ -162,16 +160,10 @@ def forward_kernel(
     USE_LSE: tl.constexpr,
     USE_SPAN: tl.constexpr,
     USE_OUT: tl.constexpr,
-    USE_SAMPLE: tl.constexpr,
     TOTAL_ROWS: tl.constexpr,
-    SPAN_BLOCK: tl.constexpr,
 ):
     """Computes one tile of rows of one query head, by an online softmax over the keys that they see."""
-    if USE_SAMPLE:
-        place = load_sampled_place(tiles, blocks, query_heads, PLACE_FIELDS, BLOCK_M, SPAN_BLOCK)
-    else:
-        place = load_place(tiles, query_heads, PLACE_FIELDS)
-    batch, row, first, last, sequence, head = place
+    batch, row, first, last, sequence, head = load_place(tiles, query_heads, PLACE_FIELDS)
     key_head = head // (query_heads // key_heads)
     stride_qt, stride_kt, stride_vt = stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT
     t = row + tl.arange(0, BLOCK_M)
@@ -236,10 +228,7 @@ def forward_kernel(
         looked_back = tl.where(in_response, looked_back, 0.0)
         is_finite = tl.abs(looked_back) < float("inf")
         units = tl.where(is_finite, span_units(tl.where(is_finite, looked_back, 0.0)), 0)
-        if USE_SAMPLE:
-            slot = (tl.program_id(0) // query_heads).to(tl.int64)
-        else:
-            slot = first_slot(batch, first, sequence, tokens, TOTAL_ROWS) + (row - first) // TOTAL_ROWS
+        slot = first_slot(batch, first, sequence, tokens, TOTAL_ROWS) + (row - first) // TOTAL_ROWS
         if TOTAL_ROWS == BLOCK_M:
             total_units = tl.sum(units, 0)
             is_whole = tl.min(is_finite.to(tl.int32), 0) > 0
@@ -259,79 +248,53 @@ def forward_kernel(
 
 
 def forward_pass(
-    q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, layout: Layout, options: Options, tile: Tile
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    lse: Tensor | None,
+    layout: Layout,
+    options: Options,
+    tile: Tile,
+    sample_only: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns lse fp32 [B, HQ, T], 0 outside R; span fp32 [S, HQ] or None; out [B, HQ, T, Dv], 0 in padding, or None.
 
-    q [B, HQ, T, D] and k [B, H, T, D] are `aligned`. A given lse [B, HQ, T] is returned as it is.
+    q [B, HQ, T, D] and k [B, H, T, D] are `aligned`. A given lse [B, HQ, T] is returned as it is. With `sample_only`,
+    for which lse is given and tile.block_m divides SPAN_BLOCK, only the rows of `options.span_rows` are read.
     """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    batch, query_heads, tokens, _ = q.shape
+    batch, query_heads, tokens, size = q.shape
     row_lse = empty(batch, query_heads, tokens) if lse is None else lse
-    # a sample is chosen afterwards from sums over at most a block
+    # a sample is chosen afterwards, or before: it has sums of its own for each block or part of one
     total_rows = tile.block_m if options.span_rows is None else min(tile.block_m, SPAN_BLOCK)
     slots = batch * tokens // total_rows + layout.sequences + 1
     totals = empty(query_heads, slots, dtype=torch.int64) if options.need_span else None
-    out = None
+    out, size_v = None, 16
     if v is not None:
-        out, v = empty(batch, query_heads, tokens, v.shape[-1], dtype=v.dtype), aligned(v)
-    tiles = layout.tiles(tile.block_m, "past", padding=True)
-    _launch(len(tiles), q, k, v, tiles, None, row_lse, totals, out, layout, options, tile, lse is not None, total_rows)
-    if totals is None:
-        return row_lse, None, out
-    if options.span_rows is None:
-        return row_lse, mean_spans(totals, layout, total_rows), out
-    sample = span_sample(layout, options.span_rows, query_heads)
-    return row_lse, sampled_mean_spans(totals, layout, sample, total_rows, sample_only=False), out
-
-
-def sampled_pass(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, tile: Tile) -> Tensor:
-    """Returns the spans over the rows of `options.span_rows`, fp32 [S, HQ]; no other row is read.
-
-    q [B, HQ, T, D] and k [B, H, T, D] are `aligned`, lse [B, HQ, T] is contiguous. tile.block_m divides SPAN_BLOCK.
-    """
-    heads, sample = q.shape[1], span_sample(layout, options.span_rows, q.shape[1])
-    programs = len(sample.blocks) * (SPAN_BLOCK // tile.block_m)  # of each head
-    totals = torch.empty((heads, programs), dtype=torch.int64, device=q.device)
-    tiles = layout.tiles(SPAN_BLOCK)
-    _launch(programs, q, k, None, tiles, sample.blocks, lse, totals, None, layout, options, tile, True, tile.block_m)
-    return sampled_mean_spans(totals, layout, sample, tile.block_m, sample_only=True)
-
-
-def _launch(
-    programs: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    tiles: Tensor,
-    blocks: Tensor | None,
-    lse: Tensor,
-    totals: Tensor | None,
-    out: Tensor | None,
-    layout: Layout,
-    options: Options,
-    tile: Tile,
-    use_lse: bool,
-    total_rows: int,
-) -> None:
-    """Launches `forward_kernel`, so many programs for each query head."""
-    tokens, size_v = q.shape[2], 16 if out is None else out.shape[-1]
-    block_d, rest_d = size_parts(q.shape[-1])
-    forward_kernel[(programs * q.shape[1],)](
+        size_v = v.shape[-1]
+        out, v = empty(batch, query_heads, tokens, size_v, dtype=v.dtype), aligned(v)
+    block_d, rest_d = size_parts(size)
+    if sample_only:
+        tiles = layout.keep(
+            ("sampled tiles", options.span_rows, tile.block_m),
+            lambda: span_sample(layout, options.span_rows).cut(tile.block_m),
+        )
+    else:
+        tiles = layout.tiles(tile.block_m, "past", padding=True)
+    forward_kernel[(len(tiles) * query_heads,)](
         v=v,
         tiles=tiles,
-        blocks=blocks,
         rows=layout.rows,
-        lse=lse,
+        lse=row_lse,
         totals=totals,
         out=out,
         **score_arguments(q, k, options),
         **stride_arguments("v", v),
         sliding_window=tokens if options.sliding_window is None else min(options.sliding_window, tokens),
-        slots=0 if totals is None else totals.shape[1],
+        slots=slots,
         BLOCK_D=block_d,
         REST_D=rest_d,
         SIZE_V=size_v,
@@ -339,13 +302,16 @@ def _launch(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         USE_WINDOW=options.sliding_window is not None,
-        USE_LSE=use_lse,
-        USE_SPAN=totals is not None,
+        USE_LSE=lse is not None,
+        USE_SPAN=options.need_span,
         USE_OUT=v is not None,
-        USE_SAMPLE=blocks is not None,
         TOTAL_ROWS=total_rows,
-        SPAN_BLOCK=SPAN_BLOCK,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.max_registers if options.softcap is None else None,  # a soft cap takes more and would spill
     )
+    if totals is None:
+        return row_lse, None, out
+    if options.span_rows is None:
+        return row_lse, mean_spans(totals, layout, total_rows), out
+    return row_lse, sampled_mean_spans(totals, layout, span_sample(layout, options.span_rows), total_rows), out

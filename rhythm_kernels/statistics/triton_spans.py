@@ -34,23 +34,6 @@ def first_slot(batch, begin, sequence, tokens, BLOCK_M: tl.constexpr):
     return (batch * tokens + begin) // BLOCK_M + sequence
 
 
-@triton.jit
-def load_sampled_place(tiles, blocks, heads, FIELDS: tl.constexpr, BLOCK_M: tl.constexpr, SPAN_BLOCK: tl.constexpr):
-    """Returns what `load_place` returns, for the tile of BLOCK_M rows that this program reads for its head's span.
-
-    Where the head has no block in the slot, the tile lies behind the end of its sequence, which is then 0.
-
-    tiles: [blocks, FIELDS], `Layout.tiles(SPAN_BLOCK)`; blocks: [sample slots, heads], `SpanSample.blocks`.
-    """
-    program, PARTS = tl.program_id(0), SPAN_BLOCK // BLOCK_M
-    head, part = program % heads, program // heads % PARTS
-    block = tl.load(blocks + (program // heads // PARTS).to(tl.int64) * heads + head)
-    tile = tiles + tl.maximum(block, 0) * FIELDS
-    batch, start, begin = tl.load(tile).to(tl.int64), tl.load(tile + 1) + part * BLOCK_M, tl.load(tile + 2)
-    end = tl.where(block >= 0, tl.load(tile + 3), 0)
-    return batch, start, begin, end, tl.load(tile + 4).to(tl.int64), head.to(tl.int64)
-
-
 @triton.jit(do_not_specialize=["tokens", "heads", "slots"])
 def span_kernel(
     totals,  # [HQ, slots], of `forward_kernel`
@@ -83,45 +66,38 @@ def span_kernel(
 @triton.jit(do_not_specialize=["tokens", "heads", "slots"])
 def sampled_span_kernel(
     totals,  # [HQ, slots], of `forward_kernel`, a sum for TOTAL_ROWS rows
-    tiles,  # [blocks, PLACE_FIELDS], `Layout.tiles(SPAN_BLOCK)`
-    blocks,  # [sample slots, HQ], `SpanSample.blocks`
-    sample_bounds,  # [S + 1], `SpanSample.bounds`
-    row_counts,  # [S, HQ], `SpanSample.row_counts`
+    tiles,  # [sample slots, PLACE_FIELDS], of `SpanSample`
+    sample_bounds,  # [S + 1], of `SpanSample`
+    row_counts,  # [S], of `SpanSample`
     span,  # [S, HQ]
     tokens,
     heads,
     slots,
     TOTAL_ROWS: tl.constexpr,
     SPAN_BLOCK: tl.constexpr,
-    SAMPLE_ONLY: tl.constexpr,  # whether totals holds the sample alone, slot by slot
     BLOCK: tl.constexpr,
 ):
     """Computes the span of one sequence and head over its sampled rows, with the bits of `mean_over_rows`."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    to = sequence.to(tl.int64) * heads + head
-    row_count = tl.load(row_counts + to)
     begin, end = tl.load(sample_bounds + sequence), tl.load(sample_bounds + sequence + 1)
+    row_count = tl.load(row_counts + sequence)
     totals += head.to(tl.int64) * slots
     PARTS: tl.constexpr = SPAN_BLOCK // TOTAL_ROWS
     part = tl.arange(0, PARTS)[None, :]
     units, broken = tl.zeros([BLOCK, PARTS], tl.int64), tl.zeros([BLOCK, PARTS], tl.int32)
-    for first in range(begin, end, BLOCK):
-        slot = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        block = tl.load(blocks + slot * heads + head, mask=slot < end, other=-1)
-        tile = tiles + tl.maximum(block, 0) * PLACE_FIELDS
-        start, last = tl.load(tile + 1), tl.load(tile + 3)
-        inside = (block >= 0)[:, None] & (start[:, None] + part * TOTAL_ROWS < last[:, None])
-        if not SAMPLE_ONLY:
-            batch, sequence_begin = tl.load(tile).to(tl.int64), tl.load(tile + 2)
-            slot = first_slot(batch, sequence_begin, sequence, tokens, TOTAL_ROWS)
-            at = (slot + (start - sequence_begin) // TOTAL_ROWS)[:, None] + part
-        else:
-            at = slot[:, None] * PARTS + part
-        total = tl.load(totals + at, mask=inside, other=0)
+    for at in range(begin, end, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        tile, exists = tiles + i * PLACE_FIELDS, i < end
+        batch = tl.load(tile, mask=exists, other=0).to(tl.int64)
+        start, first = tl.load(tile + 1, mask=exists, other=0), tl.load(tile + 2, mask=exists, other=0)
+        last = tl.load(tile + 3, mask=exists, other=0)  # 0 in a slot without a block
+        slot = first_slot(batch, first, sequence, tokens, TOTAL_ROWS) + (start - first) // TOTAL_ROWS
+        inside = start[:, None] + part * TOTAL_ROWS < last[:, None]
+        total = tl.load(totals + slot[:, None] + part, mask=inside, other=0)
         broken |= (total == BROKEN).to(tl.int32)
         units += total
     mean = _mean_of(tl.sum(tl.sum(units, 1), 0), tl.max(tl.max(broken, 1), 0), row_count)
-    tl.store(span + to, mean)
+    tl.store(span + sequence.to(tl.int64) * heads + head, mean)
 
 
 @triton.jit
@@ -152,21 +128,16 @@ def mean_spans(totals: Tensor, layout: Layout, block_m: int) -> Tensor:
     return span
 
 
-def sampled_mean_spans(
-    totals: Tensor, layout: Layout, sample: SpanSample, total_rows: int, sample_only: bool
-) -> Tensor:
+def sampled_mean_spans(totals: Tensor, layout: Layout, sample: SpanSample, total_rows: int) -> Tensor:
     """Returns the spans over the sampled rows, fp32 [S, HQ], from sums of `forward_kernel`, each over total_rows rows.
 
-    Args:
-        totals: int64 [HQ, slots].
-        sample_only: whether they are those of the sample alone, slot by slot.
+    totals: int64 [HQ, slots]; only those of the sampled rows are read.
     """
     heads, slots = totals.shape
     span = torch.empty((layout.sequences, heads), dtype=torch.float32, device=totals.device)
     sampled_span_kernel[(layout.sequences * heads,)](
         totals=totals,
-        tiles=layout.tiles(SPAN_BLOCK),
-        blocks=sample.blocks,
+        tiles=sample.tiles,
         sample_bounds=sample.bounds,
         row_counts=sample.row_counts,
         span=span,
@@ -175,7 +146,6 @@ def sampled_mean_spans(
         slots=slots,
         TOTAL_ROWS=total_rows,
         SPAN_BLOCK=SPAN_BLOCK,
-        SAMPLE_ONLY=sample_only,
         BLOCK=SPAN_SLOTS,
         num_warps=1,
     )
