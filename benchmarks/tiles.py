@@ -48,7 +48,7 @@ from benchmarks.measure import (
 )
 from rhythm_kernels.statistics.options import check_options
 from rhythm_kernels.statistics.triton_band import band_pass
-from rhythm_kernels.statistics.triton_forward import forward_pass, sampled_pass
+from rhythm_kernels.statistics.triton_forward import forward_pass
 from rhythm_kernels.statistics.triton_tiles import BandTile, Tile, Tiles, choose_tiles
 
 AnyTile = Tile | BandTile
@@ -61,7 +61,7 @@ TILE_OF = {
     "band": "band",
     "groups": "band",
 }
-WORK_OF = {"rows": "full", "known": "full", "forward": "sdpa"}
+WORK_OF = {"rows": "full", "known": "full", "forward": "sdpa"}  # in `work`, where the names differ
 COMPILED_AT = 256  # tokens; the kernels are the same at every number
 
 # For heads up to 128 in 16 bits on a Hopper GPU.
@@ -113,13 +113,11 @@ def run_pass(name: str, tile: AnyTile, p: Problem) -> tuple[Tensor, ...]:
     plain_map = dict.fromkeys(("scale", "sliding_window", "softcap", "sinks"))
     need_span, span_rows = TILE_OF[name] in ("rows", "sampled", "forward"), SPAN_ROWS if name == "sampled" else None
     options = check_options(p.q, p.k, need_span=need_span, span_rows=span_rows, **OPTIONS, **plain_map)
-    if name == "sampled":
-        return (sampled_pass(p.q, p.k, p.lse, p.layout, options, tile),)
     if TILE_OF[name] == "band":
         heads = (p.local_heads[None], p.global_heads[None]) if name == "groups" else None
         return band_pass(p.q, p.k, p.lse, heads, p.layout, options, tile)
-    lse = p.lse if name == "known" else None
-    results = forward_pass(p.q, p.k, p.v if name == "forward" else None, lse, p.layout, options, tile)
+    lse, v = p.lse if name in ("known", "sampled") else None, p.v if name == "forward" else None
+    results = forward_pass(p.q, p.k, v, lse, p.layout, options, tile, sample_only=name == "sampled")
     return tuple(x for x in results if x is not None)
 
 

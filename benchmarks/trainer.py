@@ -89,14 +89,17 @@ def make_batch(vocabulary: int, tokens: int, device: torch.device) -> Rollouts:
 
 
 class MicroStep:
-    """The variants on one policy and batch. Each returns the statistics of the tokens from before its update."""
+    """The variants on one policy and batch. Each returns the statistics of the tokens from before its update.
 
-    def __init__(self, policy: Policy, tokens: int, device: torch.device):
+    `credit` holds options of credit by their flat names, for the variants that have credit.
+    """
+
+    def __init__(self, policy: Policy, tokens: int, device: torch.device, **credit):
         model = policy.model
         self.policy, self.world = policy, World(0, 1, device)
         self.batch = make_batch(model.config.vocab_size, tokens, device)
-        self.plain, self.coupled = make_config(tokens, credit="none"), make_config(tokens, credit="coupled")
-        self.kept = make_config(tokens, credit="coupled", credit_group_by="batch", credit_groups_every=2)
+        self.plain, self.coupled = make_config(tokens, credit="none"), make_config(tokens, credit="coupled", **credit)
+        self.kept = self.coupled.change(credit_group_by="batch", credit_groups_every=2)
         self.optimizer = make_optimizer(self.policy, self.plain)
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE
@@ -251,7 +254,8 @@ def main(arguments: list[str] | None = None) -> None:
     dtype, allowed = (torch.bfloat16, ROUNDED) if device.type == "cuda" else (torch.float32, EXACT)
     with says_when_interrupted(args.out):
         policy, weights = make_policy(args.model, dtype, device)
-        error = check(MicroStep(policy, args.check_tokens, device), allowed)
+        # the dense formula takes all rows for its spans
+        error = check(MicroStep(policy, args.check_tokens, device, credit_span_rows=None), allowed)
         step = MicroStep(policy, args.tokens, device)
         report_so_far = partial(report, args, environment(device), weights, dtype, error)
         label = f"{args.model}, {args.tokens:,} tokens"

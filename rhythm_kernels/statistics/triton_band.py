@@ -214,13 +214,15 @@ def band_kernel(
             received += _received_behind(
                 late_query, key, late, late_lse, t, s, lo, horizon, factor, cap, SCALE_FIRST, USE_SOFTCAP
             )
-        if GROUPED:
+        if GROUPED or LOOP_BEHIND:
             total = tl.sum(received, 0)
-        else:  # in halves: their sum is in a thread once, and is divided once; a sum of all rows is in many threads
-            first_half, second_half = tl.split(tl.trans(tl.sum(tl.reshape(received, [2, BLOCK // 2, BLOCK]), 1)))
-            if LOOP_BEHIND:
+            if not GROUPED:
                 count = tl.load(counts + batch * tokens + s, mask=inside, other=1)
-            total = (first_half + second_half) / count.to(tl.float32)
+        else:  # in halves: their sum is in one thread, which divides once, where the sum of all rows is in many threads
+            first_half, second_half = tl.split(tl.trans(tl.sum(tl.reshape(received, [2, BLOCK // 2, BLOCK]), 1)))
+            total = first_half + second_half
+        if not GROUPED:
+            total /= count.to(tl.float32)
         tl.store(fai + to, total, mask=inside)
     if COPY_LSE:
         tl.store(row_lse + to, tl.where(active, own_lse, 0.0), mask=inside)

@@ -22,6 +22,7 @@ from rhythm_kernels.statistics.triton_scores import padded_size
 
 CHUNK = 256  # keys of a program of the first kernel: 8,192 tokens with 8 key heads give 256 programs
 # Few rows at a time: the tiles of a chunk run side by side and share its keys in L2, and no target spills registers.
+# On an H100 4 warps take 0.76x of the time at 8,192 tokens, but spill on sm_100.
 BLOCK_M, WARPS, STAGES = 16, 8, 2
 BLOCK_N = {16: 32, 32: 16}  # keys, by the bits of q and k
 
