@@ -88,6 +88,7 @@ bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.forward --rounds $(ROUNDS) --out benchmarks/results/forward-cpu
 	$(PY) -m benchmarks.selection --out benchmarks/results/selection-cpu
 	$(PY) -m benchmarks.weakest_mismatch --out benchmarks/results/weakest-mismatch
+	$(PY) -m benchmarks.span_sample --out benchmarks/results/span-sample
 
 # Takes ninety minutes: a step at 8,192 tokens takes minutes on two cores
 bench-trainer: build $(VENV)/.smollm2
