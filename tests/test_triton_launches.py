@@ -15,7 +15,7 @@ from rhythm_kernels.statistics.spans import SPAN_UNIT, mean_over_rows
 from rhythm_kernels.statistics.triton_scores import aligned
 from rhythm_kernels.statistics.triton_spans import BROKEN, mean_spans, span_units
 
-TOKENS, HEADS = 60, 4
+TOKENS, HEADS = 90, 4
 MOST = 4
 PADDED = {"attention_mask": torch.arange(TOKENS) < torch.tensor([[TOKENS], [40]])}
 PACKED = {"cu_seqlens": torch.tensor([0, 13, 33, TOKENS], dtype=torch.int32)}

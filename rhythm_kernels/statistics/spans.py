@@ -46,7 +46,10 @@ class SpanSample(NamedTuple):
 
 
 def leaves_out_rows(layout: Layout, span_rows: int | None) -> bool:
-    """Returns whether a sequence may be so long that not all of its rows are sampled; the host knows it."""
+    """Returns whether a sequence is so long that not all of its rows may be sampled. The host knows it.
+
+    Otherwise the sample is R, and needs no tables.
+    """
     if span_rows is None:
         return False
     return any(end - begin > span_rows for _, begin, end in layout.bounds)
@@ -73,7 +76,7 @@ def mean_over_rows(values: Tensor, layout: Layout, span_rows: int | None = None)
         span_rows: None for all rows of R.
     """
     units, broken = to_units(values)
-    if span_rows is None:
+    if not leaves_out_rows(layout, span_rows):
         counts = layout.row_counts()
     else:
         sample = sampled_rows(layout, span_rows)[:, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from rhythm_kernels.checks import SPAN_BLOCK
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
-from rhythm_kernels.statistics.spans import span_sample
+from rhythm_kernels.statistics.spans import leaves_out_rows, span_sample
 from rhythm_kernels.statistics.triton_scores import (
     LN2,
     LOG2E,
@@ -268,8 +268,10 @@ def forward_pass(
 
     batch, query_heads, tokens, size = q.shape
     row_lse = empty(batch, query_heads, tokens) if lse is None else lse
-    # a sample is chosen afterwards, or before: it has sums of its own for each block or part of one
-    total_rows = tile.block_m if options.span_rows is None else min(tile.block_m, SPAN_BLOCK)
+    sample, total_rows = None, tile.block_m
+    if options.need_span and leaves_out_rows(layout, options.span_rows):
+        sample = span_sample(layout, options.span_rows)
+        total_rows = min(total_rows, SPAN_BLOCK)  # so that the sums of a block can be chosen
     slots = batch * tokens // total_rows + layout.sequences + 1
     totals = empty(query_heads, slots, dtype=torch.int64) if options.need_span else None
     out, size_v = None, 16
@@ -277,11 +279,9 @@ def forward_pass(
         size_v = v.shape[-1]
         out, v = empty(batch, query_heads, tokens, size_v, dtype=v.dtype), aligned(v)
     block_d, rest_d = size_parts(size)
-    if sample_only:
-        tiles = layout.keep(
-            ("sampled tiles", options.span_rows, tile.block_m),
-            lambda: span_sample(layout, options.span_rows).cut(tile.block_m),
-        )
+    if sample_only and sample is not None:
+        key = ("sampled tiles", options.span_rows, tile.block_m)
+        tiles = layout.keep(key, lambda: sample.cut(tile.block_m))
     else:
         tiles = layout.tiles(tile.block_m, "past", padding=True)
     forward_kernel[(len(tiles) * query_heads,)](
@@ -312,6 +312,6 @@ def forward_pass(
     )
     if totals is None:
         return row_lse, None, out
-    if options.span_rows is None:
+    if sample is None:
         return row_lse, mean_spans(totals, layout, total_rows), out
-    return row_lse, sampled_mean_spans(totals, layout, span_sample(layout, options.span_rows), total_rows), out
+    return row_lse, sampled_mean_spans(totals, layout, sample, total_rows), out
