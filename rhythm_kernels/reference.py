@@ -122,7 +122,7 @@ def span_sample(rows: Tensor, segments: Tensor, sequences: int, span_rows: int |
         active = sorted(set(block[rows[row, token]].tolist()))
         if len(active) > most:
             read = [active[(2 * i + 1) * len(active) // (2 * most)] for i in range(most)]
-            sample[row, token] &= torch.isin(block, torch.tensor(read))
+            sample[row, token] &= torch.isin(block, torch.tensor(read, device=block.device))
     return sample
 
 
