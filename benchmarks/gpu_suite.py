@@ -66,21 +66,21 @@ def steps() -> list[Step]:
 
     memcheck = [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *kernels]
     return [
-        Step("build", 1, [PYTHON, "-m", "benchmarks.gpu_build"], 30, 120, {"MAX_JOBS": str(cores)}),
-        Step("gpu-tests", 1, [*pytest, "-m", "gpu", *runnable(gpu_tests())], 60, 150, threads, "checks"),
-        Step("memcheck", 1, memcheck, 50, 90, no_cache, "checks"),
+        Step("build", 1, [PYTHON, "-m", "benchmarks.gpu_build"], 25, 120, {"MAX_JOBS": str(cores)}),
+        Step("gpu-tests", 1, [*pytest, "-m", "gpu", *runnable(gpu_tests())], 75, 150, threads, "checks"),
+        Step("memcheck", 1, memcheck, 120, 150, no_cache, "checks"),
         Step(
             "triton-tests", 1, [*pytest, *runnable(triton_tests())], 90, 150, threads | {"FUZZ_CASES": "40"}, "checks"
         ),
-        Step("architectures", 1, [*pytest, "-m", "gpu", *runnable([ARCHITECTURES])], 40, 90, threads, "checks"),
-        Step("ceilings", 1, [PYTHON, "-m", "benchmarks.ceilings", "--out", "{out}"], 15, 40),
-        Step("attention", 1, variants((*OURS, *DENSE), 1024, 4096, 8192, 16384), 90, 150),
+        Step("architectures", 1, [*pytest, "-m", "gpu", *runnable([ARCHITECTURES])], 90, 150, threads, "checks"),
+        Step("ceilings", 1, [PYTHON, "-m", "benchmarks.ceilings", "--out", "{out}"], 10, 40),
+        Step("attention", 1, variants((*OURS, *DENSE), 1024, 4096, 8192, 16384), 40, 150),
         Step("tiles", 1, [PYTHON, "-m", "benchmarks.tiles", "--rounds", "10", "--out", "{out}"], 40, 80),
-        Step("selection", 1, selection, 30, 60),
-        Step("forward", 1, forward, 40, 100),
+        Step("selection", 1, selection, 20, 60),
+        Step("forward", 1, forward, 30, 100),
         Step("trainer", 1, [*trainer, "--out", "{out}"], 60, 120, whole),
         Step("racecheck", 2, [*sanitizer, "--tool", "racecheck", *kernels], 60, 120),
-        Step("attention-long", 2, variants(OURS, 32768, 131072), 60, 120),
+        Step("attention-long", 2, variants(OURS, 32768, 131072), 35, 120),
         Step("attention-others", 2, variants(("sdpa", "full", *OTHERS), 8192), 60, 150),
     ]
 
