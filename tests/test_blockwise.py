@@ -22,8 +22,8 @@ from rhythm_kernels.statistics.layout import make_layout
 from rhythm_kernels.statistics.spans import mean_over_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL_TILES = {  # one row or one item at a time
-    blockwise_rows: {"ROW_TILE": 7, "TILE_BYTES": 1},
+SMALL_TILES = {  # one row or one item at a time, and tiles that reach over several packed sequences
+    blockwise_rows: {"ROW_TILE": 7, "TILE_BYTES": 1, "SHORT": 0},
     blockwise_band: {"BAND_TILE": 5, "BAND_BYTES": 1},
 }
 
@@ -111,6 +111,30 @@ def test_each_row_alone_in_r(lse_given):
     """A row may lie anywhere in a tile, and at the far end of the window and the horizon of another row."""
     case = make_case((96, 1, 96, 8), 1, response_mask=torch.eye(96).bool(), lse_given=lse_given, need_span=False)
     assert_close_to_reference(run(case), case)
+
+
+@pytest.mark.parametrize("lse_given", [False, True])
+@pytest.mark.parametrize("longest", [128, 129])
+def test_short_packed_sequences_are_computed_side_by_side(longest, lse_given, monkeypatch):
+    """Sequences of at most 128 tokens are a padded batch for each length rounded up; one longer one, and none is."""
+    batches = []
+    row_pass = blockwise_rows.row_pass
+    monkeypatch.setattr(
+        blockwise_rows, "row_pass", lambda q, *args, **kw: batches.append(q.shape) or row_pass(q, *args, **kw)
+    )
+    bounds = torch.tensor([1, 0, 31, 32, 33, 70, longest]).cumsum(0).int()
+    tokens = int(bounds[-1])
+    options = {
+        "response_mask": torch.rand(1, tokens) < 0.7,
+        "sinks": torch.randn(4),
+        "softcap": 3.0,
+        "sliding_window": 60,
+    }
+    packed = {"cu_seqlens": torch.nn.functional.pad(bounds, (1, 0)), **options}
+    case = make_case((1, 4, tokens, 16), 2, lse_given=lse_given, **packed)
+    assert_close_to_reference(run(case), case)
+    assert [shape[0] for shape in batches] == ([3, 1, 1, 1] if longest == 128 else [])
+    assert [shape[2] for shape in batches] == ([32, 64, 96, 128] if longest == 128 else [])
 
 
 @pytest.mark.parametrize("horizon", [(10, 50), (1, None)])

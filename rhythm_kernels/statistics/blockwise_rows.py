@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rhythm_kernels.host import send
 from rhythm_kernels.statistics.blockwise_scores import row_sums, softcapped
-from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.statistics.spans import mean_over_rows
 from rhythm_kernels.types import AttentionStats
 
 ROW_TILE = 64  # rows
+SHORT = 128  # tokens: packed sequences up to this length are computed side by side
+SHORT_BYTES = 4 << 20  # of fp32 scores of such sequences at once: what fits a cache is faster
 TILE_BYTES = 32 << 20  # of fp32 scores held at once; a few temporaries of this size come on top
 
 
@@ -46,6 +49,16 @@ class _RowTile(NamedTuple):
     """bool [B, rows, keys]: the keys that a row does not see; all of them in rows that are not computed."""
 
 
+class _ShortBatch(NamedTuple):
+    """Packed sequences of like lengths as a padded batch of S' sequences of L tokens."""
+
+    taken: Tensor
+    """int64 [S', L]: the place of each token in the packed row. Padding is some token, which no row sees."""
+    own: Tensor
+    """int64 [n]: which of the S' L are tokens of their sequence."""
+    layout: Layout
+
+
 def row_statistics(results: _RowResults, layout: Layout, options: Options) -> AttentionStats:
     """Returns the statistics: the column sums divided by their numbers of rows, and the means of the distances."""
     fai = results.fai_sums / layout.rows_looking_back(options.horizon)[:, None]
@@ -64,6 +77,10 @@ def row_pass(
     )
     if batch * query_heads * tokens == 0:
         return results
+    is_packed = layout.sequences > batch == 1
+    if v is None and is_packed and max(end - begin for _, begin, end in layout.bounds) <= SHORT:
+        _short_sequences(q, k, lse, layout, options, results)
+        return results
     row_bytes = 4 * query_heads * tokens
     tile_rows = max(1, min(ROW_TILE, tokens, TILE_BYTES // row_bytes))
     chunk = max(1, TILE_BYTES // (row_bytes * tile_rows))
@@ -75,6 +92,45 @@ def row_pass(
         part_results = _RowResults(*(None if x is None else x[part] for x in results))
         _row_tiles(*inputs, part_layout, options._replace(sinks=part_sinks), tile_rows, part_results)
     return results
+
+
+def _short_sequences(
+    q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, options: Options, results: _RowResults
+) -> None:
+    """Writes the results of packed sequences of at most SHORT tokens, those of like lengths as one padded batch.
+
+    Tiles of the packed row would hold two or three sequences each: for answers of 50 tokens many small operations.
+    """
+    heads = q.shape[1]
+    for few in layout.keep(("short sequences", heads), lambda: _short_batches(layout, heads)):
+        few_q, few_k = (x[0, :, few.taken].transpose(0, 1) for x in (q, k))  # [S', HQ, L, D], [S', H, L, D]
+        few_lse = None if lse is None else lse[0, :, few.taken].transpose(0, 1)
+        few_results = row_pass(few_q, few_k, few.layout, options, lse=few_lse)
+        for whole, part in zip(results[:4], few_results[:4], strict=True):
+            whole[0, :, few.taken.flatten()[few.own]] = part.transpose(0, 1).flatten(1)[:, few.own]
+
+
+def _short_batches(layout: Layout, heads: int) -> list[_ShortBatch]:
+    """Returns the packed sequences in batches of like lengths, which depend on a sequence's own length alone.
+
+    A batch has as many sequences as SHORT_BYTES hold with so many heads.
+    """
+    device, tokens = layout.rows.device, layout.rows.shape[1]
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for _, begin, end in layout.bounds:
+        if end > begin:
+            by_length.setdefault(-(-(end - begin) // 32) * 32, []).append((begin, end - begin))
+    batches = []
+    for length, sequences in by_length.items():
+        most = max(1, SHORT_BYTES // (4 * heads * min(ROW_TILE, length) * length))
+        for at in range(0, len(sequences), most):
+            begin, count = (x[:, None] for x in torch.tensor(sequences[at : at + most], device="cpu").unbind(1))
+            position = torch.arange(length, device="cpu")
+            is_own = position < count
+            taken = send((begin + position).clamp(max=tokens - 1), device)
+            padded = make_layout(*is_own.shape, device, layout.rows[0, taken], is_own)
+            batches.append(_ShortBatch(taken, send(is_own.flatten().nonzero()[:, 0], device), padded))
+    return batches
 
 
 def _row_tiles(
