@@ -108,7 +108,7 @@ def test_every_sampled_layer_of_2048_tokens(smollm2, monkeypatch):
     exact = dense_stats_of(model, layers, ids, rows)
     spans = torch.stack([exact[layer][2] for layer in layers], 1)
     groups = HeadGroups(*reference.group_heads(spans[0]))
-    heads = collect(model, layers=layers, response_mask=rows)
+    heads = collect(model, layers=layers, response_mask=rows, span_rows=None)
     band = collect(model, layers=layers, response_mask=rows, groups=groups)
     with torch.no_grad(), heads, band:
         model.model(ids)
