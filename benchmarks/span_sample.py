@@ -83,7 +83,7 @@ class Keep(collect):
 
 
 class Difference(NamedTuple):
-    """What a sample changes on one text."""
+    """The changes that a sample makes on one text."""
 
     local: float
     """The share of the local heads that are local with all rows."""

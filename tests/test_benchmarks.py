@@ -240,7 +240,7 @@ def test_forward_traces_its_variants(tiny, capsys):
 
 
 def test_a_trace_begins_with_the_call():
-    """What the host does before its first launch is a gap, the longest one here."""
+    """The host's time before its first launch is a gap, the longest one here."""
     x = torch.ones(8)
 
     def run():
