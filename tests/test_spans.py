@@ -71,7 +71,7 @@ def test_the_sample_is_that_of_the_reference_alone_and_in_any_batch(span_rows):
     "span_rows, read", [(64, [5]), (128, [3, 7]), (192, [1, 5, 8]), (576, [0, 1, 3, 4, 5, 6, 7, 8, 9])]
 )
 def test_the_sample_by_hand(span_rows, read):
-    """10 blocks, the third without a row, leave 9 active ones: with K = 2 those of the numbers 9 // 4 = 2 and 27 // 4 = 6.
+    """10 blocks, the third without a row, leave 9 active ones: with K = 2 the numbers 9 // 4 = 2 and 27 // 4 = 6.
 
     They are the blocks 3 and 7, since both lie behind the hole.
     """
