@@ -132,7 +132,7 @@ def test_the_mean_over_tiles_has_the_bits_of_the_mean_over_rows(kind, tile):
             units = (distance[row, :, at : min(at + tile, end)].double() / SPAN_UNIT).round()
             totals[:, slot] = torch.where(units.isfinite().all(-1), units.nan_to_num().sum(-1).long(), BROKEN.value)
             slot += 1
-    spans = mean_spans(totals, layout, tile)
+    spans = mean_spans(totals[None], layout, tile)
     assert torch.equal(spans.nan_to_num(-1), expected.nan_to_num(-1))
 
 

@@ -47,7 +47,7 @@ def _looked_at_before(
 ):  # fmt: skip
     """Returns sum A (W - (t - s)) over the keys at..start in the windows of the rows, [BLOCK]."""
     scores = scores_of(multiply(query, early), factor, cap, SCALE_FIRST, USE_SOFTCAP)
-    weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
+    weights = weights_of(scores, factor, log_sum[:, None], SCALE_FIRST)
     j = tl.arange(0, BLOCK_BEFORE)
     near = (window - s + at).to(tl.float32)[:, None] + j.to(tl.float32)[None, :]
     distance = s[:, None] - tl.where(at + j < start, at + j, NOWHERE)[None, :]
@@ -61,7 +61,7 @@ def _received_behind(
 ):  # fmt: skip
     """Returns A [BLOCK, BLOCK] of the rows t behind the tile, 0 outside the horizon and in rows that are not `late`."""
     scores = scores_of(multiply(late_query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
-    weights = weights_of(scores, factor, late_lse * LOG2E, SCALE_FIRST)
+    weights = weights_of(scores, factor, (late_lse * LOG2E)[:, None], SCALE_FIRST)
     limit = tl.where(late, horizon, 0)[:, None]
     return tl.where(is_within((t - lo)[:, None] - s[None, :], limit), weights, 0.0)
 
@@ -172,7 +172,7 @@ def band_kernel(
 
     log_sum = own_lse * LOG2E
     scores = scores_of(multiply(query, key), factor, cap, SCALE_FIRST, USE_SOFTCAP)
-    weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
+    weights = weights_of(scores, factor, log_sum[:, None], SCALE_FIRST)
     distance = i[:, None] - i[None, :]  # tokens
 
     # hidden weights are removed after exp2, since they may be NaN; rows outside R are removed last
@@ -305,6 +305,10 @@ def band_pass(
     counts = layout.rows_looking_back(options.horizon)
     before = triton.next_power_of_2(max(options.window - 1, tile.least_before))
     before = min(before, max(tile.block // 2, 16))
+    block_d = padded_size(size)
+    loop_before = tile.in_turns or options.window - 1 > before
+    loop_behind = tile.in_turns or horizon - 1 + min(lo, tile.block) > tile.block
+    takes_more = loop_before or loop_behind or size != block_d or options.softcap is not None  # and would spill
     band_kernel[(len(tiles) * heads,)](
         tiles=tiles,
         rows=layout.rows,
@@ -315,20 +319,20 @@ def band_pass(
         row_lse=row_lse,
         **_group_arguments(groups),
         **score_arguments(q, k, options),
-        BLOCK_D=padded_size(size),
+        BLOCK_D=block_d,
         window=options.window,
         near_end=options.window if options.sliding_window is None else min(options.window, options.sliding_window),
         lo=reach[0],
         horizon=reach[1],
         BLOCK=tile.block,
         BLOCK_BEFORE=before,
-        LOOP_BEFORE=tile.in_turns or options.window - 1 > before,
-        LOOP_BEHIND=tile.in_turns or horizon - 1 + min(lo, tile.block) > tile.block,
+        LOOP_BEFORE=loop_before,
+        LOOP_BEHIND=loop_behind,
         GROUPED=groups is not None,
         COPY_LSE=copy_lse,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=tile.max_registers,
+        maxnreg=None if takes_more else tile.max_registers,
     )
     if groups is None:
         return (waad, fai, row_lse) if copy_lse else (waad, fai)

@@ -44,12 +44,62 @@ from rhythm_kernels.statistics.triton_spans import (
 )
 from rhythm_kernels.statistics.triton_tiles import Tile
 
+# A warp holds a row of scores in LANES threads, pairs of neighbours in turns. Each keeps an online softmax of its own,
+# [M, LANES], and they are joined at the end: that spares every tile its shuffles. LANES 0 keeps one of a row, [M].
+
+
+@triton.jit
+def _by_lane(x, LANES: tl.constexpr):
+    """Returns x [M, N] as [M, N / (2 LANES), LANES, 2]."""
+    if LANES > 0:
+        x = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * LANES), LANES, 2])
+    return x
+
+
+@triton.jit
+def _past(distance, LANES: tl.constexpr):
+    """Returns the distances [M] of rows from a tile's first key; by lane, from the lane's first key."""
+    distance = distance.to(tl.float32)
+    return distance if LANES == 0 else distance[:, None] - 2.0 * tl.arange(0, LANES)[None, :].to(tl.float32)
+
+
+@triton.jit
+def _ahead(BLOCK_N: tl.constexpr, LANES: tl.constexpr):
+    """Returns how far a tile's keys are ahead of the first, [1, N]; by lane, ahead of the lane's first.
+
+    By lane they are the same in all lanes: constants, which take no registers.
+    """
+    if LANES == 0:
+        ahead = tl.arange(0, BLOCK_N)[None, :]
+    else:
+        pairs = tl.arange(0, BLOCK_N // (2 * LANES)) * 2 * LANES
+        ahead = pairs[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
+    return ahead.to(tl.float32)
+
+
+@triton.jit
+def _beside_keys(x, LANES: tl.constexpr):
+    """Returns what is kept of rows, so that it can be used with scores `_by_lane`."""
+    return x[:, None] if LANES == 0 else x[:, None, :, None]
+
+
+@triton.jit
+def _sum_of(x, LANES: tl.constexpr):
+    """Returns the sums of x `_by_lane`: neighbours last, so that products are added by FMA."""
+    return tl.sum(x, 1) if LANES == 0 else tl.sum(tl.sum(x, 1), 2)
+
+
+@triton.jit
+def _highest_of(x, LANES: tl.constexpr):
+    """Returns the largest elements of x `_by_lane`."""
+    return tl.max(x, 1) if LANES == 0 else tl.max(tl.max(x, 1), 2)
+
 
 @triton.jit
 def _key_tiles(
-    highest,  # [BLOCK_M] the largest score so far; with USE_LSE the log-sum-exp
-    total,  # [BLOCK_M] sum of exp2(score - highest)
-    distance,  # [BLOCK_M] the same sum, weighted with t - s
+    highest,  # [BLOCK_M] or by lane: the largest score so far; with USE_LSE the log-sum-exp
+    total,  # like `highest`: sum of exp2(score - highest)
+    distance,  # like `highest`: the same sum, weighted with t - s
     output,  # [BLOCK_M, BLOCK_DV] the same sum, weighted with v
     query,
     k,  # points to token 0
@@ -75,6 +125,8 @@ def _key_tiles(
     USE_LSE: tl.constexpr,
     USE_SPAN: tl.constexpr,
     USE_OUT: tl.constexpr,
+    IS_PART: tl.constexpr,  # the rows may see keys from `end` on
+    LANES: tl.constexpr,
 ):
     """Adds the keys begin..end to the sums. WHOLE: they are whole tiles that every row sees."""
     j = tl.arange(0, BLOCK_N)
@@ -85,11 +137,15 @@ def _key_tiles(
         key = load_parts(k, stride_kt, start, end, SIZE, BLOCK_D, REST_D, BLOCK_N, WHOLE)
         scores = scores_of(multiply_parts(query, key, REST_D), factor, cap, SCALE_FIRST, USE_SOFTCAP)
         if not WHOLE:
-            past = t[:, None] - (start + j)[None, :]  # tokens
+            at = start + j
+            if IS_PART:
+                at = tl.where(at < end, at, NOWHERE)
+            past = t[:, None] - at[None, :]  # tokens
             visible = is_within(past, sliding_window) if USE_WINDOW else past >= 0
             scores = tl.where(visible, scores, float("-inf"))
+        scores = _by_lane(scores, LANES)
         if not USE_LSE:
-            tile_highest = tl.max(scores, 1)
+            tile_highest = _highest_of(scores, LANES)
             if not SCALE_FIRST:
                 tile_highest *= factor
             new_highest = tl.maximum(highest, tile_highest)
@@ -100,11 +156,11 @@ def _key_tiles(
                 distance *= shrink
             if USE_OUT:
                 output *= shrink[:, None]
-        weights = weights_of(scores, factor, highest, SCALE_FIRST)
-        tile_total = tl.sum(weights, 1)
+        weights = weights_of(scores, factor, _beside_keys(highest, LANES), SCALE_FIRST)
+        tile_total = _sum_of(weights, LANES)
         total += tile_total
         if USE_SPAN:  # t - s = (t - start) - j: one FMA a score
-            distance += (t - start).to(tl.float32) * tile_total - tl.sum(weights * j.to(tl.float32)[None, :], 1)
+            distance += _past(t - start, LANES) * tile_total - _sum_of(weights * _ahead(BLOCK_N, LANES), LANES)
         if USE_OUT:
             value = load_tile(v, stride_vt, start, end, PADDED_V, BLOCK_DV, BLOCK_N, WHOLE)
             output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
@@ -127,7 +183,7 @@ def forward_kernel(
     rows,  # [B, T]
     sinks,  # [HQ]
     lse,  # [B, HQ, T], read with USE_LSE, else written
-    totals,  # [HQ, slots]: for TOTAL_ROWS rows the sum of their mean distances, in `span_units`, or BROKEN
+    totals,  # [parts, HQ, slots]: for TOTAL_ROWS rows the sum of their mean distances, in `span_units`, or BROKEN
     out,  # [B, HQ, T, SIZE_V], contiguous
     stride_qb,  # all strides are in UNITs
     stride_qh,
@@ -161,32 +217,43 @@ def forward_kernel(
     USE_SPAN: tl.constexpr,
     USE_OUT: tl.constexpr,
     TOTAL_ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,  # program (i, n) reads the keys n SPLIT .. (n + 1) SPLIT of its sequence; 0: (i, 0) reads all
+    LANES: tl.constexpr,
 ):
     """Computes one tile of rows of one query head, by an online softmax over the keys that they see."""
     batch, row, first, last, sequence, head = load_place(tiles, query_heads, PLACE_FIELDS)
+    keys_begin = first
+    if SPLIT > 0:  # at places of the sequence, so that its spans have the same bits in any batch
+        keys_begin += tl.program_id(1) * SPLIT
+        keys_end = keys_begin + SPLIT
+        totals += tl.program_id(1).to(tl.int64) * query_heads * slots
     key_head = head // (query_heads // key_heads)
     stride_qt, stride_kt, stride_vt = stride_qt * UNIT, stride_kt * UNIT, stride_vt * UNIT
     t = row + tl.arange(0, BLOCK_M)
     in_response = tl.load(rows + batch * tokens + t, mask=t < last, other=0) != 0
     active = (t < last) & (sequence >= 0) if USE_OUT else in_response
     # some row sees each of the keys begin..end; every active row sees those of the whole tiles whole_begin..whole_end
-    begin = first
-    whole_begin = first
+    begin = keys_begin
+    whole_begin = keys_begin
     if USE_WINDOW:
         lower = t - sliding_window + 1
-        begin = tl.maximum(tl.min(tl.where(active, lower, NOWHERE)), first)
+        begin = tl.maximum(tl.min(tl.where(active, lower, NOWHERE)), keys_begin)
         whole_begin = begin + tl.cdiv(tl.maximum(tl.max(tl.where(active, lower, 0)) - begin, 0), BLOCK_N) * BLOCK_N
-    end = tl.max(tl.where(active, t + 1, 0))
-    whole_end = begin + tl.maximum(tl.min(tl.where(active, t + 1, NOWHERE)) - begin, 0) // BLOCK_N * BLOCK_N
-    whole_end = tl.minimum(whole_end, end)  # without an active row nothing is seen
+    row_end = tl.max(tl.where(active, t + 1, 0))
+    whole_end = tl.min(tl.where(active, t + 1, NOWHERE))
+    end = row_end
+    if SPLIT > 0:
+        end, whole_end = tl.minimum(end, keys_end), tl.minimum(whole_end, keys_end)
+    whole_end = begin + tl.maximum(whole_end - begin, 0) // BLOCK_N * BLOCK_N
+    whole_end = tl.minimum(whole_end, end)  # nothing is seen without an active row, or if all see other keys
     whole_begin = tl.minimum(whole_begin, whole_end)
 
     q += (batch * stride_qb + head * stride_qh) * UNIT + row.to(tl.int64) * stride_qt
     k += (batch * stride_kb + key_head * stride_kh) * UNIT
-    query = load_parts(q, stride_qt, row, end, SIZE, BLOCK_D, REST_D, BLOCK_M)
+    query = load_parts(q, stride_qt, row, row_end, SIZE, BLOCK_D, REST_D, BLOCK_M)
     at = (batch * query_heads + head) * tokens + t
-    total = tl.zeros([BLOCK_M], tl.float32)
-    looked_back = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M] if LANES == 0 else [BLOCK_M, LANES], tl.float32)
+    looked_back = total
     output = total
     # v has zeros behind its head size; before Triton 3.7, tl.cdiv of constants is not a constant
     PADDED_V: tl.constexpr = (SIZE_V + UNIT - 1) // UNIT * UNIT
@@ -194,37 +261,45 @@ def forward_kernel(
         v += (batch * stride_vb + key_head * stride_vh) * UNIT
         output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if USE_LSE:
-        highest = tl.load(lse + at, mask=active, other=0.0) * LOG2E
+        log_sum = tl.load(lse + at, mask=active, other=0.0) * LOG2E
+        highest = total + (log_sum if LANES == 0 else log_sum[:, None])
     else:
-        highest = tl.full([BLOCK_M], LOWEST, tl.float32)
+        highest = total + LOWEST
         if USE_SINKS:  # a sink counts as a first key without a position
             sink = tl.load(sinks + head) * LOG2E
-            highest = tl.zeros([BLOCK_M], tl.float32) + tl.where(sink < LOWEST, LOWEST, sink)
-            total += 1.0
+            highest = total + tl.where(sink < LOWEST, LOWEST, sink)
+            total += 1.0 if LANES == 0 else tl.where(tl.arange(0, LANES) == 0, 1.0, 0.0)[None, :]
 
     if USE_WINDOW:
         highest, total, looked_back, output = _key_tiles(
             highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, begin, whole_begin,
             t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
-            False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
+            False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, SPLIT > 0, LANES,
         )  # fmt: skip
     highest, total, looked_back, output = _key_tiles(
         highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_begin, whole_end,
         t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
-        True, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
+        True, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, SPLIT > 0, LANES,
     )  # fmt: skip
     highest, total, looked_back, output = _key_tiles(
         highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_end, end,
         t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
-        False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT,
+        False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, SPLIT > 0, LANES,
     )  # fmt: skip
 
     if not USE_LSE:
+        if LANES > 0:
+            lane_highest, highest = highest, tl.max(highest, 1)
+            shrink = tl.exp2(lane_highest - highest[:, None])
+            total, looked_back = tl.sum(total * shrink, 1), looked_back * shrink
         total = tl.where(active, total, 1.0)
         row_lse = (highest + tl.log2(total)) * LN2
         tl.store(lse + at, tl.where(in_response, row_lse, 0.0), mask=t < last)
-        looked_back /= total
     if USE_SPAN:
+        if LANES > 0:
+            looked_back = tl.sum(looked_back, 1)
+        if not USE_LSE:
+            looked_back /= total
         looked_back = tl.where(in_response, looked_back, 0.0)
         is_finite = tl.abs(looked_back) < float("inf")
         units = tl.where(is_finite, span_units(tl.where(is_finite, looked_back, 0.0)), 0)
@@ -273,7 +348,10 @@ def forward_pass(
         sample = span_sample(layout, options.span_rows)
         total_rows = min(total_rows, SPAN_BLOCK)  # so that the sums of a block can be chosen
     slots = batch * tokens // total_rows + layout.sequences + 1
-    totals = empty(query_heads, slots, dtype=torch.int64) if options.need_span else None
+    parts = 1
+    if is_split := sample_only and sample is not None and tile.split is not None:
+        parts = max(triton.cdiv(end - begin, tile.split) for _, begin, end in layout.bounds)
+    totals = empty(parts, query_heads, slots, dtype=torch.int64) if options.need_span else None
     out, size_v = None, 16
     if v is not None:
         size_v = v.shape[-1]
@@ -284,7 +362,7 @@ def forward_pass(
         tiles = layout.keep(key, lambda: sample.cut(tile.block_m))
     else:
         tiles = layout.tiles(tile.block_m, "past", padding=True)
-    forward_kernel[(len(tiles) * query_heads,)](
+    forward_kernel[(len(tiles) * query_heads, parts)](
         v=v,
         tiles=tiles,
         rows=layout.rows,
@@ -306,6 +384,8 @@ def forward_pass(
         USE_SPAN=options.need_span,
         USE_OUT=v is not None,
         TOTAL_ROWS=total_rows,
+        SPLIT=tile.split if is_split else 0,
+        LANES=tile.lanes if v is None else 0,  # an output is scaled by one maximum a row
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.max_registers if options.softcap is None else None,  # a soft cap takes more and would spill

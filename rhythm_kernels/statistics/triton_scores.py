@@ -119,7 +119,7 @@ def weights_of(scores, factor, minus, SCALE_FIRST: tl.constexpr):
     """Returns exp2(score - minus) [M, N] of the result of `scores_of`, by one FMA and one exp2 each. minus: [M]."""
     if not SCALE_FIRST:
         scores *= factor
-    return tl.exp2(scores - minus[:, None])
+    return tl.exp2(scores - minus)
 
 
 @triton.jit

@@ -63,9 +63,9 @@ def span_kernel(
     tl.store(span + sequence.to(tl.int64) * heads + head, mean)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "slots"])
+@triton.jit(do_not_specialize=["tokens", "heads", "slots", "parts"])
 def sampled_span_kernel(
-    totals,  # [HQ, slots], of `forward_kernel`, a sum for TOTAL_ROWS rows
+    totals,  # [parts, HQ, slots], of `forward_kernel`, sums for TOTAL_ROWS rows
     tiles,  # [sample slots, PLACE_FIELDS], of `SpanSample`
     sample_bounds,  # [S + 1], of `SpanSample`
     row_counts,  # [S], of `SpanSample`
@@ -73,6 +73,7 @@ def sampled_span_kernel(
     tokens,
     heads,
     slots,
+    parts,
     TOTAL_ROWS: tl.constexpr,
     SPAN_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -93,9 +94,12 @@ def sampled_span_kernel(
         last = tl.load(tile + 3, mask=exists, other=0)  # 0 in a slot without a block
         slot = first_slot(batch, first, sequence, tokens, TOTAL_ROWS) + (start - first) // TOTAL_ROWS
         inside = start[:, None] + part * TOTAL_ROWS < last[:, None]
-        total = tl.load(totals + slot[:, None] + part, mask=inside, other=0)
-        broken |= (total == BROKEN).to(tl.int32)
-        units += total
+        place = totals + slot[:, None] + part
+        for _ in range(parts):
+            total = tl.load(place, mask=inside, other=0)
+            broken |= (total == BROKEN).to(tl.int32)
+            units += total
+            place += heads.to(tl.int64) * slots
     mean = _mean_of(tl.sum(tl.sum(units, 1), 0), tl.max(tl.max(broken, 1), 0), row_count)
     tl.store(span + sequence.to(tl.int64) * heads + head, mean)
 
@@ -109,9 +113,9 @@ def _mean_of(units, broken, row_count):
 def mean_spans(totals: Tensor, layout: Layout, block_m: int) -> Tensor:
     """Returns the spans, fp32 [S, HQ], from the sums of `forward_kernel` over tiles of block_m rows.
 
-    totals: int64 [HQ, slots].
+    totals: int64 [1, HQ, slots].
     """
-    heads, slots = totals.shape
+    _, heads, slots = totals.shape  # one part
     span = torch.empty((layout.sequences, heads), dtype=torch.float32, device=totals.device)
     span_kernel[(layout.sequences * heads,)](
         totals=totals,
@@ -131,9 +135,9 @@ def mean_spans(totals: Tensor, layout: Layout, block_m: int) -> Tensor:
 def sampled_mean_spans(totals: Tensor, layout: Layout, sample: SpanSample, total_rows: int) -> Tensor:
     """Returns the spans over the sampled rows, fp32 [S, HQ], from sums of `forward_kernel`, each over total_rows rows.
 
-    totals: int64 [HQ, slots]; only those of the sampled rows are read.
+    totals: int64 [parts, HQ, slots]; only those of the sampled rows are read.
     """
-    heads, slots = totals.shape
+    parts, heads, slots = totals.shape
     span = torch.empty((layout.sequences, heads), dtype=torch.float32, device=totals.device)
     sampled_span_kernel[(layout.sequences * heads,)](
         totals=totals,
@@ -144,6 +148,7 @@ def sampled_mean_spans(totals: Tensor, layout: Layout, sample: SpanSample, total
         tokens=layout.rows.shape[1],
         heads=heads,
         slots=slots,
+        parts=parts,
         TOTAL_ROWS=total_rows,
         SPAN_BLOCK=SPAN_BLOCK,
         BLOCK=SPAN_SLOTS,

@@ -15,6 +15,10 @@ class Tile(NamedTuple):
     stages: int
     max_registers: int | None = None
     """The limit of a thread; None leaves it to the compiler."""
+    lanes: int = 0
+    """The threads that hold a row of scores, which without v each keep sums of their own; 0 keeps one sum of a row."""
+    split: int | None = None
+    """Of the sampled rows, a program reads so many keys, a multiple of block_n; None: all keys."""
 
 
 class BandTile(NamedTuple):
@@ -47,15 +51,18 @@ class Tiles(NamedTuple):
 
 
 # The band loads far more than it computes. A tile of 64 tokens loads little outside the horizon (hi + 64 rows for 64
-# keys). A loop of one or two turns fills no more than two stages. On an H100 limits of 128 and 168 registers make no
-# difference above that of two runs.
+# keys). A loop of one or two turns fills no more than two stages. Heads of 128 take 129 registers on sm_90; with 128 an
+# SM holds a fourth program, and the pass takes 0.94x the time on an H100.
 _BAND = BandTile(64, 16, 4, 2)
+_BAND_90 = _BAND._replace(max_registers=128)
 
-# A sample of 512 rows has 8 programs of a head: too few to fill a GPU, and the last of them reads nearly all keys while
-# the others are done. Three stages are what matters on an H100: two take 1.7x the time. Tiles of 128 keys take 0.91x,
-# but spill with all options. A tile has at most a block of rows.
-_SAMPLE = Tile(64, 64, 4, 3)
+# A sample of 512 rows has 8 tiles of a head: too few to fill a GPU, and the last of them would read nearly all keys
+# while the others are done. On an H100 splits of 2,048 keys take 0.82x the time of whole rows at 8,192 tokens and 0.73x
+# at 32,768, splits of 1,024 keys 0.84x and 0.81x. Three stages matter: two took 1.7x. Tiles of 128 keys spill with all
+# options, and larger heads with splits. A tile has at most a block of rows.
+_SAMPLE = Tile(64, 64, 4, 3, split=2048)
 _SAMPLE_LARGE = Tile(64, 32, 4, 2)
+_SAMPLE_90, _SAMPLE_LARGE_90 = _SAMPLE._replace(lanes=4), _SAMPLE_LARGE._replace(lanes=4)
 _IN_TURNS = _BAND._replace(in_turns=True)
 _IN_TURNS_LARGE = BandTile(64, 16, 8, 2, in_turns=True)
 
@@ -71,14 +78,20 @@ TARGETS = {
     ),
     # Measured on an H100 with heads of 128 at 8,192 tokens (benchmarks/tiles.py). Rows: an SM holds two programs of two
     # warpgroups, so that the softmax of one hides behind the wgmma of the others; programs of one warpgroup take 1.08x
-    # the time. With v, scores and output take the registers of two warpgroups, and a program has an SM alone. Each
-    # warpgroup has 64 rows, since with fewer both would compute the same. Heads of 64, which were not measured, fit 168
-    # registers, and so three programs.
+    # the time. A thread of wgmma has every fourth pair of a row: sums of its own take 0.94x. Elsewhere rows lie
+    # otherwise, and four lanes take more instructions than one. With v, scores and output take the registers of two
+    # warpgroups, and a program has an SM alone. Each warpgroup has 64 rows, since with fewer both would compute the
+    # same. Heads of 64, which were not measured, fit 168 registers, and so three programs.
     90: (
-        Tiles(rows=Tile(128, 64, 4, 3, max_registers=168), sampled=_SAMPLE, forward=Tile(128, 64, 8, 3), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 3), sampled=_SAMPLE, forward=Tile(128, 64, 8, 3), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), sampled=_SAMPLE_LARGE, forward=Tile(128, 64, 8, 2), band=_BAND),
-        Tiles(rows=Tile(128, 64, 8, 2), sampled=_SAMPLE_LARGE, forward=Tile(128, 16, 8, 2), band=_BAND),
+        Tiles(
+            rows=Tile(128, 64, 4, 3, max_registers=168, lanes=4),
+            sampled=_SAMPLE_90,
+            forward=Tile(128, 64, 8, 3),
+            band=_BAND,
+        ),
+        Tiles(rows=Tile(128, 64, 8, 3, lanes=4), sampled=_SAMPLE_90, forward=Tile(128, 64, 8, 3), band=_BAND_90),
+        Tiles(rows=Tile(128, 64, 8, 2, lanes=4), sampled=_SAMPLE_LARGE_90, forward=Tile(128, 64, 8, 2), band=_BAND),
+        Tiles(rows=Tile(128, 64, 8, 2, lanes=4), sampled=_SAMPLE_LARGE_90, forward=Tile(128, 16, 8, 2), band=_BAND),
     ),
     # tcgen05 returns scores through registers: 4 warps would need all 255.
     100: (
@@ -94,15 +107,15 @@ TARGETS[120] = TARGETS[80]
 # with two stages the sampled rows under a window and a soft cap.
 FP32 = Tiles(
     rows=Tile(16, 16, 4, 2),
-    sampled=Tile(16, 16, 4, 3),
+    sampled=Tile(16, 16, 4, 3, split=2048),
     forward=Tile(32, 16, 8, 2),
     band=BandTile(16, 16, 4, 2),
 )
 
 # The interpreter's time depends on the number of operations, not of elements. Short tests should cross many borders.
 INTERPRETED = Tiles(
-    rows=Tile(32, 16, 1, 1),
-    sampled=Tile(32, 16, 1, 1),
+    rows=Tile(32, 16, 1, 1, lanes=4),
+    sampled=Tile(32, 16, 1, 1, lanes=4, split=64),
     forward=Tile(16, 32, 1, 1),
     band=BandTile(32, 16, 1, 1),
 )
