@@ -76,6 +76,7 @@ def describe(launch: Launch) -> dict[str, Any]:
         "programs": programs_on_sm(metadata.num_warps, usage["registers"], metadata.shared),
         "tensor_core": next((op for op in ("wgmma", "tcgen05", "mma.sync") if f"{op}." in ptx), "none"),
         "ptx_atomics": len(re.findall(r"^\s*(?:@!?%p\d+\s+)?(?:atom|red)\.", ptx, re.MULTILINE)),
+        "uneven_sums": len(sass.uneven_sums(code)),
         "opcodes": Counter(instruction.opcode for instruction in code if instruction.runs),
         "loops": [describe_loop(launch, *part) for part in parts(launch, code)],
     }

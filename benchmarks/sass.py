@@ -172,6 +172,29 @@ def find_loops(code: list[Instruction], works: Callable[[list[Instruction]], boo
     return [[code[i] for i in sorted(outside)], *(loops[head] for head in sorted(loops))]
 
 
+def uneven_sums(code: list[Instruction]) -> list[Instruction]:
+    """Returns the FMAs that add a product to what a butterfly shuffle brought from another thread.
+
+    In such a sum each thread rounds the other thread's product and not its own, so the threads of a row get different
+    bits. Those of a plain addition are equal, since x + y is y + x.
+    """
+    brought, found = set(), []
+    for instruction in code:
+        operands, name = instruction.operands.split(","), instruction.opcode.partition(".")[0]
+        if not instruction.runs:
+            continue
+        if name == "FFMA" and len(operands) == 4 and operands[3].strip(" -").partition(".")[0] in brought:
+            found.append(instruction)
+        # what was brought is read once; a pair of registers has the name of the first one
+        used = {int(number) for number in re.findall(r"\bR(\d+)", instruction.operands)}
+        if name.endswith("2") or ".64" in instruction.opcode:
+            used |= {number + 1 for number in used}
+        brought -= {f"R{number}" for number in used}
+        if instruction.opcode.startswith("SHFL.BFLY"):
+            brought.add(operands[1].strip())
+    return found
+
+
 def _predecessors(code: list[Instruction]) -> list[list[int]]:
     before: list[list[int]] = [[] for _ in code]
     for i, instruction in enumerate(code):

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from benchmarks.sass import INSTRUCTION_BYTES, Instruction, disassemble, find_loops, parse
+from benchmarks.sass import INSTRUCTION_BYTES, Instruction, disassemble, find_loops, parse, uneven_sums
 
 # The listing has two loops, the outer one from 0x10 to 0xd0 and the inner one from 0x30 to 0x50. The outer one holds a
 # spin loop that does no work (0x80). A block behind the end jumps back into the outer loop and is a part of it. The
@@ -179,3 +179,22 @@ def test_what_ptxas_makes_of_a_loop(tmp_path):
     assert sum(x.opcode == "MUFU.EX2" for x in loop) == sum(x.opcode.startswith("BAR.SYNC") for x in loop) == 1
     assert not any(x.kind == "MUFU" for x in outside)
     assert sum(x.opcode.startswith("STG.E") for x in outside) == 1
+
+
+@pytest.mark.parametrize(
+    "sums, is_uneven",
+    [
+        (["FFMA R4, R2, R7, R5"], True),
+        (["FFMA R4, R2, R7, -R5.reuse"], True),
+        (["FMUL R4, R2, R7", "FFMA R8, R4, R7, R5"], True),
+        (["FADD R4, R2, R5", "FFMA R8, R4, R7, R5"], False),  # the first reader is a plain addition
+        (["FFMA R4, R2, R5, R7"], False),  # a factor is the same in both threads
+        (["FADD2 R4, R2, R5", "FFMA R8, R4, R7, R6"], False),
+        (["MOV R5, R9", "FFMA R4, R2, R7, R5"], False),  # overwritten
+    ],
+)
+def test_uneven_sums(sums, is_uneven):
+    code = [one("SHFL.BFLY", "PT, R5, R2, 0x1, 0x1f"), *(one(*text.split(" ", 1)) for text in sums)]
+    assert bool(uneven_sums(code)) is is_uneven
+    code[0] = one("SHFL.IDX", "PT, R5, R2, 0x1, 0x1f")  # moves values, of which each thread has its own
+    assert uneven_sums(code) == []

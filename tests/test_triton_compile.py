@@ -71,6 +71,11 @@ def test_shared_memory_suffices(compiled):
     assert failing(compiled, lambda row: row["shared"] <= SHARED_LIMIT[row["target"]]) == []
 
 
+def test_threads_that_hold_a_row_sum_it_alike(compiled):
+    """Otherwise they write different bits of one value to one place, and the last of them wins."""
+    assert failing(compiled, lambda row: row["uneven_sums"] == 0) == []
+
+
 def test_no_atomics(compiled):
     def in_order(row):
         # tcgen05 keeps account of its tensor memory with atomics on shared memory

@@ -28,6 +28,7 @@ from rhythm_kernels.statistics.triton_scores import (
     load_tile,
     multiply_parts,
     padded_size,
+    rounded_product,
     score_arguments,
     scores_of,
     size_parts,
@@ -160,7 +161,10 @@ def _key_tiles(
         tile_total = _sum_of(weights, LANES)
         total += tile_total
         if USE_SPAN:  # t - s = (t - start) - j: one FMA a score
-            distance += _past(t - start, LANES) * tile_total - _sum_of(weights * _ahead(BLOCK_N, LANES), LANES)
+            ahead = _ahead(BLOCK_N, LANES)
+            # a thread may hold a single score of an fp32 tile
+            ahead = rounded_product(weights, ahead) if query[0].dtype == tl.float32 else weights * ahead
+            distance += _past(t - start, LANES) * tile_total - _sum_of(ahead, LANES)
         if USE_OUT:
             value = load_tile(v, stride_vt, start, end, PADDED_V, BLOCK_DV, BLOCK_N, WHOLE)
             output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
@@ -291,7 +295,7 @@ def forward_kernel(
         if LANES > 0:
             lane_highest, highest = highest, tl.max(highest, 1)
             shrink = tl.exp2(lane_highest - highest[:, None])
-            total, looked_back = tl.sum(total * shrink, 1), looked_back * shrink
+            total, looked_back = tl.sum(rounded_product(total, shrink), 1), rounded_product(looked_back, shrink)
         total = tl.where(active, total, 1.0)
         row_lse = (highest + tl.log2(total)) * LN2
         tl.store(lse + at, tl.where(in_response, row_lse, 0.0), mask=t < last)

@@ -123,6 +123,16 @@ def weights_of(scores, factor, minus, SCALE_FIRST: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """Returns x y, rounded before it is added to anything.
+
+    For sums over the threads of a warp, where each adds the product of another thread to its own. If the compiler made
+    an FMA of that, each thread would round the other's product only, and they would get sums of different bits.
+    """
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def is_within(distance, limit):
     """Returns 0 <= distance < limit of int32 numbers by one comparison: as unsigned, a negative distance is large."""
     return distance.to(tl.uint32, bitcast=True) < limit.to(tl.uint32, bitcast=True)

@@ -122,6 +122,7 @@ def probe(
             USE_SINKS=options.sinks is not None,
             USE_WANTED=heads_checked is not None,
             USE_LSE=lse is not None,
+            enable_fp_fusion=False,  # see `rounded_product`: it sums products over the threads of a warp
             **shared,
         )
         names = ["output"] * with_out + ["log-sum-exp"] * (lse is not None)
