@@ -13,6 +13,8 @@ sequences (S = B in a batch that is not packed).
 """
 
 import math
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -39,6 +41,38 @@ def segment_ids(
     return ids if attention_mask is None else ids.masked_fill(~attention_mask.bool().to(ids.device), -1)
 
 
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    segments: Tensor,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Returns the scores of the visible keys, -inf where a key is hidden: [B, HQ, T, T] in `dtype`.
+
+    Args:
+        q: [B, HQ, T, D].
+        k: [B, H, T, D].
+        segments: [B, T].
+        scale: factor of the scores; None for D ** -0.5.
+        sliding_window: row t sees the keys s with t - s < sliding_window.
+        softcap: scores become softcap * tanh(score / softcap) before the mask.
+    """
+    tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q.to(dtype) @ k.to(dtype).repeat_interleave(groups, 1).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = distances(tokens)
+    visible = (distance >= 0) & (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, :, None]
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    return torch.where(visible[:, None], scores, -math.inf)
+
+
 def attention_map(
     q: Tensor,
     k: Tensor,
@@ -53,30 +87,18 @@ def attention_map(
     """Returns A and the rows' log-sum-exp [B, HQ, T], natural log, in `dtype`. Rows of padding are 0 in A.
 
     Args:
-        q: [B, HQ, T, D].
-        k: [B, H, T, D].
-        segments: [B, T].
-        scale: factor of the scores; None for D ** -0.5.
-        sliding_window: row t sees the keys s with t - s < sliding_window.
-        softcap: scores become softcap * tanh(score / softcap) before the mask.
+        q, k, segments, scale, sliding_window, softcap: those of `attention_scores`.
         sinks: [HQ], a logit for each head that takes a share of every row and belongs to no token.
     """
-    tokens, groups = q.shape[2], q.shape[1] // k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q.to(dtype) @ k.to(dtype).repeat_interleave(groups, 1).mT * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = distances(tokens)
-    visible = (distance >= 0) & (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, :, None]
-    if sliding_window is not None:
-        visible &= distance < sliding_window
-    scores = torch.where(visible[:, None], scores, -math.inf)
+    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    scores = attention_scores(q, k, segments, **options, dtype=dtype)
+    tokens, visible = q.shape[2], scores != -math.inf
     if sinks is not None:  # one more column, which belongs to no token
         sink = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse[..., None])[..., :tokens]
-    return torch.where(visible[:, None], weights, 0.0), lse
+    return torch.where(visible, weights, 0.0), lse
 
 
 def attention_out(attention: Tensor, v: Tensor) -> Tensor:
@@ -152,12 +174,54 @@ def fai(attention: Tensor, rows: Tensor, segments: Tensor, horizon: Horizon = (1
 
     It is 0 where T(s) is empty. N is the last position of the sequence of s.
     """
-    distance = distances(attention.shape[-1])
+    count = looking_back(rows, segments, horizon).sum(-2)
+    return column_sum(attention, rows, segments, horizon) / count.clamp(min=1)[:, None]
+
+
+def looking_back(rows: Tensor, segments: Tensor, horizon: Horizon) -> Tensor:
+    """Returns whether row t is in T(s) of Eq. 10, for each row t and column s: bool [B, T, T]."""
+    distance = distances(rows.shape[-1])
     lo, hi = horizon
     future = (distance >= lo) if hi is None else (distance >= lo) & (distance <= hi)
-    counted = future & rows[:, :, None] & (segments[:, :, None] == segments[:, None, :])
-    total = torch.where(counted[:, None], attention, 0.0).sum(-2)
-    return total / counted.sum(-2).clamp(min=1)[:, None]
+    return future & rows[:, :, None] & (segments[:, :, None] == segments[:, None, :])
+
+
+# Statistics that are computed where their names are asked for: `more` of `attention_stats`.
+
+
+def column_sum(attention: Tensor, rows: Tensor, segments: Tensor, horizon: Horizon = (10, 50)) -> Tensor:
+    """Returns the sum of A[t, s] over T(s): [B, HQ, T]. It is FAI before its division."""
+    return torch.where(looking_back(rows, segments, horizon)[:, None], attention, 0.0).sum(-2)
+
+
+def row_entropy(attention: Tensor, rows: Tensor) -> Tensor:
+    """Returns -sum_s A[t, s] ln A[t, s] for t in R, else 0: [B, HQ, T], in nats. A sink is no key of the sum."""
+    return torch.where(rows[:, None], torch.special.entr(attention).sum(-1), 0.0)
+
+
+def largest_score(scores: Tensor, rows: Tensor) -> Tensor:
+    """Returns max_s of the visible scores, scaled and soft-capped, for t in R, else 0: [B, HQ, T]. No sink counts."""
+    largest = scores.amax(-1) if scores.numel() else scores.new_zeros(scores.shape[:3])
+    return torch.where(rows[:, None], largest, 0.0)
+
+
+def prefix_mass(attention: Tensor, rows: Tensor, segments: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the sum of A[t, s] over the first tokens s of the row's sequence for t in R, else 0: [B, HQ, T].
+
+    Args:
+        lengths: int [S], how many tokens count in each sequence. In a longer prefix than the sequence all count.
+    """
+    counted = torch.zeros_like(rows)
+    for sequence, length in enumerate(lengths.tolist()):
+        row, token = (segments == sequence).nonzero().unbind(-1)
+        counted[row[:length], token[:length]] = True
+    mass = torch.where(counted[:, None, None], attention, 0.0).sum(-1)
+    return torch.where(rows[:, None], mass, 0.0)
+
+
+def self_mass(attention: Tensor, rows: Tensor) -> Tensor:
+    """Returns A[t, t] for t in R, else 0: [B, HQ, T]."""
+    return torch.where(rows[:, None], attention.diagonal(dim1=-2, dim2=-1), 0.0)
 
 
 def attention_stats(
@@ -174,6 +238,9 @@ def attention_stats(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     span_rows: int | None = None,
+    more: Collection[str] = (),
+    first_keys: int = 4,
+    prefix_lengths: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> AttentionStats:
     """Returns what `rhythm_kernels.attention_stats` must return for the same arguments, in `dtype`."""
@@ -181,21 +248,36 @@ def attention_stats(
     segments = segment_ids(batch, tokens, attention_mask, cu_seqlens)
     rows = segments >= 0 if response_mask is None else (segments >= 0) & response_mask
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    attention, lse = attention_map(
-        q, k, segments, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks, dtype=dtype
-    )
+    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "dtype": dtype}
+    attention, lse = attention_map(q, k, segments, sinks=sinks, **options)
+    definitions = {
+        "row_entropy": lambda: row_entropy(attention, rows),
+        "largest_score": lambda: largest_score(attention_scores(q, k, segments, **options), rows),
+        "first_mass": lambda: prefix_mass(attention, rows, segments, torch.full([sequences], first_keys)),
+        "prefix_mass": lambda: prefix_mass(attention, rows, segments, prefix_lengths),
+        "self_mass": lambda: self_mass(attention, rows),
+        "column_sum": lambda: column_sum(attention, rows, segments, horizon),
+    }
     return AttentionStats(
         waad=waad(attention, rows, window),
         fai=fai(attention, rows, segments, horizon),
         span=span(attention, rows, segments, sequences, span_rows),
         lse=torch.where(rows[:, None], lse, 0.0),
+        more={name: definitions[name]() for name in more},
     )
 
 
 def group_sums(
-    waad_h: Tensor, fai_h: Tensor, local_heads: Tensor, global_heads: Tensor, segments: Tensor
+    waad_h: Tensor,
+    fai_h: Tensor,
+    local_heads: Tensor,
+    global_heads: Tensor,
+    segments: Tensor,
+    more_h: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> GroupStats:
     """Returns WAAD summed over the local heads and FAI summed over the global heads, [B, T]: Eq. 8 before its mean.
+
+    The masses of `more_h` are summed as WAAD is, the column sums as FAI is.
 
     Args:
         waad_h: [B, HQ, T], WAAD of each head.
@@ -203,13 +285,16 @@ def group_sums(
         local_heads: bool [HQ], or [S, HQ] where each sequence has its own group.
         global_heads: bool [HQ] or [S, HQ], the same.
         segments: [B, T].
+        more_h: by name, [B, HQ, T] each.
     """
 
     def total(values: Tensor, group: Tensor) -> Tensor:
         member = group[segments.clamp(min=0)] if group.ndim == 2 else group.expand(*segments.shape, -1)  # [B, T, HQ]
         return torch.where(member.mT, values, 0.0).sum(1)
 
-    return GroupStats(waad=total(waad_h, local_heads), fai=total(fai_h, global_heads))
+    group_of = {name: global_heads if name == "column_sum" else local_heads for name in more_h}
+    more = {name: total(values, group_of[name]) for name, values in more_h.items()}
+    return GroupStats(waad=total(waad_h, local_heads), fai=total(fai_h, global_heads), more=more)
 
 
 # ---- layers and heads ------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ class AttentionStats(NamedTuple):
     """[S, HQ] fp32, in tokens: mean attention distance over R (Eq. 7); None if it was not requested."""
     lse: torch.Tensor
     """[B, HQ, T] fp32, natural log: log-sum-exp of the scores of each row of R, a sink included; 0 outside R."""
+    more: dict[str, torch.Tensor] = {}  # noqa: RUF012, since nothing writes to it
+    """The statistics that `more=` asked for by their names, each fp32 [B, HQ, T]; those of rows are 0 outside R."""
 
 
 class GroupStats(NamedTuple):
@@ -30,6 +32,9 @@ class GroupStats(NamedTuple):
     """[B, T] fp32, in tokens: the sum of WAAD over the layer's local heads; 0 outside R."""
     fai: torch.Tensor
     """[B, T] fp32: the sum of FAI over the layer's global heads, for every column; 0 where no row of R looks back."""
+    more: dict[str, torch.Tensor] = {}  # noqa: RUF012, since nothing writes to it
+    """The statistics that `more=` asked for by their names, each fp32 [B, T]: sums of the masses over the layer's local
+    heads, 0 outside R, and of "column_sum" over its global heads."""
 
 
 class HeadGroups(NamedTuple):

@@ -115,7 +115,68 @@ def test_only_response_rows_count():
     exactly(stats.span, [[(1 / 2 + 3 / 2) / 2]])
     exactly(stats.fai, [[[(1 / 2 + 1 / 4) / 2, 1 / 4, 1 / 4, 0]]])
     empty = reference.attention_stats(*uniform(4), response_mask=torch.zeros(1, 4, dtype=torch.bool))
-    assert all(x.eq(0).all() for x in empty)
+    assert all(x.eq(0).all() for x in empty[:4])
+
+
+EVERY_NAME = ("row_entropy", "largest_score", "first_mass", "prefix_mass", "self_mass", "column_sum")
+
+
+def test_more_statistics_of_uniform_rows_by_hand():
+    """Row t of 4 gives 1 / (t + 1) to each of its keys; rows 1 and 3 are in R."""
+    rows, prefix = tensor([[False, True, False, True]]), tensor([3])
+    options = {"response_mask": rows, "horizon": (1, None), "prefix_lengths": prefix, "first_keys": 1}
+    more = reference.attention_stats(*uniform(4), more=EVERY_NAME, **options).more
+    exactly(more["row_entropy"], [[[0, math.log(2), 0, math.log(4)]]])
+    exactly(more["largest_score"], [[[0, 0, 0, 0]]])
+    exactly(more["first_mass"], [[[0, 1 / 2, 0, 1 / 4]]])
+    exactly(more["prefix_mass"], [[[0, 1, 0, 3 / 4]]])
+    exactly(more["self_mass"], [[[0, 1 / 2, 0, 1 / 4]]])
+    exactly(more["column_sum"], [[[1 / 2 + 1 / 4, 1 / 4, 1 / 4, 0]]])
+    assert list(more) == list(EVERY_NAME)
+
+
+def test_more_statistics_of_two_tokens_by_hand():
+    q, k = tensor([[[[1.0], [2.0]]]]), tensor([[[[3.0], [1.0]]]])
+    far, near = math.exp(3.0), math.exp(1.0)  # 0.5 * 2 * (3, 1)
+    share = far / (far + near)
+    more = reference.attention_stats(q, k, scale=0.5, horizon=(0, None), more=EVERY_NAME[:3:2] + EVERY_NAME[4:]).more
+    exactly(more["row_entropy"], [[[0, -share * math.log(share) - (1 - share) * math.log(1 - share)]]])
+    exactly(more["self_mass"], [[[1, 1 - share]]])
+    exactly(more["column_sum"], [[[1 + share, 1 - share]]])
+    # the soft cap comes before the maximum
+    capped = reference.attention_stats(q, k, scale=0.5, softcap=2.0, more=["largest_score"]).more["largest_score"]
+    exactly(capped, [[[2 * math.tanh(0.75), 2 * math.tanh(1.5)]]])
+    exactly(reference.attention_stats(q, k, scale=-0.5, more=["largest_score"]).more["largest_score"], [[[-1.5, -1]]])
+
+
+def test_a_sink_is_no_key_of_the_more_statistics():
+    more = reference.attention_stats(*uniform(2), sinks=torch.zeros(1), first_keys=9, more=EVERY_NAME[:3]).more
+    exactly(more["row_entropy"], [[[math.log(2) / 2, 2 / 3 * math.log(3)]]])
+    exactly(more["first_mass"], [[[1 / 2, 2 / 3]]])
+    sunk = reference.attention_stats(*uniform(2), sinks=torch.full([1], 50.0), more=["largest_score"])
+    exactly(sunk.more["largest_score"], [[[0, 0]]])
+
+
+def test_first_keys_are_those_of_the_rows_own_sequence():
+    """Padding does not count, a window hides a prefix, and a prefix may be empty or longer than its sequence."""
+    mask = tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    q, k = (x.expand(2, -1, -1, -1) for x in uniform(5))
+    options = {"first_keys": 1, "more": ["first_mass", "prefix_mass"], "prefix_lengths": tensor([9, 0])}
+    more = reference.attention_stats(q, k, attention_mask=mask, **options).more
+    exactly(more["first_mass"], [[[0, 0, 1, 1 / 2, 1 / 3]], [[1, 1 / 2, 1 / 3, 1 / 4, 0]]])
+    exactly(more["prefix_mass"], [[[0, 0, 1, 1, 1]], [[0] * 5]])
+    packed = {"cu_seqlens": tensor([0, 2, 2, 5]), "sliding_window": 2, "prefix_lengths": tensor([1, 4, 2])}
+    more = reference.attention_stats(*uniform(5), **options | packed).more
+    exactly(more["first_mass"], [[[1, 1 / 2, 1, 1 / 2, 0]]])
+    exactly(more["prefix_mass"], [[[1, 1 / 2, 1, 1, 1 / 2]]])
+
+
+def test_masses_are_summed_as_waad_and_column_sums_as_fai():
+    values, groups = tensor([[[1.0, 2.0], [10.0, 20.0]]]), (tensor([True, False]), tensor([True, True]))
+    named = {"self_mass": values, "column_sum": values}
+    more = reference.group_sums(values, values, *groups, tensor([[0, 0]]), named).more
+    exactly(more["self_mass"], [[1, 2]])
+    exactly(more["column_sum"], [[11, 22]])
 
 
 @pytest.mark.parametrize(
