@@ -231,7 +231,7 @@ def make_groups(p: Problem) -> Callable[[], Answer]:
     options = checked_options(p, need_span=False)
 
     def run() -> Answer:
-        waad, fai = run_group_stats(p.q, p.k, p.lse, p.local_heads, p.global_heads, p.layout, options)
+        waad, fai, _ = run_group_stats(p.q, p.k, p.lse, p.local_heads, p.global_heads, p.layout, options)
         return Answer(group_waad=waad, group_fai=fai)
 
     return run

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rhythm_kernels import AttentionStats, GroupStats, reference
 from rhythm_kernels.isolation import exact_products
+from rhythm_kernels.statistics.more import NEED_EVERY_KEY
 
 ROUNDED_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 """The settings of torch that let a GPU round partial sums of 16-bit products to 16 bits."""
@@ -37,6 +38,11 @@ class StatsCase(NamedTuple):
     def options(self, *without: str) -> dict:
         """Returns kwargs without some names: `group_stats` takes no `need_span`, and `attention` no `lse`."""
         return {name: x for name, x in self.kwargs.items() if name not in without}
+
+    def group_options(self) -> dict:
+        """Returns the kwargs of `group_stats`: of `more` those that have sums over heads."""
+        more = [name for name in self.kwargs.get("more", ()) if name not in NEED_EVERY_KEY]
+        return self.options("need_span", "span_rows") | ({"more": more} if "more" in self.kwargs else {})
 
 
 def moved(x, device: torch.device | str):
@@ -179,13 +185,23 @@ def attention_out(weights: Tensor, v: Tensor) -> Tensor:
         return reference.attention_out(weights, v)
 
 
+def named(stats: AttentionStats | GroupStats) -> dict[str, Tensor]:
+    """Returns the statistics that are not None by their names, those of `more` too."""
+    fields = {name: x for name, x in stats._asdict().items() if name != "more" and x is not None}
+    return fields | stats.more
+
+
+def tensors(stats: AttentionStats | GroupStats) -> list[Tensor]:
+    """Returns the statistics that are not None in order."""
+    return list(named(stats).values())
+
+
 def errors(stats: AttentionStats, exact: AttentionStats) -> dict[str, float]:
     """Returns the largest absolute error of each statistic that is not None; a NaN counts as an infinite error."""
-    largest = {}
-    for name, x, true in zip(stats._fields, stats, exact, strict=True):
-        if x is not None:
-            error = (x.double().to(true.device) - true.double()).abs().nan_to_num(nan=math.inf)
-            largest[name] = error.max().item() if error.numel() else 0.0
+    largest, exact = {}, named(exact)
+    for name, x in named(stats).items():
+        error = (x.double().to(exact[name].device) - exact[name].double()).abs().nan_to_num(nan=math.inf)
+        largest[name] = error.max().item() if error.numel() else 0.0
     return largest
 
 
@@ -224,8 +240,10 @@ def tolerances(case: StatsCase, exact: AttentionStats) -> dict[str, float]:
     slip = weight_slip(case, exact.lse)
     if "lse" in case.kwargs:
         slip += 2 * eager_score_error(case)
-    unit = {"waad": case.kwargs.get("window", 10), "fai": 1.0, "span": tokens, "lse": 1.0}
-    return {name: 2 * eager[name] + slip * unit[name] for name in unit}
+    unit = {"waad": case.kwargs.get("window", 10), "span": tokens, "row_entropy": 1 + math.log(tokens)}
+    if "column_sum" in exact.more and exact.fai.numel():
+        unit["column_sum"] = exact.more["column_sum"].max().item()
+    return {name: 2 * eager[name] + slip * unit.get(name, 1.0) for name in named(exact)}
 
 
 def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
@@ -233,13 +251,14 @@ def assert_close_to_reference(stats: AttentionStats, case: StatsCase) -> None:
     case = case_on(stats.waad.device, case)
     exact = reference_stats(case)
     assert (stats.span is None) == (not case.kwargs.get("need_span", True))
-    for name, x, true in zip(stats._fields, stats, exact, strict=True):
-        if x is not None:
-            assert x.dtype == torch.float32, (name, x.dtype)
-            assert x.shape == true.shape, (name, x.shape, true.shape)
+    assert set(stats.more) == set(case.kwargs.get("more", ()))
     outside = ~rows_of(case)[:, None].expand_as(exact.waad)
-    assert (stats.waad[outside] == 0).all(), "waad is not 0 outside R"
-    assert (stats.lse[outside] == 0).all(), "lse is not 0 outside R"
+    for name, x in named(stats).items():
+        true = named(exact)[name]
+        assert x.dtype == torch.float32, (name, x.dtype)
+        assert x.shape == true.shape, (name, x.shape, true.shape)
+        if name not in ("span", "fai", "column_sum"):
+            assert (x[outside] == 0).all(), f"{name} is not 0 outside R"
     allowed = tolerances(case, exact)
     largest = errors(stats, exact)
     wrong = {name: (error, allowed[name]) for name, error in largest.items() if not error <= allowed[name]}
@@ -251,16 +270,21 @@ def assert_groups_close(stats: GroupStats, case: StatsCase, local_heads: Tensor,
     case = case_on(stats.waad.device, case)
     local_heads, global_heads = (moved(group, stats.waad.device) for group in (local_heads, global_heads))
     exact, segments = reference_stats(case), segments_of(case)
-    sums = reference.group_sums(exact.waad, exact.fai, local_heads, global_heads, segments)
+    more = {name: exact.more[name] for name in case.group_options().get("more", ())}
+    sums = named(reference.group_sums(exact.waad, exact.fai, local_heads, global_heads, segments, more))
     one = torch.ones_like(exact.waad)
-    head_counts = reference.group_sums(one, one, local_heads, global_heads, segments)
+    ones = dict.fromkeys(more, one)
+    head_counts = named(reference.group_sums(one, one, local_heads, global_heads, segments, ones))
     allowed = tolerances(case, exact)
-    for name, x, true, heads in zip(stats._fields, stats, sums, head_counts, strict=True):
+    assert set(stats.more) == set(more)
+    for name, x in named(stats).items():
+        true, heads = sums[name], head_counts[name]
         assert x.dtype == torch.float32, (name, x.dtype)
         assert x.shape == true.shape, (name, x.shape, true.shape)
         excess = (x.double() - true).abs().nan_to_num(nan=math.inf) - heads * allowed[name]
         assert (excess <= 0).all(), f"{name}: above heads x {allowed[name]} by {excess.max().item()}"
-    assert (stats.waad[~rows_of(case)] == 0).all(), "waad is not 0 outside R"
+        if name not in ("fai", "column_sum"):
+            assert (x[~rows_of(case)] == 0).all(), f"{name} is not 0 outside R"
 
 
 def assert_attention_close(out: Tensor, stats: AttentionStats, case: StatsCase, v: Tensor) -> None:

@@ -7,6 +7,8 @@ import torch
 from hypothesis import strategies as st
 from stats_cases import StatsCase, make_case
 
+from rhythm_kernels.statistics.more import MORE
+
 HEADS = ((1, 1), (2, 2), (2, 1), (4, 2), (3, 1))  # (HQ, H)
 HEAD_SIZES = (1, 3, 16, 20, 32, 40, 80)
 
@@ -46,6 +48,11 @@ def stats_case(draw, max_tokens: int = 80, dtypes=(torch.float32, torch.float16)
     kwargs["scale"] = draw(st.none() | st.sampled_from((0.0, 0.1, 1.0, -0.3)))
     if draw(st.booleans()):
         kwargs["sinks"] = 2 * torch.randn(query_heads, generator=generator)
+    kwargs["more"] = draw(st.lists(st.sampled_from(MORE), max_size=3) | st.just(MORE))
+    kwargs["first_keys"] = draw(st.sampled_from((1, 4, 30)))
+    if "prefix_mass" in kwargs["more"]:
+        sequences = len(kwargs["cu_seqlens"]) - 1 if kind == "packed" else batch
+        kwargs["prefix_lengths"] = torch.randint(tokens + 2, [sequences], generator=generator)
     kwargs["need_span"] = draw(st.booleans())
     kwargs["span_rows"] = draw(st.sampled_from((None, 64, 128)))
     return make_case(

@@ -11,6 +11,7 @@ from stats_cases import (
     make_case,
     make_groups,
     make_values,
+    tensors,
 )
 from stats_strategy import stats_case
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rhythm_kernels import attention, attention_stats, group_stats
 from rhythm_kernels.statistics import api, blockwise_band, blockwise_rows
 from rhythm_kernels.statistics.layout import make_layout
+from rhythm_kernels.statistics.more import MORE
 from rhythm_kernels.statistics.spans import mean_over_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,8 +35,7 @@ def run(case):
 
 
 def run_groups(case, local_heads, global_heads):
-    options = case.options("need_span", "span_rows")
-    return group_stats(case.q, case.k, local_heads, global_heads, **options, backend="torch")
+    return group_stats(case.q, case.k, local_heads, global_heads, **case.group_options(), backend="torch")
 
 
 def run_attention(case, v):
@@ -155,7 +156,7 @@ def test_one_group_for_all_sequences_is_the_same_group_for_each():
         case = make_case((3, 4, 90, 8), 2, lse_given=lse_given)
         local = torch.tensor([True, False, False, True])
         by_sequence = run_groups(case, local.expand(3, -1), ~local.expand(3, -1))
-        assert all(map(torch.equal, run_groups(case, local, ~local), by_sequence))
+        assert all(map(torch.equal, tensors(run_groups(case, local, ~local)), tensors(by_sequence)))
 
 
 def test_rows_outside_r_have_an_output():
@@ -175,7 +176,7 @@ def test_a_nan_stays_in_its_sequence():
         bad_q, bad_k = q.clone(), k.clone()
         bad_q[0, :, 40], bad_k[0, :, 41] = broken, broken
         stats = attention_stats(bad_q, bad_k)
-        for got, expected in zip(stats, clean, strict=True):
+        for got, expected in zip(tensors(stats), tensors(clean), strict=True):
             assert torch.equal(got[1], expected[1]), "the other row of the batch"
         assert stats.waad[0].isnan().any()
         packed = attention_stats(bad_q[:1], bad_k[:1], cu_seqlens=bounds)
@@ -196,7 +197,7 @@ def test_a_nan_stays_in_its_sequence_in_groups_and_output(kind, what):
 
     def results():
         """Returns the results by name, each [sequence, token, ...]."""
-        waad, fai = run_groups(case, local, ~local)
+        waad, fai, _ = run_groups(case, local, ~local)
         out = run_attention(case, v)[0].transpose(1, 2)
         return {name: x.reshape(3, 30, *x.shape[2:]) for name, x in (("waad", waad), ("fai", fai), ("out", out))}
 
@@ -223,7 +224,7 @@ def test_a_nan_in_a_head_outside_the_groups_changes_no_bit(lse_given):
     case.q[0, 1:5], case.q[1, 2:5], case.k[:, 1] = torch.nan, torch.nan, torch.nan
     if lse_given:
         case.kwargs["lse"][:, 2:5] = torch.nan
-    assert all(map(torch.equal, run_groups(case, local_heads, global_heads), clean))
+    assert all(map(torch.equal, tensors(run_groups(case, local_heads, global_heads)), tensors(clean)))
 
 
 @pytest.mark.parametrize("lse_given", [False, True])
@@ -248,7 +249,7 @@ def test_what_is_not_asked_for_is_not_computed(lse_given, monkeypatch):
 def test_same_input_same_bits():
     case = make_case((3, 4, 333, 32), 2, seed=9, sliding_window=50, softcap=5.0)
     first, second = run(case), run(case)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
 
 
 def test_autocast_changes_no_bit():
@@ -259,7 +260,11 @@ def test_autocast_changes_no_bit():
     expected = run(case), run_groups(case, local_heads, global_heads), run_attention(case, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run(case), run_groups(case, local_heads, global_heads), run_attention(case, v)
-    for x, y in zip((*actual[0], *actual[1], actual[2][0]), (*expected[0], *expected[1], expected[2][0])):
+
+    def values(results):
+        return [*tensors(results[0]), *tensors(results[1]), results[2][0]]
+
+    for x, y in zip(values(actual), values(expected), strict=True):
         assert torch.equal(x, y)
 
 
@@ -333,25 +338,25 @@ def test_empty_and_single(shape):
     assert stats.waad.shape == shape[:3] and stats.span.shape == shape[:2]
     assert stats.waad.eq(0).all() and stats.fai.eq(0).all() and stats.span.eq(0).all()
     out, same = attention(q, q, q)
-    assert all(map(torch.equal, same, stats))
+    assert all(map(torch.equal, tensors(same), tensors(stats)))
     assert torch.equal(out, q), "a single key has the whole weight"
     every = torch.ones(shape[1], dtype=torch.bool)
     for lse in (None, stats.lse):
-        for x in group_stats(q, q, every, every, lse=lse):
+        for x in tensors(group_stats(q, q, every, every, lse=lse)):
             torch.testing.assert_close(x, torch.zeros(shape[0], shape[2]), atol=1e-4, rtol=0)
 
 
 def test_nothing_is_differentiated():
     q, k = torch.randn(1, 2, 9, 4, requires_grad=True), torch.randn(1, 1, 9, 4, requires_grad=True)
-    assert not any(x.requires_grad for x in attention_stats(q, k))
+    assert not any(x.requires_grad for x in tensors(attention_stats(q, k, more=MORE[:3])))
     every = torch.ones(2, dtype=torch.bool)
-    assert not any(x.requires_grad for x in group_stats(q, k, every, every))
+    assert not any(x.requires_grad for x in tensors(group_stats(q, k, every, every)))
     for inputs in ((q, k, k), (q.detach(), k.detach(), k)):
         with pytest.raises(ValueError, match="attention has no backward"):
             attention(*inputs)
         with torch.no_grad():
             out, stats = attention(*inputs)
-        assert not any(x.requires_grad for x in (out, *stats))
+        assert not any(x.requires_grad for x in (out, *tensors(stats)))
 
 
 Q, K = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16)

@@ -186,9 +186,11 @@ def random_inputs(heads: tuple[int, int], tokens: int, size: int, device: str, d
 def every_result(q, k, v, lse, groups, **options) -> list[Tensor]:
     """Returns all results of the three calls."""
     out, stats = attention(q, k, v, **options)
-    band = attention_stats(q, k, lse=lse, need_span=False, **options)
+    more = ("row_entropy", "largest_score", "first_mass", "self_mass", "column_sum")
+    band = attention_stats(q, k, lse=lse, need_span=False, more=more, **options)
     sampled = attention_stats(q, k, lse=lse, span_rows=64, **options)
-    return [out, *stats, band.waad, band.fai, sampled.span, *group_stats(q, k, *groups, lse=lse, **options)]
+    sums = group_stats(q, k, *groups, lse=lse, **options)
+    return [out, *stats_cases.tensors(stats), *stats_cases.tensors(band), sampled.span, *stats_cases.tensors(sums)]
 
 
 def bits_of(results: list[Tensor]) -> Tensor:

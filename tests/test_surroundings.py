@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from models import llama
+from stats_cases import named
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -35,16 +36,16 @@ def everything() -> dict[str, torch.Tensor]:
         "capped": {"softcap": 3.0, "sinks": sinks, "sliding_window": 9, "horizon": (1, None)},
     }.items():
         stats = rk.attention_stats(q, k, **options)
-        results |= {f"{name} {field}": x for field, x in stats._asdict().items()}
+        results |= {f"{name} {field}": x for field, x in named(stats).items()}
         lse = stats.lse
         band = rk.attention_stats(q, k, lse=lse, need_span=False, **options)
-        results |= {f"{name} band {field}": x for field, x in band._asdict().items() if x is not None}
+        results |= {f"{name} band {field}": x for field, x in named(band).items()}
         for given in (None, lse):
             sums = rk.group_stats(q, k, heads, ~heads, lse=given, **options)
-            results |= {f"{name} sums {given is None} {field}": x for field, x in sums._asdict().items()}
+            results |= {f"{name} sums {given is None} {field}": x for field, x in named(sums).items()}
         results[f"{name} out"], _ = rk.attention(q, k, v, **options)
     packed = rk.attention_stats(q[:1], k[:1], cu_seqlens=cuts)
-    results |= {f"packed {field}": x for field, x in packed._asdict().items()}
+    results |= {f"packed {field}": x for field, x in named(packed).items()}
 
     spans = packed.span.view(3, 2, 2)
     groups = rk.group_heads(spans)

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 import torch
-from stats_cases import StatsCase, assert_attention_close, assert_close_to_reference, make_case, reference_stats
+from stats_cases import (
+    StatsCase,
+    assert_attention_close,
+    assert_close_to_reference,
+    make_case,
+    named,
+    reference_stats,
+    tensors,
+)
 from triton_calls import CALLS, DEVICE, HALF, check, outputs, run, run_attention, run_groups
 
 from rhythm_kernels import attention, attention_stats
@@ -150,7 +158,7 @@ def test_nan_outside_the_groups_changes_no_bit():
     local_heads, global_heads = torch.tensor([True, False, False, False]), torch.tensor([False, False, True, False])
     clean = run_groups(case, local_heads, global_heads)
     case.q[:, [1, 3]] = torch.nan
-    for x, y in zip(clean, run_groups(case, local_heads, global_heads), strict=True):
+    for x, y in zip(tensors(clean), tensors(run_groups(case, local_heads, global_heads)), strict=True):
         assert torch.equal(x, y)
 
 
@@ -181,7 +189,7 @@ def test_strides_change_no_bit(order):
     case = make_case((2, 4, 50, 20), 2, dtype=HALF, order=order, lse_given=True)
     assert not case.q.is_contiguous() and not case.kwargs["lse"].is_contiguous()
     dense = StatsCase(case.q.contiguous(), case.k.contiguous(), {"lse": case.kwargs["lse"].contiguous()})
-    for x, y in zip(run(case), run(dense), strict=True):
+    for x, y in zip(tensors(run(case)), tensors(run(dense)), strict=True):
         assert torch.equal(x, y)
 
 
@@ -230,9 +238,9 @@ def outputs_of_values(call: str, case: StatsCase, v: torch.Tensor) -> dict[str, 
     if call == "groups":
         return outputs(call, case)
     if call == "statistics":
-        return run(case)._asdict()
+        return named(run(case))
     out, stats = run_attention(case, v)
-    return {"out": out.movedim(2, -1), **stats._asdict()}
+    return {"out": out.movedim(2, -1), **named(stats)}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the sparse file is read where the kernels are interpreted")

@@ -9,6 +9,7 @@ from stats_cases import (
     make_groups,
     make_values,
     moved,
+    named,
 )
 
 from rhythm_kernels import attention, attention_stats, group_stats
@@ -23,7 +24,8 @@ def on_device(x):
 
 
 def on_cpu(stats):
-    return type(stats)(*(None if x is None else x.cpu() for x in stats))
+    fields = (None if x is None else x.cpu() for x in stats[:-1])
+    return type(stats)(*fields, {name: x.cpu() for name, x in stats.more.items()})
 
 
 def run(case: StatsCase):
@@ -32,7 +34,7 @@ def run(case: StatsCase):
 
 
 def run_groups(case: StatsCase, local_heads, global_heads):
-    kwargs = {name: on_device(x) for name, x in case.options("need_span", "span_rows").items()}
+    kwargs = {name: on_device(x) for name, x in case.group_options().items()}
     inputs = [on_device(x) for x in (case.q, case.k, local_heads, global_heads)]
     return on_cpu(group_stats(*inputs, **kwargs, backend="triton"))
 
@@ -49,10 +51,10 @@ CALLS = ("statistics", "groups", "attention")
 def outputs(call: str, case: StatsCase) -> dict[str, torch.Tensor]:
     """Returns a call's results for each token by name, each [B, ..., T]."""
     if call == "statistics":
-        return {name: x for name, x in run(case)._asdict().items() if name != "span"}
+        return {name: x for name, x in named(run(case)).items() if name != "span"}
     if call == "groups":
         is_local = torch.arange(case.q.shape[1]) % 2 == 0
-        return run_groups(case, is_local, ~is_local)._asdict()
+        return named(run_groups(case, is_local, ~is_local))
     out, stats = run_attention(case, make_values(case, 20))
     return {"out": out.movedim(2, -1), "waad": stats.waad, "fai": stats.fai, "lse": stats.lse}
 

@@ -1,7 +1,7 @@
 """Opens a context that records attention statistics inside a transformers model's forward."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from rhythm_kernels.listen.taps import Layers, query_heads
 from rhythm_kernels.options import GROUP_BY, MAX_WINDOW, SPAN_ROWS
 from rhythm_kernels.signals import check_groups
 from rhythm_kernels.statistics.api import BACKENDS
+from rhythm_kernels.statistics.more import check_more
 from rhythm_kernels.tensor_checks import check_cu_seqlens, check_tensor
 from rhythm_kernels.types import HeadGroups
 
@@ -50,6 +51,9 @@ class collect(Collector):  # called like a function, and named like one
             knows them. They are then not read from the forward's arguments, and the host does not wait for a GPU.
         span_rows: as in `attention_stats`: the spans, which only rank heads, are read from at most so many rows of R in
             each sequence; None for all of them. Without a log-sum-exp of the model (`lse_sources`) it saves nothing.
+        more, first_keys, prefix_lengths: names of further statistics, as in `attention_stats`: `stats[layer].more` has
+            them of each head, or summed over `groups` as in `group_stats`. "row_entropy" and "largest_score" read every
+            key of every row of R, and are refused with `groups`.
         groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
             Then spans are not computed and heads outside the groups are skipped.
         group_by: "sequence": head groups from each sequence's own spans (the paper's reading); "batch": from the
@@ -79,6 +83,9 @@ class collect(Collector):  # called like a function, and named like one
         response_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         span_rows: int | None = SPAN_ROWS,
+        more: Collection[str] = (),
+        first_keys: int = 4,
+        prefix_lengths: Tensor | None = None,
         groups: HeadGroups | None = None,
         group_by: str = "sequence",
         local_fraction: float = 0.3,
@@ -98,6 +105,8 @@ class collect(Collector):  # called like a function, and named like one
             "horizon": check_horizon(horizon),
             "span_rows": check_span_rows(span_rows),
         }
+        names = check_more(more, first_keys, prefix_lengths, grouped=groups is not None)
+        self._more = {"more": names, "first_keys": first_keys, "prefix_lengths": prefix_lengths}
         self._grouping = {
             "group_by": check_choice("group_by", group_by, GROUP_BY),
             "local_fraction": check_float("local_fraction", local_fraction, 0.0, 1.0),

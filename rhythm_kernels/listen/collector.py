@@ -21,6 +21,7 @@ from rhythm_kernels.listen.taps import NOT_WHOLE, Call, ancestors_of, find_decod
 from rhythm_kernels.signals import check_groups, rhythm_of
 from rhythm_kernels.statistics.api import run_group_stats, run_stats
 from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.more import check_prefix_lengths, with_more
 from rhythm_kernels.statistics.options import Options, check_options
 from rhythm_kernels.statistics.poison import scaled
 from rhythm_kernels.statistics.verify import probe_output
@@ -47,13 +48,16 @@ class Collector:
     _cu_seqlens: Tensor | None
     _options: dict[str, object]
     """Arguments of `check_options`."""
+    _more: dict[str, object]
+    """Arguments of `with_more`."""
     _grouping: dict[str, object]
     """Arguments of `rhythm_of`, without the groups."""
     _lse: str
 
     def __init__(self, model: nn.Module):
         self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}
-        """The statistics of each sampled layer: of each head, or summed over the groups where `groups` is given."""
+        """The statistics of each sampled layer: of each head, or summed over the groups where `groups` is given. Their
+        field `more` has what `collect(more=...)` asked for, by name."""
         self.lse_sources: dict[int, str] = {}
         """The source of each sampled layer's log-sum-exp: the name of the model's attention operator, such as
         "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass: " with the reason why the
@@ -182,6 +186,7 @@ class Collector:
         if self.groups is not None:
             check_groups(self.groups, len(self.layers), query_heads(self.decoder), layout.sequences)
             self.groups = HeadGroups(*(send(group, inputs.device) for group in self.groups))
+        self._more["prefix_lengths"] = check_prefix_lengths(self._more["prefix_lengths"], layout)
         self.layout, self._calls = layout, {}
 
     @torch.compiler.disable(reason=NOT_WHOLE)
@@ -227,6 +232,7 @@ class Collector:
                     need_span=self.groups is None,
                     **self._options,
                 )
+                options = with_more(options, layout=self.layout, **self._more)
                 lse, self.lse_sources[layer] = self._lse_of(call, q, options)
                 with self.findings.check_clock:
                     probed = probe_output(q, k, call.value, out, lse, self.layout, options, rounding, self.backend)

@@ -4,6 +4,7 @@ Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of 
 where the batch is not packed. R is the set of rows (query positions) that the statistics are computed for.
 """
 
+from collections.abc import Collection
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ from rhythm_kernels.checks import check_choice
 from rhythm_kernels.isolation import isolated
 from rhythm_kernels.statistics import blockwise
 from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.more import check_more, with_more
 from rhythm_kernels.statistics.options import Options, check_options, check_values
 from rhythm_kernels.statistics.poison import Stats, factor_of, scaled
 from rhythm_kernels.statistics.verify import probe_lse
@@ -38,6 +40,9 @@ def attention_stats(
     sinks: Tensor | None = None,
     need_span: bool = True,
     span_rows: int | None = None,
+    more: Collection[str] = (),
+    first_keys: int = 4,
+    prefix_lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> AttentionStats:
     """Returns WAAD, FAI, span and log-sum-exp of causal attention maps without computing whole maps.
@@ -68,18 +73,31 @@ def attention_stats(
             for all rows of R. They are whole blocks of 64 tokens, spread evenly over R and offset from head to head, so
             a sequence of up to `span_rows` tokens has all of them (DESIGN.md has the rule). With `lse` and a finite
             horizon no other row is read for the span.
+        more: names of further statistics, which are computed only where they are named. Rows, 0 outside R:
+            "row_entropy", -sum_s A[t,s] ln A[t,s] in nats; "largest_score", the largest score of a visible key, after
+            scale and soft cap; "first_mass", the weight on the first `first_keys` tokens of the row's sequence, where
+            attention sinks are; "prefix_mass", the weight on the first `prefix_lengths` tokens of its sequence, such as
+            the prompt; "self_mass", A[t,t]. Columns: "column_sum", the sum over the rows that FAI is the mean of, so
+            `response_mask` and `horizon` choose the rows ((0, None) for all later ones and the token itself). A sink
+            counts as no key; its rows sum to less than 1. The first two read every key of every row of R.
+        first_keys: how many tokens "first_mass" counts, at least 1; padding does not count.
+        prefix_lengths: [S] int32 or int64, how many tokens "prefix_mass" counts in each sequence, at least 0; needed
+            with "prefix_mass", and only then. It may be on the CPU.
         backend: "triton", "torch" (blockwise) or "auto". "auto" is Triton on a GPU and torch elsewhere, and also torch
             for head sizes that the kernels do not take (above 256 in 16 bits, above 128 in fp32).
 
     Returns:
         AttentionStats of waad [B, HQ, T] in tokens, fai [B, HQ, T], span [S, HQ] in tokens (None without `need_span`)
-        and lse [B, HQ, T], all fp32. A span over an empty R is 0. A NaN in a sequence stays in that sequence.
+        and lse [B, HQ, T], all fp32, and `more`, a dict of fp32 [B, HQ, T] by name. A span over an empty R is 0. A NaN
+        in a sequence stays in that sequence.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, rank, size, device or value, before anything runs.
     """
     options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span, span_rows)
+    more = check_more(more, first_keys, prefix_lengths)
     layout = _check_layout(q, lse, response_mask, attention_mask, cu_seqlens)
+    options = with_more(options, more, first_keys, prefix_lengths, layout)
     lse_factor = _check_lse(q, k, lse, layout, options, backend)
     return _marked(run_stats(q, k, lse, layout, options, backend), lse_factor)
 
@@ -100,26 +118,32 @@ def group_stats(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    more: Collection[str] = (),
+    first_keys: int = 4,
+    prefix_lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> GroupStats:
     """Returns WAAD summed over a layer's local heads and FAI summed over its global heads (Eq. 8-10).
 
     Heads in neither group are not computed. The groups come from an earlier batch. All other arguments are those of
-    `attention_stats`.
+    `attention_stats`. Of `more`, "row_entropy" and "largest_score" are refused, since they are not linear in the map.
 
     Args:
         local_heads: bool [HQ], or [S, HQ] where each sequence has its own group.
         global_heads: bool [HQ] or [S, HQ], the same.
 
     Returns:
-        GroupStats of waad [B, T] in tokens and fai [B, T], fp32. They are sums, so that those of several layers can be
-        added. A NaN in a head outside the groups changes nothing.
+        GroupStats of waad [B, T] in tokens and fai [B, T], fp32, and `more`, a dict of fp32 [B, T] by name: masses
+        summed over the local heads, as WAAD is, and column sums over the global heads, as FAI is. They are sums, so
+        that those of several layers can be added. A NaN in a head outside the groups changes nothing.
 
     Raises:
         TypeError, ValueError: as `attention_stats`.
     """
     options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span=False)
+    more = check_more(more, first_keys, prefix_lengths, grouped=True)
     layout = _check_layout(q, lse, response_mask, attention_mask, cu_seqlens)
+    options = with_more(options, more, first_keys, prefix_lengths, layout)
     for name, group in (("local_heads", local_heads), ("global_heads", global_heads)):
         by_sequence = isinstance(group, Tensor) and group.ndim == 2
         shape = [layout.sequences, q.shape[1]] if by_sequence else [q.shape[1]]
@@ -145,6 +169,9 @@ def attention(
     sinks: Tensor | None = None,
     need_span: bool = True,
     span_rows: int | None = None,
+    more: Collection[str] = (),
+    first_keys: int = 4,
+    prefix_lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, AttentionStats]:
     """Returns the output of causal attention and the statistics of its map, from one forward.
@@ -161,10 +188,13 @@ def attention(
         TypeError, ValueError: as `attention_stats`, and if a gradient would be lost (use torch.no_grad()).
     """
     options = check_options(q, k, scale, window, horizon, sliding_window, softcap, sinks, need_span, span_rows)
+    more = check_more(more, first_keys, prefix_lengths)
     check_values(v, k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("attention has no backward, got an input that requires a gradient: call it in torch.no_grad()")
-    return run_attention(q, k, v, _check_layout(q, None, response_mask, attention_mask, cu_seqlens), options, backend)
+    layout = _check_layout(q, None, response_mask, attention_mask, cu_seqlens)
+    options = with_more(options, more, first_keys, prefix_lengths, layout)
+    return run_attention(q, k, v, layout, options, backend)
 
 
 def run_stats(

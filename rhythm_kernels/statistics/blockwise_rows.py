@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from rhythm_kernels.host import send
 from rhythm_kernels.statistics.blockwise_scores import row_sums, softcapped
 from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.more import NEED_EVERY_KEY
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.statistics.spans import mean_over_rows
 from rhythm_kernels.types import AttentionStats
@@ -24,7 +25,10 @@ TILE_BYTES = 32 << 20  # of fp32 scores held at once; a few temporaries of this 
 
 
 class _RowResults(NamedTuple):
-    """The results of the row pass: fp32 [B, HQ, T], 0 outside R, and the output of every valid row."""
+    """The results of the row pass: fp32 [B, HQ, T], 0 outside R, and the output of every valid row.
+
+    Those that are not asked for are None.
+    """
 
     waad: Tensor
     fai_sums: Tensor
@@ -32,6 +36,8 @@ class _RowResults(NamedTuple):
     looked_back: Tensor
     """sum_s A[t, s] (t - s)."""
     lse: Tensor
+    row_entropy: Tensor | None
+    largest_score: Tensor | None
     out: Tensor | None
     """[B, HQ, T, Dv] in q's dtype."""
 
@@ -60,10 +66,14 @@ class _ShortBatch(NamedTuple):
 
 
 def row_statistics(results: _RowResults, layout: Layout, options: Options) -> AttentionStats:
-    """Returns the statistics: the column sums divided by their numbers of rows, and the means of the distances."""
+    """Returns the statistics: the column sums divided by their numbers of rows, and the means of the distances.
+
+    Of `more` they have what needs every key.
+    """
     fai = results.fai_sums / layout.rows_looking_back(options.horizon)[:, None]
     span = mean_over_rows(results.looked_back, layout, options.span_rows) if options.need_span else None
-    return AttentionStats(results.waad, fai, span, results.lse)
+    more = {name: getattr(results, name) for name in NEED_EVERY_KEY if name in options.more}
+    return AttentionStats(results.waad, fai, span, results.lse, more)
 
 
 def row_pass(
@@ -71,8 +81,13 @@ def row_pass(
 ) -> _RowResults:
     """Runs the row pass over chunks of batch rows that TILE_BYTES hold; `options.sinks` may be [HQ] or [B, HQ]."""
     batch, query_heads, tokens, _ = q.shape
+
+    def zeros() -> Tensor:
+        return q.new_zeros(batch, query_heads, tokens, dtype=torch.float32)
+
     results = _RowResults(
-        *(q.new_zeros(batch, query_heads, tokens, dtype=torch.float32) for _ in range(4)),
+        *(zeros() for _ in range(4)),
+        *(zeros() if name in options.more else None for name in NEED_EVERY_KEY),
         out=None if v is None else q.new_zeros(batch, query_heads, tokens, v.shape[3]),
     )
     if batch * query_heads * tokens == 0:
@@ -106,8 +121,9 @@ def _short_sequences(
         few_q, few_k = (x[0, :, few.taken].transpose(0, 1) for x in (q, k))  # [S', HQ, L, D], [S', H, L, D]
         few_lse = None if lse is None else lse[0, :, few.taken].transpose(0, 1)
         few_results = row_pass(few_q, few_k, few.layout, options, lse=few_lse)
-        for whole, part in zip(results[:4], few_results[:4], strict=True):
-            whole[0, :, few.taken.flatten()[few.own]] = part.transpose(0, 1).flatten(1)[:, few.own]
+        for whole, part in zip(results, few_results, strict=True):
+            if whole is not None:  # the output is None
+                whole[0, :, few.taken.flatten()[few.own]] = part.transpose(0, 1).flatten(1)[:, few.own]
 
 
 def _short_batches(layout: Layout, heads: int) -> list[_ShortBatch]:
@@ -153,7 +169,11 @@ def _row_tiles(
         if tile is None:
             continue
         scores = _tile_scores(q, k, tile, options)
+        if results.largest_score is not None:
+            _write_rows(results.largest_score, scores.amax(-1), tile, layout)
         weights, row_lse = _tile_weights(scores, lse, tile, options)
+        if results.row_entropy is not None:
+            _write_rows(results.row_entropy, torch.special.entr(weights).sum(-1), tile, layout)
         if values is not None:
             _write_output(weights, values, broken, tile, results)
         _write_statistics(weights, row_lse, tile, layout, options, results)
@@ -241,15 +261,18 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     return (grouped @ values).view(*weights.shape[:3], -1)
 
 
+def _write_rows(result: Tensor, values: Tensor, tile: _RowTile, layout: Layout) -> None:
+    """Writes values [B, HQ, rows] of a tile's rows, 0 outside R."""
+    result[:, :, tile.rows] = torch.where(layout.rows[:, None, tile.rows], values, 0.0)
+
+
 def _write_statistics(
     weights: Tensor, row_lse: Tensor, tile: _RowTile, layout: Layout, options: Options, results: _RowResults
 ) -> None:
     """Writes the statistics of a tile's rows of R, and adds the sums of its columns. Overwrites the weights."""
     rows = layout.rows[:, tile.rows]
-    in_response = rows[:, None]
     if options.need_span:
-        looked_back = (weights * tile.distance.float()).sum(-1)
-        results.looked_back[:, :, tile.rows] = torch.where(in_response, looked_back, 0.0)
+        _write_rows(results.looked_back, (weights * tile.distance.float()).sum(-1), tile, layout)
 
     first_key = max(tile.keys.start, tile.rows.start - _reach(options, layout.rows.shape[1]))
     near = slice(first_key - tile.keys.start, None)  # the keys that the window or the horizon reaches
@@ -258,8 +281,8 @@ def _write_statistics(
     weights[..., near].masked_fill_(hidden[:, None], 0.0)
     nearness, received = _window_sums(weights[..., near], tile.distance[:, near], options)
     waad = options.window * row_sums(row_lse, options.sinks) - nearness
-    results.waad[:, :, tile.rows] = torch.where(in_response, waad, 0.0)
-    results.lse[:, :, tile.rows] = torch.where(in_response, row_lse, 0.0)
+    _write_rows(results.waad, waad, tile, layout)
+    _write_rows(results.lse, row_lse, tile, layout)
     results.fai_sums[:, :, first_key : tile.keys.stop] += received
 
 

@@ -32,6 +32,12 @@ class Options(NamedTuple):
     need_span: bool
     span_rows: int | None = None
     """The rows of R that the span of each head is read from, in blocks (`span_sample`); None for all."""
+    more: tuple[str, ...] = ()
+    """The names of the further statistics that are asked for, in the order of `more.MORE`."""
+    first_keys: int = 4
+    """How many tokens "first_mass" counts."""
+    prefix_lengths: Tensor | None = None
+    """int [S], how many tokens "prefix_mass" counts in each sequence."""
 
 
 def check_options(

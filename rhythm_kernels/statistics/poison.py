@@ -21,5 +21,11 @@ def scaled(stats: Sequence[Stats], factor: Tensor) -> list[Stats]:
 
     A factor of 1 keeps every bit; a factor of NaN marks all of them.
     """
-    products = iter(torch._foreach_mul([value for layer in stats for value in layer if value is not None], factor))
-    return [type(layer)(*(None if value is None else next(products) for value in layer)) for layer in stats]
+    values = [value for layer in stats for value in (*layer[:-1], *layer.more.values()) if value is not None]
+    products = iter(torch._foreach_mul(values, factor))
+
+    def product_of(layer: Stats) -> Stats:
+        own = [None if value is None else next(products) for value in layer[:-1]]
+        return type(layer)(*own, {name: next(products) for name in layer.more})
+
+    return [product_of(layer) for layer in stats]

@@ -1,0 +1,219 @@
+"""The statistics that `more` names: what they refuse, what they cost, and inside a model's forward."""
+
+import pytest
+import torch
+from models import eager_maps, llama, qwen3
+from stats_cases import assert_close_to_reference, assert_groups_close, make_case, named
+from test_blockwise import run, run_groups
+from torch.utils.flop_counter import FlopCounterMode
+
+from rhythm_kernels import GroupStats, HeadGroups, attention, attention_stats, collect, group_stats, reference
+from rhythm_kernels.statistics import api, blockwise_masses
+from rhythm_kernels.statistics.more import MASSES, MORE, NEED_EVERY_KEY
+from rhythm_kernels.statistics.poison import scaled
+
+LINEAR = (*MASSES, "column_sum")
+Q, K = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16)
+HEADS = torch.ones(4, dtype=torch.bool)
+LENGTHS = torch.tensor([3, 5])
+
+
+@pytest.mark.parametrize("lse_given", [False, True])
+@pytest.mark.parametrize("kind", ["padded", "packed", "packed, long"])
+def test_all_of_them_with_every_option(kind, lse_given, monkeypatch):
+    """Several tiles of keys and rows, sequences of one token and of none, and prefixes longer than some sequences."""
+    monkeypatch.setattr(blockwise_masses, "MASS_BYTES", 1 << 12)
+    if kind == "padded":
+        options = {"attention_mask": torch.arange(150) >= torch.tensor([[0], [50]])}
+        options["prefix_lengths"] = torch.tensor([100, 30])
+    else:
+        options = {"cu_seqlens": torch.tensor([0, 40, 40, 41, 150 if kind == "packed" else 400], dtype=torch.int32)}
+        options["prefix_lengths"] = torch.tensor([50, 3, 0, 60], dtype=torch.int32)
+    batch, tokens = (2, 150) if kind == "padded" else (1, int(options["cu_seqlens"][-1]))
+    options |= {"more": MORE, "sinks": torch.arange(6) - 2.0, "softcap": 9.0, "sliding_window": 70}
+    options["response_mask"] = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(1)) < 0.6
+    case = make_case((batch, 6, tokens, 24), 2, lse_given=lse_given, sharpness=3.0, **options)
+    assert_close_to_reference(run(case), case)
+    for per_sequence in (False, True):
+        groups = torch.rand(len(options["prefix_lengths"]), 6) < 0.5 if per_sequence else torch.arange(6) < 2
+        assert_groups_close(run_groups(case, groups, ~groups), case, groups, ~groups)
+
+
+def test_names_come_in_one_order_and_once():
+    stats = attention_stats(Q, K, more=["column_sum", "self_mass", "row_entropy", "self_mass"])
+    assert list(stats.more) == ["row_entropy", "self_mass", "column_sum"]
+    assert attention_stats(Q, K).more == group_stats(Q, K, HEADS, HEADS).more == {}
+
+
+@pytest.mark.parametrize("call", ["statistics", "statistics, lse given", "attention"])
+def test_asking_for_more_changes_no_bit_of_the_others(call):
+    """With a given lse and entropies the row pass runs in place of the band, which rounds elsewhere."""
+    names = LINEAR if "given" in call else MORE
+    options = {"cu_seqlens": torch.tensor([0, 30, 90]), "sinks": torch.zeros(4)}
+    case = make_case((1, 4, 90, 16), 2, lse_given="given" in call, need_span=False, **options)
+    more = {"more": names, "prefix_lengths": torch.tensor([4, 70])}
+
+    def values(**more):
+        if call == "attention":
+            out, stats = attention(case.q, case.k, case.k, **case.options("lse"), **more)
+            return {"out": out} | named(stats)
+        return named(attention_stats(case.q, case.k, **case.kwargs, **more))
+
+    plain, with_more = values(), values(**more)
+    assert all(torch.equal(x, with_more[name]) for name, x in plain.items())
+    assert set(with_more) - set(plain) == set(names)
+
+
+def test_a_window_that_holds_the_rows_of_h2o_and_snapkv():
+    """Column sums are those of the dense map: over all rows (H2O), over the last rows (SnapKV)."""
+    weights, _ = reference.attention_map(Q, K, reference.segment_ids(2, 8))
+    h2o = attention_stats(Q, K, horizon=(0, None), more=["column_sum"]).more["column_sum"]
+    torch.testing.assert_close(h2o.double(), weights.sum(-2), rtol=1e-5, atol=1e-6)
+    last = torch.arange(8).expand(2, -1) >= 5
+    snap = attention_stats(Q, K, horizon=(0, None), response_mask=last, more=["column_sum"]).more["column_sum"]
+    torch.testing.assert_close(snap.double(), weights[:, :, 5:].sum(-2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("open_to_modes")
+def test_what_is_not_asked_for_is_not_computed(monkeypatch):
+    """A mass reads its own keys alone; one of a group its own heads; a column sum and a self mass no product."""
+    monkeypatch.setattr(api, "probe_lse", lambda *args: None)  # it computes a few rows of every head
+
+    def cost(more=(), heads=None, **options):
+        case = make_case((1, 8, 512, 16), 2, lse_given=True, need_span=False, more=more, **options)
+        with FlopCounterMode(display=False) as counter:
+            run(case) if heads is None else run_groups(case, torch.arange(8) < heads, torch.arange(8) < 0)
+        return counter.get_total_flops()
+
+    band = cost()
+    first, whole = cost(["first_mass"]) - band, cost(NEED_EVERY_KEY) - band
+    assert 0 < first == 2 * 8 * 512 * 4 * 16 < whole / 4
+    assert cost(["prefix_mass"], prefix_lengths=torch.tensor([8])) - band == 2 * first
+    assert cost(["self_mass", "column_sum"]) == band
+    assert cost(["first_mass"], heads=2) - cost(heads=2) == first // 4
+    assert cost(["first_mass"], sliding_window=61) - cost(sliding_window=61) == first // 8  # 64 rows see them
+
+
+@pytest.mark.parametrize("lse_given", [False, True])
+@pytest.mark.parametrize("kind", ["packed", "batch"])
+def test_a_nan_stays_in_its_sequence(kind, lse_given):
+    options = {"horizon": (1, 20)} | ({"cu_seqlens": torch.tensor([0, 30, 60, 90])} if kind == "packed" else {})
+    case = make_case((1, 4, 90, 8) if kind == "packed" else (3, 4, 30, 8), 2, lse_given=lse_given, more=MORE,
+                     prefix_lengths=torch.tensor([9, 9, 9]), **options)  # fmt: skip
+
+    def results():
+        return {name: x.transpose(1, 2).reshape(3, 30, 4) for name, x in run(case).more.items()}
+
+    clean = results()
+    (case.q[0, :, 37] if kind == "packed" else case.q[1, :, 7]).fill_(torch.nan)
+    if lse_given:
+        (case.kwargs["lse"][0, :, 37] if kind == "packed" else case.kwargs["lse"][1, :, 7]).fill_(torch.nan)
+    for name, x in results().items():
+        assert torch.equal(x[[0, 2]], clean[name][[0, 2]]), name
+        assert x[1].isnan().any() and clean[name].isfinite().all(), name
+
+
+def test_a_factor_marks_them_too():
+    """On a GPU, which is not waited for, wrong statistics become NaN."""
+    stats = [attention_stats(Q, K, more=LINEAR[2:]), attention_stats(Q, K, need_span=False)]
+    one, marked = scaled(stats, torch.tensor(1.0)), scaled(stats, torch.tensor(torch.nan))
+    for before, same, broken in zip(stats, one, marked, strict=True):
+        assert list(same.more) == list(before.more) == list(broken.more)
+        assert all(torch.equal(x, named(before)[name]) for name, x in named(same).items())
+        assert all(x.isnan().all() for x in named(broken).values())
+        assert (same.span is None) == (before.span is None)
+
+
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        ({"more": "row_entropy"}, TypeError, "more must be a collection of names, got str: 'row_entropy'"),
+        ({"more": None}, TypeError, "more must be a collection of names, got NoneType"),
+        ({"more": ["entropy"]}, ValueError, "more must hold names among row_entropy, .*, column_sum, got 'entropy'"),
+        ({"more": ["first_mass"], "first_keys": 0}, ValueError, "first_keys must be at least 1, got 0"),
+        ({"first_keys": 1.0}, TypeError, "first_keys must be an int, got float: 1.0"),
+        ({"more": ["prefix_mass"]}, ValueError, 'prefix_lengths, int .S., and "prefix_mass" .* each other, got None'),
+        ({"prefix_lengths": LENGTHS}, ValueError, r"need each other, got shape \[2\] and more=\(\)"),
+        ({"more": MORE, "prefix_lengths": [3, 5]}, TypeError, "prefix_lengths must be a tensor, got list"),
+        ({"more": MORE, "prefix_lengths": LENGTHS.float()}, TypeError, "prefix_lengths must be torch.int32 or"),
+        ({"more": MORE, "prefix_lengths": LENGTHS[:1]}, ValueError, r"prefix_lengths must have shape \[2\], got \[1\]"),
+        ({"more": MORE, "prefix_lengths": -LENGTHS}, ValueError, "prefix_lengths must be at least 0, got -5"),
+    ],
+)
+def test_bad_input(options, error, text):
+    with pytest.raises(error, match=text):
+        attention_stats(Q, K, **options)
+    with pytest.raises(error, match=text):
+        attention(Q, K, K, **options)
+    if "more" not in options or options["more"] is not MORE:
+        with pytest.raises(error, match=text.replace("row_entropy, .*", ".*")):
+            group_stats(Q, K, HEADS, HEADS, **options)
+        with pytest.raises(error, match=text):
+            collect(llama(), **options)
+
+
+@pytest.mark.parametrize("name", NEED_EVERY_KEY)
+def test_groups_refuse_what_has_no_sum(name):
+    text = f"more must hold names among first_mass, .*, column_sum where head groups are given, got '{name}': it is not"
+    with pytest.raises(ValueError, match=text):
+        group_stats(Q, K, HEADS, HEADS, more=[name])
+    model = llama()
+    heads = torch.ones(len(collect(model).layers), model.config.num_attention_heads, dtype=torch.bool)
+    with pytest.raises(ValueError, match=text):
+        collect(model, more=[name], groups=HeadGroups(heads, ~heads))
+
+
+@pytest.mark.parametrize("make", [llama, qwen3], ids=["llama", "qwen3 with a window"])
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_collect_gives_those_of_the_models_own_maps(make, kind):
+    """Of each head, and summed over the groups where they are known."""
+    torch.manual_seed(1)
+    model, ids = make(), torch.randint(0, 61, (2, 40))
+    lengths = torch.tensor([17, 5])
+    if kind == "padded":
+        real = torch.arange(40) >= torch.tensor([[0], [13]])
+        inputs, segments = {"input_ids": ids, "attention_mask": real.long()}, reference.segment_ids(2, 40, real)
+    else:
+        position = torch.cat([torch.arange(25), torch.arange(15)])[None]
+        inputs = {"input_ids": ids[:1], "position_ids": position}
+        segments = reference.segment_ids(1, 40, cu_seqlens=torch.tensor([0, 25, 40]))
+    inputs["use_cache"] = False
+    maps = eager_maps(model, **inputs)
+    response = (segments >= 0) & (torch.rand(segments.shape) < 0.7)
+    options = {"response_mask": response, "more": MORE, "prefix_lengths": lengths, "first_keys": 3, "horizon": (2, 30)}
+    with torch.no_grad(), collect(model, **options) as c:
+        model(**inputs)
+    options |= {"more": LINEAR, "groups": c.rhythm().groups}
+    with torch.no_grad(), collect(model, **options) as grouped:
+        model(**inputs)
+    for index, layer in enumerate(c.layers):
+        exact = exact_more(maps[layer], response, segments, lengths)
+        exact["largest_score"] = torch.where(response[:, None], c.stats[layer].lse + maps[layer].amax(-1).log(), 0.0)
+        assert list(c.stats[layer].more) == list(MORE)
+        for name, x in c.stats[layer].more.items():
+            torch.testing.assert_close(x.double(), exact[name].double(), rtol=3e-5, atol=3e-5, msg=name)
+        groups = (group[:, index] for group in c.rhythm().groups)
+        linear = {name: exact[name] for name in LINEAR}
+        sums = reference.group_sums(exact["self_mass"], exact["self_mass"], *groups, segments, linear)
+        assert isinstance(grouped.stats[layer], GroupStats) and list(grouped.stats[layer].more) == list(LINEAR)
+        for name, x in grouped.stats[layer].more.items():
+            torch.testing.assert_close(x.double(), sums.more[name].double(), rtol=3e-5, atol=3e-5, msg=name)
+
+
+def exact_more(weights, rows, segments, lengths) -> dict[str, torch.Tensor]:
+    """Returns the statistics of a map by their names, without the largest score."""
+    weights = weights.double()
+    return {
+        "row_entropy": reference.row_entropy(weights, rows),
+        "first_mass": reference.prefix_mass(weights, rows, segments, torch.tensor([3, 3])),
+        "prefix_mass": reference.prefix_mass(weights, rows, segments, lengths),
+        "self_mass": reference.self_mass(weights, rows),
+        "column_sum": reference.column_sum(weights, rows, segments, (2, 30)),
+    }
+
+
+def test_collect_names_a_wrong_number_of_prefixes():
+    model = llama()
+    c = collect(model, more=["prefix_mass"], prefix_lengths=LENGTHS)
+    with torch.no_grad(), c, pytest.raises(ValueError, match=r"prefix_lengths must have shape \[1\], got \[2\]"):
+        model(torch.zeros(1, 9, dtype=torch.long))
