@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import triton_calls
 from models import eager_maps, llama, qwen3
-from stats_cases import assert_close_to_reference, assert_groups_close, make_case, named
+from stats_cases import StatsCase, assert_close_to_reference, assert_groups_close, make_case, named
 from test_blockwise import run, run_groups
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,3 +218,26 @@ def test_collect_names_a_wrong_number_of_prefixes():
     c = collect(model, more=["prefix_mass"], prefix_lengths=LENGTHS)
     with torch.no_grad(), c, pytest.raises(ValueError, match=r"prefix_lengths must have shape \[1\], got \[2\]"):
         model(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lse_given", [False, True])
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(lse_given):
+    """In the Triton kernels: packed between two others, padded on the left and on the right, and in a group."""
+    begin, end = 21, 70
+    options = {"more": MORE, "sinks": torch.arange(4.0), "sliding_window": 40, "horizon": (0, None)}
+    packed = {"cu_seqlens": torch.tensor([0, begin, end, 100]), "prefix_lengths": torch.tensor([1, 17, 9])}
+    case = make_case((1, 4, 100, 32), 2, lse_given=lse_given, **options, **packed)
+    alone = StatsCase(*(x[:, :, begin:end] for x in case[:2]), {**options, "prefix_lengths": torch.tensor([17])})
+    padded = StatsCase(*case[:2], {**options, "prefix_lengths": torch.tensor([17])})
+    padded.kwargs["attention_mask"] = (torch.arange(100) >= begin)[None] & (torch.arange(100) < end)
+    if lse_given:
+        padded.kwargs["lse"] = case.kwargs["lse"]
+        alone.kwargs["lse"] = case.kwargs["lse"][:, :, begin:end]
+    local = torch.tensor([True, False, True, True])
+    for run_one in (triton_calls.run, lambda case: triton_calls.run_groups(case, local, ~local)):
+        expected = run_one(alone).more
+        assert list(expected) == list(MORE if run_one is triton_calls.run else LINEAR)
+        for batch in (case, padded):
+            for name, x in run_one(batch).more.items():
+                assert torch.equal(x[..., begin:end], expected[name]), name

@@ -19,6 +19,7 @@ from triton_calls import CALLS, DEVICE, HALF, check, outputs, run, run_attention
 
 from rhythm_kernels import attention, attention_stats
 from rhythm_kernels.statistics import triton_backend
+from rhythm_kernels.statistics.more import MORE
 from rhythm_kernels.statistics.triton_tiles import MAX_TOKEN_STRIDE, choose_tiles
 
 
@@ -84,6 +85,17 @@ FEATURES = {
     "window 256": ((1, 1, 300, 16), 1, {"window": 256, "response_mask": response(300, 250)}),
     "large scores": ((1, 2, 60, 16), 1, {"scale": 30.0}),
     "scale 0": ((1, 2, 60, 16), 1, {"scale": 0.0}),
+    "more": ((1, 2, 100, 16), 1, {"more": MORE, "first_keys": 20, "prefix_lengths": torch.tensor([70])}),
+    "more, all options": (
+        (1, 4, 110, 40),
+        2,
+        {
+            "more": MORE, "prefix_lengths": torch.tensor([0, 90, 40], dtype=torch.int32), "span_rows": 64,
+            "cu_seqlens": packed(0, 20, 40, 110), "response_mask": holes(110), "scale": -0.4,
+            "sliding_window": 37, "softcap": 5.0, "sinks": torch.tensor([0.0, -torch.inf, 3.0, 9.0]),
+        },
+    ),
+    "more, one of them": ((1, 2, 60, 16), 1, {"more": ["largest_score"], "sinks": torch.tensor([50.0, -3.0])}),
 }
 
 
@@ -103,6 +115,7 @@ def test_feature(shape, key_heads, options, call):
 def test_shipped_tiles(target, head_size, call, monkeypatch):
     monkeypatch.setattr(triton_backend, "_tiles_for", lambda *_: choose_tiles(target, head_size, 32, 16))
     options = {"response_mask": holes(200), "sliding_window": 150, "softcap": 8.0, "sinks": torch.ones(2), "window": 40}
+    options |= {"more": MORE, "prefix_lengths": torch.tensor([100])}
     check(call, make_case((1, 2, 200, head_size), 1, dtype=HALF, **options))
 
 
@@ -111,7 +124,7 @@ def test_shipped_tiles(target, head_size, call, monkeypatch):
 def test_forward_pass_runs_only_when_needed(lse_given, need_span, monkeypatch):
     calls = []
     real = triton_backend.forward_pass
-    monkeypatch.setattr(triton_backend, "forward_pass", lambda *args: calls.append(args) or real(*args))
+    monkeypatch.setattr(triton_backend, "forward_pass", lambda *args, **more: calls.append(args) or real(*args, **more))
     case = make_case((1, 2, 40, 16), 1, lse_given=lse_given, need_span=need_span)
     assert_close_to_reference(run(case), case)
     assert len(calls) == (need_span or not lse_given)
@@ -131,6 +144,7 @@ def test_nan_stays_in_its_sequence(kind, bad, call):
     else:
         options = {"attention_mask": padded(60, (0, 13), (13, 33), (33, 60))}
         middle = torch.cat([middle & False, middle, middle & False])
+    options |= {"more": MORE, "prefix_lengths": torch.tensor([10, 10, 10])}
     case = make_case((len(middle), 2, 60, 16), 1, lse_given=bool(given), **options)
     clean = outputs(call, case)
     case.q[:, 0, 17], case.k[:, :, 20] = bad, bad  # in the middle sequence, and in padding

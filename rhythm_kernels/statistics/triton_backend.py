@@ -8,9 +8,11 @@ import triton
 from torch import Tensor
 
 from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.statistics.more import NEED_EVERY_KEY, column_sums, in_order
 from rhythm_kernels.statistics.options import Options
-from rhythm_kernels.statistics.triton_band import band_pass
+from rhythm_kernels.statistics.triton_band import band_pass, sum_heads
 from rhythm_kernels.statistics.triton_forward import forward_pass
+from rhythm_kernels.statistics.triton_masses import masses
 from rhythm_kernels.statistics.triton_scores import aligned
 from rhythm_kernels.statistics.triton_tiles import INTERPRETED, MAX_HEAD_SIZE, MAX_TOKEN_STRIDE, Tiles, choose_tiles
 from rhythm_kernels.types import AttentionStats, GroupStats
@@ -29,15 +31,24 @@ def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
         q, k = aligned(q), aligned(k)
         if lse is not None:
             lse = lse.contiguous()
-        row_lse = lse
-        if lse is not None and options.need_span and options.span_rows is not None:
+        row_lse, row_values = lse, _row_values(q, options)
+        if lse is not None and options.need_span and options.span_rows is not None and not row_values:
             _, span, _ = forward_pass(q, k, None, lse, layout, options, tiles.sampled, sample_only=True)
-        elif lse is None or options.need_span:
-            row_lse, span, _ = forward_pass(q, k, None, lse, layout, options, tiles.rows)
+        elif lse is None or options.need_span or row_values:
+            row_lse, span, _ = forward_pass(q, k, None, lse, layout, options, tiles.rows, row_values=row_values)
+        more = row_values | masses(q, k, row_lse, None, layout, options, tiles.sampled)
         if lse is None:
-            return AttentionStats(*band_pass(q, k, row_lse, None, layout, options, tiles.band), span, row_lse)
-        waad, fai, row_lse = band_pass(q, k, lse, None, layout, options, tiles.band, copy_lse=True)
-        return AttentionStats(waad, fai, span, row_lse)
+            waad, fai = band_pass(q, k, row_lse, None, layout, options, tiles.band)
+        else:
+            waad, fai, row_lse = band_pass(q, k, lse, None, layout, options, tiles.band, copy_lse=True)
+        more = in_order(options, more | column_sums(fai, layout, options))
+        return AttentionStats(waad, fai, span, row_lse, more)
+
+
+def _row_values(q: Tensor, options: Options) -> dict[str, Tensor]:
+    """Returns memory for what is asked for and needs every key, fp32 [B, HQ, T] by name."""
+    names = [name for name in NEED_EVERY_KEY if name in options.more]
+    return {name: torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for name in names}
 
 
 def group_stats(
@@ -55,7 +66,13 @@ def group_stats(
         q, k = aligned(q), aligned(k)
         if lse is None:
             lse, *_ = forward_pass(q, k, None, None, layout, options, tiles.rows)
-        return GroupStats(*band_pass(q, k, lse.contiguous(), (local_heads, global_heads), layout, options, tiles.band))
+        lse, groups = lse.contiguous(), (local_heads, global_heads)
+        waad, fai = band_pass(q, k, lse, groups, layout, options, tiles.band)
+        more = {
+            name: sum_heads(mass, mass, (local_heads, local_heads), layout, options, tiles.band)[0]
+            for name, mass in masses(q, k, lse, local_heads, layout, options, tiles.sampled).items()
+        }
+        return GroupStats(waad, fai, in_order(options, more | column_sums(fai, layout, options)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> tuple[Tensor, AttentionStats]:
@@ -64,7 +81,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options)
     with torch.cuda.device_of(q):
         q, k = aligned(q), aligned(k)
         lse, span, out = forward_pass(q, k, v, None, layout, options, tiles.forward)
-        return out, AttentionStats(*band_pass(q, k, lse, None, layout, options, tiles.band), span, lse)
+        row_values = _row_values(q, options)
+        if row_values:  # a pass of its own: with v there are no registers for more
+            without_span = options._replace(need_span=False)
+            forward_pass(q, k, None, lse, layout, without_span, tiles.rows, row_values=row_values)
+        waad, fai = band_pass(q, k, lse, None, layout, options, tiles.band)
+        more = row_values | masses(q, k, lse, None, layout, options, tiles.sampled)
+        more = in_order(options, more | column_sums(fai, layout, options))
+        return out, AttentionStats(waad, fai, span, lse, more)
 
 
 def unsupported(**inputs: Tensor) -> str | None:

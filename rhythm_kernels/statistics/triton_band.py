@@ -299,9 +299,7 @@ def band_pass(
     waad, fai = empty(batch, heads, tokens), empty(batch, heads, tokens)
     row_lse = empty(batch, heads, tokens) if copy_lse else None
     lo, horizon = _horizon(options)
-    reach = min(lo, tokens), min(horizon, tokens)
-    order = "position" if options.horizon[1] is not None else "future"
-    tiles = layout.keep(("band", tile.block, order, *reach), lambda: band_table(layout, tile.block, order, *reach))
+    tiles, reach = _table(layout, options, tile)
     counts = layout.rows_looking_back(options.horizon)
     before = triton.next_power_of_2(max(options.window - 1, tile.least_before))
     before = min(before, max(tile.block // 2, 16))
@@ -336,12 +334,26 @@ def band_pass(
     )
     if groups is None:
         return (waad, fai, row_lse) if copy_lse else (waad, fai)
-    waad_sum, fai_sum = empty(batch, tokens), empty(batch, tokens)
+    return sum_heads(waad, fai, groups, layout, options, tile)
+
+
+def sum_heads(
+    waad: Tensor, fai: Tensor, groups: tuple[Tensor, Tensor], layout: Layout, options: Options, tile: BandTile
+) -> tuple[Tensor, Tensor]:
+    """Returns the sums of the first over the local heads and the means of the second's sums, fp32 [B, T].
+
+    Args:
+        waad, fai: [B, HQ, T]: WAAD or a mass of the local heads, and the column sums of the global heads.
+        groups: (local_heads, global_heads), each bool [S, HQ].
+    """
+    batch, heads, tokens = waad.shape
+    waad_sum, fai_sum = (torch.empty((batch, tokens), dtype=torch.float32, device=waad.device) for _ in range(2))
+    tiles, _ = _table(layout, options, tile)
     sum_heads_kernel[(len(tiles),)](
         waad=waad,
         fai=fai,
         tiles=tiles,
-        counts=counts,
+        counts=layout.rows_looking_back(options.horizon),
         waad_sum=waad_sum,
         fai_sum=fai_sum,
         **_group_arguments(groups),
@@ -351,6 +363,15 @@ def band_pass(
         HEADS=min(triton.next_power_of_2(heads), SUM_HEADS),
     )
     return waad_sum, fai_sum
+
+
+def _table(layout: Layout, options: Options, tile: BandTile) -> tuple[Tensor, tuple[int, int]]:
+    """Returns `band_table`, and lo and the length of the horizon, which a sequence bounds."""
+    tokens = layout.rows.shape[1]
+    reach = tuple(min(x, tokens) for x in _horizon(options))
+    order = "position" if options.horizon[1] is not None else "future"
+    table = layout.keep(("band", tile.block, order, *reach), lambda: band_table(layout, tile.block, order, *reach))
+    return table, reach
 
 
 def band_table(layout: Layout, block: int, order: str, lo: int, horizon: int) -> Tensor:

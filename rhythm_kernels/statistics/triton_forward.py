@@ -7,6 +7,9 @@ Shapes: B batch rows, T tokens, HQ query heads, H key heads, SIZE (D) the head s
 S sequences.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import triton
 import triton.language as tl
@@ -44,6 +47,8 @@ from rhythm_kernels.statistics.triton_spans import (
     span_units,
 )
 from rhythm_kernels.statistics.triton_tiles import Tile
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 # A warp holds a row of scores in LANES threads, pairs of neighbours in turns. Each keeps an online softmax of its own,
 # [M, LANES], and they are joined at the end: that spares every tile its shuffles. LANES 0 keeps one of a row, [M].
@@ -91,6 +96,12 @@ def _sum_of(x, LANES: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_products(x, y, LANES: tl.constexpr, ROUNDED: tl.constexpr):
+    """Returns the sums of x y, both `_by_lane`. ROUNDED: with a `rounded_product`."""
+    return _sum_of(rounded_product(x, y) if ROUNDED else x * y, LANES)
+
+
+@triton.jit
 def _highest_of(x, LANES: tl.constexpr):
     """Returns the largest elements of x `_by_lane`."""
     return tl.max(x, 1) if LANES == 0 else tl.max(tl.max(x, 1), 2)
@@ -102,6 +113,8 @@ def _key_tiles(
     total,  # like `highest`: sum of exp2(score - highest)
     distance,  # like `highest`: the same sum, weighted with t - s
     output,  # [BLOCK_M, BLOCK_DV] the same sum, weighted with v
+    surprise,  # like `highest`: the same sum, weighted with highest - score
+    largest,  # like `highest`: the largest score of a key
     query,
     k,  # points to token 0
     v,
@@ -126,10 +139,13 @@ def _key_tiles(
     USE_LSE: tl.constexpr,
     USE_SPAN: tl.constexpr,
     USE_OUT: tl.constexpr,
+    USE_ENTROPY: tl.constexpr,
+    USE_LARGEST: tl.constexpr,
     IS_PART: tl.constexpr,  # the rows may see keys from `end` on
     LANES: tl.constexpr,
 ):
     """Adds the keys begin..end to the sums. WHOLE: they are whole tiles that every row sees."""
+    ROUNDED: tl.constexpr = query[0].dtype == tl.float32  # a thread may hold a single score of an fp32 tile
     j = tl.arange(0, BLOCK_N)
     k += begin.to(tl.int64) * stride_kt
     if USE_OUT:
@@ -145,12 +161,17 @@ def _key_tiles(
             visible = is_within(past, sliding_window) if USE_WINDOW else past >= 0
             scores = tl.where(visible, scores, float("-inf"))
         scores = _by_lane(scores, LANES)
-        if not USE_LSE:
+        if USE_LARGEST or not USE_LSE:
             tile_highest = _highest_of(scores, LANES)
             if not SCALE_FIRST:
                 tile_highest *= factor
+        if USE_LARGEST:
+            largest = tl.maximum(largest, tile_highest)
+        if not USE_LSE:
             new_highest = tl.maximum(highest, tile_highest)
             shrink = tl.exp2(highest - new_highest)
+            if USE_ENTROPY:
+                surprise = (surprise + (new_highest - highest) * total) * shrink
             highest = new_highest
             total *= shrink
             if USE_SPAN:
@@ -161,16 +182,18 @@ def _key_tiles(
         tile_total = _sum_of(weights, LANES)
         total += tile_total
         if USE_SPAN:  # t - s = (t - start) - j: one FMA a score
-            ahead = _ahead(BLOCK_N, LANES)
-            # a thread may hold a single score of an fp32 tile
-            ahead = rounded_product(weights, ahead) if query[0].dtype == tl.float32 else weights * ahead
-            distance += _past(t - start, LANES) * tile_total - _sum_of(ahead, LANES)
+            ahead = _sum_of_products(weights, _ahead(BLOCK_N, LANES), LANES, ROUNDED)
+            distance += _past(t - start, LANES) * tile_total - ahead
+        if USE_ENTROPY:
+            below = _beside_keys(highest, LANES) - (scores if SCALE_FIRST else scores * factor)
+            below = tl.where(scores == float("-inf"), 0.0, below)  # a weight of 0 times an infinity would be NaN
+            surprise += _sum_of_products(weights, below, LANES, ROUNDED)
         if USE_OUT:
             value = load_tile(v, stride_vt, start, end, PADDED_V, BLOCK_DV, BLOCK_N, WHOLE)
             output = tl.dot(weights.to(value.dtype), value, output, input_precision="ieee")
             v += BLOCK_N * stride_vt
         k += BLOCK_N * stride_kt
-    return highest, total, distance, output
+    return highest, total, distance, output, surprise, largest
 
 
 @triton.jit(
@@ -188,6 +211,8 @@ def forward_kernel(
     sinks,  # [HQ]
     lse,  # [B, HQ, T], read with USE_LSE, else written
     totals,  # [parts, HQ, slots]: for TOTAL_ROWS rows the sum of their mean distances, in `span_units`, or BROKEN
+    row_entropy,  # [B, HQ, T]
+    largest_score,  # [B, HQ, T]
     out,  # [B, HQ, T, SIZE_V], contiguous
     stride_qb,  # all strides are in UNITs
     stride_qh,
@@ -220,6 +245,8 @@ def forward_kernel(
     USE_LSE: tl.constexpr,
     USE_SPAN: tl.constexpr,
     USE_OUT: tl.constexpr,
+    USE_ENTROPY: tl.constexpr,
+    USE_LARGEST: tl.constexpr,
     TOTAL_ROWS: tl.constexpr,
     SPLIT: tl.constexpr,  # program (i, n) reads the keys n SPLIT .. (n + 1) SPLIT of its sequence; 0: (i, 0) reads all
     LANES: tl.constexpr,
@@ -257,8 +284,9 @@ def forward_kernel(
     query = load_parts(q, stride_qt, row, row_end, SIZE, BLOCK_D, REST_D, BLOCK_M)
     at = (batch * query_heads + head) * tokens + t
     total = tl.zeros([BLOCK_M] if LANES == 0 else [BLOCK_M, LANES], tl.float32)
-    looked_back = total
-    output = total
+    looked_back, output, surprise, largest = total, total, total, total
+    if USE_LARGEST:
+        largest = total + float("-inf")
     # v has zeros behind its head size; before Triton 3.7, tl.cdiv of constants is not a constant
     PADDED_V: tl.constexpr = (SIZE_V + UNIT - 1) // UNIT * UNIT
     if USE_OUT:
@@ -275,30 +303,50 @@ def forward_kernel(
             total += 1.0 if LANES == 0 else tl.where(tl.arange(0, LANES) == 0, 1.0, 0.0)[None, :]
 
     if USE_WINDOW:
-        highest, total, looked_back, output = _key_tiles(
-            highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, begin, whole_begin,
-            t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
-            False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, SPLIT > 0, LANES,
+        highest, total, looked_back, output, surprise, largest = _key_tiles(
+            highest, total, looked_back, output, surprise, largest, query, k, v, stride_kt, stride_vt,
+            begin, whole_begin, t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
+            False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, USE_ENTROPY, USE_LARGEST,
+            SPLIT > 0, LANES,
         )  # fmt: skip
-    highest, total, looked_back, output = _key_tiles(
-        highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_begin, whole_end,
-        t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
-        True, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, SPLIT > 0, LANES,
+    highest, total, looked_back, output, surprise, largest = _key_tiles(
+        highest, total, looked_back, output, surprise, largest, query, k, v, stride_kt, stride_vt,
+        whole_begin, whole_end, t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
+        True, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, USE_ENTROPY, USE_LARGEST,
+        SPLIT > 0, LANES,
     )  # fmt: skip
-    highest, total, looked_back, output = _key_tiles(
-        highest, total, looked_back, output, query, k, v, stride_kt, stride_vt, whole_end, end,
-        t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
-        False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, SPLIT > 0, LANES,
+    highest, total, looked_back, output, surprise, largest = _key_tiles(
+        highest, total, looked_back, output, surprise, largest, query, k, v, stride_kt, stride_vt,
+        whole_end, end, t, sliding_window, factor, cap, SIZE, BLOCK_D, REST_D, PADDED_V, BLOCK_DV, BLOCK_N,
+        False, SCALE_FIRST, USE_WINDOW, USE_SOFTCAP, USE_LSE, USE_SPAN, USE_OUT, USE_ENTROPY, USE_LARGEST,
+        SPLIT > 0, LANES,
     )  # fmt: skip
 
     if not USE_LSE:
         if LANES > 0:
             lane_highest, highest = highest, tl.max(highest, 1)
             shrink = tl.exp2(lane_highest - highest[:, None])
+            if USE_ENTROPY:
+                surprise += (highest[:, None] - lane_highest) * total
+                surprise = tl.sum(rounded_product(surprise, shrink), 1)
             total, looked_back = tl.sum(rounded_product(total, shrink), 1), rounded_product(looked_back, shrink)
         total = tl.where(active, total, 1.0)
         row_lse = (highest + tl.log2(total)) * LN2
         tl.store(lse + at, tl.where(in_response, row_lse, 0.0), mask=t < last)
+        if USE_ENTROPY:
+            surprise = surprise / total + tl.log2(total)
+            if USE_SINKS:  # the sink is a term of this sum, and no key
+                below = highest + tl.log2(total) - tl.where(sink < LOWEST, LOWEST, sink)
+                surprise -= tl.exp2(-below) * below
+    elif LANES > 0:
+        total, surprise = tl.sum(total, 1), tl.sum(surprise, 1)
+    if USE_ENTROPY:
+        tl.store(row_entropy + at, tl.where(in_response, surprise * LN2, 0.0), mask=t < last)
+    if USE_LARGEST:  # a maximum passes over a NaN
+        if LANES > 0:
+            largest = tl.max(largest, 1)
+        largest = tl.where(total == total, largest * LN2, float("nan"))
+        tl.store(largest_score + at, tl.where(in_response, largest, 0.0), mask=t < last)
     if USE_SPAN:
         if LANES > 0:
             looked_back = tl.sum(looked_back, 1)
@@ -335,11 +383,13 @@ def forward_pass(
     options: Options,
     tile: Tile,
     sample_only: bool = False,
+    row_values: Mapping[str, Tensor] = NOTHING,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns lse fp32 [B, HQ, T], 0 outside R; span fp32 [S, HQ] or None; out [B, HQ, T, Dv], 0 in padding, or None.
 
     q [B, HQ, T, D] and k [B, H, T, D] are `aligned`. A given lse [B, HQ, T] is returned as it is. With `sample_only`,
-    for which lse is given and tile.block_m divides SPAN_BLOCK, only the rows of `options.span_rows` are read.
+    for which lse is given and tile.block_m divides SPAN_BLOCK, only the rows of `options.span_rows` are read. The
+    tensors of `row_values`, fp32 [B, HQ, T] by the names of `NEED_EVERY_KEY`, are filled.
     """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -373,6 +423,8 @@ def forward_pass(
         lse=row_lse,
         totals=totals,
         out=out,
+        row_entropy=row_values.get("row_entropy"),
+        largest_score=row_values.get("largest_score"),
         **score_arguments(q, k, options),
         **stride_arguments("v", v),
         sliding_window=tokens if options.sliding_window is None else min(options.sliding_window, tokens),
@@ -387,6 +439,8 @@ def forward_pass(
         USE_LSE=lse is not None,
         USE_SPAN=options.need_span,
         USE_OUT=v is not None,
+        USE_ENTROPY="row_entropy" in row_values,
+        USE_LARGEST="largest_score" in row_values,
         TOTAL_ROWS=total_rows,
         SPLIT=tile.split if is_split else 0,
         LANES=tile.lanes if v is None else 0,  # an output is scaled by one maximum a row
