@@ -17,6 +17,7 @@ from rhythm_kernels import (
     token_credit,
 )
 from rhythm_kernels.statistics.layout import make_layout
+from rhythm_kernels.statistics.more import MORE
 from rhythm_kernels.statistics.options import check_options
 from rhythm_kernels.statistics.probes import rounding_of
 from rhythm_kernels.statistics.verify import probe_output
@@ -66,6 +67,11 @@ def run_attention_once(device: str, dtype: torch.dtype, size: int, options: dict
     attention_stats(q, k, lse=stats.lse, span_rows=64, **options)
     attention_stats(q, k, span_rows=64, **options)
     group_stats(q, k, heads, ~heads, lse=stats.lse, **options)
+    sequences = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else 1
+    more = {"more": MORE, "prefix_lengths": torch.full([sequences], 70, device=device)}
+    attention_stats(q, k, **more, **options)
+    attention_stats(q, k, lse=stats.lse, **more, **options)
+    group_stats(q, k, heads, ~heads, lse=stats.lse, **more | {"more": MORE[2:]}, **options)
     out, _ = attention(q, k, v, **options)
     masks = (options.get(name) for name in ("response_mask", "attention_mask", "cu_seqlens"))
     layout = make_layout(1, TOKENS, q.device, *masks)

@@ -111,7 +111,7 @@ def named_loops(launch: Launch) -> tuple[list[tuple[str, int]], tuple[str, int |
         loops = [*["keys before"] * constants["LOOP_BEFORE"], *["rows behind"] * constants["LOOP_BEHIND"]]
         once = {"own tile": block * block} | {name: tiles[name] for name in tiles if name not in loops}
         return [(name, tiles[name]) for name in loops], (", ".join(once), sum(once.values()))
-    if launch.kernel == "probe_scores_kernel":
+    if launch.kernel in ("probe_scores_kernel", "mass_kernel"):
         return [("keys", constants["BLOCK_M"] * constants["BLOCK_N"])], ("outside", None)
     if launch.kernel in LOOPLESS:
         return [], ("all", None)

@@ -20,7 +20,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from rhythm_kernels import attention, attention_stats, group_stats
-from rhythm_kernels.statistics import api
+from rhythm_kernels.statistics import api, more
 from rhythm_kernels.statistics.layout import make_layout
 from rhythm_kernels.statistics.options import check_options
 from rhythm_kernels.statistics.probes import rounding_of
@@ -31,6 +31,7 @@ TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
 FEATURES = {"softcap": 30.0, "sinks": torch.zeros(QUERY_HEADS)}
 SAMPLE = {"span_rows": 512}
 WINDOW = {"sliding_window": 4096}
+MORE = {"more": more.MORE, "prefix_lengths": torch.tensor([1024])}
 # WAAD's window or FAI's horizon reaches further than a tile.
 FAR = {"window": 256}, {"horizon": (1, None)}, {"window": 256, "horizon": (1, None)}
 
@@ -153,6 +154,23 @@ def cases(target: int) -> list[Case]:
             Case("attention_stats", 80, {}),
             Case("attention_stats", 128, {}, dtype=torch.float16),
             *[Case(call, 128, FEATURES | WINDOW, dtype=torch.float32) for call in ("attention", "attention_stats")],
+        ]
+    return calls + cases_of_more(target)
+
+
+def cases_of_more(target: int) -> list[Case]:
+    """Returns calls that launch the variants of kernels which only statistics of `more` need."""
+    calls = [
+        *[Case("attention_stats", size, MORE | FEATURES | WINDOW) for size in (64, 128, 256)],
+        Case("attention_stats", 128, MORE | FEATURES | WINDOW, lse=True),
+    ]
+    if target == 90:
+        calls += [
+            *[Case("attention_stats", 128, MORE, lse=is_given) for is_given in (False, True)],
+            *[Case("attention_stats", 128, {"more": [name]}) for name in more.NEED_EVERY_KEY],
+            Case("group_stats", 128, {"more": ["self_mass"]}, lse=True),
+            *[Case("attention_stats", size, MORE) for size in (64, 80, 256)],
+            Case("attention_stats", 128, MORE | FEATURES | WINDOW, dtype=torch.float32),
         ]
     return calls
 

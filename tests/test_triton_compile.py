@@ -41,7 +41,7 @@ def compiled(request) -> list[dict]:
 @pytest.fixture
 def products(compiled) -> list[dict]:
     """Returns the launches that multiply matrices."""
-    return [launch for launch in compiled if launch["kernel"] in ("forward", "band", "probe_scores")]
+    return [launch for launch in compiled if launch["kernel"] in ("forward", "band", "probe_scores", "mass")]
 
 
 def failing(launches: list[dict], passes) -> list[str]:
