@@ -27,11 +27,16 @@ def run(script: str, *args: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """Returns a folder that from_pretrained reads: a random Qwen3 over bytes."""
+    return save_model(tmp_path_factory.mktemp("tiny"))
+
+
+def save_model(folder: Path, **options) -> str:
+    """Writes what from_pretrained reads, a random Qwen3 over bytes, and returns its folder."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny")
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
-    config = Qwen3Config(vocab_size=259, num_hidden_layers=6, head_dim=16, eos_token_id=1, pad_token_id=0, **sizes)
+    config = Qwen3Config(
+        vocab_size=259, num_hidden_layers=6, head_dim=16, eos_token_id=1, pad_token_id=0, **sizes | options
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
     return str(folder)
@@ -66,6 +71,37 @@ def test_look_at_rhythm_takes_an_answer_and_prints_without_colours(tiny, tmp_pat
     out = run("look_at_rhythm.py", "--model", tiny, "--response", answer, "--out", str(picture), NO_COLOR="1")
     assert "\033[" not in out and out.splitlines().count(answer) == 3
     assert_drawn(picture)
+
+
+def test_prune_cache_answers_from_three_caches(tmp_path):
+    sharp = save_model(tmp_path, initializer_range=0.15)  # far from uniform attention, in which all tokens are alike
+    prompt = "Two pens cost $3 and a cap costs $4; what do six pens and a cap cost?"
+    options = ("--model", sharp, "--prompt", prompt, "--keep", "30", "--window", "8", "--new-tokens", "12")
+    out = run("prune_cache.py", *options)
+    parts = re.findall(
+        r"^--- (.*): (\d+) of (\d+) tokens, mean log-prob of the first answer (-[\d.]+)\n(.*)$", out, re.M
+    )
+    tokens = len(prompt)  # a token a byte
+    assert [part[:3] for part in parts] == [
+        ("the whole cache", str(tokens), str(tokens)),
+        ("SnapKV", "30", str(tokens)),
+        ("at random", "30", str(tokens)),
+    ], out
+    assert len({part[3] for part in parts}) == 3, "each cache has its own probabilities"
+
+    model, tokenizer = Qwen3ForCausalLM.from_pretrained(sharp).eval(), ByT5Tokenizer.from_pretrained(sharp)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert parts[0][4] == tokenizer.decode(expected[0, tokens:], skip_special_tokens=True).strip()
+
+    other = run("prune_cache.py", *options, "--seed", "1")
+    assert out.split("---")[:3] == other.split("---")[:3] and out.split("---")[3] != other.split("---")[3]
+
+
+def test_prune_cache_names_a_window_that_is_too_large(tiny):
+    command = [sys.executable, str(EXAMPLES / "prune_cache.py"), "--model", tiny, "--keep", "8", "--window", "9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "0 < --window < --keep < tokens of the prompt, got 9, 8 and" in done.stderr
 
 
 def assert_drawn(picture: Path):
