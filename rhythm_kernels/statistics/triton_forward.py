@@ -446,7 +446,8 @@ def forward_pass(
         LANES=tile.lanes if v is None else 0,  # an output is scaled by one maximum a row
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=tile.max_registers if options.softcap is None else None,  # a soft cap takes more and would spill
+        # a soft cap, and more statistics, take more and would spill
+        maxnreg=tile.max_registers if options.softcap is None and not row_values else None,
     )
     if totals is None:
         return row_lse, None, out
