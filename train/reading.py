@@ -115,7 +115,8 @@ class _Listener:
         self.waad[micro.place], self.fai[micro.place] = rhythm.waad[0], rhythm.fai[0]
         self.schedule.add(rhythm.spans, self.answer_lengths[micro.sequences])
         self.findings.append(collected.findings)
-        held = sum(t.nbytes for stats in collected.stats.values() for t in stats if t is not None)
+        tensors = (t for stats in collected.stats.values() for t in (*stats[:-1], *stats.more.values()))
+        held = sum(t.nbytes for t in tensors if t is not None)
         self.most_bytes = max(self.most_bytes, held)
 
     @contextmanager
