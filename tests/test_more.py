@@ -241,3 +241,21 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(lse_given):
         for batch in (case, padded):
             for name, x in run_one(batch).more.items():
                 assert torch.equal(x[..., begin:end], expected[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_the_host_does_not_wait_for_a_gpu(where):
+    q, k, heads = Q.cuda(), K.cuda(), HEADS.cuda()
+    options = {"more": MORE, "prefix_lengths": LENGTHS.to(where)}
+    expected = attention_stats(Q, K, **options | {"prefix_lengths": LENGTHS})
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stats = attention_stats(q, k, **options)
+        sums = group_stats(q, k, heads, heads, **options | {"more": LINEAR})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in MORE:
+        torch.testing.assert_close(stats.more[name].cpu(), expected.more[name], rtol=1e-5, atol=1e-5)
+    for name in LINEAR:
+        torch.testing.assert_close(sums.more[name].cpu(), expected.more[name].sum(1), rtol=1e-5, atol=1e-5)
