@@ -5,11 +5,12 @@ import torch
 import triton_calls
 from models import eager_maps, llama, qwen3
 from stats_cases import StatsCase, assert_close_to_reference, assert_groups_close, make_case, named
-from test_blockwise import run, run_groups
+from test_blockwise import LargestTensor, run, run_groups
 from torch.utils.flop_counter import FlopCounterMode
 
 from rhythm_kernels import GroupStats, HeadGroups, attention, attention_stats, collect, group_stats, reference
 from rhythm_kernels.statistics import api, blockwise_masses
+from rhythm_kernels.statistics.blockwise_rows import ROW_TILE
 from rhythm_kernels.statistics.more import MASSES, MORE, NEED_EVERY_KEY
 from rhythm_kernels.statistics.poison import scaled
 
@@ -93,6 +94,20 @@ def test_what_is_not_asked_for_is_not_computed(monkeypatch):
     assert cost(["self_mass", "column_sum"]) == band
     assert cost(["first_mass"], heads=2) - cost(heads=2) == first // 4
     assert cost(["first_mass"], sliding_window=61) - cost(sliding_window=61) == first // 8  # 64 rows see them
+
+
+@pytest.mark.parametrize("name", MORE)
+@pytest.mark.usefixtures("open_to_modes")
+def test_memory_is_linear_in_the_tokens(name, monkeypatch):
+    monkeypatch.setattr(blockwise_masses, "MASS_BYTES", 1 << 18)
+    largest = {}
+    for tokens in (1024, 2048):
+        options = {"prefix_lengths": torch.tensor([tokens // 2])} if name == "prefix_mass" else {}
+        case = make_case((1, 4, tokens, 16), 2, lse_given=True, need_span=False, more=[name], **options)
+        with LargestTensor() as mode:
+            run(case)
+        largest[tokens] = mode.numel
+    assert largest[2048] <= 2 * largest[1024] and largest[2048] <= 4 * 2048 * ROW_TILE
 
 
 @pytest.mark.parametrize("lse_given", [False, True])
