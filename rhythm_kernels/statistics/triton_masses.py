@@ -95,7 +95,7 @@ def mass_kernel(
     for start in range(begin, end, BLOCK_N):
         key = load_parts(k, stride_kt, start, end, SIZE, BLOCK_D, REST_D, BLOCK_N)
         scores = scores_of(multiply_parts(query, key, REST_D), factor, cap, SCALE_FIRST, USE_SOFTCAP)
-        weights = weights_of(scores, factor, log_sum, SCALE_FIRST)
+        weights = weights_of(scores, factor, log_sum[:, None], SCALE_FIRST)
         past = t[:, None] - tl.where(start + j < end, start + j, NOWHERE)[None, :]  # tokens
         if ITSELF:
             visible = past == 0
