@@ -116,7 +116,7 @@ def scores_of(product, factor, cap, SCALE_FIRST: tl.constexpr, USE_SOFTCAP: tl.c
 
 @triton.jit
 def weights_of(scores, factor, minus, SCALE_FIRST: tl.constexpr):
-    """Returns exp2(score - minus) of the result of `scores_of`, by an FMA and an exp2 each. minus: like it or [M, 1]."""
+    """Returns exp2(score - minus) of the result of `scores_of`, by one FMA and exp2 each. minus: like it or [M, 1]."""
     if not SCALE_FIRST:
         scores *= factor
     return tl.exp2(scores - minus)
