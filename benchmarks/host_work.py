@@ -25,7 +25,7 @@ from train.distributed import World
 from train.loading import build_model
 from train.policy import Policy
 from train.presets import load_preset
-from train.reading import read_batch
+from train.reading import Reader
 from train.rollout import Completion
 from train.update import update_policy
 from train.words import build_tokenizer
@@ -161,17 +161,19 @@ def trainer_waits(device: torch.device) -> dict[str, Waits]:
     )
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, eps=1.0)  # a smaller eps is 0 in fp16
     advantages = torch.ones(len(batch.ids), device=device)
-    old = []
+    readers = []
 
     def read(schedule: GroupSchedule) -> Waits:
         def run(progress) -> None:
             micros = micro_batches(batch, range(len(batch.lengths)), config.grpo.micro_batch_tokens, world)
-            old.append(read_batch(policy, batch, micros, config, schedule, progress=progress))
+            readers.append(Reader(policy, batch, config, schedule))
+            readers[-1].read(micros, progress)
+            readers[-1].finish()
 
         return waits_of(run)
 
     def update(progress) -> None:
-        update_policy(policy, optimizer, batch, old[-1], advantages, config, world, progress=progress)
+        update_policy(policy, optimizer, batch, readers[-1], advantages, config, world, progress=progress)
 
     schedule = GroupSchedule(2)
     return {

@@ -57,7 +57,7 @@ from train.config import Config
 from train.distributed import World, shard
 from train.loading import activation_checkpointing
 from train.policy import Policy
-from train.reading import TokenStats, read_batch
+from train.reading import Reader, TokenStats
 from train.rollout import Completion
 from train.update import make_optimizer, update_policy
 
@@ -105,10 +105,15 @@ class MicroStep:
             group["lr"] = LEARNING_RATE
         self.layers = sampled_layers(model.config.num_hidden_layers, self.coupled.credit.layers)
         self.micros = micro_batches(self.batch, [0], tokens, self.world)
-        read_batch(self.policy, self.batch, self.micros, self.kept, schedule := GroupSchedule(2))
+        self.read(self.kept, schedule := GroupSchedule(2))
         self.calibrated = schedule.state_dict()
 
-    def update(self, old: TokenStats, rhythm: Rhythm | None, config: Config) -> None:
+    def read(self, config: Config, schedule: GroupSchedule) -> tuple[Reader, TokenStats]:
+        reader = Reader(self.policy, self.batch, config, schedule)
+        reader.read(self.micros)
+        return reader, reader.finish()
+
+    def update(self, reader: Reader, rhythm: Rhythm | None, config: Config) -> None:
         gamma = token_credit(
             config.credit.strategy,
             self.batch.response_mask[None],
@@ -118,29 +123,29 @@ class MicroStep:
         )
         advantages = shape_advantages(torch.ones_like(gamma), gamma)[0]
         one = config.change(num_iterations=1)
-        update_policy(self.policy, self.optimizer, self.batch, old, advantages, one, self.world)
+        update_policy(self.policy, self.optimizer, self.batch, reader, advantages, one, self.world)
 
     def none(self) -> TokenStats:
-        old = read_batch(self.policy, self.batch, self.micros, self.plain, GroupSchedule())
-        self.update(old, None, self.plain)
+        reader, old = self.read(self.plain, GroupSchedule())
+        self.update(reader, None, self.plain)
         return old
 
     def with_spans(self) -> TokenStats:
-        old = read_batch(self.policy, self.batch, self.micros, self.coupled, GroupSchedule())
-        self.update(old, old.rhythm, self.coupled)
+        reader, old = self.read(self.coupled, GroupSchedule())
+        self.update(reader, old.rhythm, self.coupled)
         return old
 
     def with_groups(self) -> TokenStats:
         schedule = GroupSchedule(2)
         schedule.load_state_dict(self.calibrated)
-        old = read_batch(self.policy, self.batch, self.micros, self.kept, schedule)
-        self.update(old, old.rhythm, self.kept)
+        reader, old = self.read(self.kept, schedule)
+        self.update(reader, old.rhythm, self.kept)
         return old
 
     def paper(self) -> TokenStats:
-        old = read_batch(self.policy, self.batch, self.micros, self.plain, GroupSchedule())
+        reader, old = self.read(self.plain, GroupSchedule())
         rhythm = self.eager_rhythm()
-        self.update(old, rhythm, self.coupled)
+        self.update(reader, rhythm, self.coupled)
         return old._replace(rhythm=rhythm)
 
     @torch.no_grad()

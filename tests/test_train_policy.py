@@ -10,7 +10,7 @@ from train.batch import pack
 from train.distributed import World, weights_of, whole, whole_weights
 from train.loading import check_head, load_policy
 from train.policy import token_log_probs
-from train.reading import needs_old_log_probs, read_batch, read_log_probs
+from train.reading import Reader, read_batch, read_log_probs
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +163,29 @@ def test_collecting_changes_no_log_prob(policy, batch):
     assert collected.seconds > 0 and collected.bytes > 0
 
 
-def test_one_step_a_batch_needs_no_old_log_probs():
-    assert not needs_old_log_probs(settings(gradient_steps=1))
-    assert needs_old_log_probs(settings(gradient_steps=3))
-    assert needs_old_log_probs(settings(gradient_steps=1, num_iterations=2))
-    assert needs_old_log_probs(settings(gradient_steps=1, credit="entropy"))
+@pytest.mark.parametrize(
+    ("changes", "before"),
+    [
+        ({"gradient_steps": 3}, "all"),
+        ({"gradient_steps": 1, "num_iterations": 2}, "all"),
+        ({"gradient_steps": 3, "credit": "none"}, "all"),
+        ({"gradient_steps": 1}, "others"),
+        ({"gradient_steps": 1, "credit": "entropy"}, "others"),
+        ({"gradient_steps": 1, "credit": "none"}, "none"),
+        ({"gradient_steps": 1, "credit": "random"}, "none"),
+        ({"gradient_steps": 1, "credit_group_by": "batch"}, "all"),
+        ({"gradient_steps": 1, "credit_group_by": "batch", "credit_groups_every": 2}, "all"),
+    ],
+)
+def test_only_what_the_loss_cannot_give_is_read_before_it(policy, batch, changes, before):
+    """Others are the answers that the update does not run. A step with known groups has nothing to rank."""
+    config, schedule = settings(**{"credit": "coupled"} | changes), GroupSchedule(every=2)
+    runs = [row % 3 > 0 for row in range(12)]
+    rows = {"all": [*range(12)], "others": [0, 3, 6, 9], "none": []}
+    assert Reader(policy, batch, config, schedule).rows_before(runs) == rows[before]
+    read(policy, batch, schedule=schedule, credit_group_by="batch", credit_groups_every=2)
+    known = Reader(policy, batch, config, schedule)
+    assert known.rows_before(runs) == rows["others" if "credit_group_by" in changes else before]
 
 
 def test_then_the_forward_ends_after_the_last_sampled_layer():
@@ -179,7 +197,8 @@ def test_then_the_forward_ends_after_the_last_sampled_layer():
         layer.register_forward_hook(lambda *_, index=index: called.append(index))
     head = policy.model.lm_head.register_forward_hook(lambda *_: called.append("head"))
     short = read(policy, batch, tokens=10_000, gradient_steps=1, credit_layers=5)
-    assert called == list(range(7)) and short.log_probs is None and short.entropy is None
+    assert called == list(range(7))
+    assert short.log_probs.isnan().equal(batch.response_mask) and short.entropy.isnan().equal(batch.response_mask)
     head.remove()
     whole = read(policy, batch, tokens=10_000, gradient_steps=3, credit_layers=5)
     assert called[7:] == list(range(9)) and policy.decoder.config.num_hidden_layers == 9

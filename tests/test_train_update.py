@@ -8,7 +8,7 @@ from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import GroupSchedule
 from train.distributed import World
 from train.loss import group_advantages
-from train.reading import TokenStats, read_batch, read_log_probs
+from train.reading import Reader, read_log_probs
 from train.update import make_optimizer, update_policy
 
 REWARDS = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0])
@@ -26,7 +26,10 @@ def batch(policy):
 
 @pytest.fixture(scope="module")
 def old(policy, batch):
-    return read_batch(policy, batch, all_micros(batch), settings(credit="none"), GroupSchedule())
+    """Has read the log-probabilities before an update."""
+    reader = Reader(policy, batch, settings(credit="none"), GroupSchedule())
+    reader.read(all_micros(batch))
+    return reader
 
 
 def spread(batch, per_answer):
@@ -63,7 +66,7 @@ def test_one_step_has_the_gradient_of_the_plain_loss(policy, batch, old, tokens)
     advantages = spread(batch, group_advantages(REWARDS, 4, "group", ALONE))
     recorder = Recorder(policy)
     ran = []
-    metrics, _ = update_policy(policy, recorder, batch, old, advantages, config, ALONE, progress=ran.append)
+    metrics = update_policy(policy, recorder, batch, old, advantages, config, ALONE, progress=ran.append)
     ratio = (forward(policy, batch) - old.log_probs).exp()
     loss = -(ratio * advantages)[batch.response_mask].sum() / batch.response_mask.sum()
     check_gradient(policy, recorder.taken[0], loss)
@@ -78,7 +81,8 @@ def test_its_own_log_probs_are_the_old_ones_of_a_single_step(policy, batch, old)
     advantages = spread(batch, group_advantages(REWARDS, 4, "group", ALONE))
     with_old, alone = Recorder(policy), Recorder(policy)
     update_policy(policy, with_old, batch, old, advantages, config, ALONE)
-    _, found = update_policy(policy, alone, batch, TokenStats(None, None), advantages, config, ALONE)
+    found = Reader(policy, batch, config, GroupSchedule())
+    update_policy(policy, alone, batch, found, advantages, config, ALONE)
     for got, want in zip(alone.taken[0], with_old.taken[0], strict=True):
         assert torch.allclose(got, want, atol=1e-5 * want.abs().max().item() + 1e-7)
     known = found.log_probs.isfinite()
@@ -93,7 +97,7 @@ def test_each_gradient_step_averages_over_its_own_share(policy, batch, old, loss
     config = settings(micro_batch_tokens=50, loss_type=loss_type)
     per_answer = torch.randn(12, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    metrics, _ = update_policy(policy, optimizer, batch, old, spread(batch, per_answer), config, ALONE)
+    metrics = update_policy(policy, optimizer, batch, old, spread(batch, per_answer), config, ALONE)
     tokens = batch.per_sequence(batch.response_mask.float())
     losses = []
     for rows in torch.arange(12).split(4):
@@ -126,7 +130,7 @@ def test_divergence_and_sampler_correction_reach_the_gradient(policy, batch, old
     mask, count = batch.response_mask, batch.response_mask.sum()
     config = settings(gradient_steps=1, beta=0.1, max_grad_norm=1e9)
     recorder = Recorder(policy)
-    metrics, _ = update_policy(policy, recorder, batch, old, torch.zeros(len(batch.ids)), config, ALONE, reference)
+    metrics = update_policy(policy, recorder, batch, old, torch.zeros(len(batch.ids)), config, ALONE, reference)
     away = (reference - forward(policy, batch))[mask]
     check_gradient(policy, recorder.taken[0], 0.1 * (away.exp() - away - 1).sum() / count)
     assert metrics["kl"] == pytest.approx((away.exp() - away - 1).mean().item(), rel=1e-3)
@@ -146,7 +150,7 @@ def test_no_advantage_no_step(policy, batch, old):
             raise AssertionError("stepped without a gradient")
 
     zeros, optimizer = torch.zeros(len(batch.ids)), Refuses(policy.parameters(), lr=1.0)
-    metrics, _ = update_policy(policy, optimizer, batch, old, zeros, settings(), ALONE)
+    metrics = update_policy(policy, optimizer, batch, old, zeros, settings(), ALONE)
     assert set(metrics.values()) == {0.0}
 
 
@@ -184,28 +188,32 @@ def test_an_optimizer_step_on_a_gpu_holds_no_copy():
 
 @needs_no_gpu
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-@pytest.mark.parametrize("on_policy", [False, True])
-def test_the_host_waits_once_an_optimizer_step(batch, loss_type, on_policy):
+@pytest.mark.parametrize("several", [False, True])
+def test_the_host_waits_once_an_optimizer_step(batch, loss_type, several):
     """For the norm of the gradient; once before for the answers that are run, and once at the end for the metrics."""
     config = settings(
         micro_batch_tokens=60,
-        num_iterations=2,
+        gradient_steps=3 if several else 1,
+        num_iterations=2 if several else 1,
         beta=0.1,
         loss_type=loss_type,
         vllm_importance_sampling_correction=True,
+        credit="none",
     )
     ran = []
     with pretended_cuda():
         there, world = on_device(batch, "cuda"), World(0, 1, torch.device("cuda", 0))
         policy = make_policy().to("cuda")
         optimizer = make_optimizer(policy, config)
-        old = TokenStats(None, None) if on_policy else TokenStats(there.log_probs, None)
+        reader = Reader(policy, there, config, GroupSchedule())
+        if several:
+            reader.log_probs = there.log_probs
         advantages = torch.ones_like(there.log_probs)
         with counted() as work:
             update_policy(
-                policy, optimizer, there, old, advantages, config, world, there.log_probs, progress=ran.append
+                policy, optimizer, there, reader, advantages, config, world, there.log_probs, progress=ran.append
             )
-    steps = 3 * 2
+    steps = 3 * 2 if several else 1
     assert len(ran) > steps
     functions = [wait.where.split(" in ")[-1] for wait in work.waits]
-    assert functions == ["_split", *["_step"] * steps, "update_policy"], work.waits
+    assert functions == ["answers_run", *["_step"] * steps, "update_policy"], work.waits

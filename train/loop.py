@@ -5,7 +5,8 @@
 
 Three things are added to plain GRPO. The old-log-prob pass reads WAAD (windowed average attention distance) and FAI
 (future attention influence) from the attention that it runs anyway; `token_credit` makes a factor for every token from
-them; `shape_advantages` multiplies the positive advantages by it.
+them; `shape_advantages` multiplies the positive advantages by it. With a single optimizer step a batch there is no such
+pass: then the loss's own forward is read.
 
     python -m train                                    # the tiny preset, two seeds side by side
     torchrun --nproc-per-node 8 -m train --preset maths-4b-8k                  # one run on eight GPUs
@@ -16,20 +17,20 @@ from typing import NamedTuple
 
 import torch
 
-from rhythm_kernels import shape_advantages, token_credit
+from rhythm_kernels import shape_advantages
 from train.batch import micro_batches, pack
 from train.config import Config, RunError
 from train.console import Phases, bar
 from train.loss import group_advantages
 from train.metrics import UNVERIFIED, learning_warnings, memory_metrics, rollout_metrics
-from train.reading import read_batch, read_log_probs
+from train.reading import Reader, read_log_probs
 from train.rewards import Score, count_errors, describe_errors
 from train.rollout import Sampling
 from train.samples import write_samples
 from train.setup import TrainingRun, open_run
 from train.solve_rates import evaluate
 from train.stop import Stopped, asked, held
-from train.update import update_policy
+from train.update import answers_run, update_policy
 
 
 class Step(NamedTuple):
@@ -72,7 +73,7 @@ def train(config: Config, folder: Path):
 def train_step(run: TrainingRun, number: int) -> Step:
     """Makes one step, from problems to an updated policy; `number` counts from 1."""
     config, world = run.config, run.world
-    rollout, grpo, credit = config.rollout, config.grpo, config.credit
+    rollout, grpo = config.rollout, config.grpo
     phase = Phases(f"{run.label} step {number}", shown=world.is_first)
     draw, n = world.draw(config.run.seeds[0], number), rollout.num_generations
     set_learning_rate(run.optimizer, number, config)
@@ -92,35 +93,32 @@ def train_step(run: TrainingRun, number: int) -> Step:
         scores = run.rewards.score(texts, asked, advance)
         rewards = torch.tensor([score.reward for score in scores], dtype=torch.float32, device=world.device)
         rewards = rewards * batch.finished
-        advantages = group_advantages(rewards, n, grpo.scale_rewards, world)  # [B]
+        advantages = group_advantages(rewards, n, grpo.scale_rewards, world)[batch.sequence_of]  # [N]
 
     with phase("old log-probs", len(batch.ids), "token") as advance:
-        micros = micro_batches(batch, range(len(asked)), grpo.micro_batch_tokens, world)
-        old = read_batch(run.policy, batch, micros, config, run.schedule, progress=advance)  # with WAAD and FAI
-        reference = read_log_probs(run.reference, batch, micros) if run.reference else None
+        reader = Reader(run.policy, batch, config, run.schedule, draw)
+        before = reader.rows_before(answers_run(batch, advantages, grpo))
+        reader.read(micro_batches(batch, before, grpo.micro_batch_tokens, world), advance)  # WAAD and FAI too
+        reference = None
+        if run.reference:
+            micros = micro_batches(batch, range(len(asked)), grpo.micro_batch_tokens, world)
+            reference = read_log_probs(run.reference, batch, micros)
 
     with phase("credit"):
-        gamma = token_credit(
-            credit.strategy,
-            batch.response_mask[None],
-            old.rhythm,
-            entropy=None if old.entropy is None else old.entropy[None],
-            seed=draw,
-            cu_seqlens=batch.cu_seqlens,
-            **credit.credit_arguments,
-        )
-        shaped = shape_advantages(advantages[batch.sequence_of][None], gamma)[0]  # [N]
+        if not reader.credits_in_loss:
+            advantages = shape_advantages(advantages[None], reader.credit()[None])[0]
 
     with phase("update", len(batch.ids) * grpo.num_iterations, "token") as advance:
-        update, tokens = update_policy(
-            run.policy, run.optimizer, batch, old, shaped, config, world, reference, progress=advance
+        update = update_policy(
+            run.policy, run.optimizer, batch, reader, advantages, config, world, reference, progress=advance
         )
+        tokens, gamma = reader.finish(), reader.credit()
 
     with phase("weight sync"):
         run.sync()
 
-    metrics = rollout_metrics(batch, rewards, n, tokens, gamma[0], credit, world) | update
-    metrics |= phase.metrics(old.seconds) | memory_metrics(tokens, world.device)
+    metrics = rollout_metrics(batch, rewards, n, tokens, gamma, config.credit, world) | update
+    metrics |= phase.metrics(tokens.seconds) | memory_metrics(tokens, world.device)
     errors, answers = world.sum(torch.tensor([count_errors(scores), len(scores)], dtype=torch.float64)).tolist()
     metrics |= {"rewards/errors": int(errors), "rewards/error_share": errors / answers}
     metrics |= {"learning_rate": run.optimizer.param_groups[0]["lr"]}

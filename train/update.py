@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rhythm_kernels import shape_advantages
 from train.batch import MicroBatch, Rollouts, micro_batches
 from train.config import GRPO, Config, RunError
 from train.distributed import World, whole
 from train.loss import grpo_loss, sampler_correction, token_weights
 from train.policy import Policy
-from train.reading import TokenStats
+from train.reading import Reader
 
 SUMS = ("loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")  # metrics that `grpo_loss` always returns
 
@@ -36,28 +37,25 @@ def update_policy(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     batch: Rollouts,
-    old: TokenStats,
+    reader: Reader,
     advantages: Tensor,
     config: Config,
     world: World,
     reference_log_probs: Tensor | None = None,
     *,
     progress: Callable[[int], object] = lambda tokens: None,
-) -> tuple[dict[str, float], TokenStats]:
+) -> dict[str, float]:
     """Makes `gradient_steps` optimizer steps on equal shares of the batch, `num_iterations` times.
 
     Args:
-        old: without log-probabilities if there is a single step, which then fills them in.
-        advantages, reference_log_probs: [N].
+        reader: has the old log-probabilities, or reads them in the loss's own forward.
+        advantages: [N], shaped by the credit, unless the reader knows the credit only after the loss's own forward.
+        reference_log_probs: [N].
 
     Returns:
-        Mean metrics over all ranks; and `old`, with the log-probabilities and entropies of the tokens that were run
-        (NaN for others) if it had none.
+        Mean metrics over all ranks.
     """
     grpo = config.grpo
-    is_on_policy = old.log_probs is None
-    if is_on_policy:
-        old = _with_unknown_log_probs(old, batch)
     steps = _split(batch, advantages, config, world) * grpo.num_iterations
     names = (*SUMS, "kl") if grpo.beta else SUMS
     metrics, norm = torch.zeros(len(names), dtype=torch.float64, device=batch.ids.device), 0.0
@@ -66,28 +64,39 @@ def update_policy(
             weights = token_weights(batch, counted, grpo.loss_type, config.rollout.max_completion_length, world)
             step_metrics = torch.zeros_like(metrics)
             for micro in micros:
-                log_probs, entropy = policy(micro, entropy=is_on_policy)
+                log_probs = reader.forward(micro)
                 if micro.is_surplus:
                     (0.0 * log_probs.sum()).backward()
                     continue
                 tokens = micro.place[micro.answers]
-                if is_on_policy:
-                    old.log_probs[tokens], old.entropy[tokens] = log_probs.detach().float(), entropy.float()
-                loss, parts = _loss(log_probs, tokens, batch, old, advantages, weights, reference_log_probs, grpo)
+                shaped = advantages[tokens]
+                if reader.credits_in_loss:
+                    shaped = shape_advantages(shaped[None], reader.credit(micro)[micro.answers][None])[0]
+                loss, parts = _loss(log_probs, tokens, batch, reader, shaped, weights, reference_log_probs, grpo)
                 (loss * world.size).backward()  # gradients are averaged over the ranks
                 step_metrics += torch.stack([parts[name] for name in names]).double()
                 progress(len(micro.place))
             metrics += step_metrics / len(steps)
             if micros:
+                reader.check()
                 norm += _step(policy, optimizer, grpo.max_grad_norm) / world.size / len(steps)
     means = world.sum(torch.cat([metrics, metrics.new_full((1,), norm)])).tolist()
-    return dict(zip((*names, "grad_norm"), means, strict=True)), old
+    return dict(zip((*names, "grad_norm"), means, strict=True))
 
 
-def _with_unknown_log_probs(old: TokenStats, batch: Rollouts) -> TokenStats:
-    """Returns `old` with NaN in answers, to be replaced as they are run, and 0 in prompts."""
-    unknown = torch.where(batch.response_mask, torch.nan, 0.0)
-    return old._replace(log_probs=unknown, entropy=unknown.clone())
+def answers_run(batch: Rollouts, advantages: Tensor, grpo: GRPO) -> list[bool]:
+    """Returns for each answer whether the update runs it; advantages [N].
+
+    Answers whose advantages are all 0 have no gradient: they count in the loss's denominator and are not run.
+    """
+    counted = _counted(batch, grpo)
+    has_advantage = batch.per_sequence(((advantages != 0) & batch.response_mask).long()) > 0
+    return (counted if grpo.beta else counted & has_advantage).tolist()  # the divergence pulls at every answer
+
+
+def _counted(batch: Rollouts, grpo: GRPO) -> Tensor:
+    """Returns the answers over which the loss is averaged, [B] bool."""
+    return batch.finished if grpo.mask_truncated_completions else torch.ones_like(batch.finished)
 
 
 class _OptimizerStep(NamedTuple):
@@ -98,14 +107,9 @@ class _OptimizerStep(NamedTuple):
 
 
 def _split(batch: Rollouts, advantages: Tensor, config: Config, world: World) -> list[_OptimizerStep]:
-    """Splits the batch into equal shares of whole groups, one for each optimizer step of a pass.
-
-    Answers whose advantages are all 0 have no gradient: they count in the loss's denominator and are not run.
-    """
+    """Splits the batch into equal shares of whole groups, one for each optimizer step of a pass."""
     grpo = config.grpo
-    counted = batch.finished if grpo.mask_truncated_completions else torch.ones_like(batch.finished)
-    has_advantage = batch.per_sequence(((advantages != 0) & batch.response_mask).long()) > 0
-    runs = (counted if grpo.beta else counted & has_advantage).tolist()  # the divergence pulls at every answer
+    counted, runs = _counted(batch, grpo), answers_run(batch, advantages, grpo)
     size = len(runs) // grpo.gradient_steps  # whole groups, since gradient_steps divides the problems
     steps = []
     for start in range(0, len(runs), size):
@@ -121,20 +125,20 @@ def _loss(
     log_probs: Tensor,
     tokens: Tensor,
     batch: Rollouts,
-    old: TokenStats,
+    reader: Reader,
     advantages: Tensor,
     weights: Tensor,
     reference_log_probs: Tensor | None,
     grpo: GRPO,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns `grpo_loss` of one micro-batch: log_probs [m] of the batch's `tokens` [m]; the other tensors are [N]."""
-    old_log_probs, correction = old.log_probs[tokens], None
+    """Returns `grpo_loss` of one micro-batch: log_probs and advantages [m] of the batch's `tokens` [m]; others are [N]."""
+    old_log_probs, correction = reader.log_probs[tokens], None
     if grpo.vllm_importance_sampling_correction:
         correction = sampler_correction(old_log_probs, batch.log_probs[tokens], grpo.vllm_importance_sampling_cap)
     return grpo_loss(
         log_probs,
         old_log_probs,
-        advantages[tokens],
+        advantages,
         weights[tokens],
         epsilon=grpo.epsilon,
         epsilon_high=grpo.epsilon_high,
