@@ -88,8 +88,12 @@ def assert_same(one: list[dict], other: list[dict]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_steps": 1, "scale_rewards": "batch", "loss_type": "grpo", "beta": 0.02}],
-    ids=["two-steps-a-batch", "one-step"],
+    [
+        {},
+        {"gradient_steps": 1, "scale_rewards": "batch", "loss_type": "grpo", "beta": 0.02},
+        {"gradient_steps": 1, "gradient_checkpointing": True, "micro_batch_tokens": 60},
+    ],
+    ids=["two-steps-a-batch", "one-step", "one-step-recomputed"],
 )
 def test_two_ranks_train_as_one(base, tmp_path, changes):
     both = {name: str(tmp_path / name) for name in ("one", "two")}

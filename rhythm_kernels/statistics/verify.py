@@ -25,6 +25,7 @@ from rhythm_kernels.statistics.options import DTYPES, Options
 from rhythm_kernels.statistics.probes import ACCUMULATED, END_ROWS, SLACK, VANISHING, Deviation, Rounding, probed_rows
 
 CHUNK_BYTES = 64 << 20  # of fp32 keys and values held at once
+SHORT = 128  # tokens; sequences up to this length are checked side by side
 
 
 def probe_output(
@@ -61,10 +62,11 @@ def probe_output(
         return kernels.probe(q, k, v, out, lse, layout, options, rounding)
     deviations = []
     for part in _parts(k, v, layout, options, probes.PROBES):
-        rows = _MapRows.of(part, q, k, options, with_sizes=rounding.scores > 0, with_lse=lse is not None)
-        deviations.append(("output", _worst(part, *_output_errors(part, rows, v, out, rounding))))
+        read = _Read.of(part, q, k, v, out, lse)
+        rows = _MapRows.of(read, part.bias, options, with_sizes=rounding.scores > 0, with_lse=lse is not None)
+        deviations.append(("output", _worst(part, *_output_errors(rows, part.bias, read, rounding))))
         if lse is not None:
-            deviations.append(("log-sum-exp", _worst(part, *_lse_errors(part, rows, lse))))
+            deviations.append(("log-sum-exp", _worst(part, *_lse_errors(rows, read))))
     return _worst_by_name(deviations)
 
 
@@ -92,9 +94,10 @@ def probe_lse(
         return next((deviation for _, deviation in deviations), None)
     deviations = []
     for part in _parts(k, None, layout, options, END_ROWS):
-        rows = _MapRows.of(part, q, k, options)
-        checked = None if heads is None else heads[part.sequences, rows.heads]
-        deviations.append(("log-sum-exp", _worst(part, *_lse_errors(part, rows, lse), checked)))
+        read = _Read.of(part, q, k, None, None, lse)
+        rows = _MapRows.of(read, part.bias, options)
+        checked = None if heads is None else heads[part.sequences, part.query_heads(q, k)]
+        deviations.append(("log-sum-exp", _worst(part, *_lse_errors(rows, read), checked)))
     return next((deviation for _, deviation in _worst_by_name(deviations)), None)
 
 
@@ -132,6 +135,11 @@ class _Part(NamedTuple):
     heads: slice
     """The key heads of this part."""
 
+    def query_heads(self, q: Tensor, k: Tensor) -> slice:
+        """Returns the query heads of this part's key heads."""
+        group = q.shape[1] // k.shape[1]
+        return slice(self.heads.start * group, self.heads.stop * group)
+
 
 def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: int) -> list[_Part]:
     """Returns the parts of a batch; `most` is that of `probed_rows`. All layers of a forward share them."""
@@ -143,13 +151,16 @@ def _parts(k: Tensor, v: Tensor | None, layout: Layout, options: Options, most: 
 
 
 def _make_parts(layout: Layout, key_heads: int, size: int, window: int | None, most: int) -> Iterator[_Part]:
-    """Yields parts of sequences whose lengths are within a factor of two, each as large as CHUNK_BYTES allows."""
+    """Yields parts of sequences whose lengths are within a factor of two, each as large as CHUNK_BYTES allows.
+
+    Those of at most SHORT tokens are one part: a few more keys take less time than the operations of another part.
+    """
     device = layout.rows.device
     rows, (batch_row, begin, end) = probed_rows(layout, most), layout.table.unbind(-1)
     by_length: dict[int, list[int]] = {}
     for index, (_, first, last) in enumerate(layout.bounds):
         if last > first:
-            by_length.setdefault((last - first - 1).bit_length(), []).append(index)
+            by_length.setdefault((max(last - first, SHORT) - 1).bit_length(), []).append(index)
     for bits, members in by_length.items():
         head_bytes = 4 * size << bits  # at most
         heads = max(1, min(key_heads, CHUNK_BYTES // head_bytes))
@@ -173,12 +184,55 @@ def _make_parts(layout: Layout, key_heads: int, size: int, window: int | None, m
                 yield _Part(sequences, row, probed.clamp(min=0), probed >= 0, keys, single, bias, part_heads)
 
 
+class _Read(NamedTuple):
+    """The tensors of an attention call at the rows and keys of a part, fp32, of some heads."""
+
+    queries: Tensor
+    """[S, HQ, P, D]."""
+    keys: Tensor
+    """[S, H, L, D]."""
+    values: Tensor | None
+    """[S, H, L, Dv]."""
+    out: Tensor | None
+    """[S, HQ, P, Dv], what the call returned."""
+    lse: Tensor | None
+    """[S, HQ, P, 1]."""
+    head: int
+    """The first query head, in the call."""
+
+    @classmethod
+    def of(
+        cls, part: _Part, q: Tensor, k: Tensor, v: Tensor | None, out: Tensor | None, lse: Tensor | None
+    ) -> "_Read":
+        """Reads a part of the tensors of `probe_output`."""
+        heads = part.query_heads(q, k)
+        by_row = (q, None if out is None else out.transpose(1, 2), None if lse is None else lse[..., None])
+        queries, out, lse = (None if x is None else _at(x, part.batch_row, heads, part.rows) for x in by_row)
+        keys, values = (None if x is None else _at_keys(x, part) for x in (k, v))
+        return cls(queries, keys, values, out, lse, heads.start)
+
+
 def _at_keys(x: Tensor, part: _Part) -> Tensor:
     """Returns x [B, H, T, D] at the keys of a part, fp32 [S, H of the part, L, D]."""
     if part.single is not None:
         batch_row, begin, end = part.single
         return x[batch_row : batch_row + 1, part.heads, begin:end].float()
-    return x[part.batch_row[:, None], part.heads, part.keys].transpose(1, 2).float()
+    return _at(x, part.batch_row, part.heads, part.keys)
+
+
+def _at(x: Tensor, batch_row: Tensor, heads: slice, positions: Tensor) -> Tensor:
+    """Returns x [B, H, T, D] at positions [S, n] of batch rows [S], for some heads: a new fp32 [S, heads, n, D].
+
+    It reads x as lines that begin at each of its elements: one index_select serves all strides, and is several times
+    as fast as an index of three dimensions.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    stride, size = x.stride(), x.shape[-1]
+    lines = 1 + sum((n - 1) * step for n, step in zip(x.shape[:-1], stride[:-1], strict=True))
+    head = torch.arange(heads.start, heads.stop, device=x.device)[:, None] * stride[1]
+    line = (batch_row * stride[0])[:, None, None] + head + (positions * stride[2])[:, None]
+    return x.as_strided((lines, size), (1, 1)).index_select(0, line.flatten()).view(*line.shape, size).float()
 
 
 # ---- the assumed map on the probed rows ------------------------------------------------------------------------------
@@ -187,8 +241,6 @@ def _at_keys(x: Tensor, part: _Part) -> Tensor:
 class _MapRows(NamedTuple):
     """The probed rows of the assumed map."""
 
-    heads: slice
-    """The query heads of these rows."""
     weights: Tensor
     """A [S, HQ, P, L] fp32, before a sink takes its share."""
     sizes: Tensor | None
@@ -204,13 +256,11 @@ class _MapRows(NamedTuple):
 
     @classmethod
     def of(
-        cls, part: _Part, q: Tensor, k: Tensor, options: Options, with_sizes: bool = False, with_lse: bool = True
+        cls, read: _Read, bias: Tensor, options: Options, with_sizes: bool = False, with_lse: bool = True
     ) -> "_MapRows":
         """Computes the rows of a part, with `sizes` and with `largest` and `lse` where they are asked for."""
-        group = q.shape[1] // k.shape[1]
-        heads = slice(part.heads.start * group, part.heads.stop * group)
-        queries = q[part.batch_row[:, None], heads, part.rows].transpose(1, 2).float()  # [S, HQ, P, D]
-        keys = _at_keys(k, part)  # [S, H, L, D]
+        queries, keys = read.queries, read.keys
+        group = queries.shape[1] // keys.shape[1]
         longest = keys.norm(dim=-1).amax(-1).repeat_interleave(group, 1)[..., None, None]  # for each query head
         reach = abs(options.scale) * queries.norm(dim=-1, keepdim=True) * longest
 
@@ -219,30 +269,30 @@ class _MapRows(NamedTuple):
         if options.softcap is not None:
             scores.div_(options.softcap).tanh_().mul_(options.softcap)
         sizes = scores.abs() if with_sizes else None
-        scores += part.bias[:, None]
+        scores += bias[:, None]
         weights = scores.softmax(-1)  # one pass over memory; written out it would take seven
         if not with_lse and options.sinks is None:
-            return cls(heads, weights, sizes, None, None, reach, None)
+            return cls(weights, sizes, None, None, reach, None)
         largest = scores.amax(-1, keepdim=True)
         lse = largest - weights.amax(-1, keepdim=True).log()
         if options.sinks is None:
-            return cls(heads, weights, sizes, largest, lse, reach, None)
-        sink = options.sinks[heads, None, None]
+            return cls(weights, sizes, largest, lse, reach, None)
+        sink = options.sinks[read.head : read.head + queries.shape[1], None, None]
         kept = (lse - sink).sigmoid()  # 1 - the sink's share would lose its bits where the sink takes almost all
-        return cls(heads, weights, sizes, largest.maximum(sink), lse.logaddexp(sink), reach, (sink, kept))
+        return cls(weights, sizes, largest.maximum(sink), lse.logaddexp(sink), reach, (sink, kept))
 
 
-def _output_errors(part: _Part, rows: _MapRows, v: Tensor, out: Tensor, rounding: Rounding) -> tuple:
+def _output_errors(rows: _MapRows, bias: Tensor, read: _Read, rounding: Rounding) -> tuple:
     """Returns the arguments of `_worst` for the output, n = Dv.
 
     A relative error e of one weight moves the output by e A[t, s] (v[s] - out). The errors of different keys are added
     as independent ones. Half of their plain sum is added too, since equal keys have equal errors.
     """
-    values = _at_keys(v, part)  # [S, H, L, Dv]
+    values = read.values
     lengths = values.norm(dim=-1, keepdim=True)
-    factors = torch.cat([lengths, torch.ones_like(lengths)], -1)  # an error of a weight counts times |v[s]| and |out|
+    factors = lengths.new_ones(*lengths.shape[:-1], 2)  # an error of a weight counts times |v[s]| and |out|
+    factors[..., :1] = lengths
     expected = _weighted(rows.weights, values)
-    returned = out[part.batch_row[:, None], part.rows].transpose(1, 2)[:, rows.heads].float()
 
     error = rounding.weights + (rounding.factors + ACCUMULATED) * rows.reach  # of a weight, relative
     kept, sink_error = 1.0, 0.0  # without a sink
@@ -258,7 +308,7 @@ def _output_errors(part: _Part, rows: _MapRows, v: Tensor, out: Tensor, rounding
     size = expected.norm(dim=-1, keepdim=True)
     if rounding.smallest > 0:  # smaller weights vanish, each of them
         vanished = _weighted((rows.weights * kept).clamp_(max=rounding.smallest), factors)
-        visible = (part.bias == 0).float()[:, None] @ factors.square()  # [S, H, P, 2]
+        visible = (bias == 0).float()[:, None] @ factors.square()  # [S, H, P, 2]
         visible = visible.repeat_interleave(size.shape[1] // values.shape[1], 1)
     if rows.sizes is None:
         plain_sum = _weighted(rows.weights, factors)
@@ -279,7 +329,7 @@ def _output_errors(part: _Part, rows: _MapRows, v: Tensor, out: Tensor, rounding
     longest = lengths.amax((-2, -1)).repeat_interleave(noise.shape[1] // values.shape[1], 1)
     noise += (ACCUMULATED * longest[..., None]).square()
     noise += values.shape[-1] * max(rounding.smallest, VANISHING) ** 2
-    return returned, expected, SLACK * noise.sqrt(), rows.heads
+    return read.out, expected, SLACK * noise.sqrt(), read.head
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
@@ -288,11 +338,10 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     return (grouped @ values).view(*weights.shape[:3], -1)
 
 
-def _lse_errors(part: _Part, rows: _MapRows, lse: Tensor) -> tuple:
+def _lse_errors(rows: _MapRows, read: _Read) -> tuple:
     """Returns the arguments of `_worst` for the log-sum-exp, n = 1. An error x of it multiplies each weight by e^-x."""
-    returned = lse[part.batch_row[:, None], rows.heads, part.rows].transpose(1, 2)
     allowed = SLACK * ACCUMULATED * (8 + rows.lse.abs() + rows.reach)
-    return returned[..., None].float(), rows.lse, allowed.squeeze(-1), rows.heads
+    return read.lse, rows.lse, allowed.squeeze(-1), read.head
 
 
 def _worst(
@@ -300,7 +349,7 @@ def _worst(
     returned: Tensor,
     expected: Tensor,
     allowed: Tensor,
-    heads: slice,
+    head: int,
     checked: Tensor | None = None,
 ) -> Deviation:
     """Returns the largest difference relative to the allowed one.
@@ -309,7 +358,7 @@ def _worst(
         returned: [S, HQ, P, n], what the call returned.
         expected: [S, HQ, P, n], what the map gives.
         allowed: [S, HQ, P], the largest allowed norm of their difference.
-        heads: the query heads of these rows.
+        head: the first query head of these rows.
         checked: bool [S, HQ], the heads that count; None for all.
     """
     error = returned - expected
@@ -322,10 +371,10 @@ def _worst(
     excess = excess.nan_to_num(nan=math.inf, posinf=math.inf).where(known, 0.0)
     worst = excess.flatten().argmax(keepdim=True)  # [1]: the device would be waited for with a 0-dim index
     sequence, rest = worst // excess[0].numel(), worst % excess[0].numel()
-    head, probe = rest // excess.shape[2], rest % excess.shape[2]
+    of_head, probe = rest // excess.shape[2], rest % excess.shape[2]
     largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[worst].argmax(-1)
     values = [x.flatten(0, 2)[worst, largest] for x in (returned, expected)]
-    place = [part.batch_row[sequence], part.rows[sequence, probe], head + heads.start]
+    place = [part.batch_row[sequence], part.rows[sequence, probe], of_head + head]
     return Deviation(
         excess.flatten()[worst].squeeze(0), torch.cat(place), torch.cat([*values, allowed.flatten()[worst].float()])
     )
