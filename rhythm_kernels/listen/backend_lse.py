@@ -105,12 +105,12 @@ class LseReader(TorchDispatchMode):
         name = _name(func)
         if name not in FUSED_OPS:
             return func(*args, **kwargs)
-        names = [argument.name for argument in func._schema.arguments]
+        switch, names = FUSED_OPS[name], _argument_names(func)
         bound = {**dict(zip(names, args)), **kwargs}
-        query, switch = bound[names[0]], FUSED_OPS[name]
+        query = bound[names[0]]
         if switch is not None and (self._asks or _keeps_output(name, query)):
             bound[switch] = True
-        out = func(**bound)
+        out = func(*args, **kwargs) if switch is None else func(**bound)
         lse = out[1] if switch is None or bound[switch] else None
         has_sinks = bound.get("s_aux") is not None  # FlashAttention 3 of vLLM: the log-sum-exp includes them
         self._calls.append(_Call(func.name(), lse, query.dtype, query.ndim == 3, has_sinks))
@@ -178,14 +178,19 @@ def _name(operator) -> str:
     return f"flash_attn::{name}" if "flash_attn" in namespace else operator.name()
 
 
+@cache
+def _argument_names(operator) -> list[str]:
+    return [argument.name for argument in operator._schema.arguments]
+
+
 def _joined(calls: list[_Call], shape: torch.Size, layout: Layout) -> Tensor | None:
     """Returns [1, HQ, T] if there was one call for each sequence of a packed row, else None."""
-    parts = [call.lse.detach().float() for call in calls]
+    parts = [call.lse for call in calls]
     lengths = [end - begin for _, begin, end in layout.bounds]
     expected = [(1, shape[1], length) for length in lengths]
     if shape[0] != 1 or sum(lengths) != shape[2] or [tuple(part.shape) for part in parts] != expected:
         return None
-    return torch.cat(parts, -1)
+    return torch.cat(parts, -1).detach().float()
 
 
 def _fitted(call: _Call, shape: torch.Size, layout: Layout) -> Tensor | None:

@@ -15,6 +15,7 @@ from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
 
 BAND_TILE = 32  # tokens
+MASK_BYTES = 8 << 20  # of the masks of a band, which are kept for all layers if they are no larger
 BAND_BYTES = 3 << 20  # of fp32 queries, keys and scores held at once: what fits a cache is faster
 
 
@@ -37,9 +38,37 @@ class _BandTile(NamedTuple):
     """int32 [M, BAND_TILE]: t - s inside the band, else T, which is further than any row sees."""
 
 
+class _BandTiles(NamedTuple):
+    """All tiles of a band, which the layers of a forward share."""
+
+    tile: _BandTile
+    batch_row: Tensor
+    """int64 [tiles]."""
+    start: Tensor
+    """int64 [tiles], the tile's first token."""
+    end: Tensor
+    """int64 [tiles], one past the last token of the tile's sequence."""
+    sequence: Tensor
+    """int64 [tiles]."""
+    used: Tensor
+    """bool [tiles]: whether there is a row of R among the rows."""
+    sight: Tensor
+    """int32 [tiles, 1, BAND_TILE] where the own tokens are rows, else [tiles, M, 1]: how far back each row sees. A row
+    of R sees to the beginning of its own sequence; any other row sees nothing, -1."""
+    masks: Tensor | None
+    """`mask` of all tiles, if they are few."""
+
+    def mask(self, tiles: Tensor) -> Tensor:
+        """Returns int32 [n, M, BAND_TILE] for the indices of n tiles: -1, all bits, where a row sees a key, else 0."""
+        if self.masks is not None:
+            return self.masks.index_select(0, tiles)
+        return (self.tile.distance - self.sight[tiles]).le_(0).neg_()
+
+
 class _Items(NamedTuple):
     """The pairs of a tile that has rows of R and a head, each field int64 [items]. A head stands for G query heads."""
 
+    tile: Tensor
     batch_row: Tensor
     head: Tensor
     start: Tensor
@@ -88,13 +117,12 @@ def _band_sums(
     hi = min(hi, tokens - 1 if options.sliding_window is None else min(tokens, options.sliding_window) - 1)
     if hi < lo or q.numel() == 0:
         return q.new_zeros(q.shape[:3], dtype=torch.float32)
-    tile = _band_tile(lo, hi, tokens, of_rows, q.device)
-    items = _band_items(layout, heads, tile.rows)
+    tiles = layout.keep(("band", lo, hi, of_rows), lambda: _band_tiles(layout, lo, hi, of_rows))
+    tile, items = tiles.tile, _band_items(tiles, heads)
     q, lse = (x.unflatten(1, (head_count, -1)) for x in (q, lse[..., None]))  # [B, heads, G, T, D]
     read_q, read_lse = (_reader(x, items, tile.rows) for x in (q, lse))
     key_items = items._replace(head=items.head // (head_count // k.shape[1]))
     read_k = _reader(k[:, :, None], key_items, tile.keys)
-    read_sight = _sight_reader(layout, items, tile.rows, hi)
 
     near = (options.window - tile.distance).float()
     run = _items_at_once(q.shape[2], q.shape[-1], len(tile.others))
@@ -102,7 +130,8 @@ def _band_sums(
     for at in range(0, len(items.start), run):
         part = slice(at, at + run)
         queries = read_q(part).mul_(options.scale)
-        weights = _item_weights(queries, read_k(part)[:, 0], read_lse(part), read_sight(part), tile, options, of_rows)
+        mask = tiles.mask(items.tile[part])
+        weights = _item_weights(queries, read_k(part)[:, 0], read_lse(part), mask, options, of_rows)
         sums.append((weights.mul_(near) if of_rows else weights).sum(-2))
     return _at_tokens(torch.cat(sums), items, tile.own, q.shape)
 
@@ -117,13 +146,26 @@ def _band_tile(lo: int, hi: int, tokens: int, of_rows: bool, device: torch.devic
     return _BandTile(own, others, rows, keys, distance)
 
 
-def _band_items(layout: Layout, heads: Tensor, rows: Tensor) -> _Items:
-    """Returns the items of the heads, bool [S, heads], and of the tiles with a row of R among their rows."""
+def _band_tiles(layout: Layout, lo: int, hi: int, of_rows: bool) -> _BandTiles:
+    """Returns the tiles of a band; of_rows: their own tokens are rows, else columns."""
+    tokens, device = layout.rows.shape[1], layout.rows.device
+    tile = _band_tile(lo, hi, tokens, of_rows, device)
     batch_row, start, _, end, sequence = layout.tiles(BAND_TILE).long().unbind(-1)
-    next_row = layout.next_row()[batch_row, (start + rows[0]).clamp(max=layout.rows.shape[1])]
-    used = next_row < torch.minimum(start + rows[-1] + 1, end)
-    tile, head = (heads[sequence] & used[:, None]).nonzero().unbind(-1)
-    return _Items(batch_row[tile], head, start[tile], end[tile])
+    next_row = layout.next_row()[batch_row, (start + tile.rows[0]).clamp(max=tokens)]
+    used = next_row < torch.minimum(start + tile.rows[-1] + 1, end)
+    sight = torch.where(layout.rows, torch.arange(tokens, device=device) - layout.first, -1).int()
+    sight = pad(sight.flatten(), (0, BAND_TILE + hi), value=-1)  # a tile may reach behind the last batch row
+    sight = sight[(batch_row * tokens + start)[:, None] + tile.rows]
+    tiles = _BandTiles(tile, batch_row, start, end, sequence, used, sight[:, None] if of_rows else sight[..., None], None)
+    if len(start) * tile.distance.nbytes > MASK_BYTES:
+        return tiles
+    return tiles._replace(masks=tiles.mask(torch.arange(len(start), device=device)))
+
+
+def _band_items(tiles: _BandTiles, heads: Tensor) -> _Items:
+    """Returns the items of the heads, bool [S, heads], and of the tiles that are used."""
+    tile, head = (heads[tiles.sequence] & tiles.used[:, None]).nonzero().unbind(-1)
+    return _Items(tile, tiles.batch_row[tile], head, tiles.start[tile], tiles.end[tile])
 
 
 def _items_at_once(group: int, size: int, others: int) -> int:
@@ -152,20 +194,8 @@ def _reader(x: Tensor, items: _Items, token: Tensor) -> Callable[[slice], Tensor
     return read
 
 
-def _sight_reader(layout: Layout, items: _Items, rows: Tensor, hi: int) -> Callable[[slice], Tensor]:
-    """Returns a function of a slice of the items: how far back each row sees, in tokens, int32 [n, len(rows)].
-
-    A row of R sees to the beginning of its own sequence; any other row sees nothing, -1. `hi` is that of the band.
-    """
-    tokens = layout.rows.shape[1]
-    sight = torch.where(layout.rows, torch.arange(tokens, device=rows.device) - layout.first, -1).int()
-    sight = pad(sight.flatten(), (0, BAND_TILE + hi), value=-1)  # a tile may reach behind the last batch row
-    first = items.batch_row * tokens + items.start
-    return lambda part: sight[first[part, None] + rows]
-
-
 def _item_weights(
-    queries: Tensor, keys: Tensor, lse: Tensor, sight: Tensor, tile: _BandTile, options: Options, of_rows: bool
+    queries: Tensor, keys: Tensor, lse: Tensor, mask: Tensor, options: Options, of_rows: bool
 ) -> Tensor:
     """Returns A of some items, fp32 [n, G, M, BAND_TILE], 0 outside the band and where it is hidden.
 
@@ -173,19 +203,18 @@ def _item_weights(
         queries: [n, G, rows, D], times the scale.
         keys: [n, keys, D].
         lse: [n, G, rows, 1], base 2.
-        sight: int32 [n, rows], how far back a row sees.
+        mask: int32 [n, M, BAND_TILE], see `_BandTiles.mask`.
     """
     queries = queries.flatten(1, 2)
     if of_rows:
-        scores = (keys @ queries.mT).view(len(keys), len(tile.others), -1, BAND_TILE).transpose(1, 2)
-        lse, sight = lse.mT, sight[:, None]
+        scores = (keys @ queries.mT).view(len(keys), mask.shape[1], -1, BAND_TILE).transpose(1, 2)
+        lse = lse.mT
     else:
-        scores = (queries @ keys.mT).view(len(keys), -1, len(tile.others), BAND_TILE)
-        sight = sight[..., None]
+        scores = (queries @ keys.mT).view(len(keys), -1, mask.shape[1], BAND_TILE)
     weights = softcapped(scores, options).sub_(lse).exp2_()
     # This clears all bits of hidden weights, those of a NaN too; a fill by a bool mask takes several times as long. It
     # comes after the exponential, since a NaN log-sum-exp must not reach the keys that its row does not see.
-    weights.view(torch.int32).bitwise_and_((tile.distance - sight).le_(0).neg_()[:, None])
+    weights.view(torch.int32).bitwise_and_(mask[:, None])
     return weights
 
 
