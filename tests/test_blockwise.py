@@ -26,7 +26,7 @@ from rhythm_kernels.statistics.spans import mean_over_rows
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL_TILES = {  # one row or one item at a time, and tiles that reach over several packed sequences
     blockwise_rows: {"ROW_TILE": 7, "TILE_BYTES": 1, "SHORT": 0},
-    blockwise_band: {"BAND_TILE": 5, "BAND_BYTES": 1},
+    blockwise_band: {"BAND_TILE": 5, "SHORT_TILE": 3, "BAND_BYTES": 1, "MASK_BYTES": 0},
 }
 
 

@@ -51,7 +51,8 @@ def step(policy, batch, rewards, config, schedule, *, before: bool):
     recorder = Recorder(policy)
     metrics = update_policy(policy, recorder, batch, reader, advantages, config, ALONE, reference)
     tokens, gamma = reader.finish(), reader.credit()
-    return recorder.taken, metrics | rollout_metrics(batch, rewards, 4, tokens, gamma, config.credit, ALONE), tokens, gamma
+    metrics |= rollout_metrics(batch, rewards, 4, tokens, gamma, config.credit, ALONE)
+    return recorder.taken, metrics, tokens, gamma
 
 
 def both_ways(policy, batch, rewards, schedules=(GroupSchedule, GroupSchedule), **changes):
@@ -135,7 +136,7 @@ def test_the_drift_of_spans_is_that_of_the_whole_batch(batch):
 
 
 def test_known_groups_are_read_in_the_loss_and_a_calibration_before_it(batch):
-    """A calibration over a batch ranks the heads by all answers of a micro-batch, also by those without an advantage."""
+    """A calibration ranks the heads by all answers of a micro-batch, also by those without an advantage."""
     policy, changes = make_policy(), {"gradient_steps": 1, "credit_group_by": "batch", "credit_groups_every": 2}
     config, schedule, twin = settings(credit="coupled", **changes), GroupSchedule(every=2), GroupSchedule(every=2)
     reader = Reader(policy, batch, config, schedule)

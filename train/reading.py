@@ -89,7 +89,7 @@ class Reader:
         self.has_one_step = not everything and config.grpo.num_iterations * config.grpo.gradient_steps == 1
         """Whether the loss's own log-probabilities are the old ones."""
         is_local = self.options.group_by == "sequence" or schedule.groups is not None
-        reads_credit = self.options.reads_entropy or self.reads_rhythm and is_local
+        reads_credit = self.options.reads_entropy or (self.reads_rhythm and is_local)
         self.credits_in_loss = self.has_one_step and reads_credit
         """Whether the credit of a micro-batch is known only after the loss's own forward."""
         self.log_probs = torch.where(batch.response_mask, torch.nan, 0.0)

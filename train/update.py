@@ -131,7 +131,10 @@ def _loss(
     reference_log_probs: Tensor | None,
     grpo: GRPO,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns `grpo_loss` of one micro-batch: log_probs and advantages [m] of the batch's `tokens` [m]; others are [N]."""
+    """Returns `grpo_loss` of one micro-batch.
+
+    log_probs and advantages are [m], those of the batch's `tokens` [m]; the other tensors are [N].
+    """
     old_log_probs, correction = reader.log_probs[tokens], None
     if grpo.vllm_importance_sampling_correction:
         correction = sampler_correction(old_log_probs, batch.log_probs[tokens], grpo.vllm_importance_sampling_cap)

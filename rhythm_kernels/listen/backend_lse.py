@@ -97,6 +97,10 @@ class LseReader(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         return True  # so that compiled functions, such as transformers' FlexAttention, stay compiled
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the tap is kept out of Dynamo already, and torch's own guard takes some 10 us an operator
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten.scaled_dot_product_attention.default:  # inference mode does not decompose it

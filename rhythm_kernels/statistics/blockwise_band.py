@@ -1,6 +1,7 @@
 """The band pass of the blockwise backend: the keys near each row, and the rows a horizon after each key.
 
-Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences.
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences, N
+tokens of a tile.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
 
 BAND_TILE = 32  # tokens
+SHORT_TILE = 16  # of sequences of SHORT tokens on average: less of a tile lies outside the band or behind their end
+SHORT = 128
 MASK_BYTES = 8 << 20  # of the masks of a band, which are kept for all layers if they are no larger
 BAND_BYTES = 3 << 20  # of fp32 queries, keys and scores held at once: what fits a cache is faster
 
@@ -27,7 +30,7 @@ class _BandTile(NamedTuple):
     """
 
     own: Tensor
-    """int64 [BAND_TILE]."""
+    """int64 [N]."""
     others: Tensor
     """int64 [M]."""
     rows: Tensor
@@ -35,7 +38,7 @@ class _BandTile(NamedTuple):
     keys: Tensor
     """The others of the two."""
     distance: Tensor
-    """int32 [M, BAND_TILE]: t - s inside the band, else T, which is further than any row sees."""
+    """int32 [M, N]: t - s inside the band, else T, which is further than any row sees."""
 
 
 class _BandTiles(NamedTuple):
@@ -53,13 +56,13 @@ class _BandTiles(NamedTuple):
     used: Tensor
     """bool [tiles]: whether there is a row of R among the rows."""
     sight: Tensor
-    """int32 [tiles, 1, BAND_TILE] where the own tokens are rows, else [tiles, M, 1]: how far back each row sees. A row
+    """int32 [tiles, 1, N] where the own tokens are rows, else [tiles, M, 1]: how far back each row sees. A row
     of R sees to the beginning of its own sequence; any other row sees nothing, -1."""
     masks: Tensor | None
     """`mask` of all tiles, if they are few."""
 
     def mask(self, tiles: Tensor) -> Tensor:
-        """Returns int32 [n, M, BAND_TILE] for the indices of n tiles: -1, all bits, where a row sees a key, else 0."""
+        """Returns int32 [n, M, N] for the indices of n tiles: -1, all bits, where a row sees a key, else 0."""
         if self.masks is not None:
             return self.masks.index_select(0, tiles)
         return (self.tile.distance - self.sight[tiles]).le_(0).neg_()
@@ -125,8 +128,8 @@ def _band_sums(
     read_k = _reader(k[:, :, None], key_items, tile.keys)
 
     near = (options.window - tile.distance).float()
-    run = _items_at_once(q.shape[2], q.shape[-1], len(tile.others))
-    sums = [q.new_empty(0, q.shape[2], BAND_TILE, dtype=torch.float32)]
+    run = _items_at_once(q.shape[2], q.shape[-1], tile)
+    sums = [q.new_empty(0, q.shape[2], len(tile.own), dtype=torch.float32)]
     for at in range(0, len(items.start), run):
         part = slice(at, at + run)
         queries = read_q(part).mul_(options.scale)
@@ -136,10 +139,10 @@ def _band_sums(
     return _at_tokens(torch.cat(sums), items, tile.own, q.shape)
 
 
-def _band_tile(lo: int, hi: int, tokens: int, of_rows: bool, device: torch.device) -> _BandTile:
-    """Returns the tile of a band; of_rows: its own tokens are rows, else columns."""
-    own = torch.arange(BAND_TILE, device=device)
-    others = torch.arange(BAND_TILE + hi - lo, device=device) + (-hi if of_rows else lo)
+def _band_tile(size: int, lo: int, hi: int, tokens: int, of_rows: bool, device: torch.device) -> _BandTile:
+    """Returns the tile of a band, of `size` tokens; of_rows: these are rows, else columns."""
+    own = torch.arange(size, device=device)
+    others = torch.arange(size + hi - lo, device=device) + (-hi if of_rows else lo)
     rows, keys = (own, others) if of_rows else (others, own)
     distance = own - others[:, None] if of_rows else others[:, None] - own
     distance = torch.where((lo <= distance) & (distance <= hi), distance, tokens).int()
@@ -149,14 +152,16 @@ def _band_tile(lo: int, hi: int, tokens: int, of_rows: bool, device: torch.devic
 def _band_tiles(layout: Layout, lo: int, hi: int, of_rows: bool) -> _BandTiles:
     """Returns the tiles of a band; of_rows: their own tokens are rows, else columns."""
     tokens, device = layout.rows.shape[1], layout.rows.device
-    tile = _band_tile(lo, hi, tokens, of_rows, device)
-    batch_row, start, _, end, sequence = layout.tiles(BAND_TILE).long().unbind(-1)
+    size = SHORT_TILE if layout.rows.numel() <= SHORT * layout.sequences else BAND_TILE
+    tile = _band_tile(size, lo, hi, tokens, of_rows, device)
+    batch_row, start, _, end, sequence = layout.tiles(size).long().unbind(-1)
     next_row = layout.next_row()[batch_row, (start + tile.rows[0]).clamp(max=tokens)]
     used = next_row < torch.minimum(start + tile.rows[-1] + 1, end)
     sight = torch.where(layout.rows, torch.arange(tokens, device=device) - layout.first, -1).int()
-    sight = pad(sight.flatten(), (0, BAND_TILE + hi), value=-1)  # a tile may reach behind the last batch row
+    sight = pad(sight.flatten(), (0, size + hi), value=-1)  # a tile may reach behind the last batch row
     sight = sight[(batch_row * tokens + start)[:, None] + tile.rows]
-    tiles = _BandTiles(tile, batch_row, start, end, sequence, used, sight[:, None] if of_rows else sight[..., None], None)
+    sight = sight[:, None] if of_rows else sight[..., None]
+    tiles = _BandTiles(tile, batch_row, start, end, sequence, used, sight, None)
     if len(start) * tile.distance.nbytes > MASK_BYTES:
         return tiles
     return tiles._replace(masks=tiles.mask(torch.arange(len(start), device=device)))
@@ -168,9 +173,10 @@ def _band_items(tiles: _BandTiles, heads: Tensor) -> _Items:
     return _Items(tile, tiles.batch_row[tile], head, tiles.start[tile], tiles.end[tile])
 
 
-def _items_at_once(group: int, size: int, others: int) -> int:
+def _items_at_once(group: int, size: int, tile: _BandTile) -> int:
     """Returns how many items BAND_BYTES hold: queries, keys and scores of `group` query heads of this head size."""
-    item_bytes = 4 * group * (BAND_TILE * others + size * (BAND_TILE + others))
+    own, others = len(tile.own), len(tile.others)
+    item_bytes = 4 * group * (own * others + size * (own + others))
     return max(1, BAND_BYTES // item_bytes)
 
 
@@ -194,23 +200,21 @@ def _reader(x: Tensor, items: _Items, token: Tensor) -> Callable[[slice], Tensor
     return read
 
 
-def _item_weights(
-    queries: Tensor, keys: Tensor, lse: Tensor, mask: Tensor, options: Options, of_rows: bool
-) -> Tensor:
-    """Returns A of some items, fp32 [n, G, M, BAND_TILE], 0 outside the band and where it is hidden.
+def _item_weights(queries: Tensor, keys: Tensor, lse: Tensor, mask: Tensor, options: Options, of_rows: bool) -> Tensor:
+    """Returns A of some items, fp32 [n, G, M, N], 0 outside the band and where it is hidden.
 
     Args:
         queries: [n, G, rows, D], times the scale.
         keys: [n, keys, D].
         lse: [n, G, rows, 1], base 2.
-        mask: int32 [n, M, BAND_TILE], see `_BandTiles.mask`.
+        mask: int32 [n, M, N], see `_BandTiles.mask`.
     """
     queries = queries.flatten(1, 2)
     if of_rows:
-        scores = (keys @ queries.mT).view(len(keys), mask.shape[1], -1, BAND_TILE).transpose(1, 2)
+        scores = (keys @ queries.mT).view(len(keys), mask.shape[1], -1, mask.shape[2]).transpose(1, 2)
         lse = lse.mT
     else:
-        scores = (queries @ keys.mT).view(len(keys), -1, mask.shape[1], BAND_TILE)
+        scores = (queries @ keys.mT).view(len(keys), -1, *mask.shape[1:])
     weights = softcapped(scores, options).sub_(lse).exp2_()
     # This clears all bits of hidden weights, those of a NaN too; a fill by a bool mask takes several times as long. It
     # comes after the exponential, since a NaN log-sum-exp must not reach the keys that its row does not see.
@@ -219,7 +223,7 @@ def _item_weights(
 
 
 def _at_tokens(sums: Tensor, items: _Items, own: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the items' sums [items, G, BAND_TILE] at their tokens, [B, HQ, T], 0 elsewhere.
+    """Returns the items' sums [items, G, N] at their tokens, [B, HQ, T], 0 elsewhere.
 
     `shape` is [B, heads, G, T, D]. One more token takes the sums that a tile has behind the end of its sequence.
     """

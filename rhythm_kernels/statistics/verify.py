@@ -201,9 +201,7 @@ class _Read(NamedTuple):
     """The first query head, in the call."""
 
     @classmethod
-    def of(
-        cls, part: _Part, q: Tensor, k: Tensor, v: Tensor | None, out: Tensor | None, lse: Tensor | None
-    ) -> "_Read":
+    def of(cls, part: _Part, q: Tensor, k: Tensor, v: Tensor | None, out: Tensor | None, lse: Tensor | None) -> "_Read":
         """Reads a part of the tensors of `probe_output`."""
         heads = part.query_heads(q, k)
         by_row = (q, None if out is None else out.transpose(1, 2), None if lse is None else lse[..., None])
