@@ -134,6 +134,8 @@ class _Part(NamedTuple):
     """fp32 [S, P, L]: 0 where the row sees the key, else -inf. Adding it is several times as fast as a masked fill."""
     heads: slice
     """The key heads of this part."""
+    lines: dict[tuple, Tensor]
+    """Where `_at` reads, by what it reads: the layers of a forward have the same strides."""
 
     def query_heads(self, q: Tensor, k: Tensor) -> slice:
         """Returns the query heads of this part's key heads."""
@@ -181,7 +183,7 @@ def _make_parts(layout: Layout, key_heads: int, size: int, window: int | None, m
             keys = torch.minimum(position, last - 1)
             for head in range(0, key_heads, heads):
                 part_heads = slice(head, min(head + heads, key_heads))
-                yield _Part(sequences, row, probed.clamp(min=0), probed >= 0, keys, single, bias, part_heads)
+                yield _Part(sequences, row, probed.clamp(min=0), probed >= 0, keys, single, bias, part_heads, {})
 
 
 class _Read(NamedTuple):
@@ -205,7 +207,7 @@ class _Read(NamedTuple):
         """Reads a part of the tensors of `probe_output`."""
         heads = part.query_heads(q, k)
         by_row = (q, None if out is None else out.transpose(1, 2), None if lse is None else lse[..., None])
-        queries, out, lse = (None if x is None else _at(x, part.batch_row, heads, part.rows) for x in by_row)
+        queries, out, lse = (None if x is None else _at(x, part, heads, part.rows) for x in by_row)
         keys, values = (None if x is None else _at_keys(x, part) for x in (k, v))
         return cls(queries, keys, values, out, lse, heads.start)
 
@@ -215,22 +217,26 @@ def _at_keys(x: Tensor, part: _Part) -> Tensor:
     if part.single is not None:
         batch_row, begin, end = part.single
         return x[batch_row : batch_row + 1, part.heads, begin:end].float()
-    return _at(x, part.batch_row, part.heads, part.keys)
+    return _at(x, part, part.heads, part.keys)
 
 
-def _at(x: Tensor, batch_row: Tensor, heads: slice, positions: Tensor) -> Tensor:
-    """Returns x [B, H, T, D] at positions [S, n] of batch rows [S], for some heads: a new fp32 [S, heads, n, D].
+def _at(x: Tensor, part: _Part, heads: slice, positions: Tensor) -> Tensor:
+    """Returns x [B, H, T, D] at positions [S, n] of a part's sequences, for some heads: a new fp32 [S, heads, n, D].
 
     It reads x as lines that begin at each of its elements: one index_select serves all strides, and is several times
     as fast as an index of three dimensions.
     """
     if x.stride(-1) != 1:
         x = x.contiguous()
-    stride, size = x.stride(), x.shape[-1]
-    lines = 1 + sum((n - 1) * step for n, step in zip(x.shape[:-1], stride[:-1], strict=True))
-    head = torch.arange(heads.start, heads.stop, device=x.device)[:, None] * stride[1]
-    line = (batch_row * stride[0])[:, None, None] + head + (positions * stride[2])[:, None]
-    return x.as_strided((lines, size), (1, 1)).index_select(0, line.flatten()).view(*line.shape, size).float()
+    stride, size = x.stride()[:-1], x.shape[-1]
+    key = (positions is part.keys, heads.start, *stride)
+    if key not in part.lines:
+        head = torch.arange(heads.start, heads.stop, device=x.device)[:, None] * stride[1]
+        line = (part.batch_row * stride[0])[:, None, None] + head + (positions * stride[2])[:, None]
+        part.lines[key] = line.flatten()
+    count = 1 + sum((n - 1) * step for n, step in zip(x.shape[:-1], stride, strict=True))
+    at_lines = x.as_strided((count, size), (1, 1)).index_select(0, part.lines[key])
+    return at_lines.view(len(positions), -1, positions.shape[1], size).float()
 
 
 # ---- the assumed map on the probed rows ------------------------------------------------------------------------------
