@@ -5,7 +5,7 @@ import torch
 from train_cases import ALONE, all_micros, make_batch, make_policy, on_device, settings
 from transformers import AttentionInterface
 
-from benchmarks.pretended_cuda import pretended_cuda
+from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import GroupSchedule, shape_advantages
 from rhythm_kernels.listen.collector import Collector
 from train.attention import packed_attention
@@ -178,8 +178,27 @@ def shifted(module, query, key, value, mask, **options):
     return out * 1.05, weights
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is there need not be pretended")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is there need not be pretended")
+
+
+@needs_no_gpu
+@pytest.mark.slow
+def test_the_host_waits_for_no_micro_batch(batch):
+    """Statistics and credit of the loss's forward are queued; the host looks at the check once, before the norm."""
+    config, ran = settings(gradient_steps=1, credit="coupled", credit_layers=[0], micro_batch_tokens=30), []
+    with pretended_cuda():
+        there, world, policy = on_device(batch, "cuda"), World(0, 1, torch.device("cuda", 0)), make_policy().to("cuda")
+        reader, optimizer = Reader(policy, there, config, GroupSchedule()), torch.optim.SGD(policy.parameters(), lr=0.0)
+        advantages = (there.sequence_of < 3).float()
+        with counted() as work:
+            update_policy(policy, optimizer, there, reader, advantages, config, world, progress=ran.append)
+    assert len(ran) == 3
+    functions = [wait.where.split(" in ")[-1] for wait in work.waits]
+    assert functions == ["answers_run", *["fetch"] * 3, "_step", "update_policy"], work.waits
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_a_map_that_is_not_the_models_is_refused_before_weights_change(batch, device, monkeypatch):
     """On a CPU the forward refuses it, on a GPU the check before the optimizer step."""
     monkeypatch.setitem(AttentionInterface._global_mapping, "packed", shifted)
