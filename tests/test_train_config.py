@@ -35,7 +35,7 @@ SOURCES = Path(train.__file__).parent
         (["--credit-horizon", "1", "2", "3"], "--credit-horizon must be (lo, hi) in tokens"),
         (["--credit-groups-every", "0"], "--credit-groups-every must be at least 1, got 0"),
         (
-            ["--credit-groups-every", "3"],
+            ["--preset", "countdown-smoke", "--credit-groups-every", "3"],
             "--credit-group-by must be batch where groups serve later steps, got 'sequence'",
         ),
         (["--seeds", "1", "1"], "--seeds must be different numbers, at least one, got (1, 1)"),
