@@ -68,7 +68,8 @@ def steps() -> list[Step]:
     return [
         Step("build", 1, [PYTHON, "-m", "benchmarks.gpu_build"], 25, 120, {"MAX_JOBS": str(cores)}),
         Step("gpu-tests", 1, [*pytest, "-m", "gpu", *runnable(gpu_tests())], 75, 150, threads, "checks"),
-        Step("memcheck", 1, memcheck, 120, 150, no_cache, "checks"),
+        Step("memcheck", 1, memcheck, 110, 150, no_cache, "checks"),
+        Step("racecheck", 1, [*sanitizer, "--tool", "racecheck", *kernels], 110, 150, {}, "checks"),
         Step(
             "triton-tests", 1, [*pytest, *runnable(triton_tests())], 90, 150, threads | {"FUZZ_CASES": "40"}, "checks"
         ),
@@ -79,7 +80,6 @@ def steps() -> list[Step]:
         Step("selection", 1, selection, 20, 60),
         Step("forward", 1, forward, 30, 100),
         Step("trainer", 1, [*trainer, "--out", "{out}"], 60, 120, whole),
-        Step("racecheck", 2, [*sanitizer, "--tool", "racecheck", *kernels], 60, 120),
         Step("attention-long", 2, variants(OURS, 32768, 131072), 35, 120),
         Step("attention-others", 2, variants(("sdpa", "full", *OTHERS), 8192), 60, 150),
     ]

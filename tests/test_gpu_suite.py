@@ -34,7 +34,7 @@ def test_each_half_fits_its_budget_and_the_first_has_what_matters_most():
         seconds = sum(max(step.estimate for step in together) for together in gpu_suite.side_by_side(steps))
         assert build + seconds <= gpu_suite.BUDGET - gpu_run.GRACE
         assert all(step.estimate <= step.limit <= gpu_suite.BUDGET for step in steps)
-    checks = ["gpu-tests", "memcheck", "triton-tests", "architectures"]
+    checks = ["gpu-tests", "memcheck", "racecheck", "triton-tests", "architectures"]
     times = ["ceilings", "attention", "tiles", "selection", "forward", "trainer"]
     assert [step.name for step in halves[1]] == ["build", *checks, *times]
     groups = [[step.name for step in together] for together in gpu_suite.side_by_side(gpu_suite.steps())]
@@ -142,7 +142,7 @@ def test_the_dry_run_lists_every_step(capsys):
         assert [line.split(":")[0] for line in lines[: len(names)]] == names
         assert not any("beyond the budget" in line for line in lines)
     assert gpu_suite.main(["--dry-run", "--only", "racecheck", "--budget", "20"]) == 0
-    assert re.match(r"racecheck: half 2, about \d+ s, .* beyond the budget of 20 s: ", capsys.readouterr().out)
+    assert re.match(r"racecheck: half 1, about \d+ s, .* beyond the budget of 20 s: ", capsys.readouterr().out)
 
 
 def test_another_assembler_repeats_the_first_tests_and_memcheck(capsys):
