@@ -229,7 +229,7 @@ def _at(x: Tensor, part: _Part, heads: slice, positions: Tensor) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     stride, size = x.stride()[:-1], x.shape[-1]
-    key = (positions is part.keys, heads.start, *stride)
+    key = (positions is part.keys, heads.start, heads.stop, *stride)
     if key not in part.lines:
         head = torch.arange(heads.start, heads.stop, device=x.device)[:, None] * stride[1]
         line = (part.batch_row * stride[0])[:, None, None] + head + (positions * stride[2])[:, None]
