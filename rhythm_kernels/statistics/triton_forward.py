@@ -186,7 +186,8 @@ def _key_tiles(
             distance += _past(t - start, LANES) * tile_total - ahead
         if USE_ENTROPY:
             below = _beside_keys(highest, LANES) - (scores if SCALE_FIRST else scores * factor)
-            below = tl.where(scores == float("-inf"), 0.0, below)  # a weight of 0 times an infinity would be NaN
+            if not WHOLE:  # a weight of 0 times an infinity would be NaN
+                below = tl.where(scores == float("-inf"), 0.0, below)
             surprise += _sum_of_products(weights, below, LANES, ROUNDED)
         if USE_OUT:
             value = load_tile(v, stride_vt, start, end, PADDED_V, BLOCK_DV, BLOCK_N, WHOLE)
