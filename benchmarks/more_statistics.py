@@ -1,4 +1,4 @@
-"""What does each statistic of `more` cost beside a call without it, and beside whole maps?
+"""Measures what each statistic of `more` costs beside a call without it, and beside whole maps.
 
     python -m benchmarks.more_statistics [--tokens 4096] [--rounds 7] [--out benchmarks/results/more-statistics-cpu]
 

@@ -231,6 +231,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.passes:
         kind = TILE_OF[name]
         others = OTHERS[kind] if args.tiles is None else [tile for pass_, tile in args.tiles if pass_ == kind]
+        if args.tiles is None and kind in ("rows", "sampled"):  # they differ from the table's in their sizes alone
+            mine = getattr(own, kind)
+            others = [tile._replace(lanes=mine.lanes, split=mine.split) for tile in others]
         tiles[name] = list(dict.fromkeys([getattr(own, kind), *others]))
     with says_when_interrupted(args.out):
         failed = compile_all({(name, tile): None for name in tiles for tile in tiles[name]}, shape)

@@ -49,7 +49,7 @@ def test_names_come_in_one_order_and_once():
 
 @pytest.mark.parametrize("call", ["statistics", "statistics, lse given", "attention"])
 def test_asking_for_more_changes_no_bit_of_the_others(call):
-    """With a given lse and entropies the row pass runs in place of the band, which rounds elsewhere."""
+    """The row pass runs in place of the band with a given lse and entropies, and rounds elsewhere."""
     names = LINEAR if "given" in call else MORE
     options = {"cu_seqlens": torch.tensor([0, 30, 90]), "sinks": torch.zeros(4)}
     case = make_case((1, 4, 90, 16), 2, lse_given="given" in call, need_span=False, **options)
@@ -182,7 +182,7 @@ def test_groups_refuse_what_has_no_sum(name):
 @pytest.mark.parametrize("make", [llama, qwen3], ids=["llama", "qwen3 with a window"])
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 def test_collect_gives_those_of_the_models_own_maps(make, kind):
-    """Of each head, and summed over the groups where they are known."""
+    """`collect` has them of each head, and summed over the groups where they are known."""
     torch.manual_seed(1)
     model, ids = make(), torch.randint(0, 61, (2, 40))
     lengths = torch.tensor([17, 5])

@@ -18,7 +18,7 @@ class Tile(NamedTuple):
     lanes: int = 0
     """The threads that hold a row of scores, which without v each keep sums of their own; 0 keeps one sum of a row."""
     split: int | None = None
-    """Of the sampled rows, a program reads so many keys, a multiple of block_n; None: all keys."""
+    """The most keys that a program of the sampled rows reads, a multiple of block_n; None: all keys."""
 
 
 class BandTile(NamedTuple):
