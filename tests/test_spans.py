@@ -127,7 +127,7 @@ def test_every_path_reads_the_sample_of_the_reference(shape, key_heads, options,
 def test_a_sample_is_read_in_parts_where_the_memory_is_small(monkeypatch):
     case = make_case((1, 6, 640, 8), 2, lse_given=True, span_rows=128, cu_seqlens=torch.tensor([0, 30, 500, 640]))
     for kilobytes in (8, 50, 400):
-        monkeypatch.setattr(blockwise_sample, "SAMPLE_BYTES", kilobytes << 10)
+        monkeypatch.setattr(blockwise_sample, "SCORES", kilobytes << 8)
         assert_close_to_reference(attention_stats(case.q, case.k, **case.kwargs, backend="torch"), case)
 
 
