@@ -1,7 +1,7 @@
-"""The band pass of the blockwise backend: the keys near each row, and the rows a horizon after each key.
+"""The band pass of the blockwise backend: a tile of rows with the keys that the window and the horizon reach.
 
-Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences, N
-tokens of a tile.
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k; S sequences; N rows of a tile, M
+keys of a tile, G query heads of an item.
 """
 
 from collections.abc import Callable
@@ -16,56 +16,63 @@ from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
 
 BAND_TILE = 32  # tokens
-SHORT_TILE = 16  # of sequences of SHORT tokens on average: less of a tile lies outside the band or behind their end
+SHORT_TILE = 16  # of sequences of SHORT tokens on average: less of a tile lies behind their end
 SHORT = 128
 MASK_BYTES = 8 << 20  # of the masks of a band, which are kept for all layers if they are no larger
-BAND_BYTES = 3 << 20  # of fp32 queries, keys and scores held at once: what fits a cache is faster
+BAND_BYTES = 11 << 18  # of fp32 queries, keys and scores held at once: what fits a cache is faster
 
 
-class _BandTile(NamedTuple):
-    """The positions of a tile of the band pass, counted from its first token. All tiles of a band share them.
+class _Band(NamedTuple):
+    """The least and the largest distance t - s, in tokens, of the weights that are summed; None for none."""
 
-    A tile sums over the band lo <= t - s <= hi, for each of its own tokens. `others` are the tokens on the other side
-    of the band: keys where the own tokens are rows, rows where they are columns. So each sum is complete in one tile.
-    """
+    window: tuple[int, int] | None = None
+    """Of each row, for WAAD."""
+    horizon: tuple[int, int] | None = None
+    """Of each column, for FAI."""
 
-    own: Tensor
-    """int64 [N]."""
-    others: Tensor
-    """int64 [M]."""
-    rows: Tensor
-    """Those of the two that are rows."""
-    keys: Tensor
-    """The others of the two."""
-    distance: Tensor
-    """int32 [M, N]: t - s inside the band, else T, which is further than any row sees."""
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The least and the largest distance of either."""
+        ends = [end for distances in self if distances is not None for end in distances]
+        return min(ends), max(ends)
+
+    def keys(self, distances: tuple[int, int], rows: int) -> slice:
+        """Returns the keys of a tile with so many rows that have these distances from any of its rows."""
+        return slice(self.reach[1] - distances[1], self.reach[1] - distances[0] + rows)
 
 
 class _BandTiles(NamedTuple):
-    """All tiles of a band, which the layers of a forward share."""
+    """All tiles of a band, which the layers of a forward share. Positions are counted from a tile's first row."""
 
-    tile: _BandTile
+    row: Tensor
+    """int64 [N]."""
+    key: Tensor
+    """int64 [M]."""
+    distance: Tensor
+    """int32 [N, M]: t - s inside the band, else T, which is further than any row sees."""
+    in_horizon: Tensor | None
+    """int32 [N, keys of the horizon]: -1, all bits, inside the horizon, else 0."""
     batch_row: Tensor
     """int64 [tiles]."""
     start: Tensor
     """int64 [tiles], the tile's first token."""
-    end: Tensor
-    """int64 [tiles], one past the last token of the tile's sequence."""
     sequence: Tensor
     """int64 [tiles]."""
     used: Tensor
-    """bool [tiles]: whether there is a row of R among the rows."""
+    """bool [tiles]: whether it has a row of R."""
     sight: Tensor
-    """int32 [tiles, 1, N] where the own tokens are rows, else [tiles, M, 1]: how far back each row sees. A row
-    of R sees to the beginning of its own sequence; any other row sees nothing, -1."""
+    """int32 [tiles, N, 1]: how far back each row sees. A row of R sees to the beginning of its own sequence; any other
+    row sees nothing, -1."""
+    place: Tensor
+    """int64 [B * T]: the place of each token in [tiles, N]; the first place behind them for padding."""
     masks: Tensor | None
     """`mask` of all tiles, if they are few."""
 
     def mask(self, tiles: Tensor) -> Tensor:
-        """Returns int32 [n, M, N] for the indices of n tiles: -1, all bits, where a row sees a key, else 0."""
+        """Returns int32 [n, N, M] for the indices of n tiles: -1, all bits, where a row sees a key, else 0."""
         if self.masks is not None:
             return self.masks.index_select(0, tiles)
-        return (self.tile.distance - self.sight[tiles]).le_(0).neg_()
+        return (self.distance - self.sight[tiles]).le_(0).neg_()
 
 
 class _Items(NamedTuple):
@@ -76,8 +83,6 @@ class _Items(NamedTuple):
     head: Tensor
     start: Tensor
     """The tile's first token."""
-    end: Tensor
-    """One past the last token of the tile's sequence."""
 
 
 def band_pass(
@@ -85,84 +90,111 @@ def band_pass(
 ) -> tuple[Tensor, Tensor]:
     """Returns WAAD of the local heads and FAI of the global heads over a finite horizon, [B, HQ, T].
 
-    The values of other heads mean nothing. The groups are bool [S, HQ], or [S, H] for all query heads of a key head.
+    The values of other heads mean nothing. The groups are bool [S, HQ], or [S, H] for all query heads of a key head. If
+    they are one tensor, both come from the same weights.
     """
     sums_of_rows = row_sums(lse, options.sinks)
     # scores are base-2 logarithms here: exp2 takes half the time of exp
     lse = lse * LOG2_E
     softcap = None if options.softcap is None else options.softcap * LOG2_E
     options = options._replace(scale=options.scale * LOG2_E, softcap=softcap)
-    # min(d, W) = W - max(W - d, 0), and the second term is 0 outside the band
-    nearness = _band_sums(q, k, lse, layout, options, local_heads, (0, options.window - 1), of_rows=True)
+    most = q.shape[2] - 1  # the largest distance of a key that a row sees
+    if options.sliding_window is not None:
+        most = min(most, options.sliding_window - 1)
+    lo, hi = options.horizon
+    band = _Band((0, min(options.window - 1, most)), (lo, min(hi, most)) if lo <= most else None)
+    inputs = q, k, lse, layout, options
+    if local_heads is global_heads and lo <= options.window + BAND_TILE:
+        nearness, received = _band_sums(*inputs, local_heads, band)
+    else:  # of few heads, or of keys far apart, each sum has weights of its own
+        nearness, _ = _band_sums(*inputs, local_heads, band._replace(horizon=None))
+        _, received = _band_sums(*inputs, global_heads, band._replace(window=None))
+    # min(d, W) = W - max(W - d, 0), and the second term is 0 outside the window
     waad = torch.where(layout.rows[:, None], options.window * sums_of_rows - nearness, 0.0)
-    received = _band_sums(q, k, lse, layout, options, global_heads, options.horizon, of_rows=False)
+    if received is None:  # no row sees that far back
+        return waad, torch.zeros_like(waad)
     return waad, received / layout.rows_looking_back(options.horizon)[:, None]
 
 
 def _band_sums(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    layout: Layout,
-    options: Options,
-    heads: Tensor,
-    band: tuple[int, int],
-    of_rows: bool,
-) -> Tensor:
-    """Returns sums of A over a band: of its rows, weighted by W - (t - s), or of its columns. fp32 [B, HQ, T].
+    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Options, heads: Tensor, band: _Band
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns sums of A over a band: of rows, weighted by W - (t - s), and of columns. fp32 [B, HQ, T].
+
+    A sum that the band does not ask for is None.
 
     Args:
         lse: [B, HQ, T], base 2; the scale and the soft cap in `options` are for base-2 scores too.
         heads: bool [S, HQ], the heads that are summed, or [S, H] for all query heads of a key head.
-        band: (lo, hi), the least and the largest t - s, in tokens.
     """
-    tokens, (lo, hi), head_count = q.shape[2], band, heads.shape[1]
-    hi = min(hi, tokens - 1 if options.sliding_window is None else min(tokens, options.sliding_window) - 1)
-    if hi < lo or q.numel() == 0:
-        return q.new_zeros(q.shape[:3], dtype=torch.float32)
-    tiles = layout.keep(("band", lo, hi, of_rows), lambda: _band_tiles(layout, lo, hi, of_rows))
-    tile, items = tiles.tile, _band_items(tiles, heads)
+    if q.numel() == 0 or band == _Band():
+        nothing = q.new_zeros(q.shape[:3], dtype=torch.float32)
+        return tuple(None if distances is None else nothing for distances in band)
+    tiles = layout.keep(("band", *band), lambda: _band_tiles(layout, band))
+    items, head_count = _band_items(tiles, heads), heads.shape[1]
     q, lse = (x.unflatten(1, (head_count, -1)) for x in (q, lse[..., None]))  # [B, heads, G, T, D]
-    read_q, read_lse = (_reader(x, items, tile.rows) for x in (q, lse))
+    read_q, read_lse = (_reader(x, items, tiles.row) for x in (q, lse))
     key_items = items._replace(head=items.head // (head_count // k.shape[1]))
-    read_k = _reader(k[:, :, None], key_items, tile.keys)
+    read_k = _reader(k[:, :, None], key_items, tiles.key)
 
-    near = (options.window - tile.distance).float()
-    run = _items_at_once(q.shape[2], q.shape[-1], tile)
-    sums = [q.new_empty(0, q.shape[2], len(tile.own), dtype=torch.float32)]
+    group, size = q.shape[2], len(tiles.row)
+    nearest = (options.window - tiles.distance).clamp_(min=0).float()
+    before = 0 if band.horizon is None else -(-band.horizon[1] // size)  # tiles that a tile looks back at
+    line = items.tile * head_count + items.head
+    # one more tile is for padding, and stays 0
+    nearness, received = (
+        None
+        if distances is None
+        else q.new_zeros((before + len(tiles.start) + 1) * head_count, group * size, dtype=torch.float32)
+        for distances in band
+    )
+    run = _items_at_once(group, q.shape[-1], tiles)
     for at in range(0, len(items.start), run):
         part = slice(at, at + run)
-        queries = read_q(part).mul_(options.scale)
         mask = tiles.mask(items.tile[part])
-        weights = _item_weights(queries, read_k(part)[:, 0], read_lse(part), mask, options, of_rows)
-        sums.append((weights.mul_(near) if of_rows else weights).sum(-2))
-    return _at_tokens(torch.cat(sums), items, tile.own, q.shape)
+        weights = _item_weights(read_q(part), read_k(part)[:, 0], read_lse(part), mask, options)
+        if band.window is not None:
+            near = band.keys(band.window, size)
+            sums = (weights[..., near] * nearest[:, near]).sum(-1)  # [n, G, N]
+            nearness.index_copy_(0, line[part] + before * head_count, sums.flatten(1))
+        if band.horizon is not None:
+            lo, hi = band.horizon
+            weights = weights[..., band.keys(band.horizon, size)]
+            if band.window is not None:
+                weights.view(torch.int32).bitwise_and_(tiles.in_horizon)
+            sums = pad(weights.sum(-2), (before * size - hi, lo)).unflatten(-1, (-1, size))  # [n, G, before + 1, N]
+            for i, columns in enumerate(sums.unbind(2)):  # a tile has one item for each head, so that the order is fixed
+                received.index_add_(0, line[part] + i * head_count, columns.flatten(1))
+    return tuple(
+        None if x is None else _at_tokens(x.view(-1, head_count, group, size)[before:], tiles, q.shape)
+        for x in (nearness, received)
+    )
 
 
-def _band_tile(size: int, lo: int, hi: int, tokens: int, of_rows: bool, device: torch.device) -> _BandTile:
-    """Returns the tile of a band, of `size` tokens; of_rows: these are rows, else columns."""
-    own = torch.arange(size, device=device)
-    others = torch.arange(size + hi - lo, device=device) + (-hi if of_rows else lo)
-    rows, keys = (own, others) if of_rows else (others, own)
-    distance = own - others[:, None] if of_rows else others[:, None] - own
-    distance = torch.where((lo <= distance) & (distance <= hi), distance, tokens).int()
-    return _BandTile(own, others, rows, keys, distance)
-
-
-def _band_tiles(layout: Layout, lo: int, hi: int, of_rows: bool) -> _BandTiles:
-    """Returns the tiles of a band; of_rows: their own tokens are rows, else columns."""
+def _band_tiles(layout: Layout, band: _Band) -> _BandTiles:
     tokens, device = layout.rows.shape[1], layout.rows.device
     size = SHORT_TILE if layout.rows.numel() <= SHORT * layout.sequences else BAND_TILE
-    tile = _band_tile(size, lo, hi, tokens, of_rows, device)
+    least, largest = band.reach
+    row = torch.arange(size, device=device)
+    key = torch.arange(-largest, size - least, device=device)
+    distance = row[:, None] - key
+    distance = torch.where((least <= distance) & (distance <= largest), distance, tokens).int()
+    in_horizon = None
+    if band.horizon is not None:
+        far = distance[:, band.keys(band.horizon, size)]
+        in_horizon = ((band.horizon[0] <= far) & (far <= band.horizon[1])).int().neg_()
+
     batch_row, start, _, end, sequence = layout.tiles(size).long().unbind(-1)
-    next_row = layout.next_row()[batch_row, (start + tile.rows[0]).clamp(max=tokens)]
-    used = next_row < torch.minimum(start + tile.rows[-1] + 1, end)
+    used = layout.next_row()[batch_row, start] < torch.minimum(start + size, end)
     sight = torch.where(layout.rows, torch.arange(tokens, device=device) - layout.first, -1).int()
-    sight = pad(sight.flatten(), (0, size + hi), value=-1)  # a tile may reach behind the last batch row
-    sight = sight[(batch_row * tokens + start)[:, None] + tile.rows]
-    sight = sight[:, None] if of_rows else sight[..., None]
-    tiles = _BandTiles(tile, batch_row, start, end, sequence, used, sight, None)
-    if len(start) * tile.distance.nbytes > MASK_BYTES:
+    token = start[:, None] + row  # [tiles, N]
+    inside = token < end[:, None]
+    token = torch.where(inside, batch_row[:, None] * tokens + token, layout.rows.numel())
+    sight = pad(sight.flatten(), (0, 1), value=-1)[token, None]  # one more token, of what lies behind a sequence
+    place = torch.full((layout.rows.numel() + 1,), token.numel(), device=device)
+    place[token] = torch.arange(token.numel(), device=device).view_as(token)
+    tiles = _BandTiles(row, key, distance, in_horizon, batch_row, start, sequence, used, sight, place[:-1], None)
+    if len(start) * distance.nbytes > MASK_BYTES:
         return tiles
     return tiles._replace(masks=tiles.mask(torch.arange(len(start), device=device)))
 
@@ -170,14 +202,13 @@ def _band_tiles(layout: Layout, lo: int, hi: int, of_rows: bool) -> _BandTiles:
 def _band_items(tiles: _BandTiles, heads: Tensor) -> _Items:
     """Returns the items of the heads, bool [S, heads], and of the tiles that are used."""
     tile, head = (heads[tiles.sequence] & tiles.used[:, None]).nonzero().unbind(-1)
-    return _Items(tile, tiles.batch_row[tile], head, tiles.start[tile], tiles.end[tile])
+    return _Items(tile, tiles.batch_row[tile], head, tiles.start[tile])
 
 
-def _items_at_once(group: int, size: int, tile: _BandTile) -> int:
+def _items_at_once(group: int, size: int, tiles: _BandTiles) -> int:
     """Returns how many items BAND_BYTES hold: queries, keys and scores of `group` query heads of this head size."""
-    own, others = len(tile.own), len(tile.others)
-    item_bytes = 4 * group * (own * others + size * (own + others))
-    return max(1, BAND_BYTES // item_bytes)
+    rows, keys = group * len(tiles.row), len(tiles.key)
+    return max(1, BAND_BYTES // (4 * (rows * keys + size * (rows + keys))))
 
 
 def _reader(x: Tensor, items: _Items, token: Tensor) -> Callable[[slice], Tensor]:
@@ -200,21 +231,16 @@ def _reader(x: Tensor, items: _Items, token: Tensor) -> Callable[[slice], Tensor
     return read
 
 
-def _item_weights(queries: Tensor, keys: Tensor, lse: Tensor, mask: Tensor, options: Options, of_rows: bool) -> Tensor:
-    """Returns A of some items, fp32 [n, G, M, N], 0 outside the band and where it is hidden.
+def _item_weights(queries: Tensor, keys: Tensor, lse: Tensor, mask: Tensor, options: Options) -> Tensor:
+    """Returns A of some items, fp32 [n, G, N, M], 0 outside the band and where it is hidden.
 
     Args:
-        queries: [n, G, rows, D], times the scale.
-        keys: [n, keys, D].
-        lse: [n, G, rows, 1], base 2.
-        mask: int32 [n, M, N], see `_BandTiles.mask`.
+        queries: [n, G, N, D].
+        keys: [n, M, D], which are multiplied by the scale in place.
+        lse: [n, G, N, 1], base 2.
+        mask: int32 [n, N, M], see `_BandTiles.mask`.
     """
-    queries = queries.flatten(1, 2)
-    if of_rows:
-        scores = (keys @ queries.mT).view(len(keys), mask.shape[1], -1, mask.shape[2]).transpose(1, 2)
-        lse = lse.mT
-    else:
-        scores = (queries @ keys.mT).view(len(keys), -1, *mask.shape[1:])
+    scores = (queries.flatten(1, 2) @ keys.mul_(options.scale).mT).unflatten(1, queries.shape[1:3])
     weights = softcapped(scores, options).sub_(lse).exp2_()
     # This clears all bits of hidden weights, those of a NaN too; a fill by a bool mask takes several times as long. It
     # comes after the exponential, since a NaN log-sum-exp must not reach the keys that its row does not see.
@@ -222,14 +248,7 @@ def _item_weights(queries: Tensor, keys: Tensor, lse: Tensor, mask: Tensor, opti
     return weights
 
 
-def _at_tokens(sums: Tensor, items: _Items, own: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the items' sums [items, G, N] at their tokens, [B, HQ, T], 0 elsewhere.
-
-    `shape` is [B, heads, G, T, D]. One more token takes the sums that a tile has behind the end of its sequence.
-    """
-    tokens = shape[3]
-    out = sums.new_zeros(*shape[:3], tokens + 1)
-    token = items.start[:, None] + own
-    token = token.where(token < items.end[:, None], tokens)
-    out[items.batch_row[:, None], items.head[:, None], :, token] = sums.mT
-    return out[..., :tokens].flatten(1, 2)
+def _at_tokens(sums: Tensor, tiles: _BandTiles, shape: torch.Size) -> Tensor:
+    """Returns sums [tiles + 1, heads, G, N] at their tokens, [B, HQ, T]; `shape` is [B, heads, G, T, D]."""
+    places = sums.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # [HQ, places]
+    return places.index_select(1, tiles.place).view(-1, shape[0], shape[3]).transpose(0, 1).contiguous()

@@ -60,49 +60,53 @@ def _blocks(layout: Layout, span_rows: int) -> list[_Block]:
 def _looked_back(
     q: Tensor, k: Tensor, lse: Tensor, block: _Block, layout: Layout, options: Options, memory: Tensor
 ) -> Tensor:
-    """Returns sum_t sum_s A[t, s] (t - s) over the rows of R in a block, fp64 [HQ]. memory: fp32, for scores.
+    """Returns sum_s A[t, s] (t - s) summed over the rows of R in a block, fp64 [HQ]. memory: fp32, for scores.
 
-    With t0 the first row this is sum_s (t0 - s) sum_t A[t, s] + sum_s sum_t (t - t0) A[t, s]. So the weights are read
-    once, by a product with two factors for each row, and a distance is multiplied once for each key.
+    Distances are counted from the first row t0, sum_s A[t, s] (t0 - s) + (t - t0) sum_s A[t, s]: with factors that all
+    rows share, both sums are one product, which reads the weights once.
     """
-    group, (begin, end) = q.shape[1] // k.shape[1], (block.rows.start, block.rows.stop)
     in_response = layout.rows[block.batch_row, block.rows]
     # a row outside R has weights of 0, also where its query is NaN
     queries = (q[block.batch_row, :, block.rows].float() * options.scale).masked_fill_(~in_response[:, None], 0.0)
-    queries = queries.reshape(k.shape[1], -1, q.shape[-1])  # [H, G n, D]
-    row_lse = (lse[block.batch_row, :, block.rows] * LOG2_E).masked_fill_(~in_response, math.inf)[..., None]
-    row = torch.arange(end - begin, device=q.device)  # counted from the first row
-    row_factors = torch.stack([torch.ones_like(row), row]).float().expand(q.shape[1], -1, -1)  # [HQ, 2, n]
+    row_lse = (lse[block.batch_row, :, block.rows] * LOG2_E).masked_fill_(~in_response, math.inf)
+    queries = queries.reshape(k.shape[1], -1, q.shape[-1]).mT  # [H, D, G n]
+    row_lse = row_lse.reshape(k.shape[1], 1, -1)  # [H, 1, G n]
 
+    begin, end = block.rows.start, block.rows.stop
     first_key, all_see_from = block.first, block.first
     if options.sliding_window is not None:
         first_key, all_see_from = (max(block.first, t - options.sliding_window + 1) for t in (begin, end - 1))
-    size = min(KEY_TILE, len(memory) // queries.shape[1])
+    behind = begin - torch.arange(first_key, end, device=q.device)  # t0 - s
+    factors = torch.stack([torch.ones_like(behind), behind]).float()  # [2, keys]
+    size = min(KEY_TILE, len(memory) // queries.shape[2])
     bounds = [*range(first_key, begin, size), *range(begin, end, size), end]
-    heads_at_once = len(memory) // (queries.shape[1] * size)
-    sums = []  # [heads, 2, keys] of all heads
+    sums = q.new_zeros(k.shape[1], 2, queries.shape[2], dtype=torch.float32)
+    heads_at_once = len(memory) // (queries.shape[2] * size)
     for head in range(0, k.shape[1], heads_at_once):
-        key_heads, heads = (slice(head * n, (head + heads_at_once) * n) for n in (1, group))
-        tile_queries, tile_lse, tile_factors = queries[key_heads], row_lse[heads], row_factors[heads]
-        sums.append([])
+        heads = slice(head, head + heads_at_once)
         for key_begin, key_end in itertools.pairwise(bounds):
-            keys = k[block.batch_row, key_heads, key_begin:key_end].float()
-            scores = memory[: tile_lse.numel() * keys.shape[1]].view(len(keys), -1, keys.shape[1])
-            torch.bmm(tile_queries, keys.mT, out=scores)
-            scores = softcapped(scores.view(len(tile_lse), len(row), -1), options)  # [heads, n, keys]
+            keys = k[block.batch_row, heads, key_begin:key_end].float()
+            scores = memory[: row_lse[heads].numel() * keys.shape[1]].view(*keys.shape[:2], -1)
+            torch.bmm(keys, queries[heads], out=scores)  # [heads, keys, G n]
+            weights = softcapped(scores, options).sub_(row_lse[heads]).exp2_()
+            tile = slice(key_begin - first_key, key_end - first_key)
             if key_begin < all_see_from or key_end > begin:
-                key = torch.arange(key_begin, key_end, device=q.device) - begin
-                scores.masked_fill_(_hidden(row, key, in_response, options), -math.inf)
-            sums[-1].append(tile_factors @ scores.sub_(tile_lse).exp2_())
-    sums = torch.cat([torch.cat(x, -1) for x in sums])  # [HQ, 2, keys]
-    behind = begin - torch.arange(first_key, end, device=q.device)
-    return sums.double().flatten(1) @ torch.cat([behind, torch.ones_like(behind)]).double()
+                mask = _mask(behind[tile], in_response, options)
+                # this clears all bits of hidden weights, those of a NaN too
+                weights.view(torch.int32).unflatten(-1, (-1, end - begin)).bitwise_and_(mask[:, None])
+            sums[heads].baddbmm_(factors[:, tile].expand(len(keys), -1, -1), weights)
+    total, looked_back = sums.view(k.shape[1], 2, -1, end - begin).unbind(1)
+    row = torch.arange(end - begin, device=q.device)
+    return (total * row + looked_back).double().sum(-1).flatten()
 
 
-def _hidden(row: Tensor, key: Tensor, in_response: Tensor, options: Options) -> Tensor:
-    """Returns which keys a row does not see, bool [rows, keys]: all of them outside R, where NaN may be."""
-    distance = row[:, None] - key
-    hidden = (distance < 0) | ~in_response[:, None]
+def _mask(behind: Tensor, in_response: Tensor, options: Options) -> Tensor:
+    """Returns int32 [keys, n]: -1, all bits, where a row sees a key, else 0: everywhere outside R, where NaN may be.
+
+    behind: int64 [keys], how many tokens the first row is behind the key.
+    """
+    distance = behind[:, None] + torch.arange(len(in_response), device=behind.device)
+    seen = (distance >= 0) & in_response
     if options.sliding_window is not None:
-        hidden |= distance >= options.sliding_window
-    return hidden
+        seen &= distance < options.sliding_window
+    return seen.int().neg_()
