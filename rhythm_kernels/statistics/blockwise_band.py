@@ -1,7 +1,7 @@
-"""The band pass of the blockwise backend: a tile of rows with the keys that the window and the horizon reach.
+"""The band pass of the blockwise backend: a tile of tokens with those that the window or the horizon reaches.
 
-Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k; S sequences; N rows of a tile, M
-keys of a tile, G query heads of an item.
+Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k; S sequences; N tokens of a
+tile, R its rows, M its keys, G query heads of an item.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,10 @@ class _Band(NamedTuple):
     """Of each column, for FAI."""
 
     @property
+    def both(self) -> bool:
+        return None not in self
+
+    @property
     def reach(self) -> tuple[int, int]:
         """The least and the largest distance of either."""
         ends = [end for distances in self if distances is not None for end in distances]
@@ -42,16 +46,22 @@ class _Band(NamedTuple):
 
 
 class _BandTiles(NamedTuple):
-    """All tiles of a band, which the layers of a forward share. Positions are counted from a tile's first row."""
+    """All tiles of a band, which the layers of a forward share. Positions are counted from a tile's first token.
 
+    The tokens of a tile are its rows. If the band has the horizon alone, they are its keys: then all rows that a column
+    is summed over lie in one tile.
+    """
+
+    size: int
+    """N."""
     row: Tensor
-    """int64 [N]."""
+    """int64 [R]."""
     key: Tensor
     """int64 [M]."""
     distance: Tensor
-    """int32 [N, M]: t - s inside the band, else T, which is further than any row sees."""
+    """int32 [R, M]: t - s inside the band, else T, which is further than any row sees."""
     in_horizon: Tensor | None
-    """int32 [N, keys of the horizon]: -1, all bits, inside the horizon, else 0."""
+    """int32 [R, keys of the horizon]: -1, all bits, inside the horizon, else 0. None if the band has one part."""
     batch_row: Tensor
     """int64 [tiles]."""
     start: Tensor
@@ -61,7 +71,7 @@ class _BandTiles(NamedTuple):
     used: Tensor
     """bool [tiles]: whether it has a row of R."""
     sight: Tensor
-    """int32 [tiles, N, 1]: how far back each row sees. A row of R sees to the beginning of its own sequence; any other
+    """int32 [tiles, R, 1]: how far back each row sees. A row of R sees to the beginning of its own sequence; any other
     row sees nothing, -1."""
     place: Tensor
     """int64 [B * T]: the place of each token in [tiles, N]; the first place behind them for padding."""
@@ -69,7 +79,7 @@ class _BandTiles(NamedTuple):
     """`mask` of all tiles, if they are few."""
 
     def mask(self, tiles: Tensor) -> Tensor:
-        """Returns int32 [n, N, M] for the indices of n tiles: -1, all bits, where a row sees a key, else 0."""
+        """Returns int32 [n, R, M] for the indices of n tiles: -1, all bits, where a row sees a key, else 0."""
         if self.masks is not None:
             return self.masks.index_select(0, tiles)
         return (self.distance - self.sight[tiles]).le_(0).neg_()
@@ -137,9 +147,9 @@ def _band_sums(
     key_items = items._replace(head=items.head // (head_count // k.shape[1]))
     read_k = _reader(k[:, :, None], key_items, tiles.key)
 
-    group, size = q.shape[2], len(tiles.row)
+    group, size = q.shape[2], tiles.size
     nearest = (options.window - tiles.distance).clamp_(min=0).float()
-    before = 0 if band.horizon is None else -(-band.horizon[1] // size)  # tiles that a tile looks back at
+    before = -(-band.horizon[1] // size) if band.both else 0  # tiles that the rows of a tile look back at
     line = items.tile * head_count + items.head
     # one more tile is for padding, and stays 0
     nearness, received = (
@@ -157,14 +167,15 @@ def _band_sums(
             near = band.keys(band.window, size)
             sums = (weights[..., near] * nearest[:, near]).sum(-1)  # [n, G, N]
             nearness.index_copy_(0, line[part] + before * head_count, sums.flatten(1))
-        if band.horizon is not None:
+        if band.both:
             lo, hi = band.horizon
             weights = weights[..., band.keys(band.horizon, size)]
-            if band.window is not None:
-                weights.view(torch.int32).bitwise_and_(tiles.in_horizon)
+            weights.view(torch.int32).bitwise_and_(tiles.in_horizon)
             sums = pad(weights.sum(-2), (before * size - hi, lo)).unflatten(-1, (-1, size))  # [n, G, before + 1, N]
-            for i, columns in enumerate(sums.unbind(2)):  # a tile has one item for each head, so that the order is fixed
+            for i, columns in enumerate(sums.unbind(2)):  # no two items share a line, so that the order is fixed
                 received.index_add_(0, line[part] + i * head_count, columns.flatten(1))
+        elif band.horizon is not None:
+            received.index_copy_(0, line[part], weights.sum(-2).flatten(1))
     return tuple(
         None if x is None else _at_tokens(x.view(-1, head_count, group, size)[before:], tiles, q.shape)
         for x in (nearness, received)
@@ -175,25 +186,31 @@ def _band_tiles(layout: Layout, band: _Band) -> _BandTiles:
     tokens, device = layout.rows.shape[1], layout.rows.device
     size = SHORT_TILE if layout.rows.numel() <= SHORT * layout.sequences else BAND_TILE
     least, largest = band.reach
-    row = torch.arange(size, device=device)
-    key = torch.arange(-largest, size - least, device=device)
+    own = torch.arange(size, device=device)
+    if band.window is None:
+        row, key = torch.arange(least, size + largest, device=device), own
+    else:
+        row, key = own, torch.arange(-largest, size - least, device=device)
     distance = row[:, None] - key
     distance = torch.where((least <= distance) & (distance <= largest), distance, tokens).int()
     in_horizon = None
-    if band.horizon is not None:
+    if band.both:
         far = distance[:, band.keys(band.horizon, size)]
         in_horizon = ((band.horizon[0] <= far) & (far <= band.horizon[1])).int().neg_()
 
     batch_row, start, _, end, sequence = layout.tiles(size).long().unbind(-1)
-    used = layout.next_row()[batch_row, start] < torch.minimum(start + size, end)
+    next_row = layout.next_row()[batch_row, (start + row[0]).clamp(max=tokens)]
+    used = next_row < torch.minimum(start + row[-1] + 1, end)
+    place_of = batch_row[:, None] * tokens + start[:, None]
     sight = torch.where(layout.rows, torch.arange(tokens, device=device) - layout.first, -1).int()
-    token = start[:, None] + row  # [tiles, N]
-    inside = token < end[:, None]
-    token = torch.where(inside, batch_row[:, None] * tokens + token, layout.rows.numel())
-    sight = pad(sight.flatten(), (0, 1), value=-1)[token, None]  # one more token, of what lies behind a sequence
-    place = torch.full((layout.rows.numel() + 1,), token.numel(), device=device)
-    place[token] = torch.arange(token.numel(), device=device).view_as(token)
-    tiles = _BandTiles(row, key, distance, in_horizon, batch_row, start, sequence, used, sight, place[:-1], None)
+    # one more token stands for what lies behind the end of a sequence
+    at_row, at_own = (
+        torch.where(start[:, None] + x < end[:, None], place_of + x, layout.rows.numel()) for x in (row, own)
+    )
+    sight = pad(sight.flatten(), (0, 1), value=-1)[at_row, None]
+    place = torch.full((layout.rows.numel() + 1,), at_own.numel(), device=device)
+    place[at_own] = torch.arange(at_own.numel(), device=device).view_as(at_own)
+    tiles = _BandTiles(size, row, key, distance, in_horizon, batch_row, start, sequence, used, sight, place[:-1], None)
     if len(start) * distance.nbytes > MASK_BYTES:
         return tiles
     return tiles._replace(masks=tiles.mask(torch.arange(len(start), device=device)))
@@ -232,13 +249,13 @@ def _reader(x: Tensor, items: _Items, token: Tensor) -> Callable[[slice], Tensor
 
 
 def _item_weights(queries: Tensor, keys: Tensor, lse: Tensor, mask: Tensor, options: Options) -> Tensor:
-    """Returns A of some items, fp32 [n, G, N, M], 0 outside the band and where it is hidden.
+    """Returns A of some items, fp32 [n, G, R, M], 0 outside the band and where it is hidden.
 
     Args:
-        queries: [n, G, N, D].
+        queries: [n, G, R, D].
         keys: [n, M, D], which are multiplied by the scale in place.
-        lse: [n, G, N, 1], base 2.
-        mask: int32 [n, N, M], see `_BandTiles.mask`.
+        lse: [n, G, R, 1], base 2.
+        mask: int32 [n, R, M], see `_BandTiles.mask`.
     """
     scores = (queries.flatten(1, 2) @ keys.mul_(options.scale).mT).unflatten(1, queries.shape[1:3])
     weights = softcapped(scores, options).sub_(lse).exp2_()

@@ -6,7 +6,6 @@ of one sequence. G is HQ / H.
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
