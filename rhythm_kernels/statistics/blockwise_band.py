@@ -201,19 +201,28 @@ def _band_tiles(layout: Layout, band: _Band) -> _BandTiles:
     batch_row, start, _, end, sequence = layout.tiles(size).long().unbind(-1)
     next_row = layout.next_row()[batch_row, (start + row[0]).clamp(max=tokens)]
     used = next_row < torch.minimum(start + row[-1] + 1, end)
-    place_of = batch_row[:, None] * tokens + start[:, None]
     sight = torch.where(layout.rows, torch.arange(tokens, device=device) - layout.first, -1).int()
-    # one more token stands for what lies behind the end of a sequence
-    at_row, at_own = (
-        torch.where(start[:, None] + x < end[:, None], place_of + x, layout.rows.numel()) for x in (row, own)
-    )
-    sight = pad(sight.flatten(), (0, 1), value=-1)[at_row, None]
-    place = torch.full((layout.rows.numel() + 1,), at_own.numel(), device=device)
-    place[at_own] = torch.arange(at_own.numel(), device=device).view_as(at_own)
-    tiles = _BandTiles(size, row, key, distance, in_horizon, batch_row, start, sequence, used, sight, place[:-1], None)
+    sight = pad(sight.flatten(), (0, 1), value=-1)[_tokens_of(layout, size, row), None]
+    place = layout.keep(("band place", size), lambda: _place(layout, size, own))
+    tiles = _BandTiles(size, row, key, distance, in_horizon, batch_row, start, sequence, used, sight, place, None)
     if len(start) * distance.nbytes > MASK_BYTES:
         return tiles
     return tiles._replace(masks=tiles.mask(torch.arange(len(start), device=device)))
+
+
+def _tokens_of(layout: Layout, size: int, offset: Tensor) -> Tensor:
+    """Returns the token of each offset in each tile, int64 [tiles, offsets] in B * T; B * T behind a sequence's end."""
+    batch_row, start, _, end, _ = layout.tiles(size).long()[..., None].unbind(1)
+    token = start + offset
+    return torch.where(token < end, batch_row * layout.rows.shape[1] + token, layout.rows.numel())
+
+
+def _place(layout: Layout, size: int, own: Tensor) -> Tensor:
+    """Returns `_BandTiles.place`."""
+    tokens = _tokens_of(layout, size, own)
+    place = torch.full((layout.rows.numel() + 1,), tokens.numel(), device=own.device)
+    place[tokens] = torch.arange(tokens.numel(), device=own.device).view_as(tokens)
+    return place[:-1]
 
 
 def _band_items(tiles: _BandTiles, heads: Tensor) -> _Items:
