@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhythm_kernels.statistics.blockwise_scores import LOG2_E, row_sums, softcapped
+from rhythm_kernels.statistics.blockwise_scores import LOG2_E, all_bits, row_sums, softcapped
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
 
@@ -196,7 +196,7 @@ def _band_tiles(layout: Layout, band: _Band) -> _BandTiles:
     in_horizon = None
     if band.both:
         far = distance[:, band.keys(band.horizon, size)]
-        in_horizon = ((band.horizon[0] <= far) & (far <= band.horizon[1])).int().neg_()
+        in_horizon = all_bits((band.horizon[0] <= far) & (far <= band.horizon[1]))
 
     batch_row, start, _, end, sequence = layout.tiles(size).long().unbind(-1)
     next_row = layout.next_row()[batch_row, (start + row[0]).clamp(max=tokens)]
@@ -268,8 +268,7 @@ def _item_weights(queries: Tensor, keys: Tensor, lse: Tensor, mask: Tensor, opti
     """
     scores = (queries.flatten(1, 2) @ keys.mul_(options.scale).mT).unflatten(1, queries.shape[1:3])
     weights = softcapped(scores, options).sub_(lse).exp2_()
-    # This clears all bits of hidden weights, those of a NaN too; a fill by a bool mask takes several times as long. It
-    # comes after the exponential, since a NaN log-sum-exp must not reach the keys that its row does not see.
+    # after the exponential, since a NaN log-sum-exp must not reach the keys that its row does not see
     weights.view(torch.int32).bitwise_and_(mask[:, None])
     return weights
 

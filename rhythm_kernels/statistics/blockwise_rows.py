@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rhythm_kernels.host import send
-from rhythm_kernels.statistics.blockwise_scores import row_sums, softcapped
+from rhythm_kernels.statistics.blockwise_scores import all_bits, row_sums, softcapped
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.more import NEED_EVERY_KEY
 from rhythm_kernels.statistics.options import Options
@@ -287,9 +287,9 @@ def _write_statistics(
 
     first_key = max(tile.keys.start, tile.rows.start - _reach(options, layout.rows.shape[1]))
     near = slice(first_key - tile.keys.start, None)  # the keys that the window or the horizon reaches
-    hidden = tile.hidden[..., near] | ~rows[..., None]
+    seen = all_bits(~tile.hidden[..., near] & rows[..., None])
     # a row of NaN is NaN at hidden keys too, which lie in columns of other sequences
-    weights[..., near].masked_fill_(hidden[:, None], 0.0)
+    weights[..., near].view(torch.int32).bitwise_and_(seen[:, None])
     nearness, received = _window_sums(weights[..., near], tile.distance[:, near], options)
     waad = options.window * row_sums(row_lse, options.sinks) - nearness
     _write_rows(results.waad, waad, tile, layout)
@@ -320,5 +320,5 @@ def _window_sums(weights: Tensor, distance: Tensor, options: Options) -> tuple[T
     future = distance[:, earlier] >= lo
     if hi is not None:
         future &= distance[:, earlier] <= hi
-    received = torch.where(future, weights[..., earlier], 0.0).sum(-2)
+    received = (weights[..., earlier].view(torch.int32) & all_bits(future)).view(torch.float32).sum(-2)
     return nearness, pad(received, (0, keys - received.shape[-1]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels.checks import SPAN_BLOCK
-from rhythm_kernels.statistics.blockwise_scores import LOG2_E, softcapped
+from rhythm_kernels.statistics.blockwise_scores import LOG2_E, all_bits, softcapped
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.statistics.spans import mean_of_units, span_sample, to_units
@@ -91,7 +91,6 @@ def _looked_back(
             tile = slice(key_begin - first_key, key_end - first_key)
             if key_begin < all_see_from or key_end > begin:
                 mask = _mask(behind[tile], in_response, options)
-                # this clears all bits of hidden weights, those of a NaN too
                 weights.view(torch.int32).unflatten(-1, (-1, end - begin)).bitwise_and_(mask[:, None])
             sums[heads].baddbmm_(factors[:, tile].expand(len(keys), -1, -1), weights)
     total, looked_back = sums.view(k.shape[1], 2, -1, end - begin).unbind(1)
@@ -108,4 +107,4 @@ def _mask(behind: Tensor, in_response: Tensor, options: Options) -> Tensor:
     seen = (distance >= 0) & in_response
     if options.sliding_window is not None:
         seen &= distance < options.sliding_window
-    return seen.int().neg_()
+    return all_bits(seen)

@@ -18,3 +18,11 @@ def row_sums(lse: Tensor, sinks: Tensor | None) -> Tensor | float:
 def softcapped(scores: Tensor, options: Options) -> Tensor:
     """Applies the soft cap, if there is one, to scores of any shape, in place."""
     return scores if options.softcap is None else scores.div_(options.softcap).tanh_().mul_(options.softcap)
+
+
+def all_bits(kept: Tensor) -> Tensor:
+    """Returns int32: all bits, -1, where `kept` is true, else none.
+
+    A bitwise "and" with it clears fp32 weights, those of a NaN too; a fill by a bool mask takes several times as long.
+    """
+    return kept.int().neg_()
