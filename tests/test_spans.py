@@ -24,14 +24,19 @@ def some_rows(*shape, seed=0):
     return (rows & blocks).flatten(-2)[..., : shape[-1]]
 
 
+def padded(x, by):
+    """Returns x [T], [HQ, T] or [HQ, T, D] with so many tokens more on the left and on the right."""
+    return torch.nn.functional.pad(x, (0, 0, *by) if x.dim() == 3 else by)
+
+
 def batches(values, rows):
-    """Yields (values [B, HQ, T], rows [B, T], masks) of the sequences packed, and padded on either side."""
+    """Yields (values [B, HQ, T, ...], rows [B, T], masks) of the sequences packed, and padded on either side."""
     bounds, width = torch.tensor([0, *LENGTHS]).cumsum(0), max(LENGTHS)
     yield torch.cat(values, 1)[None], torch.cat(rows)[None], {"cu_seqlens": bounds}
     for left in (False, True):
         pads = [(width - n, 0) if left else (0, width - n) for n in LENGTHS]
         x, r, mask = (
-            torch.stack([torch.nn.functional.pad(y, by) for y, by in zip(ys, pads, strict=True)])
+            torch.stack([padded(y, by) for y, by in zip(ys, pads, strict=True)])
             for ys in (values, rows, [torch.ones(n, dtype=torch.bool) for n in LENGTHS])
         )
         yield x, r, {"attention_mask": mask}
@@ -129,6 +134,27 @@ def test_a_sample_is_read_in_parts_where_the_memory_is_small(monkeypatch):
     for kilobytes in (8, 50, 400):
         monkeypatch.setattr(blockwise_sample, "SCORES", kilobytes << 8)
         assert_close_to_reference(attention_stats(case.q, case.k, **case.kwargs, backend="torch"), case)
+
+
+@pytest.mark.parametrize("size", [24, 64])
+def test_a_long_sequence_has_the_same_span_alone_and_in_any_batch(size):
+    """Its blocks of rows are read one by one, so that no product has another shape."""
+    rows = [some_rows(n, seed=i) for i, n in enumerate(LENGTHS)]
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = ([torch.randn(heads, n, size, generator=generator) for n in LENGTHS] for heads in (6, 2))
+
+    def span(q, k, lse, r, **masks):
+        return attention_stats(q, k, lse=lse, response_mask=r, span_rows=64, backend="torch", **masks).span
+
+    lse = [attention_stats(q[None], k[None], backend="torch").lse[0] for q, k in zip(queries, keys, strict=True)]
+    alone = torch.cat([span(*(x[None] for x in inputs)) for inputs in zip(queries, keys, lse, rows, strict=True)])
+    inputs = [[x for x, _, _ in batches(values, rows)] for values in (queries, keys, [x[..., None] for x in lse])]
+    for i, (_, r, masks) in enumerate(batches(queries, rows)):
+        got = span(inputs[0][i], inputs[1][i], inputs[2][i][..., 0], r, **masks)
+        for sequence, n in enumerate(LENGTHS):
+            if n > 64:
+                assert torch.equal(got[sequence], alone[sequence]), n
+    assert (alone[[1, 4]] > 0).all()
 
 
 @pytest.mark.parametrize("lse_given", [False, True])
