@@ -172,8 +172,9 @@ def _band_sums(
             weights = weights[..., band.keys(band.horizon, size)]
             weights.view(torch.int32).bitwise_and_(tiles.in_horizon)
             sums = pad(weights.sum(-2), (before * size - hi, lo)).unflatten(-1, (-1, size))  # [n, G, before + 1, N]
-            for i, columns in enumerate(sums.unbind(2)):  # no two items share a line, so that the order is fixed
-                received.index_add_(0, line[part] + i * head_count, columns.flatten(1))
+            for i, columns in enumerate(sums.unbind(2)):
+                lines = line[part] + i * head_count  # each is there once; index_add_ would sort them
+                received.index_copy_(0, lines, received.index_select(0, lines).add_(columns.flatten(1)))
         elif band.horizon is not None:
             received.index_copy_(0, line[part], weights.sum(-2).flatten(1))
     return tuple(
