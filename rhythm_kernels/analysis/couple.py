@@ -2,10 +2,11 @@
 
 The model answers problems. In each answer the command finds the peaks of two numbers: of the windowed average attention
 distance (WAAD), where the model reaches back before it goes on, and of the future attention influence (FAI), at tokens
-that later ones look back at. It counts how often the peaks coincide or follow each other, and compares that with the
-same peaks shifted along the answer.
+that later ones look back at. It counts how often the peaks coincide or follow each other, and compares that with peaks
+at random places.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,10 @@ import torch
 from matplotlib.figure import Figure
 
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
+from rhythm_kernels.analysis.profile import correlations, profile, tables
 from rhythm_kernels.analysis.reading import read
 from rhythm_kernels.analysis.receivers import FEWEST_ROWS
+from rhythm_kernels.analysis.sources import token_texts
 from rhythm_kernels.analysis.study import (
     INTERVALS,
     Answer,
@@ -34,7 +37,7 @@ from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.credit.selection import find_peaks
 
 FEWEST_TOKENS = 16
-"""An answer counts if it has at least so many tokens before its last FEWEST_ROWS."""
+"""An answer counts if it has at least so many tokens."""
 NEARBY = 20
 """A nearby shift moves peaks by at most so many tokens, so that a trend along the answer stays in place."""
 FURTHEST = 3
@@ -44,7 +47,7 @@ PAPER = {
     "co-occurrence": (0.6084, 0.2241),
     "coupling": (0.5253, 0.3687),
 }
-"""(observed, baseline) for Qwen3-4B-Base in the paper's Table 2; entropy in nats."""
+"""(observed, random) for Qwen3-4B-Base in the paper's Table 2; entropy in nats."""
 
 
 class Peaks(NamedTuple):
@@ -53,7 +56,7 @@ class Peaks(NamedTuple):
     entropy: np.ndarray
     """Nats, of the distribution that the token was drawn from."""
     next_entropy: np.ndarray
-    """Nats, of the distribution of the next token, which the row of WAAD predicts."""
+    """Nats, of the distribution of the next token, which the row of WAAD predicts; the last token's own at the end."""
     waad: np.ndarray
     """bool, the peaks of WAAD; `fai` and `receiver` are the peaks of FAI and of the receiver heads' FAI."""
     fai: np.ndarray
@@ -61,41 +64,46 @@ class Peaks(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of the table: a number, its baseline, and both in the paper."""
+    """One row of the table: a number, what it is at random, and both in the paper."""
 
     name: str
     observed: Estimate
-    baseline: float
-    """The number for peaks shifted anywhere along the answer; for entropy, the mean over all tokens."""
+    random: float
+    """The baseline of the paper's A.1: the mean entropy of all tokens, the density of FAI peaks, the share of FAI peaks
+    at random places that follow a WAAD peak."""
     lift: Estimate
-    """observed / baseline."""
+    """(observed - random) / random, as the other lifts."""
     p: float
-    """The share of shuffles that reach the observed number."""
+    """The share of shuffles to random places that reach the observed number."""
+    shifted_lift: Estimate
+    """The lift over peaks that are moved along the answer together."""
     nearby_lift: Estimate
-    """observed / the number for peaks shifted by at most NEARBY tokens."""
+    """The lift over peaks that are moved by at most NEARBY tokens together."""
     paper: tuple[float, float] | None
-    """(observed, baseline)."""
+    """(observed, random)."""
 
 
 # ---- one answer ------------------------------------------------------------------------------------------------------
 
 
-def signals(study: Study, answer: Answer) -> dict[str, list[float]]:
-    """Reads an answer; returns the entropy, WAAD, FAI and receiver heads' FAI of each of its tokens."""
-    device = study.model.device
+def signals(study: Study, answers: list[Answer]) -> list[dict[str, list]]:
+    """Reads answers; returns the text, entropy, WAAD, FAI and receiver heads' FAI of the tokens of each."""
+    return [_signals(study, answer) for answer in answers]
+
+
+def _signals(study: Study, answer: Answer) -> dict[str, list]:
+    device, begin = study.model.device, len(answer.prompt)
     ids = torch.tensor(answer.prompt + answer.tokens, device=device)
-    response = torch.arange(len(ids), device=device) >= len(answer.prompt)
+    response = torch.arange(len(ids), device=device) >= begin
     reading = read(study.model, ids, response, layers=study.args.layers, receivers=study.args.receivers)
     names = ("entropy", "waad", "fai", "receiver_fai")
-    return {name: getattr(reading, name)[len(answer.prompt) :].tolist() for name in names}
+    texts = token_texts(study.tokenizer, ids.tolist())[begin:]
+    return {"text": texts} | {name: getattr(reading, name)[begin:].tolist() for name in names}
 
 
-def peaks_of(signal: dict[str, list[float]], quantile: float) -> Peaks | None:
-    """Returns the peaks of an answer's signals, or None for an answer that is too short.
-
-    The last FEWEST_ROWS tokens do not count: their FAI is the attention of a few neighbours, large for any token.
-    """
-    counted = len(signal["entropy"]) - FEWEST_ROWS
+def peaks_of(signal: dict[str, list], quantile: float, without_last: int = 0) -> Peaks | None:
+    """Returns the peaks among an answer's tokens but the last ones, or None for an answer that is too short."""
+    counted = len(signal["entropy"]) - without_last
     if counted < FEWEST_TOKENS:
         return None
 
@@ -104,7 +112,8 @@ def peaks_of(signal: dict[str, list[float]], quantile: float) -> Peaks | None:
         return find_peaks(values, torch.ones_like(values, dtype=torch.bool), min_quantile=quantile)[0].numpy()
 
     entropy = np.array(signal["entropy"])
-    return Peaks(entropy[:counted], entropy[1 : counted + 1], peaks("waad"), peaks("fai"), peaks("receiver_fai"))
+    following = np.append(entropy[1:], entropy[-1])
+    return Peaks(entropy[:counted], following[:counted], peaks("waad"), peaks("fai"), peaks("receiver_fai"))
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -133,13 +142,24 @@ def draw_shifts(size: int, count: int, seed: int, index: int, nearby: bool) -> n
     return distances * generator.choice([-1, 1], count)
 
 
-def shuffled_sums(kind: str, answers: list[Peaks], shuffles: int, seed: int, nearby: bool, within: int) -> np.ndarray:
+def shifted_sums(kind: str, answers: list[Peaks], shuffles: int, seed: int, nearby: bool, within: int) -> np.ndarray:
     """Returns the first column of `observed_sums` with the leading peaks shifted, [n, shuffles]."""
     sums = np.zeros((len(answers), shuffles))
     for index, answer in enumerate(answers):
         shifts = draw_shifts(len(answer.waad), shuffles, seed, index, nearby)
         leaders, values = _sides(kind, answer)
         sums[index] = (after(shifted(leaders, shifts), within) * values).sum(-1)
+    return sums
+
+
+def shuffled_sums(kind: str, answers: list[Peaks], shuffles: int, seed: int, within: int) -> np.ndarray:
+    """Returns the first column of `observed_sums` with the summed values at random places, [n, shuffles]."""
+    sums = np.zeros((len(answers), shuffles))
+    for index, answer in enumerate(answers):
+        leaders, values = _sides(kind, answer)
+        generator = np.random.default_rng([seed, index, 2])
+        places = generator.permuted(np.broadcast_to(values, (shuffles, len(values))), axis=1)
+        sums[index] = (places * after(leaders, within)).sum(-1)
     return sums
 
 
@@ -158,8 +178,22 @@ def observed_sums(kind: str, answers: list[Peaks], within: int) -> np.ndarray:
     return sums
 
 
+def random_sums(kind: str, answers: list[Peaks], within: int) -> np.ndarray:
+    """Returns a sum and a count for each answer, [n, 2], whose ratio is the baseline of the paper's A.1."""
+    sums = np.zeros((len(answers), 2))
+    for index, answer in enumerate(answers):
+        leaders, values = _sides(kind, answer)
+        if "entropy" in kind:  # all tokens
+            sums[index] = values.sum(), len(values)
+        elif kind == "co-occurrence":  # the density of the global heads' peaks
+            sums[index] = leaders.sum(), len(leaders)
+        else:  # the expectation over all places of the FAI peaks
+            sums[index] = values.sum() * after(leaders, within).mean(), values.sum()
+    return sums
+
+
 def _sides(kind: str, answer: Peaks) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (the peaks that are shifted, the values that are summed at them)."""
+    """Returns (the peaks that lead, the values that are summed at them)."""
     if kind == "entropy":
         return answer.waad, answer.entropy
     if kind == "next entropy":
@@ -169,26 +203,27 @@ def _sides(kind: str, answer: Peaks) -> tuple[np.ndarray, np.ndarray]:
 
 def row_of(name: str, kind: str, answers: list[Peaks], *, within: int, shuffles: int, seed: int, paper=None) -> Row:
     """Returns a row of the table; `observed_sums` says what the kinds are."""
-    hits = observed_sums(kind, answers, within)
-    anywhere, nearby = (shuffled_sums(kind, answers, shuffles, seed, is_nearby, within) for is_nearby in (False, True))
-    if "entropy" in kind:
-        values = [_sides(kind, answer)[1] for answer in answers]
-        base = np.array([[entropy.sum(), len(entropy)] for entropy in values]).reshape(-1, 2)
-    else:
-        base = np.stack([anywhere.mean(1), hits[:, 1]], 1)
-    nearby_base = np.stack([nearby.mean(1), hits[:, 1]], 1)
+    hits, base = observed_sums(kind, answers, within), random_sums(kind, answers, within)
 
     def lift(hits, trials, base_hits, base_trials):
-        return (hits / trials) / (base_hits / base_trials)
+        return (hits / trials) / (base_hits / base_trials) - 1
 
-    reached = (anywhere.sum(0) >= hits[:, 0].sum()).sum()
+    def lift_over(base: np.ndarray) -> Estimate:
+        return bootstrap(np.hstack([hits, base]), lift, seed=seed)
+
+    anywhere, nearby = (
+        np.stack([shifted_sums(kind, answers, shuffles, seed, is_nearby, within).mean(1), hits[:, 1]], 1)
+        for is_nearby in (False, True)
+    )
+    reached = (shuffled_sums(kind, answers, shuffles, seed, within).sum(0) >= hits[:, 0].sum() - 1e-9).sum()
     return Row(
         name=name,
         observed=bootstrap(hits, share, seed=seed),
-        baseline=bootstrap(base, share, seed=seed).value,
-        lift=bootstrap(np.hstack([hits, base]), lift, seed=seed),
+        random=bootstrap(base, share, seed=seed).value,
+        lift=lift_over(base),
         p=float(1 + reached) / (1 + shuffles),
-        nearby_lift=bootstrap(np.hstack([hits, nearby_base]), lift, seed=seed),
+        shifted_lift=lift_over(anywhere),
+        nearby_lift=lift_over(nearby),
         paper=paper,
     )
 
@@ -212,57 +247,85 @@ def table_2(answers: list[Peaks], *, within: int, shuffles: int, seed: int) -> l
 
 EXPLAINED = [
     "*Entropy* is the entropy of the distribution that a token was drawn from, in nats at temperature 1. The first "
-    "row is its mean at WAAD peaks, the baseline its mean over all tokens. *Co-occurrence* is the share of the "
-    "receiver heads' FAI peaks that are also FAI peaks of the global heads. *Coupling* is the share of the global "
-    "heads' FAI peaks at or shortly after a WAAD peak. The *baseline* shifts the peaks around the answer by a "
-    "random number of tokens; p is the share of shuffles that reach the observed number. The *nearby lift* compares "
-    f"with shifts by at most {NEARBY} tokens, which keep a trend along the answer in place. {INTERVALS}",
-    "The model, its size and the problems are not the paper's. Chosen here, and perhaps different there: which "
-    "peaks count (local maxima above a quantile of the answer's own values), how far after a WAAD peak an FAI peak "
-    f"may stand, and the shuffle. The last {FEWEST_ROWS} tokens of an answer do not count, because too few tokens "
-    "look back at them.",
+    "row is its mean at WAAD peaks. *Co-occurrence* is the share of the receiver heads' FAI peaks that are also FAI "
+    "peaks of the global heads. *Coupling* is the share of the global heads' FAI peaks at or just after a WAAD peak. "
+    "*Random* is the baseline of the paper's A.1: the mean entropy of all tokens, the share of tokens that are FAI "
+    "peaks, and the coupling of FAI peaks at random places. *Lift* is (observed - random) / random. p is the share of "
+    "shuffles to random places that reach the observed number. The last two lifts compare with peaks that move around "
+    f"the answer together: anywhere, or by at most {NEARBY} tokens, which keeps a trend along the answer in place. "
+    f"{INTERVALS}",
+    "The model and the problems are not the paper's. Chosen here, and perhaps different there: which peaks count "
+    "(local maxima above a quantile of the answer's own values), how far after a WAAD peak an FAI peak may stand, and "
+    f"which heads are receiver heads (the largest kurtosis over tokens with at least {FEWEST_ROWS} later ones).",
 ]
 
 
-def report(
-    rows: list[Row], answers: list[Peaks], left_out: int, study: Study, arguments: list[str]
-) -> tuple[str, dict]:
-    """Returns (report.md, the data of report.json)."""
-    args = study.args
-    tokens = sum(len(answer.waad) for answer in answers)
-    peaks = {
-        "waad": sum(int(answer.waad.sum()) for answer in answers),
-        "fai": sum(int(answer.fai.sum()) for answer in answers),
-        "receiver_fai": sum(int(answer.receiver.sum()) for answer in answers),
-    }
-    head = ["", "observed", "baseline", "lift", "p", "nearby lift", "paper: observed", "baseline", "lift"]
+def table_of(rows: list[Row]) -> str:
+    """Returns Table 2 in Markdown."""
+    head = ["", "random", "observed", "lift", "p", "lift over shifts", "over nearby shifts"]
     lines = []
     for row in rows:
         form = ".3f" if "entropy" in row.name else ".1%"
-        paper = ["", "", ""]
+        lifts = [
+            shown(row.lift, "+.1%"),
+            f"{row.p:.3f}",
+            shown(row.shifted_lift, "+.1%"),
+            shown(row.nearby_lift, "+.1%"),
+        ]
+        lines.append([row.name, f"{row.random:{form}}", shown(row.observed, form), *lifts])
         if row.paper:
-            paper = [f"{row.paper[0]:{form}}", f"{row.paper[1]:{form}}", f"{row.paper[0] / row.paper[1]:.2f}"]
-        ours = [shown(row.observed, form), f"{row.baseline:{form}}", shown(row.lift, ".2f"), f"{row.p:.3f}"]
-        lines.append([row.name, *ours, shown(row.nearby_lift, ".2f"), *paper])
+            observed, random = row.paper
+            paper = [f"{random:{form}}", f"{observed:{form}}", f"{observed / random - 1:+.1%}", "", "", ""]
+            lines.append(["*paper, Qwen3-4B-Base*", *paper])
+    return table(head, lines)
+
+
+def report(
+    rows: list[Row], fewer: list[Row], measured: list[dict], answers: list[Answer], study: Study, arguments: list[str]
+) -> tuple[str, dict]:
+    """Returns (report.md, the data of report.json).
+
+    Args:
+        rows, fewer: Table 2 of all tokens, and without the last ones of each answer.
+        measured: what `signals` returned for the answers that count.
+        answers: all answers.
+    """
+    args = study.args
+    peaks = [peaks_of(signal, args.peak_quantile) for signal in measured]
+    tokens = sum(len(answer.waad) for answer in peaks)
+    counts = {name: sum(int(getattr(answer, name).sum()) for answer in peaks) for name in ("waad", "fai", "receiver")}
+    left_out = len(answers) - len(measured)
     skipped = f"; {left_out} shorter answers left out" if left_out else ""
+    pearson, spearman = correlations(measured, args.seed)
+    profiles = profile(measured, peaks, args.seed)
     paragraphs = [
-        f"{args.model}, {len(answers)} answers, {tokens:,} tokens{skipped}; peaks above the {args.peak_quantile} "
-        f"quantile: {peaks['waad']:,} of WAAD (windowed average attention distance), {peaks['fai']:,} of FAI (future "
-        f"attention influence), {peaks['receiver_fai']:,} of the receiver heads' FAI; {args.shuffles:,} shuffles. The "
-        "paper's numbers are those of Qwen3-4B-Base.",
-        table(head, lines),
+        f"{args.model}, {len(measured)} answers, {tokens:,} tokens{skipped}; peaks above the {args.peak_quantile} "
+        f"quantile: {counts['waad']:,} of WAAD (windowed average attention distance), {counts['fai']:,} of FAI (future "
+        f"attention influence), {counts['receiver']:,} of the receiver heads' FAI; {args.shuffles:,} shuffles. "
+        f"{study.described(answers)}",
+        table_of(rows),
+        f"Without the last {args.without_last} tokens of each answer, whose FAI is the attention of few others:",
+        table_of(fewer),
         *EXPLAINED,
+        f"FAI of the receiver heads and of the global heads correlate along an answer with {shown(pearson, '.2f')} "
+        f"(Pearson) and {shown(spearman, '.2f')} (Spearman), as means over the answers.",
+        *tables(profiles),
         "![Entropy at WAAD peaks; co-occurrence and coupling](figure.png)",
     ]
     numbers = {
         "peak_quantile": args.peak_quantile,
         "within": args.within,
         "shuffles": args.shuffles,
-        "answers": len(answers),
+        "answers": len(measured),
         "left_out": left_out,
+        "cut_off": sum(not study.ended(answer) for answer in answers),
         "tokens": tokens,
-        "peaks": peaks,
+        "peaks": counts,
         "rows": [row._asdict() for row in rows],
+        "without_last": {"tokens": args.without_last, "rows": [row._asdict() for row in fewer]},
+        "pearson": pearson,
+        "spearman": spearman,
+        "profiles": {name: [line._asdict() for line in lines] for name, lines in profiles.items()},
     }
     return report_of(study, arguments, "Preplan tokens and anchors (Table 2)", paragraphs, numbers)
 
@@ -288,7 +351,7 @@ def draw(rows: list[Row], answers: list[Peaks], within: int, path: Path) -> None
     value = np.array([estimate.value for estimate in observed])
     error = [value - [estimate.low for estimate in observed], [estimate.high for estimate in observed] - value]
     right.bar(x - 0.2, value, 0.36, yerr=error, capsize=3, color=COLORS["waad"], label="observed")
-    right.bar(x + 0.2, [row.baseline for row in bars], 0.36, color="#c9cdd4", label="shifted")
+    right.bar(x + 0.2, [row.random for row in bars], 0.36, color="#c9cdd4", label="random")
     places, paper = np.concatenate([x - 0.2, x + 0.2]), np.array([row.paper for row in bars]).T.flatten()
     right.plot(places, paper, "D", color=COLORS["fai"], markersize=5, label="paper, Qwen3-4B-Base")
     reach = f"0 to {within} after" if within else "at"
@@ -303,7 +366,7 @@ def draw(rows: list[Row], answers: list[Peaks], within: int, path: Path) -> None
 
 def main(arguments: list[str]) -> None:
     """Runs `rhythm couple`: generates answers, reads them, and writes the report."""
-    parser = parser_of("couple", __doc__)
+    parser = parser_of("couple", __doc__, temperature=0.7, batch_size=10)
     parser.add_argument(
         "--receivers",
         type=int,
@@ -319,20 +382,35 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--within", type=int, default=1, help="largest number of tokens from a WAAD peak to an FAI peak coupled with it"
     )
-    parser.add_argument("--shuffles", type=int, default=1000, help="number of random shifts that the baseline averages")
+    parser.add_argument(
+        "--shuffles", type=int, default=1000, help="number of random places and shifts of the baselines"
+    )
+    parser.add_argument(
+        "--without-last",
+        type=int,
+        default=FEWEST_ROWS,
+        help="number of last tokens that a second table leaves out: few others look back at them",
+    )
     args = parser.parse_args(arguments)
     check_flags(args, "couple")
     check_int("--receivers", args.receivers, 1)
     check_float("--peak-quantile", args.peak_quantile, 0.0, 1.0)
     check_int("--within", args.within, 0)
     check_int("--shuffles", args.shuffles, 1)
+    check_int("--without-last", args.without_last, 1)
     with Study("couple", args, also=["receivers"]) as study:
-        measured = study.measured(lambda answer: signals(study, answer))
-    all_peaks = [peaks_of(signal, args.peak_quantile) for signal in measured]
-    answers = [peaks for peaks in all_peaks if peaks is not None]
-    if not answers:
-        raise too_short(FEWEST_ROWS + FEWEST_TOKENS)
-    rows = table_2(answers, within=args.within, shuffles=args.shuffles, seed=args.seed)
-    text, data = report(rows, answers, len(measured) - len(answers), study, arguments)
-    draw(rows, answers, args.within, args.out / "figure.png")
+        answers, results = study.measured(partial(signals, study))
+    measured = [result for result in results if len(result["entropy"]) >= FEWEST_TOKENS]
+    if not measured:
+        raise too_short(FEWEST_TOKENS)
+
+    def table_without(last: int) -> tuple[list[Peaks], list[Row]]:
+        peaks = [peaks_of(signal, args.peak_quantile, last) for signal in measured]
+        peaks = [one for one in peaks if one is not None]
+        return peaks, table_2(peaks, within=args.within, shuffles=args.shuffles, seed=args.seed)
+
+    peaks, rows = table_without(0)
+    _, fewer = table_without(args.without_last)
+    text, data = report(rows, fewer, measured, answers, study, arguments)
+    draw(rows, peaks, args.within, args.out / "figure.png")
     write_report(args.out, text, data)

@@ -5,6 +5,7 @@ The model answers problems. At the tokens of each answer with the highest and wi
 likely ones and lets the model continue. The fewer words the continuations share, the more depended on the token.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +17,16 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
+from rhythm_kernels.analysis.problems import final_answer
 from rhythm_kernels.analysis.reading import read
-from rhythm_kernels.analysis.receivers import FEWEST_ROWS
-from rhythm_kernels.analysis.rollouts import roll_out
+from rhythm_kernels.analysis.rollouts import Start, roll_out
 from rhythm_kernels.analysis.study import (
     INTERVALS,
     Answer,
     Study,
     check_flags,
     parser_of,
+    quoted,
     report_of,
     shown,
     table,
@@ -32,20 +34,24 @@ from rhythm_kernels.analysis.study import (
     write_report,
 )
 from rhythm_kernels.analysis.style import COLORS, hide_frame
-from rhythm_kernels.analysis.words import content_words, jaccard
+from rhythm_kernels.analysis.words import all_words, content_words, jaccard
 from rhythm_kernels.checks import check_int
+from rhythm_kernels.tasks.answers import same
 
 PAPER = {"top": 0.534, "bottom": 0.631, "top below bottom": 0.8714}
 """The numbers for Qwen3-4B-Base in the paper's Table 1."""
 KINDS = ("top", "bottom")
 """The tokens with the highest and with the lowest FAI."""
+HORIZONS = (32, 64, 128, 256, None)
+"""Continuations are compared up to so many tokens; None is the end."""
+LONGEST_QUOTE = 600  # characters of a continuation in the report's examples
 
 
 class Overlap(NamedTuple):
     """One perturbed position, averaged over its alternatives."""
 
     jaccard: float
-    """The Jaccard index of the content words of the continuations after the own and after the alternative token."""
+    """The Jaccard index of the words of the continuations after the own and after the alternative token."""
     fai: float
     entropy: float
     """Nats, of the distribution that the token was drawn from."""
@@ -58,13 +64,13 @@ class Overlap(NamedTuple):
 # ---- one answer ------------------------------------------------------------------------------------------------------
 
 
-def extremes(fai: list[float], count: int) -> dict[str, list[int]] | None:
+def extremes(fai: list[float], count: int, without_last: int = 0) -> dict[str, list[int]] | None:
     """Returns the positions of the `count` tokens with the highest and the lowest FAI, by kind, in ascending order.
 
-    The last FEWEST_ROWS tokens are not ranked; ties go to the earlier token. Returns None where fewer than 2 `count`
-    tokens are ranked.
+    The last tokens are not ranked, `without_last` and one more, after which nothing follows; ties go to the earlier
+    token. Returns None where fewer than 2 `count` tokens are ranked.
     """
-    ranked = fai[: len(fai) - FEWEST_ROWS] if len(fai) > FEWEST_ROWS else []
+    ranked = fai[: max(0, len(fai) - without_last - 1)]
     if len(ranked) < 2 * count:
         return None
     positions = range(len(ranked))
@@ -74,59 +80,64 @@ def extremes(fai: list[float], count: int) -> dict[str, list[int]] | None:
     return {"top": sorted(top), "bottom": sorted(bottom)}
 
 
-def perturbed(study: Study, answer: Answer) -> dict[str, Any]:
-    """Reads an answer and rolls out the alternatives at its extremes; returns texts, whose words are counted later."""
-    args, model, tokenizer = study.args, study.model, study.tokenizer
-    ids = torch.tensor(answer.prompt + answer.tokens, device=model.device)
-    begin = len(answer.prompt)
-    response = torch.arange(len(ids), device=model.device) >= begin
-    reading = read(model, ids, response, layers=args.layers)
-    fai = reading.fai[begin:].tolist()
-    chosen = extremes(fai, args.positions)
-    result: dict[str, Any] = {"tokens": len(fai), "places": []}
-    if chosen is None:
-        return result
-    kind_of = {position: kind for kind in KINDS for position in chosen[kind]}
-    positions = sorted(kind_of)
-
-    def text(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-
-    with tqdm(desc="rollouts", unit="token", leave=False) as bar:
-        forks = roll_out(
-            model,
-            tokenizer,
-            ids,
-            [begin + position for position in positions],
-            alternatives=args.alternatives,
-            new_tokens=args.rollout_tokens,
-            refused=set(tokenizer.all_special_ids),
-            progress=bar.update,
-        )
-    for position, fork in zip(positions, forks, strict=True):
-        result["places"].append(
+def perturbed(study: Study, answers: list[Answer]) -> list[dict[str, Any]]:
+    """Reads answers and rolls out the alternatives at their extremes in one batch; returns tokens, to be read later."""
+    args, results, starts = study.args, [], []
+    for answer in answers:
+        begin = len(answer.prompt)
+        ids = torch.tensor(answer.prompt + answer.tokens, device=study.model.device)
+        response = torch.arange(len(ids), device=ids.device) >= begin
+        reading = read(study.model, ids, response, layers=args.layers)
+        fai = reading.fai[begin:].tolist()
+        chosen = extremes(fai, args.positions, args.without_last)
+        places = sorted((place, kind) for kind in KINDS for place in chosen[kind]) if chosen else []
+        entropy = reading.entropy[begin:].tolist()
+        results.append(
             {
-                "place": position,
-                "kind": kind_of[position],
-                "fai": fai[position],
-                "entropy": reading.entropy[begin + position].item(),
-                "tokens": [text([token]) for token in fork.tokens],
-                "probabilities": fork.probabilities,
-                "continuations": [text(tokens) for tokens in fork.continuations],
+                "tokens": len(fai),
+                "places": [{"place": t, "kind": kind, "fai": fai[t], "entropy": entropy[t]} for t, kind in places],
             }
         )
-    return result
+        if places:
+            starts.append(Start(ids.tolist(), [begin + t for t, _ in places], begin + args.max_new_tokens))
+    with tqdm(desc="rollouts", unit="token", leave=False) as bar:
+        forks = roll_out(
+            study.model,
+            study.tokenizer,
+            starts,
+            alternatives=args.alternatives,
+            new_tokens=args.rollout_tokens,
+            refused=set(study.tokenizer.all_special_ids),
+            progress=bar.update,
+        )
+    places = [place for result in results for place in result["places"]]
+    for place, fork in zip(places, (fork for of_answer in forks for fork in of_answer), strict=True):
+        place |= {name: value for name, value in fork._asdict().items() if name != "position"}
+    return results
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
-def overlap_of(place: dict[str, Any], tokens: int) -> Overlap:
-    """Returns the overlap of one of the "places" of `perturbed`, whose first token is the answer's own."""
+def overlap_of(
+    place: dict[str, Any],
+    tokens: int,
+    text_of: Callable[[list[int]], str],
+    words: Callable[..., frozenset[str]] = all_words,
+    horizon: int | None = None,
+) -> Overlap:
+    """Returns the overlap of one of the "places" of `perturbed`, whose first token is the answer's own.
+
+    Args:
+        tokens: the number of tokens of the answer.
+        text_of: decodes tokens.
+        words: returns the words of a text.
+        horizon: the number of tokens after the fork that are compared; None for all.
+    """
     # after " Tom" a continuation may begin inside a word, after "$" it begins with a whole one
     own, *others = (
-        content_words(text, begun=token[-1:].isalnum())
-        for token, text in zip(place["tokens"], place["continuations"], strict=True)
+        words(text_of(continuation[:horizon]), begun=text_of([token])[-1:].isalnum())
+        for token, continuation in zip(place["tokens"], place["continuations"], strict=True)
     )
     return Overlap(
         jaccard=float(np.mean([jaccard(own, other) for other in others])),
@@ -137,12 +148,16 @@ def overlap_of(place: dict[str, Any], tokens: int) -> Overlap:
     )
 
 
-def overlaps(result: dict[str, Any]) -> dict[str, list[Overlap]] | None:
-    """Returns the overlaps of an answer by kind, or None where it was too short to have any."""
-    by_kind: dict[str, list[Overlap]] = {kind: [] for kind in KINDS}
-    for place in result["places"]:
-        by_kind[place["kind"]].append(overlap_of(place, result["tokens"]))
-    return by_kind if result["places"] else None
+def overlaps(results: list[dict[str, Any]], overlap: Callable[[dict, int], Overlap]) -> list[dict[str, list[Overlap]]]:
+    """Returns the overlaps of each answer by kind; answers that were too short to have any are left out."""
+    return [
+        {
+            kind: [overlap(place, result["tokens"]) for place in result["places"] if place["kind"] == kind]
+            for kind in KINDS
+        }
+        for result in results
+        if result["places"]
+    ]
 
 
 def means(answers: list[dict[str, list[Overlap]]], name: str) -> np.ndarray:
@@ -151,10 +166,10 @@ def means(answers: list[dict[str, list[Overlap]]], name: str) -> np.ndarray:
 
 
 def table_1(answers: list[dict[str, list[Overlap]]], seed: int) -> dict[str, Estimate]:
-    """Returns the rows of the table, by name.
+    """Returns the columns of the table for one horizon, by name.
 
     They are the mean Jaccard index at top and at bottom positions, their difference, the share of answers whose top is
-    below their bottom, the share of ties, and `held_equal`. Each answer has the same weight.
+    below their bottom, and the share of ties. Each answer has the same weight.
     """
     top, bottom = means(answers, "jaccard").T
     ones = np.ones_like(top)
@@ -165,8 +180,32 @@ def table_1(answers: list[dict[str, list[Overlap]]], seed: int) -> dict[str, Est
         "top below bottom": (top < bottom).astype(float),
         "tied": (top == bottom).astype(float),
     }
-    estimates = {name: bootstrap(np.stack([column, ones], 1), share, seed=seed) for name, column in columns.items()}
-    return estimates | {"held equal": held_equal(answers, seed)}
+    return {name: bootstrap(np.stack([column, ones], 1), share, seed=seed) for name, column in columns.items()}
+
+
+def flips(results: list[dict[str, Any]], text_of: Callable[[list[int]], str], seed: int) -> dict[str, Estimate]:
+    """Returns the share of alternatives whose final answer differs from that after the own token, by kind.
+
+    Alternatives count where both continuations come to their end and have a final answer.
+    """
+    sums = np.zeros((len(results), 4))
+    for row, result in zip(sums, results, strict=True):
+        for place in result["places"]:
+            texts = (
+                text_of([token, *rest]) for token, rest in zip(place["tokens"], place["continuations"], strict=True)
+            )
+            own, *others = (
+                final_answer(text) if end else None for text, end in zip(texts, place["ended"], strict=True)
+            )
+            pairs = [(own, other) for other in others if own is not None and other is not None]
+            at = 2 * KINDS.index(place["kind"])
+            row[at : at + 2] += sum(not same(*pair) for pair in pairs), len(pairs)
+
+    def difference(top, tops, bottom, bottoms):
+        return top / tops - bottom / bottoms
+
+    found = {kind: bootstrap(sums[:, 2 * at : 2 * at + 2], share, seed=seed) for at, kind in enumerate(KINDS)}
+    return found | {"top - bottom": bootstrap(sums, difference, seed=seed)}
 
 
 def held_equal(answers: list[dict[str, list[Overlap]]], seed: int) -> Estimate:
@@ -190,69 +229,115 @@ def held_equal(answers: list[dict[str, list[Overlap]]], seed: int) -> Estimate:
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 EXPLAINED = [
-    "*Jaccard*: the content words (lowercased words and numbers without English stop words) that the continuation "
-    "after an alternative token shares with the one after the answer's own token, over the words in either. The "
-    "replaced token itself does not count. Both continuations are greedy and come from one batch. *Top* and "
-    "*bottom* are the tokens of an answer with the highest and with the lowest FAI (future attention influence) up "
-    f"to its end, without its last {FEWEST_ROWS} tokens. Each answer has the same weight. {INTERVALS}",
-    "The model, its size and the problems are not the paper's. Chosen here, and perhaps different there: how many "
-    "tokens are perturbed, how many alternatives each has, how long a continuation is, and the stop words. The "
-    "lower table shows how else the two kinds of tokens differ; any of these may move the overlap, whatever the "
-    "FAI. *Held equal* is the difference that is left beside the entropy and the position of the tokens, in a "
-    "linear regression within answers.",
+    "*Jaccard*: the words that the continuation after an alternative token shares with the one after the answer's own "
+    "token, over the words in either. Words are lowercased and stand between white space. *Content words* are letters "
+    "and numbers without English stop words instead. The replaced token itself does not count. Both continuations are "
+    "greedy and come from one batch. A *horizon* is the number of tokens after the replaced one that are compared. "
+    "*Top* and *bottom* are the tokens of an answer with the highest and with the lowest FAI (future attention "
+    f"influence) up to its end. Each answer has the same weight. {INTERVALS}",
+    "The model and the problems are not the paper's. Chosen here, and perhaps different there: how many tokens are "
+    "perturbed, how many alternatives each has, and what a content word is. The table of averages shows how else the "
+    "two kinds of tokens differ; any of these may move the overlap, whatever the FAI. *Held equal* is the difference "
+    "of the Jaccard indices that is left beside the entropy and the position of the tokens, in a linear regression "
+    "within answers.",
 ]
 
 
 def report(
-    estimates: dict[str, Estimate],
-    answers: list[dict[str, list[Overlap]]],
-    left_out: int,
-    study: Study,
-    arguments: list[str],
+    results: list[dict[str, Any]], answers: list[Answer], study: Study, arguments: list[str]
 ) -> tuple[str, dict]:
     """Returns (report.md, the data of report.json)."""
     args = study.args
-    names = {
-        "top": ("mean Jaccard, top FAI", ".3f"),
-        "bottom": ("mean Jaccard, bottom FAI", ".3f"),
-        "top - bottom": ("top - bottom", "+.3f"),
-        "top below bottom": ("answers whose top is below their bottom", ".1%"),
-        "tied": ("answers whose top equals their bottom", ".1%"),
-        "held equal": ("top - bottom, entropy and position held equal", "+.3f"),
+    left_out = sum(not result["places"] for result in results)
+    by_horizon = {
+        horizon: overlaps(results, partial(overlap_of, text_of=study.text_of, horizon=horizon)) for horizon in HORIZONS
     }
+    whole = by_horizon[None]
+    by_content = overlaps(results, partial(overlap_of, text_of=study.text_of, words=content_words))
+    estimates = {
+        f"{horizon} tokens" if horizon else "to the end": table_1(found, args.seed)
+        for horizon, found in by_horizon.items()
+    }
+    estimates["to the end, content words"] = table_1(by_content, args.seed)
+    equal = held_equal(whole, args.seed)
+    changed = flips(results, study.text_of, args.seed)
+
+    forms = {"top": ".3f", "bottom": ".3f", "top - bottom": "+.3f", "top below bottom": ".1%", "tied": ".1%"}
+    rows = [[label, *(shown(found[name], form) for name, form in forms.items())] for label, found in estimates.items()]
     paper = PAPER | {"top - bottom": PAPER["top"] - PAPER["bottom"]}
-    rows = [
-        [label, shown(estimates[name], form), f"{paper[name]:{form}}" if name in paper else ""]
-        for name, (label, form) in names.items()
-    ]
+    of_paper = [f"{paper[name]:{form}}" if name in paper else "" for name, form in forms.items()]
+    rows.append(["*paper, Qwen3-4B-Base*", *of_paper])
     beside = {
         "fai": ("FAI", ".4f"),
         "entropy": ("entropy, nats", ".3f"),
         "where": ("position in the answer, 0 to 1", ".2f"),
         "likelihood": ("mean probability of an alternative", ".4f"),
     }
-    differing = {name: means(answers, name).mean(0).tolist() for name in beside}
+    differing = {name: means(whole, name).mean(0).tolist() for name in beside}
     lower = [[label, *(f"{value:{form}}" for value in differing[name])] for name, (label, form) in beside.items()]
-    positions = sum(len(answer[kind]) for answer in answers for kind in KINDS)
+    lower.append(["alternatives that change the final answer", *(shown(changed[kind], ".1%") for kind in KINDS)])
+    positions = sum(len(answer[kind]) for answer in whole for kind in KINDS)
+    ended = [end for result in results for place in result["places"] for end in place["ended"]]
     skipped = f"; {left_out} shorter answers left out" if left_out else ""
+    reach = "up to the limit of an answer" if args.rollout_tokens is None else f"for {args.rollout_tokens} tokens"
     paragraphs = [
-        f"{args.model}, {len(answers)} answers{skipped}; {positions:,} positions with {args.alternatives} alternatives "
-        f"each, continued for {args.rollout_tokens} tokens. The paper's numbers are those of Qwen3-4B-Base.",
-        table(["", "here", "paper"], rows),
+        f"{args.model}, {len(whole)} answers{skipped}; {positions:,} positions with {args.alternatives} alternatives "
+        f"each, continued {reach}; {1 - np.mean(ended):.1%} of the continuations were cut off. "
+        f"{study.described(answers)}",
+        table(["horizon", "top", "bottom", "top - bottom", "answers with top < bottom", "tied"], rows),
         table(["on average", "top", "bottom"], lower),
+        f"Top - bottom to the end, entropy and position held equal: {shown(equal, '+.3f')}. Changed final answers, "
+        f"top - bottom: {shown(changed['top - bottom'], '+.1%')}.",
         *EXPLAINED,
+        *examples(results, whole, study),
         "![Jaccard at the top and bottom positions of each answer](figure.png)",
     ]
     numbers = {
-        "answers": len(answers),
+        "answers": len(whole),
         "left_out": left_out,
+        "cut_off": sum(not study.ended(answer) for answer in answers),
         "places": positions,
-        "estimates": {name: estimate._asdict() for name, estimate in estimates.items()},
+        "estimates": {
+            label: {name: one._asdict() for name, one in found.items()} for label, found in estimates.items()
+        },
+        "held_equal": equal,
+        "flips": changed,
         "paper": PAPER,
         "differing": {name: dict(zip(KINDS, values, strict=True)) for name, values in differing.items()},
-        "jaccard": [dict(zip(KINDS, pair, strict=True)) for pair in means(answers, "jaccard").tolist()],
+        "jaccard": [dict(zip(KINDS, pair, strict=True)) for pair in means(whole, "jaccard").tolist()],
     }
     return report_of(study, arguments, "Anchors and what follows them (Table 1)", paragraphs, numbers)
+
+
+def examples(results: list[dict[str, Any]], answers: list[dict[str, list[Overlap]]], study: Study) -> list[str]:
+    """Returns paragraphs with one fork of each kind (Fig. 3).
+
+    They are of the answer whose difference of top and bottom is the median one, and of each kind the place whose
+    Jaccard index is nearest to the mean of its kind.
+    """
+    difference = np.subtract(*means(answers, "jaccard").T)
+    median = int(np.argsort(difference, kind="stable")[(len(difference) - 1) // 2])
+    result = [result for result in results if result["places"]][median]
+    paragraphs = ["Two forks of the answer whose difference of top and bottom is the median one:"]
+    for kind in KINDS:
+        found = answers[median][kind]
+        nearest = int(np.argmin([abs(o.jaccard - np.mean([each.jaccard for each in found])) for o in found]))
+        place = [place for place in result["places"] if place["kind"] == kind][nearest]
+        texts = [
+            study.text_of([token, *continuation])[:LONGEST_QUOTE]
+            for token, continuation in zip(place["tokens"][:2], place["continuations"][:2], strict=True)
+        ]
+        jaccard_of_first = overlap_of(
+            {**place, "tokens": place["tokens"][:2], "continuations": place["continuations"][:2]},
+            result["tokens"],
+            study.text_of,
+        ).jaccard
+        paragraphs += [
+            f"*{kind.capitalize()} FAI*, token {place['place']} of the answer, Jaccard {jaccard_of_first:.3f}. The "
+            "answer's own token and what follows, then the most likely other one:",
+            *map(quoted, texts),
+        ]
+    return paragraphs
 
 
 def draw(estimates: dict[str, Estimate], answers: list[dict[str, list[Overlap]]], path: Path) -> None:
@@ -284,23 +369,31 @@ def draw(estimates: dict[str, Estimate], answers: list[dict[str, list[Overlap]]]
 
 def main(arguments: list[str]) -> None:
     """Runs `rhythm perturb`: generates answers, perturbs them, and writes the report."""
-    parser = parser_of("perturb", __doc__)
+    parser = parser_of("perturb", __doc__, temperature=0.0, batch_size=10)
     parser.add_argument(
         "--positions", type=int, default=3, help="number of tokens to replace with the highest FAI, and with the lowest"
     )
-    parser.add_argument("--alternatives", type=int, default=5, help="number of replacements for each token")
-    parser.add_argument("--rollout-tokens", type=int, default=64, help="largest number of tokens of a continuation")
+    parser.add_argument("--alternatives", type=int, default=2, help="number of replacements for each token")
+    parser.add_argument(
+        "--rollout-tokens",
+        type=int,
+        help="largest number of tokens of a continuation; if left out, up to --max-new-tokens of the whole answer",
+    )
+    parser.add_argument(
+        "--without-last", type=int, default=0, help="number of last tokens that are not ranked by their FAI"
+    )
     args = parser.parse_args(arguments)
     check_flags(args, "perturb")
-    own = ("positions", "alternatives", "rollout_tokens")
-    for name in own:
-        check_int(f"--{name.replace('_', '-')}", getattr(args, name), 1)
-    with Study("perturb", args, also=own, longer=args.rollout_tokens) as study:
-        results = study.measured(partial(perturbed, study))
-    answers = [by_kind for by_kind in map(overlaps, results) if by_kind is not None]
-    if not answers:
-        raise too_short(FEWEST_ROWS + 2 * args.positions)
-    estimates = table_1(answers, args.seed)
-    text, data = report(estimates, answers, len(results) - len(answers), study, arguments)
-    draw(estimates, answers, args.out / "figure.png")
+    for name in ("positions", "alternatives"):
+        check_int(f"--{name}", getattr(args, name), 1)
+    if args.rollout_tokens is not None:
+        check_int("--rollout-tokens", args.rollout_tokens, 1)
+    check_int("--without-last", args.without_last, 0)
+    with Study("perturb", args, also=["positions", "alternatives", "rollout_tokens", "without_last"]) as study:
+        answers, results = study.measured(partial(perturbed, study))
+    if not any(result["places"] for result in results):
+        raise too_short(args.without_last + 1 + 2 * args.positions)
+    text, data = report(results, answers, study, arguments)
+    whole = overlaps(results, partial(overlap_of, text_of=study.text_of))
+    draw(table_1(whole, args.seed), whole, args.out / "figure.png")
     write_report(args.out, text, data)

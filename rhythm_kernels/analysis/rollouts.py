@@ -1,13 +1,25 @@
-"""Greedy continuations of a sequence after one of its tokens was replaced."""
+"""Greedy continuations of sequences after one of their tokens was replaced."""
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rhythm_kernels.analysis.sources import end_tokens, generate
+
+
+class Start(NamedTuple):
+    """A sequence and where it is forked."""
+
+    ids: list[int]
+    positions: list[int]
+    """The indices of the tokens that are replaced, in 1..T-1, at least one."""
+    limit: int
+    """The largest number of tokens of the sequence with a continuation."""
 
 
 class Fork(NamedTuple):
@@ -22,80 +34,128 @@ class Fork(NamedTuple):
     continuations: list[list[int]]
     """The tokens after each token, up to the end of the answer or the limit; the token itself and the end token are not
     included."""
+    ended: list[bool]
+    """Whether the model ended each continuation itself."""
+
+
+class _Row(NamedTuple):
+    """A continuation to compute."""
+
+    sequence: int
+    position: int
+    token: int
+    new_tokens: int
 
 
 @torch.no_grad()
 def roll_out(
     model: PreTrainedModel,
     tokenizer,
-    ids: Tensor,
-    positions: list[int],
+    starts: list[Start],
     *,
     alternatives: int,
-    new_tokens: int,
+    new_tokens: int | None = None,
     refused: set[int] = frozenset(),
     shared: bool = True,
-    progress=None,
-) -> list[Fork]:
-    """Forks a sequence at each position into its own token and the most likely other tokens.
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[list[Fork]]:
+    """Forks sequences at their positions into the token that is there and the most likely other tokens.
 
     The sequence's own token is rolled out in the same batch as its alternatives, so that their continuations differ
     because of the token, and not because of the batch or the settings that the sequence was generated with.
 
     Args:
-        ids: [T] int64, on the model's device.
-        positions: the positions to fork at, in 1..T-1.
+        starts: the sequences, [n].
         alternatives: the number of alternatives at each position.
-        new_tokens: the largest number of tokens after the forked one.
+        new_tokens: the largest number of tokens after the forked one; None: up to the limit of the sequence.
         refused: tokens that are never alternatives, beside those that end an answer.
-        shared: whether all positions share one batch and one cache. Needs layers that see all tokens: with a sliding
-            window or a recurrent state, each position gets its own batch, which computes its prefix for every row.
-        progress: is called with 1 for each token by which all rows of the batch have grown.
+        shared: whether all continuations share one batch, which begins from the caches of the sequences. Needs layers
+            that see all tokens: with a sliding window or a recurrent state, each position gets its own batch, which
+            computes its prefix for every row.
+        progress: is called with 1 for each token by which a batch has grown.
+
+    Returns:
+        The forks of each sequence, [n].
 
     Raises:
         ValueError: `alternatives` is not below the number of allowed tokens.
     """
+    if not starts:
+        return []
     ends = end_tokens(model)
-    at = torch.tensor(positions, device=ids.device)
-    output = model(ids[None, : int(at.max())], use_cache=True, logits_to_keep=at - 1)
-    log_probs = output.logits[0].float().log_softmax(-1)  # [positions, V]
-    own = ids[at]
+    caches, forks, rows = [], [], []
+    for index, start in enumerate(starts):
+        ids = torch.tensor(start.ids, device=model.device)
+        at = torch.tensor(start.positions, device=model.device)
+        output = model(ids[None, : max(start.positions)], use_cache=True, logits_to_keep=at - 1)
+        log_probs = output.logits[0].float().log_softmax(-1)  # [positions, V]
+        tokens = _candidates(log_probs, ids[at], alternatives, ends | refused)
+        caches.append(output.past_key_values)
+        for position, chosen, likely in zip(start.positions, tokens.tolist(), log_probs.exp(), strict=True):
+            room = max(0, start.limit - position - 1)
+            room = room if new_tokens is None else min(room, new_tokens)
+            rows += [_Row(index, position, token, room) for token in chosen]
+            forks.append(Fork(position, chosen, likely[chosen].tolist(), [], []))
+    if shared and all(map(_sees_all, caches)):
+        grown = _on_one_cache(model, caches, rows, ends, progress)
+    else:
+        grown = _position_by_position(model, tokenizer, starts, rows, 1 + alternatives, progress)
+    for fork in forks:
+        for tokens in (next(grown) for _ in fork.tokens):
+            fork.continuations.append([token for token in tokens if token not in ends])
+            fork.ended.append(bool(tokens) and tokens[-1] in ends)
+    of_each = iter(forks)
+    return [[next(of_each) for _ in start.positions] for start in starts]
+
+
+def _candidates(log_probs: Tensor, own: Tensor, alternatives: int, refused: set[int]) -> Tensor:
+    """Returns each position's own token and its alternatives, [positions, 1 + alternatives]."""
     allowed = log_probs.clone().scatter_(1, own[:, None], -torch.inf)
-    banned = sorted({*ends, *refused} & set(range(log_probs.shape[1])))
-    allowed[:, torch.tensor(banned, dtype=torch.long, device=ids.device)] = -torch.inf
+    banned = sorted(refused & set(range(log_probs.shape[1])))
+    allowed[:, torch.tensor(banned, dtype=torch.long, device=own.device)] = -torch.inf
     if alternatives > int(allowed.isfinite().sum(1).min()):
         raise ValueError(f"alternatives must be fewer than the tokens of the model, got {alternatives}")
-    most_likely = allowed.topk(alternatives, dim=1).indices
-    tokens = torch.cat([own[:, None], most_likely], 1)  # [positions, 1 + alternatives]
-    cache = output.past_key_values
-    if shared and isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
-        continuations = _on_one_cache(model, cache, at, tokens, new_tokens, ends, progress)
-    else:
-        continuations = []
-        for position, forced in zip(positions, tokens.tolist(), strict=True):
-            prompts = [[*ids[:position].tolist(), token] for token in forced]
-            continuations += generate(model, tokenizer, prompts, max_new_tokens=new_tokens, progress=progress)
-    continuations = [[token for token in row if token not in ends] for row in continuations]
-    forks, width = [], tokens.shape[1]
-    for i, position in enumerate(positions):
-        probabilities = log_probs[i, tokens[i]].exp().tolist()
-        forks.append(Fork(position, tokens[i].tolist(), probabilities, continuations[i * width : (i + 1) * width]))
-    return forks
+    return torch.cat([own[:, None], allowed.topk(alternatives, dim=1).indices], 1)
 
 
-def _on_one_cache(
-    model, cache: DynamicCache, positions: Tensor, tokens: Tensor, new_tokens: int, ends: set[int], progress
-) -> list[list[int]]:
-    """Continues all rows in one batch: each sees the cache up to its own position and counts on from there."""
-    width = tokens.shape[1]
-    at = positions.repeat_interleave(width)  # [rows]
-    cache.batch_repeat_interleave(len(at))
-    visible = torch.arange(int(positions.max()), device=at.device) < at[:, None]
-    token = tokens.flatten()
-    columns, ended = [], torch.zeros_like(at, dtype=torch.bool)
-    end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=at.device)
-    for step in range(new_tokens):
-        visible = torch.cat([visible, torch.ones_like(visible[:, :1])], 1)
+def _sees_all(cache) -> bool:
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _position_by_position(
+    model, tokenizer, starts: list[Start], rows: list[_Row], width: int, progress
+) -> Iterator[list[int]]:
+    """Yields the continuations of the rows; the `width` rows of a position are one batch."""
+    for begin in range(0, len(rows), width):
+        batch = rows[begin : begin + width]
+        prompts = [[*starts[row.sequence].ids[: row.position], row.token] for row in batch]
+        room = batch[0].new_tokens
+        yield from (
+            generate(model, tokenizer, prompts, max_new_tokens=room, progress=progress) if room else [[] for _ in batch]
+        )
+
+
+def _on_one_cache(model, caches: list[DynamicCache], rows: list[_Row], ends: set[int], progress) -> Iterator[list[int]]:
+    """Continues all rows in one batch: each sees its sequence up to its own position and counts on from there.
+
+    Rows that have ended leave the batch when they are a quarter of it.
+    """
+    device = model.device
+    cache = _joined(caches, rows)
+    at = torch.tensor([row.position for row in rows], device=device)
+    visible = torch.arange(cache.get_seq_length(), device=device) < at[:, None]
+    token = torch.tensor([row.token for row in rows], device=device)
+    room = torch.tensor([row.new_tokens for row in rows], device=device)
+    index = torch.arange(len(rows), device=device)  # of the rows in the batch
+    end = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+    grown: list[list[int]] = [[] for _ in rows]
+    going, step = room > 0, 0
+    while going.any():
+        if 4 * going.sum() <= 3 * len(going):
+            kept = going.nonzero().flatten()
+            cache.batch_select_indices(kept)
+            at, visible, token, room, index, going = (x[kept] for x in (at, visible, token, room, index, going))
+        visible = pad(visible, (0, 1), value=True)
         output = model(
             token[:, None],
             attention_mask=visible.long(),
@@ -103,11 +163,26 @@ def _on_one_cache(
             past_key_values=cache,
             use_cache=True,
         )
-        token = output.logits[:, -1].argmax(-1)
-        columns.append(torch.where(ended, -1, token))
-        ended |= torch.isin(token, end_tokens)
-        if progress:
-            progress(1)
-        if ended.all():
-            break
-    return [[token for token in row if token >= 0] for row in torch.stack(columns, 1).tolist()]
+        token, step = output.logits[:, -1].argmax(-1), step + 1
+        for row, new, goes in zip(index.tolist(), token.tolist(), going.tolist(), strict=True):
+            if goes:
+                grown[row].append(new)
+        going &= (room > step) & ~torch.isin(token, end)
+        progress(1)
+    yield from grown
+
+
+def _joined(caches: list[DynamicCache], rows: list[_Row]) -> DynamicCache:
+    """Returns one cache with a row for each continuation; caches that are shorter than others end in zeros."""
+    counts = [sum(row.sequence == index for row in rows) for index in range(len(caches))]
+    size = max(cache.get_seq_length() for cache in caches)
+    joined = DynamicCache()
+    for layer in range(len(caches[0].layers)):
+
+        def parts(name: str, layer: int = layer) -> Iterator[Tensor]:
+            for cache, count in zip(caches, counts, strict=True):
+                values = getattr(cache.layers[layer], name)  # [1, H, tokens, D]
+                yield pad(values, (0, 0, 0, size - values.shape[2])).expand(count, -1, -1, -1)
+
+        joined.update(torch.cat(list(parts("keys"))), torch.cat(list(parts("values"))), layer)
+    return joined

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rhythm_kernels.checks import check_int
 from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
 
 SMOLLM2 = "smollm2"
@@ -35,7 +36,7 @@ def load(
     """Returns a causal language model in evaluation mode and its tokenizer, which pads on the left.
 
     Args:
-        name: "smollm2", a folder, or a name on the Hugging Face hub.
+        name: "smollm2", a folder, a .gguf file, whose weights are dequantized, or a name on the Hugging Face hub.
         device: "auto" is cuda where torch finds a GPU, else cpu.
         dtype: None is the dtype of the weights, on a CPU fp32.
 
@@ -50,9 +51,11 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
-    if name == SMOLLM2:
-        file = smollm2_file()
+    file = smollm2_file() if name == SMOLLM2 else Path(name)
+    if file.suffix == ".gguf":
         require("gguf", "accelerate")
+        if not file.is_file():
+            raise ValueError(f"the model's file must exist, got {name!r}")
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
         model.hf_quantizer, model.is_quantized = None, False  # the weights are no longer quantized: it can be saved
         if hasattr(model.config, "quantization_config"):
@@ -86,6 +89,19 @@ def check_device(given: str | torch.device) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         there = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
         raise ValueError(f"--device must be one that is there, got {given!r} where torch finds {there}")
+
+
+def parse_layers(given: str) -> int | str | list[int]:
+    """Returns the value of --layers: "all", a number of layers, or a list of indices such as 10,13,15."""
+    if given == "all":
+        return given
+    try:
+        numbers = [int(part) for part in given.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--layers must be all, a number or a list such as 10,13,15, got {given!r}") from None
+    if "," in given and numbers:
+        return numbers
+    return check_int("--layers", numbers[0] if numbers else 0, 1)
 
 
 def require(*packages: str) -> None:
@@ -149,13 +165,13 @@ def smollm2_file() -> Path:
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Returns the token ids of a prompt, as the user's turn where the tokenizer has a chat template.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True) -> list[int]:
+    """Returns the token ids of a prompt, as the user's turn where the tokenizer has a chat template and `chat` holds.
 
     Raises:
         ValueError: the chat template does not take the turn.
     """
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None or not chat:
         ids = tokenizer(prompt)["input_ids"]
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
         while ids and ids[-1] in ends:  # some tokenizers append an end token, which an answer must not follow

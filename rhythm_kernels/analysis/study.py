@@ -4,9 +4,10 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import shlex
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rhythm_kernels.analysis.bootstrap import LEVEL, Estimate
 from rhythm_kernels.analysis.environment import environment
-from rhythm_kernels.analysis.problems import GSM, load_problems
+from rhythm_kernels.analysis.problems import GSM, STEPS, Problem, is_right, load_problems, paper_prompt
 from rhythm_kernels.analysis.resume import Log
 from rhythm_kernels.analysis.sources import (
     DTYPES,
@@ -28,11 +29,14 @@ from rhythm_kernels.analysis.sources import (
     check_ids,
     check_length,
     encode_prompt,
+    end_tokens,
     generate,
     load,
+    parse_layers,
 )
 from rhythm_kernels.checks import check_choice, check_float, check_int
 
+PROMPT_FORMATS = ("paper", "chat")
 FIRST_WEIGHTS = 64  # values of each parameter, which tell one checkpoint from another
 
 
@@ -56,26 +60,42 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser_of(study: str, description: str) -> argparse.ArgumentParser:
-    """Returns a parser with the flags of every study; each study adds its own."""
+def parser_of(study: str, description: str, *, temperature: float, batch_size: int) -> argparse.ArgumentParser:
+    """Returns a parser with the flags of every study and these defaults; each study adds its own."""
     parser = argparse.ArgumentParser(
         prog=f"rhythm {study}",
         description=description,
         formatter_class=HelpFormatter,
     )
     parser.add_argument(
-        "model", nargs="?", default=SMOLLM2, help='a folder, a name on the Hugging Face hub, or "smollm2"'
+        "model", nargs="?", default=SMOLLM2, help='a folder, a .gguf file, a name on the Hugging Face hub, or "smollm2"'
     )
     parser.add_argument(
-        "--task", default=GSM, help='"gsm", or the path of a JSONL file with a "prompt" or a "question" in each line'
+        "--task",
+        default=GSM,
+        help='"gsm", or the path of a JSONL file with a "prompt" or a "question" in each line, and the right "answer" '
+        "if it is known; GSM8K's files are such",
     )
-    parser.add_argument("--problems", type=int, default=70, help="number of problems")
+    parser.add_argument("--problems", type=int, default=70, help="number of problems, drawn at random from a file")
+    parser.add_argument(
+        "--prompt-format",
+        default="paper",
+        choices=PROMPT_FORMATS,
+        help="paper: the paper's plain text for a base model; chat: the model's chat template",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of problems, sampling, shuffles and intervals")
-    parser.add_argument("--batch-size", type=int, default=8, help="number of answers that are generated together")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="largest number of tokens of an answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature of the answers; 0: greedy")
     parser.add_argument(
-        "--layers", type=int, default=5, help="number of layers that WAAD and FAI are read in, of the middle third"
+        "--batch-size", type=int, default=batch_size, help="number of problems that are computed together"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="largest number of tokens of an answer")
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="sampling temperature of the answers; 0: greedy"
+    )
+    parser.add_argument(
+        "--layers",
+        default="all",
+        help="layers that WAAD and FAI are read in: all, a number of layers of the middle third (5 is what credit "
+        "reads), or a list such as 10,13,15",
     )
     parser.add_argument("--device", default="auto", help="auto (cuda where torch finds a GPU), cpu, cuda or cuda:1")
     parser.add_argument(
@@ -91,14 +111,16 @@ def parser_of(study: str, description: str) -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace, study: str) -> None:
     """Raises ValueError for values that argparse does not refuse, and fills in `out`."""
-    for name in ("problems", "batch_size", "max_new_tokens", "layers"):
+    for name in ("problems", "batch_size", "max_new_tokens"):
         check_int(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    args.layers = parse_layers(args.layers)
+    check_choice("--prompt-format", args.prompt_format, PROMPT_FORMATS)
     check_int("--seed", args.seed, 0, 2**63 - 1)
     check_float("--temperature", args.temperature, 0.0)
     check_choice("--dtype", args.dtype, list(DTYPES))
     check_device(args.device)
     if args.out is None:
-        args.out = Path(f"{study}-{Path(args.model).name or 'model'}")
+        args.out = Path(f"{study}-{Path(args.model).name.removesuffix('.gguf') or 'model'}")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -107,7 +129,7 @@ def check_flags(args: argparse.Namespace, study: str) -> None:
 class Study:
     """A model, its problems, and the log of its answers and their measurements. Used as a context manager."""
 
-    def __init__(self, name: str, args: argparse.Namespace, also: Sequence[str] = (), longer: int = 0):
+    def __init__(self, name: str, args: argparse.Namespace, also: Sequence[str] = ()):
         """Loads the model and the problems, and opens the log.
 
         A log continues with more or fewer problems; every other flag that it depends on must stay the same.
@@ -116,18 +138,17 @@ class Study:
             name: the study, "couple" or "perturb".
             args: its flags, checked.
             also: the study's own flags that its log depends on, beside the common ones.
-            longer: the number of tokens that may follow an answer's end.
 
         Raises:
             ValueError, OSError: the problems, the model or the log cannot be used.
         """
         self.name, self.args = name, args
         check_folder(args.out)
-        texts = load_problems(args.task, args.problems, args.seed)
+        self.problems = load_problems(args.task, args.problems, args.seed)
         self.model, self.tokenizer = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
-        self.prompts = [encode_prompt(self.tokenizer, text) for text in texts]
-        _check_prompts(self.model, self.tokenizer, self.prompts, args.max_new_tokens + longer)
-        common = ("model", "task", "seed", "batch_size", "max_new_tokens", "temperature", "layers")
+        self.prompts = [self._encode(problem) for problem in self.problems]
+        _check_prompts(self.model, self.tokenizer, self.prompts, args.max_new_tokens)
+        common = ("model", "task", "seed", "prompt_format", "batch_size", "max_new_tokens", "temperature", "layers")
         self.settings = {name: getattr(args, name) for name in (*common, *also)} | {
             "weights": weights_digest(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -135,51 +156,69 @@ class Study:
         }
         self.log = Log(args.out / "log.jsonl", f"rhythm {name}", self.settings)
 
+    def _encode(self, problem: Problem) -> list[int]:
+        if self.args.prompt_format == "paper":
+            return encode_prompt(self.tokenizer, paper_prompt(problem.text), chat=False)
+        return encode_prompt(self.tokenizer, problem.text + STEPS)
+
     def __enter__(self) -> "Study":
         return self
 
     def __exit__(self, *_) -> None:
         self.log.close()
 
-    def measured(self, measure) -> list[dict[str, Any]]:
-        """Returns the result of each problem in order, from the log or from `measure(answer)`."""
-        results = []
+    def measured(self, measure: Callable[[list[Answer]], list[dict[str, Any]]]) -> tuple[list[Answer], list[dict]]:
+        """Returns the answers, and what `measure` returns for each batch of them, both from the log where it has them.
+
+        The batches do not depend on where a run was stopped.
+        """
+        answers, results = [], []
         with tqdm(total=len(self.prompts), desc="problems", unit="problem") as bar:
-            for answer in answers(self.log, self.model, self.tokenizer, self.prompts, self.args):
-                key = f"problem {answer.index} {digest_of(answer.prompt, answer.tokens)}"
-                results.append(self.log.once(key, partial(measure, answer)))
-                bar.update()
-        return results
+            for begin in range(0, len(self.prompts), self.args.batch_size):
+                prompts = self.prompts[begin : begin + self.args.batch_size]
+                # with more problems, a last batch that was short gets a new key
+                key = f"answers from {begin} {digest_of(prompts)}"
+                generated = self.log.once(key, partial(self._generate, prompts, begin))
+                indices = range(begin, begin + len(prompts))
+                batch = [Answer(*each) for each in zip(indices, prompts, generated, strict=True)]
+                key = f"measured from {begin} {digest_of(prompts, generated)}"
+                results += self.log.once(key, partial(measure, batch))
+                answers += batch
+                bar.update(len(batch))
+        return answers, results
 
+    def _generate(self, prompts: list[list[int]], begin: int) -> list[list[int]]:
+        args, devices = self.args, [self.model.device] if self.model.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices),
+            tqdm(total=args.max_new_tokens, desc="answers", unit="token", leave=False) as bar,
+        ):
+            # each batch has its own seed, so that a resumed run samples the same answers
+            torch.manual_seed(int(hashlib.sha256(f"{args.seed} {begin}".encode()).hexdigest()[:15], 16))
+            return generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                progress=bar.update,
+            )
 
-def answers(
-    log: Log,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    args: argparse.Namespace,
-) -> Iterator[Answer]:
-    """Yields the model's answer to each prompt; the batches do not depend on where a run was stopped."""
-    for begin in range(0, len(prompts), args.batch_size):
-        batch = prompts[begin : begin + args.batch_size]
-        key = (
-            f"answers from {begin} {digest_of(batch)}"  # with more problems, a last batch that was short gets a new key
-        )
-        generated = log.once(key, partial(_generate, model, tokenizer, batch, args, begin))
-        for index, (prompt, tokens) in enumerate(zip(batch, generated, strict=True), begin):
-            yield Answer(index, prompt, tokens)
+    def text_of(self, tokens: list[int]) -> str:
+        """Returns the text of tokens, with the special ones."""
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
+    def ended(self, answer: Answer) -> bool:
+        """Whether the model ended the answer itself; the limit has cut off the others."""
+        return answer.tokens[-1] in end_tokens(self.model)
 
-def _generate(model, tokenizer, prompts: list[list[int]], args: argparse.Namespace, begin: int) -> list[list[int]]:
-    devices = [model.device] if model.device.type == "cuda" else []
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    with (
-        torch.random.fork_rng(devices),
-        tqdm(total=args.max_new_tokens, desc="answers", unit="token", leave=False) as bar,
-    ):
-        # each batch has its own seed, so that a resumed run samples the same answers
-        torch.manual_seed(int(hashlib.sha256(f"{args.seed} {begin}".encode()).hexdigest()[:15], 16))
-        return generate(model, tokenizer, prompts, progress=bar.update, **options)
+    def described(self, answers: list[Answer]) -> str:
+        """Returns a sentence on the answers: how many are cut off, and how many are right."""
+        cut = sum(not self.ended(answer) for answer in answers)
+        text = f"{cut} of {len(answers)} answers were cut off after {self.args.max_new_tokens:,} tokens"
+        right = [is_right(self.problems[a.index], self.text_of(a.tokens)) for a in answers]
+        known = [one for one in right if one is not None]
+        return text + f", and {sum(known)} of {len(known)} end in the right result." * bool(known) + "." * (not known)
 
 
 def digest_of(*values: Any) -> str:
@@ -232,8 +271,8 @@ def report_of(
 
 
 def _fold(paragraph: str) -> str:
-    """Returns a paragraph of Markdown in lines of at most 120 columns, a table as it is."""
-    if paragraph.startswith("|"):
+    """Returns a paragraph of Markdown in lines of at most 120 columns, a table and a block of code as they are."""
+    if paragraph.startswith(("|", "```")):
         return paragraph
     return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
@@ -242,6 +281,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def quoted(text: str) -> str:
+    """Returns a model's text as a block of code, whose fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def shown(estimate: Estimate, spec: str = ".3f") -> str:

@@ -1,0 +1,136 @@
+"""Describes which tokens have a high WAAD or FAI: by their class, and by tenths of the answer (the paper's 4.1, B.2).
+
+WAAD is the windowed average attention distance of a token, FAI its future attention influence.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
+from rhythm_kernels.analysis.study import shown, table
+
+CLASSES = ("line break", "number", "punctuation", "first word of a sentence", "other")
+TENTHS = 10
+SENTENCE_END = re.compile(r"[.!?:][\s\"')\]*]*$|\n\s*$")
+
+
+class Line(NamedTuple):
+    """The tokens of one class, or of one tenth of the answers."""
+
+    name: str
+    tokens: float
+    """The share of all tokens."""
+    waad: Estimate
+    """The mean WAAD over the mean of the answer; `fai` alike."""
+    fai: Estimate
+    entropy: Estimate
+    """Nats."""
+    waad_peaks: Estimate
+    """The share of the tokens that are peaks of WAAD; `fai_peaks` alike."""
+    fai_peaks: Estimate
+
+
+def classes_of(texts: Sequence[str]) -> list[str]:
+    """Returns the class of each token of an answer, one of CLASSES, by the texts that the tokens add."""
+    classes, before = [], "\n"
+    for text in texts:
+        word = text.strip()
+        if "\n" in text:
+            classes.append("line break")
+        elif re.fullmatch(r"[\d.,]*\d[\d.,]*", word):
+            classes.append("number")
+        elif word and not any(letter.isalnum() for letter in word):
+            classes.append("punctuation")
+        elif word and SENTENCE_END.search(before):
+            classes.append("first word of a sentence")
+        else:
+            classes.append("other")
+        before = (before + text)[-16:]
+    return classes
+
+
+def tenths_of(count: int) -> list[str]:
+    """Returns the tenth of the answer that each of its tokens is in, from "1" to "10"."""
+    return [str(1 + place * TENTHS // count) for place in range(count)]
+
+
+def profile(measured: list[dict], peaks: list, seed: int) -> dict[str, list[Line]]:
+    """Returns the lines of the table by class and of that by tenth.
+
+    Args:
+        measured: the text, WAAD, FAI and entropy of the tokens of each answer.
+        peaks: the peaks of each answer, with fields `waad` and `fai`.
+    """
+    of_class = [classes_of(answer["text"]) for answer in measured]
+    of_tenth = [tenths_of(len(answer["text"])) for answer in measured]
+    tenths = [str(1 + place) for place in range(TENTHS)]
+    return {
+        "class": _lines(measured, peaks, of_class, CLASSES, seed),
+        "tenth": _lines(measured, peaks, of_tenth, tenths, seed),
+    }
+
+
+def _lines(measured: list[dict], peaks: list, names: list[list[str]], groups: Sequence[str], seed: int) -> list[Line]:
+    """Returns a line for each of the groups, given the name of each token's group."""
+    values = []
+    for answer, peak in zip(measured, peaks, strict=True):
+        waad, fai = (np.array(answer[name]) / (np.mean(answer[name]) or 1.0) for name in ("waad", "fai"))
+        values.append(np.stack([waad, fai, answer["entropy"], peak.waad, peak.fai]))  # [5, m]
+    total, lines = sum(map(len, names)), []
+    for group in groups:
+        member = [np.array([name == group for name in answer]) for answer in names]
+        counts = np.array([inside.sum() for inside in member])
+        sums = np.stack([(value * inside).sum(1) for value, inside in zip(values, member, strict=True)])  # [n, 5]
+        estimates = (bootstrap(np.stack([column, counts], 1), share, seed=seed) for column in sums.T)
+        lines.append(Line(group, counts.sum() / total, *estimates))
+    return lines
+
+
+def tables(profiles: dict[str, list[Line]]) -> list[str]:
+    """Returns the paragraphs of a report that show both tables."""
+    head = ["tokens", "WAAD", "FAI", "entropy, nats", "WAAD peaks", "FAI peaks"]
+
+    def rows(lines: list[Line]) -> list[list[str]]:
+        return [
+            [
+                line.name,
+                f"{line.tokens:.1%}",
+                shown(line.waad, ".2f"),
+                shown(line.fai, ".2f"),
+                shown(line.entropy, ".2f"),
+                f"{line.waad_peaks.value:.1%}",
+                f"{line.fai_peaks.value:.1%}",
+            ]
+            for line in lines
+        ]
+
+    return [
+        "Which tokens they are. WAAD and FAI are multiples of the answer's own mean, and the last columns are the "
+        "share of the tokens that are peaks. FAI runs to the end of the answer, so that few tokens look back at the "
+        "last ones.",
+        table(["class", *head], rows(profiles["class"])),
+        table(["tenth of the answer", *head], rows(profiles["tenth"])),
+    ]
+
+
+def correlations(measured: list[dict], seed: int) -> tuple[Estimate, Estimate]:
+    """Returns the Pearson and the Spearman correlation of receiver-head and global FAI, as means over answers.
+
+    Answers in which one of the two is the same for all tokens do not count.
+    """
+    found = []
+    for answer in measured:
+        pair = np.array([answer["fai"], answer["receiver_fai"]])
+        if (pair.min(1) < pair.max(1)).all():
+            found.append([np.corrcoef(pair)[0, 1], np.corrcoef([_ranks(values) for values in pair])[0, 1], 1.0])
+    columns = np.array(found).reshape(-1, 3)
+    return tuple(bootstrap(columns[:, [index, 2]], share, seed=seed) for index in (0, 1))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Returns the ranks of values, from 1; equal values share the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place]
