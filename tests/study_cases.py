@@ -52,13 +52,13 @@ def problem_file(path: Path, count: int) -> Path:
 def cut_places(content: bytes) -> list[int]:
     """Returns where a kill may have cut a log of two batches of two problems.
 
-    The places are the start, inside of answers, inside of a problem, and between two problems.
+    The places are the start, inside of answers, between answers and what was measured, and inside of that.
     """
-    lines = content.splitlines(keepends=True)  # settings, answers, problems 0 and 1, answers, problems 2 and 3
+    lines = content.splitlines(keepends=True)  # settings, answers, measured, answers, measured
     starts = [sum(map(len, lines[:number])) for number in range(len(lines))]
-    return [0, starts[4] + 9, starts[6], len(content) - 1]
+    return [0, starts[3] + 9, starts[4], len(content) - 1]
 
 
-def kept_problems(content: bytes) -> int:
-    """Returns the number of finished problems in a log that was cut anywhere."""
-    return sum(b'"key": "problem' in line and line.endswith(b"\n") for line in content.splitlines(keepends=True))
+def kept_batches(content: bytes) -> int:
+    """Returns the number of measured batches in a log that was cut anywhere."""
+    return sum(b'"key": "measured' in line and line.endswith(b"\n") for line in content.splitlines(keepends=True))

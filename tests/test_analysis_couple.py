@@ -6,13 +6,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from study_cases import cut_places, kept_problems, problem_file, run, tiny_folder
+from study_cases import cut_places, kept_batches, problem_file, run, tiny_folder
 
 from rhythm_kernels.analysis import couple, study
 from rhythm_kernels.analysis.bootstrap import bootstrap, share
 from rhythm_kernels.analysis.couple import Peaks
-from rhythm_kernels.analysis.problems import load_problems, read_problems
-from rhythm_kernels.analysis.receivers import FEWEST_ROWS
+from rhythm_kernels.analysis.problems import (
+    Problem,
+    final_answer,
+    is_right,
+    load_problems,
+    paper_prompt,
+    read_problems,
+)
+from rhythm_kernels.analysis.profile import CLASSES
 from rhythm_kernels.analysis.resume import Log
 
 
@@ -22,7 +29,7 @@ def marks(text: str) -> np.ndarray:
 
 def peaks(waad: str, fai: str, receiver: str = "", entropy=None) -> Peaks:
     entropy = np.zeros(len(waad)) if entropy is None else np.array(entropy, dtype=float)
-    return Peaks(entropy, np.roll(entropy, -1), marks(waad), marks(fai), marks(receiver or fai))
+    return Peaks(entropy, np.append(entropy[1:], entropy[-1:]), marks(waad), marks(fai), marks(receiver or fai))
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -55,22 +62,44 @@ def test_counts_by_hand():
     ]
     assert couple.observed_sums("entropy", answers, 0).tolist() == [[14, 3], [4, 1]]  # 1 + 5 + 8
     assert couple.observed_sums("next entropy", answers, 0).tolist() == [[17, 3], [4, 1]]  # 2 + 6 + 9
+    assert couple.random_sums("entropy", answers, 0).tolist() == [[55, 10], [40, 10]]
+    assert couple.random_sums("co-occurrence", answers, 0).tolist() == [[3, 10], [2, 10]]
+    # 6 and 2 of 10 tokens are at a WAAD peak or one after
+    assert couple.random_sums("coupling", answers, 1) == pytest.approx(np.array([[3 * 0.6, 3], [2 * 0.2, 2]]))
     assert couple.observed_sums("co-occurrence", answers, 0).tolist() == [[1, 3], [2, 2]]
     coupling = {within: couple.observed_sums("coupling", answers, within).tolist() for within in range(4)}
     assert coupling == {0: [[1, 3], [0, 2]], 1: [[2, 3], [1, 2]], 2: [[3, 3], [1, 2]], 3: [[3, 3], [2, 2]]}
     row = couple.row_of("", "coupling", answers, within=1, shuffles=10, seed=0)
     assert row.observed.value == 3 / 5
     entropy = couple.row_of("", "entropy", answers, within=0, shuffles=10, seed=0)
-    assert entropy.observed.value == 18 / 4 and entropy.baseline == (55 + 40) / 20
-    assert entropy.lift.value == pytest.approx(4.5 / 4.75)
+    assert entropy.observed.value == 18 / 4 and entropy.random == (55 + 40) / 20
+    assert entropy.lift.value == pytest.approx(4.5 / 4.75 - 1)
+    together = couple.row_of("", "co-occurrence", answers, within=0, shuffles=10, seed=0)
+    assert together.observed.value == 3 / 5 and together.random == 5 / 20 and together.lift.value == pytest.approx(1.4)
 
 
-def test_the_baseline_is_the_mean_over_all_shifts():
+def test_shifted_peaks_are_shifted_by_every_distance():
     answer = peaks("x..x......", ".x....x...")
     hits = [(couple.after(np.roll(answer.waad, d), 1) & answer.fai).sum() for d in range(1, 10)]
     row = couple.row_of("", "coupling", [answer], within=1, shuffles=50_000, seed=0)
-    assert row.baseline == pytest.approx(np.mean(hits) / 2, abs=0.01)
-    assert row.p == pytest.approx(np.mean(np.array(hits) >= 1), abs=0.01)  # one of the two is coupled
+    assert row.shifted_lift.value == pytest.approx(0.5 / (np.mean(hits) / 2) - 1, abs=0.02)  # one of the two is coupled
+
+
+def test_shuffled_peaks_are_at_every_place():
+    """The number of FAI peaks at reached tokens is hypergeometric: 2 of 10 tokens are peaks, 4 are reached."""
+    answer = peaks("x..x......", ".x....x...")
+    row = couple.row_of("", "coupling", [answer], within=1, shuffles=50_000, seed=0)
+    assert row.random == 0.4 and row.lift.value == pytest.approx(0.5 / 0.4 - 1)
+    assert row.p == pytest.approx(1 - (6 / 10) * (5 / 9), abs=0.01)
+    sums = couple.shuffled_sums("entropy", [peaks("x.x.", "x...", entropy=[1, 2, 3, 6])], 20_000, 0, 0)
+    assert set(np.unique(sums)) == {3.0, 4.0, 5.0, 7.0, 8.0, 9.0} and sums.mean() == pytest.approx(6, abs=0.05)
+
+
+def test_the_papers_lifts_are_those_of_its_columns():
+    lifts = {name: observed / random - 1 for name, (observed, random) in couple.PAPER.items()}
+    assert lifts["co-occurrence"] == pytest.approx(1.7149, abs=2e-3)
+    assert lifts["coupling"] == pytest.approx(0.4247, abs=2e-3)
+    assert lifts["entropy"] == pytest.approx(0.512, abs=1e-3)  # it prints 51.97 %
 
 
 def random_answers(plant: float, *, rising: bool = False, count: int = 40, size: int = 200) -> list[Peaks]:
@@ -93,33 +122,37 @@ def random_answers(plant: float, *, rising: bool = False, count: int = 40, size:
 def test_a_planted_coupling_is_found_and_chance_is_not():
     rows = {row.name: row for row in couple.table_2(random_answers(0.7), within=1, shuffles=400, seed=0)}
     coupled = rows["coupling, 0 to 1 after"]
-    assert coupled.lift.low > 1.3 and coupled.nearby_lift.low > 1.3 and coupled.p == 1 / 401
+    assert min(each.low for each in (coupled.lift, coupled.shifted_lift, coupled.nearby_lift)) > 0.3
+    assert coupled.p == 1 / 401
     assert coupled.paper == couple.PAPER["coupling"] and rows["coupling, 0 to 2 after"].paper is None
-    assert rows["co-occurrence"].lift.low > 3
-    assert rows["entropy at WAAD peaks"].lift.low > 1.3 and rows["entropy of the token after"].p > 0.01
+    assert rows["co-occurrence"].lift.low > 2
+    assert rows["entropy at WAAD peaks"].lift.low > 0.3 and rows["entropy of the token after"].p > 0.01
     for row in couple.table_2(random_answers(0.0), within=1, shuffles=400, seed=0):
         if row.name != "co-occurrence":
-            assert row.lift.low < 1 < row.lift.high and abs(row.lift.value - 1) < 0.06 and row.p > 0.01, row
-            assert abs(row.nearby_lift.value - 1) < 0.06
+            assert row.lift.low < 0 < row.lift.high and abs(row.lift.value) < 0.06 and row.p > 0.01, row
+            assert abs(row.shifted_lift.value) < 0.06 and abs(row.nearby_lift.value) < 0.06
 
 
 def test_what_merely_rises_along_an_answer_is_no_coupling_nearby():
     row = couple.row_of("", "coupling", random_answers(0.0, rising=True), within=0, shuffles=400, seed=0)
-    assert row.lift.low > 1.5  # two signals that rise meet more often than by chance anywhere
-    assert row.nearby_lift.value < 1 + (row.lift.value - 1) / 3
+    assert row.lift.low > 0.5 and row.shifted_lift.low > 0.5  # two signals that rise meet more often than by chance
+    assert row.nearby_lift.value < row.lift.value / 3
 
 
-def test_peaks_are_of_the_tokens_that_enough_others_look_back_at():
+def test_last_tokens_can_be_left_out():
     wave = [0.0, 1.0, 0.0, 3.0, 0.0, 2.0, 0.0, 4.0] * 2 + [0.0, 0.0]
-    signal = {name: wave + [9.0, 0.0] * (FEWEST_ROWS // 2) for name in ("waad", "fai", "receiver_fai")}
-    signal["entropy"] = [float(n) for n in range(len(signal["waad"]))]
-    counted = couple.peaks_of(signal, 0.0)
+    signal = {name: wave + [9.0, 0.0] * 4 for name in ("waad", "fai", "receiver_fai")}
+    signal["entropy"] = [float(n) for n in range(26)]
+    whole = couple.peaks_of(signal, 0.0)
+    assert (whole.waad == marks(".x.x.x.x.x.x.x.x..x.x.x.x.")).all()
+    assert whole.next_entropy.tolist() == [*range(1, 26), 25]
+    counted = couple.peaks_of(signal, 0.0, 8)
     assert (counted.waad == marks(".x.x.x.x.x.x.x.x..")).all() and (counted.fai == counted.receiver).all()
     assert counted.entropy.tolist() == list(range(18)) and counted.next_entropy.tolist() == list(range(1, 19))
     # the 15th smallest of 18 is 3: ceil(0.8 x 18)
-    assert (couple.peaks_of(signal, 0.8).waad == marks("...x...x...x...x..")).all()
-    short = {name: values[: FEWEST_ROWS + couple.FEWEST_TOKENS - 1] for name, values in signal.items()}
-    assert couple.peaks_of(short, 0.0) is None
+    assert (couple.peaks_of(signal, 0.8, 8).waad == marks("...x...x...x...x..")).all()
+    assert couple.peaks_of(signal, 0.0, 26 - couple.FEWEST_TOKENS) is not None
+    assert couple.peaks_of(signal, 0.0, 27 - couple.FEWEST_TOKENS) is None
 
 
 def test_an_interval_covers_what_it_should():
@@ -202,23 +235,24 @@ def test_what_is_not_this_log_is_refused(tmp_path):
         (b'{"prompt": 7}', "line 3: prompt must be a text, got 7"),
         (b'{"question": " "}', "line 3: question must be a text"),
         (b'{"question": "\\ud800"}', "line 3: question is not Unicode text"),
+        (b'{"question": "a", "answer": [1]}', "line 3: answer must be text or a number, got [1]"),
+        (b'{"question": "a", "answer": "\\ud800"}', "line 3: answer is not Unicode text"),
         (b'{"question": "' + b"a" * 2**20 + b'"}', "line 3: longer than 1,048,576 bytes"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_a_bad_line_is_refused_by_its_number(tmp_path, line, message):
     path = tmp_path / "task.jsonl"
     path.write_bytes(b'{"prompt": "one"}\n\n' + line + b'\n{"question": "two"}\n')
     with pytest.raises(ValueError) as caught:
-        read_problems(path, 5)
+        read_problems(path)
     assert message in str(caught.value) and len(str(caught.value)) < 500
-    assert read_problems(path, 1) == ["one"]  # what is not taken is not read
 
 
 def test_files_with_fewer_and_without_problems(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text('{"prompt": "one", "answer": 1}\n{"question": "two"}')
-    assert load_problems(str(path), 70, 0) == ["one", "two"]
+    assert sorted(load_problems(str(path), 70, 0)) == [Problem("one", "1"), Problem("two", None)]
     path.write_text("\n")
     with pytest.raises(ValueError, match="has no problem"):
         load_problems(str(path), 70, 0)
@@ -231,7 +265,44 @@ def test_gsm_problems_are_seeded():
     problems = load_problems("gsm", 12, 0)
     assert problems == load_problems("gsm", 12, 0) and problems[:5] == load_problems("gsm", 5, 0)
     assert len(set(problems)) == 12 and not set(problems) & set(load_problems("gsm", 12, 1))
-    assert all(text.endswith("Explain step by step.") and "final answer" not in text for text in problems)
+    assert all(problem.text.endswith("?") and is_right(problem, f"It is {problem.gold}.") for problem in problems)
+
+
+def test_a_file_gives_a_seeded_draw_with_its_right_answers(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    rows = [{"question": f"What is {n}?", "answer": f"It is <<{n}+0={n}>>{n}.\n#### {n:,}"} for n in range(995, 1045)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load_problems(str(path), 20, 3)
+    assert problems[:7] == load_problems(str(path), 7, 3) and problems != load_problems(str(path), 20, 4)
+    assert len(set(problems)) == 20 and [p.text for p in problems] != sorted(p.text for p in problems)
+    for problem in problems:
+        number = int(problem.text[8:-1])
+        assert problem.gold == f"{number:,}" and is_right(problem, rf"so \boxed{{{number}}}")
+        assert not is_right(problem, f"{number + 1}") and not is_right(problem, "none")
+    assert is_right(Problem("a", None), "1") is None
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"12 and \boxed{7} of 9", "7"),
+        ("She pays $1,250.50.", "1,250.50"),
+        ("from -3 to -4", "-4"),
+        ("no number", None),
+        (r"an open \boxed{5", "5"),
+    ],
+)
+def test_the_final_answer_is_the_last_box_or_the_last_number(text, answer):
+    assert final_answer(text) == answer
+
+
+def test_a_prompt_of_the_papers_form():
+    text = 'Tom has 3.5 kg. Ann has "two more"!  He has few? How many have both?'
+    assert paper_prompt(text) == (
+        "System: Please reason step by step, and put your final answer within \\boxed{}.\n"
+        'Context: Tom has 3.5 kg. Ann has "two more"! He has few?\nQuestion: How many have both?\n'
+    )
+    assert paper_prompt("What is 2 + 2?").splitlines()[1:] == ["Question: What is 2 + 2?"]
 
 
 def test_without_reasoning_gym_the_message_says_what_to_do(monkeypatch):
@@ -249,7 +320,7 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("couple")
     model, task = tiny_folder(folder / "model"), problem_file(folder / "task.jsonl", 4)
     arguments = [str(model), "--task", str(task), "--batch-size", "2", "--max-new-tokens", "64", "--receivers", "4"]
-    arguments += ["--temperature", "0.7", "--shuffles", "20", "--layers", "3"]
+    arguments += ["--shuffles", "20"]
     assert run(couple.main, [*arguments, "--out", str(folder / "out")]) is None
     return arguments, folder / "out"
 
@@ -271,7 +342,11 @@ def test_the_report_says_what_was_found(setting):
         "entropy of the token after",
         "co-occurrence",
     ]
-    assert data["settings"]["temperature"] == 0.7 and len(data["settings"]["weights"]) == 16
+    assert data["settings"]["temperature"] == 0.7 and data["settings"]["layers"] == "all"
+    assert data["without_last"]["tokens"] == 32 and len(data["without_last"]["rows"]) == len(data["rows"])
+    assert [line["name"] for line in data["profiles"]["class"]] == list(CLASSES)
+    assert "answers were cut off after 64 tokens" in text and "(Spearman)" in text and "tenth of the answer" in text
+    assert len(data["settings"]["weights"]) == 16
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.unfinished"))
     assert data["versions"]["torch"] == torch.__version__
 
@@ -280,13 +355,13 @@ def test_a_run_that_is_cut_anywhere_goes_on_to_the_same_bits(setting, tmp_path, 
     arguments, out = setting
     whole = (out / "log.jsonl").read_bytes()
     measured, signals = [], couple.signals
-    monkeypatch.setattr(couple, "signals", lambda s, answer: measured.append(answer.index) or signals(s, answer))
+    monkeypatch.setattr(couple, "signals", lambda s, batch: measured.append(batch[0].index) or signals(s, batch))
     for place in cut_places(whole):
         measured.clear()
         (tmp_path / "log.jsonl").write_bytes(whole[:place])
         assert run(couple.main, [*arguments, "--out", str(tmp_path)]) is None
         assert (tmp_path / "log.jsonl").read_bytes() == whole
-        assert measured == list(range(kept_problems(whole[:place]), 4)), "finished work is done again"
+        assert measured == [0, 2][kept_batches(whole[:place]) :], "finished work is done again"
         assert data_of(tmp_path) == data_of(out)
 
 
@@ -295,7 +370,7 @@ def test_other_settings_are_refused_and_other_statistics_are_not(setting, tmp_pa
     (tmp_path / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes())
     given = [*arguments, "--out", str(tmp_path)]
     monkeypatch.setattr(couple, "signals", lambda *_: pytest.fail("read again"))
-    flags = ["--peak-quantile", "0.2", "--within", "2", "--shuffles", "5"]
+    flags = ["--peak-quantile", "0.2", "--within", "2", "--shuffles", "5", "--without-last", "8"]
     assert run(couple.main, [*given, *flags]) is None
     assert json.loads((tmp_path / "report.json").read_text())["peaks"]["waad"] > data_of(out)["peaks"]["waad"]
     for flags, message in (
@@ -322,7 +397,9 @@ def test_more_problems_go_on_where_fewer_ended(setting, tmp_path):
     [
         (["--problems", "0"], "--problems must be at least 1, got 0"),
         (["--max-new-tokens", "500"], "within the model's 512 positions"),
-        (["--max-new-tokens", "20"], "no answer has 48 tokens"),
+        (["--max-new-tokens", "15"], "no answer has 16 tokens"),
+        (["--without-last", "0"], "--without-last must be at least 1, got 0"),
+        (["--layers", "none"], "--layers must be all, a number or a list such as 10,13,15, got 'none'"),
         (["--peak-quantile", "1.5"], "--peak-quantile must be finite and between 0.0 and 1.0"),
         (["--receivers", "17"], "receivers must be between 1 and 16"),
         (["--temperature", "nan"], "--temperature must be finite"),

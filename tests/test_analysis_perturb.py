@@ -1,18 +1,19 @@
 """`rhythm perturb`: words and positions by hand, rollouts against plain ones without a cache, interrupted runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from study_cases import cut_places, kept_problems, problem_file, run, tiny_folder, tiny_model
+from study_cases import cut_places, kept_batches, problem_file, run, tiny_folder, tiny_model
 from transformers import ByT5Tokenizer
 
 from rhythm_kernels.analysis import perturb, rollouts
 from rhythm_kernels.analysis.perturb import Overlap
-from rhythm_kernels.analysis.receivers import FEWEST_ROWS
-from rhythm_kernels.analysis.rollouts import roll_out
-from rhythm_kernels.analysis.words import STOP_WORDS, content_words, jaccard
+from rhythm_kernels.analysis.rollouts import Start, roll_out
+from rhythm_kernels.analysis.study import quoted
+from rhythm_kernels.analysis.words import STOP_WORDS, all_words, content_words, jaccard
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 
@@ -31,6 +32,28 @@ from rhythm_kernels.analysis.words import STOP_WORDS, content_words, jaccard
 )
 def test_content_words_by_hand(text, words):
     assert content_words(text) == words
+
+
+def test_words_between_white_space_keep_their_punctuation():
+    assert all_words("The cost: $5.00, the COST") == {"the", "cost:", "$5.00,", "cost"}
+    assert all_words("ves of bread", begun=True) == {"of", "bread"}
+    assert all_words(" loaves of", begun=True) == all_words("\nloaves of", begun=True) == {"loaves", "of"}
+    assert all_words("", begun=True) == all_words(" ") == frozenset()
+
+
+def test_the_papers_four_similarities_come_out_nearly():
+    """B.1 prints 0.383, 0.255, 1.000 and 0.946, and leaves open what a content word is."""
+    fixture = json.loads((Path(__file__).parent / "paper_words.json").read_text(encoding="utf-8"))
+    first = all_words(" ".join(fixture["original"]))
+    got = [jaccard(first, all_words(" ".join(each["words"]))) for each in fixture["perturbed"]]
+    paper = [each["jaccard"] for each in fixture["perturbed"]]
+    assert paper == [0.383, 0.255, 1.0, 0.946]
+    np.testing.assert_allclose(got, paper, atol=0.03)
+    by_list = [
+        jaccard(*(content_words(" ".join(words)) for words in (fixture["original"], each["words"])))
+        for each in fixture["perturbed"]
+    ]
+    assert np.abs(np.subtract(by_list, paper)).max() > 2 * np.abs(np.subtract(got, paper)).max()
 
 
 def test_a_text_that_goes_on_may_begin_inside_a_word():
@@ -52,32 +75,64 @@ def test_jaccard_of_known_texts():
 
 
 def test_extremes_by_hand():
-    tail = [9.0] * FEWEST_ROWS  # too few rows look back at these
-    assert perturb.extremes([0.3, 0.1, 0.9, 0.5, 0.0, 0.7, *tail], 2) == {"top": [2, 5], "bottom": [1, 4]}
-    assert perturb.extremes([0.5, 0.5, 0.5, 0.5, *tail], 2) == {"top": [0, 1], "bottom": [2, 3]}
-    assert perturb.extremes([0.0, 0.0, 0.1, 0.0, *tail], 1) == {"top": [2], "bottom": [0]}
-    assert perturb.extremes([0.1, 0.2, 0.3, *tail], 2) is None and perturb.extremes([0.1, 0.2], 1) is None
+    end = 9.0  # nothing follows the last token
+    assert perturb.extremes([0.3, 0.1, 0.9, 0.5, 0.0, 0.7, end], 2) == {"top": [2, 5], "bottom": [1, 4]}
+    assert perturb.extremes([0.5, 0.5, 0.5, 0.5, end], 2) == {"top": [0, 1], "bottom": [2, 3]}
+    assert perturb.extremes([0.0, 0.0, 0.1, 0.0, end], 1) == {"top": [2], "bottom": [0]}
+    assert perturb.extremes([0.3, 0.1, 0.9, 0.5, 8.0, end], 2, without_last=1) == {"top": [2, 3], "bottom": [0, 1]}
+    assert perturb.extremes([0.1, 0.2, 0.3, end], 2) is None and perturb.extremes([0.1, 0.2, 0.3], 1, 1) is None
+    assert perturb.extremes([], 1, without_last=3) is None
 
 
-def place(kind: str, where: int, tokens: list[str], continuations: list[str]) -> dict:
+def text_of(tokens: list[int]) -> str:
+    """Decodes bytes: a token is one of them."""
+    return bytes(tokens).decode()
+
+
+def place(kind: str, where: int, tokens: str, continuations: list[str], ended: tuple = (True, True, True)) -> dict:
     return {
         "place": where,
         "kind": kind,
-        "tokens": tokens,
+        "tokens": list(tokens.encode()),
         "fai": where / 100,
         "entropy": 0.5,
         "probabilities": [0.6, 0.3, 0.1],
-        "continuations": continuations,
+        "continuations": [list(text.encode()) for text in continuations],
+        "ended": list(ended),
     }
 
 
+def overlaps(results: list[dict], **options) -> list[dict]:
+    return perturb.overlaps(results, lambda place, count: perturb.overlap_of(place, count, text_of, **options))
+
+
 def test_overlaps_by_hand():
-    top = place("top", 4, [" Tom", " Ann", "1"], ["x 1 2 3 4", "y 1 2 3 5", "z 9"])  # letters that end a word
-    bottom = place("bottom", 2, ["$", " ", "e"], ["1 2", "1 2", " 2"])
-    got = perturb.overlaps({"tokens": 9, "places": [bottom, top]})
+    top = place("top", 4, "mn1", ["x 1 2 3 4", "y 1 2 3 5", "z 9"])  # letters that end a word
+    bottom = place("bottom", 2, "$ e", ["1 2", "1 2", " 2"])
+    (got,) = overlaps([{"tokens": 9, "places": [bottom, top]}, {"tokens": 2, "places": []}])
     assert got["top"] == [Overlap(pytest.approx(0.3), 0.04, 0.5, 0.5, pytest.approx(0.2))]  # 3/5 and 0
     assert got["bottom"] == [Overlap(0.75, 0.02, 0.5, 0.25, pytest.approx(0.2))]
-    assert perturb.overlaps({"tokens": 9, "places": []}) is None
+    (soon,) = overlaps([{"tokens": 9, "places": [bottom, top]}], horizon=3)
+    assert soon["top"][0].jaccard == 0.5 and soon["bottom"][0].jaccard == 0.75  # {1} and {1}, {1} and {9}
+    (by_list,) = overlaps(
+        [{"tokens": 9, "places": [place("top", 0, "$$$", ["The 7.", "a 7", "is 8"])]}], words=content_words
+    )
+    assert by_list["top"][0].jaccard == 0.5
+
+
+def test_flips_by_hand():
+    top = place("top", 4, "123", [" so \\boxed{7}", " so 7.0", " so 8"])
+    other = place("top", 5, "123", [" is 5", " is 6", " is 6"], ended=(True, True, False))  # one was cut off
+    lost = place("top", 6, "123", [" is 5", " is 6", " is 7"], ended=(False, True, True))
+    bottom = place("bottom", 2, "xyz", [" it 3", " it 3", " none"])
+    results = [{"tokens": 9, "places": [bottom, top, other, lost]}]
+    got = {name: estimate.value for name, estimate in perturb.flips(results, text_of, 0).items()}
+    assert got == pytest.approx({"top": 2 / 3, "bottom": 0.0, "top - bottom": 2 / 3})
+
+
+def test_model_text_cannot_leave_its_block():
+    assert quoted("a ``` b ````") == "`````text\na ``` b ````\n`````"
+    assert quoted("") == "```text\n\n```"
 
 
 def test_table_1_by_hand():
@@ -90,8 +145,9 @@ def test_table_1_by_hand():
     answers = [answer([0.2, 0.4], [0.8, 0.6]), answer([0.5], [0.5]), answer([0.9], [0.1]), answer([0.0], [1.0])]
     got = {name: estimate.value for name, estimate in perturb.table_1(answers, 0).items()}
     expected = {"top": 0.425, "bottom": 0.575, "top - bottom": -0.15, "top below bottom": 0.5, "tied": 0.25}
+    assert got == pytest.approx(expected)
     # the first answer has two pairs of places, and so twice the weight in the regression
-    assert got == pytest.approx(expected | {"held equal": (2 * -0.4 + 0.0 + 0.8 - 1.0) / 5})
+    assert perturb.held_equal(answers, 0).value == pytest.approx((2 * -0.4 + 0.0 + 0.8 - 1.0) / 5)
     for estimate in perturb.table_1(answers, 0).values():
         assert estimate.low <= estimate.value <= estimate.high
     drop = perturb.table_1([answer([n / 80], [n / 80 + 0.1]) for n in range(70)], 0)
@@ -109,10 +165,10 @@ def test_a_difference_in_entropy_is_told_from_one_in_fai(hangs_on, raw, equal):
             jaccard_of = 0.9 - 0.2 * (entropy if hangs_on == "entropy" else kind == "top") + noise
             answer[kind] = [Overlap(*pair, draw.random(), 0.1) for pair in zip(jaccard_of, [0.0] * 2, entropy)]
         answers.append(answer)
-    got = perturb.table_1(answers, 0)
-    assert got["top - bottom"].value == pytest.approx(raw, abs=0.03)
-    assert got["held equal"].low - 0.01 < equal < got["held equal"].high + 0.01
-    assert got["held equal"].value == pytest.approx(equal, abs=0.03)
+    assert perturb.table_1(answers, 0)["top - bottom"].value == pytest.approx(raw, abs=0.03)
+    held = perturb.held_equal(answers, 0)
+    assert held.low - 0.01 < equal < held.high + 0.01
+    assert held.value == pytest.approx(equal, abs=0.03)
 
 
 # ---- rollouts --------------------------------------------------------------------------------------------------------
@@ -139,11 +195,10 @@ def check_forks(model, ids, forks, places, alternatives, new_tokens, refused):
         likely = [token for token in log_probs.argsort(descending=True).tolist() if token not in out]
         assert fork.tokens == [int(ids[fork.position]), *likely[:alternatives]]
         np.testing.assert_allclose(fork.probabilities, log_probs[fork.tokens].exp(), rtol=1e-4)
-        for token, continuation in zip(fork.tokens, fork.continuations, strict=True):
-            assert continuation == plain(model, [*ids[: fork.position].tolist(), token], new_tokens), (
-                fork.position,
-                token,
-            )
+        for token, continuation, ended in zip(fork.tokens, fork.continuations, fork.ended, strict=True):
+            expected = plain(model, [*ids[: fork.position].tolist(), token], new_tokens)
+            assert continuation == expected, (fork.position, token)
+            assert ended == (len(expected) < new_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +218,15 @@ TOKENIZER = ByT5Tokenizer(extra_ids=0, padding_side="left")
 def test_forced_tokens_are_forced_and_what_follows_is_the_models_own(model, ids, shared):
     places, grown = [5, 6, 23, 39], []
     options = {"alternatives": 3, "new_tokens": 8, "refused": {0, 2}}
-    forks = roll_out(model, TOKENIZER, ids, places, **options, shared=shared, progress=grown.append)
+    other, limit = torch.cat([ids[20:30], ids[:7]]), 512
+    starts = [
+        Start(ids.tolist(), places, limit),
+        Start(other.tolist(), [8, 16], limit),
+    ]  # of other lengths, in one batch
+    forks, of_other = roll_out(model, TOKENIZER, starts, **options, shared=shared, progress=grown.append)
     check_forks(model, ids, forks, places, **options)
-    assert len(grown) == (8 if shared else 32)
+    check_forks(model, other, of_other, [8, 16], **options)
+    assert len(grown) == (8 if shared else 48)
     assert any(fork.continuations[0] != fork.continuations[1] for fork in forks), "nothing hangs on a token"
 
 
@@ -174,23 +235,35 @@ def test_a_rollout_ends_where_the_answer_does(ids, shared):
     model = tiny_model()
     first = plain(model, ids[:10].tolist(), 6)
     model.generation_config.eos_token_id = first[3]
-    forks = roll_out(
-        model, TOKENIZER, torch.tensor([*ids[:10], *first]), [10, 12], alternatives=2, new_tokens=12, shared=shared
-    )
+    start = Start([*ids[:10].tolist(), *first], [10, 12], 512)
+    (forks,) = roll_out(model, TOKENIZER, [start], alternatives=2, new_tokens=12, shared=shared)
     assert forks[0].continuations[0] == first[1:3] and forks[1].continuations[0] == []
+    assert forks[0].ended[0] and forks[1].ended[0]
     assert all(first[3] not in [*row, *fork.tokens] for fork in forks for row in fork.continuations)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_rollout_ends_at_the_limit_of_its_sequence(model, ids, shared):
+    starts = [Start(ids.tolist(), [5, 30], 40), Start(ids[:20].tolist(), [19], 20)]
+    (early, late), (last,) = roll_out(model, TOKENIZER, starts, alternatives=1, refused={0, 2}, shared=shared)
+    for fork, room in ((early, 34), (late, 9), (last, 0)):
+        for token, continuation, ended in zip(fork.tokens, fork.continuations, fork.ended, strict=True):
+            assert continuation == plain(model, [*ids[: fork.position].tolist(), token], room)
+            assert ended == (len(continuation) < room)
+    assert roll_out(model, TOKENIZER, [], alternatives=1) == []
 
 
 def test_layers_that_do_not_see_all_tokens_get_batches_of_their_own(ids, monkeypatch):
     monkeypatch.setattr(rollouts, "_on_one_cache", lambda *_: pytest.fail("one cache for all places"))
     sliding = tiny_model(use_sliding_window=True, sliding_window=6, max_window_layers=2)
     options = {"alternatives": 2, "new_tokens": 5, "refused": set()}
-    check_forks(sliding, ids, roll_out(sliding, TOKENIZER, ids, [9, 30], **options), [9, 30], **options)
+    (forks,) = roll_out(sliding, TOKENIZER, [Start(ids.tolist(), [9, 30], 512)], **options)
+    check_forks(sliding, ids, forks, [9, 30], **options)
 
 
 def test_more_alternatives_than_tokens_are_refused(model, ids):
     with pytest.raises(ValueError, match="alternatives must be fewer than the tokens of the model, got 258"):
-        roll_out(model, TOKENIZER, ids, [5], alternatives=258, new_tokens=1)
+        roll_out(model, TOKENIZER, [Start(ids.tolist(), [5], 512)], alternatives=258, new_tokens=1)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -202,7 +275,7 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("perturb")
     model, task = tiny_folder(folder / "model"), problem_file(folder / "task.jsonl", 4)
     arguments = [str(model), "--task", str(task), "--batch-size", "2", "--max-new-tokens", "48", "--positions", "2"]
-    arguments += ["--alternatives", "2", "--rollout-tokens", "6", "--temperature", "0.7", "--layers", "3"]
+    arguments += ["--temperature", "0.7"]
     assert run(perturb.main, [*arguments, "--out", str(folder / "out")]) is None
     return arguments, folder / "out"
 
@@ -221,22 +294,30 @@ def test_the_report_says_what_was_found(setting):
     assert "0.534" in text and "0.631" in text and "87.1%" in text and "-0.097" in text
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    places = [place for line in log if line.get("key", "").startswith("problem") for place in line["value"]["places"]]
-    assert len(places) == data["places"]
-    assert all(len(place["tokens"]) == len(place["continuations"]) == 3 for place in places)
+    results = [result for line in log if line.get("key", "").startswith("measured") for result in line["value"]]
+    places = [place for result in results for place in result["places"]]
+    assert len(places) == data["places"] and set(data["estimates"]) > {"32 tokens", "to the end"}
+    assert all(len(place["tokens"]) == len(place["continuations"]) == len(place["ended"]) == 3 for place in places)
+    # up to the limit of an answer, of which the replaced token is one
+    room = [48 - 1 - place["place"] for place in places]
+    assert any(not all(place["ended"]) for place in places), "no continuation was cut off"
+    for place, most in zip(places, room, strict=True):
+        for tokens, ended in zip(place["continuations"], place["ended"], strict=True):
+            assert len(tokens) == most if not ended else len(tokens) < most
+    assert "*Top FAI*" in text and "*Bottom FAI*" in text and text.count("```text") >= 4
 
 
 def test_a_run_that_is_cut_anywhere_goes_on_to_the_same_bits(setting, tmp_path, monkeypatch):
     arguments, out = setting
     whole = (out / "log.jsonl").read_bytes()
     measured, perturbed = [], perturb.perturbed
-    monkeypatch.setattr(perturb, "perturbed", lambda s, answer: measured.append(answer.index) or perturbed(s, answer))
+    monkeypatch.setattr(perturb, "perturbed", lambda s, batch: measured.append(batch[0].index) or perturbed(s, batch))
     for place in cut_places(whole):
         measured.clear()
         (tmp_path / "log.jsonl").write_bytes(whole[:place])
         assert run(perturb.main, [*arguments, "--out", str(tmp_path)]) is None
         assert (tmp_path / "log.jsonl").read_bytes() == whole
-        assert measured == list(range(kept_problems(whole[:place]), 4)), "finished work is done again"
+        assert measured == [0, 2][kept_batches(whole[:place]) :], "finished work is done again"
         assert data_of(tmp_path) == data_of(out)
 
 
@@ -246,8 +327,8 @@ def test_other_settings_are_refused(setting, tmp_path):
     for flags, message in (
         (["--positions", "1"], "positions was 2 and is 1"),
         (
-            ["--alternatives", "3", "--rollout-tokens", "7"],
-            "alternatives was 2 and is 3; rollout_tokens was 6 and is 7",
+            ["--alternatives", "3", "--rollout-tokens", "7", "--without-last", "1"],
+            "alternatives was 2 and is 3; rollout_tokens was None and is 7; without_last was 0 and is 1",
         ),
     ):
         assert message in run(perturb.main, [*arguments, "--out", str(tmp_path), *flags])
@@ -258,10 +339,12 @@ def test_other_settings_are_refused(setting, tmp_path):
     "flags, message",
     [
         (["--positions", "0"], "--positions must be at least 1, got 0"),
-        (["--rollout-tokens", "490"], "within the model's 512 positions"),
-        (["--positions", "40"], "no answer has 112 tokens"),
+        (["--rollout-tokens", "0"], "--rollout-tokens must be at least 1, got 0"),
+        (["--max-new-tokens", "490"], "within the model's 512 positions"),
+        (["--positions", "40"], "no answer has 81 tokens"),
+        (["--without-last", "-1"], "--without-last must be at least 0, got -1"),
     ],
-    ids=range(3),
+    ids=range(5),
 )
 def test_what_the_caller_can_mend_is_told_in_a_line(setting, tmp_path, flags, message):
     assert message in run(perturb.main, [*setting[0], "--problems", "1", "--out", str(tmp_path), *flags])
