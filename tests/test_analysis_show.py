@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from rhythm_kernels.analysis import cli, page, show
+from rhythm_kernels.analysis.problems import JEWELS
 from rhythm_kernels.analysis.reading import read
 from rhythm_kernels.analysis.sources import encode_prompt, load, sequence_of
 
@@ -62,11 +63,12 @@ def test_the_command_answers_and_writes(tiny, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     assert cli.main(["show", tiny, "--prompt", PROMPT, "--max-new-tokens", "40", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    files = {"index.html", "reading.json", "reading.npz", "curves.png", "text.png", "maps.png", "spans.png"}
+    drawn = ("curves", "text", "credit", "maps", "maps-window", "spans")
+    files = {"index.html", "reading.json", "reading.npz", *(f"{name}.png" for name in drawn)}
     assert {path.name for path in out.iterdir()} == files
     for name in files:
         assert f"wrote     {out / name}" in said
-    for name in ("curves", "text", "maps", "spans"):
+    for name in drawn:
         picture = np.asarray(Image.open(out / f"{name}.png").convert("L"))
         assert picture.shape[0] > 100 and picture.std() > 5, f"{name}.png is empty"
     for pattern in (
@@ -199,8 +201,45 @@ def test_prompts_and_answers_from_files(tiny, tmp_path):
 def test_a_long_answer_has_maps_in_bins(tiny, tmp_path):
     arguments = [tiny, "--prompt", PROMPT, "--response", "ten words in all " * 25, "--out", str(tmp_path)]
     shown = show.show(show.parse(arguments))
-    (maps,) = shown.maps
+    maps, of_answer = shown.maps
     assert maps.bin == 2 and len(maps.local_map) == -(-shown.reading.tokens // 2)
+    assert (of_answer.begin, of_answer.end, of_answer.bin) == (shown.prompt_tokens, shown.reading.tokens, 1)
+
+
+def test_the_window_is_the_beginning_of_a_very_long_answer(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(show, "MOST_WINDOW", 50)
+    shown = show.show(show.parse([tiny, "--prompt", PROMPT, "--response", "word " * 20, "--out", str(tmp_path)]))
+    begin = shown.prompt_tokens
+    assert (shown.maps[1].begin, shown.maps[1].end) == (begin, begin + 50)
+
+
+def test_the_papers_example_shows_the_shortest_right_answer(tiny, tmp_path, monkeypatch, capsys):
+    texts = ["It is 23, I think, and sure.", "It is 23, I think.", "It is 22.", "23 and"]
+
+    def answers(model, tokenizer, prompts, *, temperature, **_):
+        assert len(prompts) == 8 and temperature == 0.7
+        asked = tokenizer.decode(prompts[0])
+        assert asked.startswith("System: ") and asked.endswith("\nQuestion: " + JEWELS.text.split(". ")[-1] + "\n")
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [[*each, 1] for each in tokens[:3]] + [tokens[3]] * 5  # the last ones were cut off
+
+    monkeypatch.setattr(show, "generate", answers)
+    shown = show.show(show.parse([tiny, "--example", "paper", "--max-new-tokens", "40", "--out", str(tmp_path)]))
+    assert "".join(shown.texts[shown.prompt_tokens : -1]) == texts[1]
+    assert "answers   8, of which 3 came to their end and 2 are right" in capsys.readouterr().out
+    texts[:2] = ["It is 20, I think.", "It is 21, I think."]
+    shown = show.show(show.parse([tiny, "--example", "paper", "--max-new-tokens", "40", "--out", str(tmp_path)]))
+    assert "".join(shown.texts[shown.prompt_tokens : -1]) == texts[2]
+
+
+def test_all_layers_are_read_unless_some_are_named(tiny, tmp_path):
+    arguments = [tiny, "--prompt", PROMPT, "--response", "a few words", "--out", str(tmp_path)]
+    shown = show.show(show.parse(arguments))
+    assert shown.reading.sampled == shown.reading.layers == list(range(6))
+    assert "WAAD and FAI are read in\nall 6 layers." in (tmp_path / "index.html").read_text(encoding="utf-8")
+    shown = show.show(show.parse([*arguments, "--layers", "1,3"]))
+    assert shown.reading.sampled == [1, 3]
+    assert "read in\nlayers 1, 3." in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +253,7 @@ def test_a_long_answer_has_maps_in_bins(tiny, tmp_path):
         (["--prompt", "a", "--temperature", "-1"], "--temperature must be"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature must be"),
         (["--prompt", "a", "--seed", "-1"], "--seed must be"),
-        (["--prompt", "a", "--layers", "some"], "--layers must be a number or a list.*'some'"),
+        (["--prompt", "a", "--layers", "some"], "--layers must be all, a number or a list.*'some'"),
         (["--prompt", "a", "--layers", "0"], "--layers must be at least 1"),
         (["--prompt", "a", "--receivers", "0"], "--receivers must be at least 1"),
         (["--prompt", "a", "--window", "7"], "--window must be BEGIN:END"),
@@ -258,10 +297,13 @@ def test_what_does_not_fit_the_model_is_named_before_it_answers(monkeypatch, tin
 
 
 def test_a_prompt_is_needed_and_only_one(capsys):
-    for arguments in ([], ["--prompt", "a", "--prompt-file", "b"]):
+    for arguments in ([], ["--prompt", "a", "--prompt-file", "b"], ["--prompt", "a", "--example", "paper"]):
         with pytest.raises(SystemExit):
             show.parse(arguments)
         assert "--prompt" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        show.parse(["--example", "paper", "--response", "23"])
+    assert "--example: not allowed with a response" in capsys.readouterr().err
 
 
 def test_no_such_model(tmp_path, capsys):

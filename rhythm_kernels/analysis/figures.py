@@ -24,15 +24,15 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False,
 
 
 def write(shown: ShownAnswer, folder: Path) -> list[Path]:
-    """Writes curves.png, text.png, maps.png, spans.png and, with a window, maps-window.png; returns the paths."""
+    """Writes curves.png, text.png, credit.png, maps.png, maps-window.png and spans.png; returns the paths."""
     drawn = {
         "curves.png": draw_curves(shown),
         "text.png": draw_text(shown),
+        "credit.png": draw_credit(shown),
         "maps.png": draw_maps(shown, 0),
+        "maps-window.png": draw_maps(shown, 1),
         "spans.png": draw_spans(shown),
     }
-    if len(shown.maps) > 1:
-        drawn["maps-window.png"] = draw_maps(shown, 1)
     for name, figure in drawn.items():
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks some scripts
@@ -94,7 +94,27 @@ def _name_peaks(ax, shown: ShownAnswer, tops: np.ndarray, values: np.ndarray, hi
 
 
 def draw_text(shown: ShownAnswer) -> Figure:
+    """Draws the first words of the answer, tinted by WAAD and by FAI to the end, with their peaks (Fig. 8)."""
+    reading = shown.reading
+    return _draw_words(
+        shown,
+        ("WAAD; peaks underlined", "waad", reading.waad, reading.waad_peaks),
+        ("FAI to the end of the answer; peaks underlined", "fai", reading.fai, reading.fai_peaks),
+    )
+
+
+def draw_credit(shown: ShownAnswer) -> Figure:
     """Draws the first words of the answer, tinted by WAAD and by credit's FAI, with preplan tokens and anchors."""
+    reading = shown.reading
+    return _draw_words(
+        shown,
+        ("WAAD; preplan tokens underlined", "waad", reading.waad, reading.sets.preplan),
+        ("FAI, 10 to 50 tokens later; anchors underlined", "fai", reading.credit_fai, reading.sets.anchors),
+    )
+
+
+def _draw_words(shown: ShownAnswer, *parts: tuple[str, str, Tensor, Tensor]) -> Figure:
+    """Draws the words once for each of two (title, colour, values [T], bool [T] of the underlined tokens)."""
     reading, begin = shown.reading, shown.prompt_tokens
     end = min(reading.tokens, begin + MOST_WORDS)
     lines = _lines([_visible(text) for text in shown.texts[begin:end]], shown.texts[begin:end])
@@ -107,10 +127,6 @@ def draw_text(shown: ShownAnswer) -> Figure:
         )  # inches, inches, and the width of a column relative to the figure
         figure = Figure(figsize=(wide, high))
         font = 0.97 * 72 * wide * share / (LINE + 1) / 0.602  # points: a character is 0.602 times as wide as high
-        parts = (
-            ("WAAD; preplan tokens underlined", "waad", reading.waad, reading.sets.preplan),
-            ("FAI, 10 to 50 tokens later; anchors underlined", "fai", reading.credit_fai, reading.sets.anchors),
-        )
         for left, (title, color, values, members) in zip((0.01, 0.505), parts, strict=True):
             ax = figure.add_axes((left, 0.3 / high, share, (high - 0.6) / high))
             heat = _heat(values[begin:])

@@ -33,7 +33,7 @@ class ShownAnswer(NamedTuple):
     texts: list[str]
     """The texts of the T tokens."""
     maps: list[MeanMaps]
-    """The maps of all tokens, and those of the window if one was asked for."""
+    """The maps of all tokens, and those of the window."""
     model: str
     peak_quantile: float
     """Only values above this quantile of the answer can be peaks."""
@@ -59,7 +59,7 @@ def render(answer: ShownAnswer) -> str:
         heads=reading.spans.shape[1],
         prompt_tokens=answer.prompt_tokens,
         answer_tokens=reading.tokens - answer.prompt_tokens,
-        sampled=reading.sampled,
+        sampled=layer_names(reading),
         receivers=int(reading.receivers.sum()),
         peak_quantile=answer.peak_quantile,
         settings=answer.settings,
@@ -69,6 +69,13 @@ def render(answer: ShownAnswer) -> str:
         script_hash=f"sha256-{digest}",
         data=as_json(page_data(answer)),
     )
+
+
+def layer_names(reading: Reading) -> str:
+    """Returns the layers that WAAD and FAI are read in, such as "layer 3", "layers 3, 5" or "all 24 layers"."""
+    if reading.sampled == reading.layers:
+        return f"all {len(reading.layers)} layers"
+    return f"layer{'s' * (len(reading.sampled) > 1)} {', '.join(map(str, reading.sampled))}"
 
 
 def as_json(data: dict) -> str:

@@ -32,6 +32,14 @@ class Problem(NamedTuple):
     """The right final answer, if it is known."""
 
 
+JEWELS = Problem(
+    "Siobhan has 2 fewer jewels than Aaron. Aaron has 5 more jewels than half of Raymond's jewels. If Raymond has 40 "
+    "jewels, how many jewels does Siobhan have?",
+    "23",
+)
+"""The problem of the paper's Fig. 2. Source: the test set of GSM8K (Cobbe et al., 2021), MIT licence."""
+
+
 # ---- the text of a prompt and the answer to it -----------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ def read(
     ids: Tensor,
     response: Tensor,
     *,
-    layers: int | list[int] = 5,
+    layers: int | str | list[int] = "all",
     receivers: int = 16,
     min_quantile: float = 0.0,
 ) -> Reading:

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from rhythm_kernels.analysis.decoding import grouped_decoding
 from rhythm_kernels.analysis.sources import end_tokens, generate
 
 
@@ -156,13 +157,14 @@ def _on_one_cache(model, caches: list[DynamicCache], rows: list[_Row], ends: set
             cache.batch_select_indices(kept)
             at, visible, token, room, index, going = (x[kept] for x in (at, visible, token, room, index, going))
         visible = pad(visible, (0, 1), value=True)
-        output = model(
-            token[:, None],
-            attention_mask=visible.long(),
-            position_ids=(at + step)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with grouped_decoding(model):
+            output = model(
+                token[:, None],
+                attention_mask=visible.long(),
+                position_ids=(at + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
         token, step = output.logits[:, -1].argmax(-1), step + 1
         for row, new, goes in zip(index.tolist(), token.tolist(), going.tolist(), strict=True):
             if goes:

@@ -3,12 +3,13 @@
     rhythm show smollm2 --prompt "A box holds 12 pencils. Sara buys 3 boxes. How many pencils does she have?"
     rhythm show Qwen/Qwen3-0.6B --prompt-file problem.txt --max-new-tokens 2000 --window 400:900
     rhythm show smollm2 --prompt "2 + 2 =" --response "2 + 2 is 4."      # an answer that is given
+    rhythm show Qwen/Qwen3-4B-Base --example paper                       # the paper's Fig. 2
 
 The page shows two numbers per token of the answer, which are read from the model's own attention: the windowed average
 attention distance (WAAD), how far back the local heads look, and the future attention influence (FAI), how much
 attention later tokens pay to the token in the global heads. It also shows entropy, mean attention maps, and how far
-each head looks back. The command runs two forwards over the sequence, and a third one for --window. Memory grows with
-the number of tokens, not with its square.
+each head looks back. The maps of --window are of single tokens. The command runs three forwards over the sequence.
+Memory grows with the number of tokens, not with its square.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from rhythm_kernels.analysis import figures, page
 from rhythm_kernels.analysis.environment import package_versions
 from rhythm_kernels.analysis.maps import mean_maps
 from rhythm_kernels.analysis.page import ShownAnswer
+from rhythm_kernels.analysis.problems import JEWELS, is_right, paper_prompt
 from rhythm_kernels.analysis.reading import Reading, read
 from rhythm_kernels.analysis.receivers import FEWEST_ROWS
 from rhythm_kernels.analysis.sources import (
@@ -36,8 +38,10 @@ from rhythm_kernels.analysis.sources import (
     check_ids,
     check_length,
     encode_prompt,
+    end_tokens,
     generate,
     load,
+    parse_layers,
     sequence_of,
 )
 from rhythm_kernels.checks import check_float, check_int
@@ -49,21 +53,27 @@ MOST_WINDOW = 1024  # tokens of a map without bins: the two maps take 6 MB of th
 PEAK_QUANTILE = 0.6
 """Only peaks among the largest 40 % of the answer's values are shown, the fraction that credit selects."""
 RECEIVERS = 16
+EXAMPLES = ("paper",)
+EXAMPLE_ANSWERS = 8
+"""The answers of the paper's example; the shortest right one is shown (A.1)."""
+EXAMPLE_TEMPERATURE = 0.7  # section 4.1
 
 
 class Request(NamedTuple):
     """The command's arguments, after the checks that need no model."""
 
     model: str
-    prompt: str
+    prompt: str | None
+    """None: the paper's example."""
     response: str | None
     max_new_tokens: int
     temperature: float
     seed: int
-    layers: int | list[int]
+    layers: int | str | list[int]
     receivers: int | None
     """None is RECEIVERS, or all heads of a model with fewer."""
     window: tuple[int, int] | None
+    """None is the answer, or its first MOST_WINDOW tokens."""
     out: Path
     device: str
     dtype: str
@@ -90,24 +100,34 @@ def parse(arguments: list[str] | None = None) -> Request:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the prompt; the user's turn where the model has a chat template")
     prompt.add_argument("--prompt-file", type=Path, help="a text file with the prompt, in UTF-8")
+    prompt.add_argument(
+        "--example",
+        choices=EXAMPLES,
+        help=f"paper: the problem of the paper's Fig. 2 in its plain text, and the shortest right one of "
+        f"{EXAMPLE_ANSWERS} answers",
+    )
     response = parser.add_mutually_exclusive_group()
     response.add_argument("--response", help="the answer to show; the model's own if left out")
     response.add_argument("--response-file", type=Path, help="a text file with the answer, in UTF-8")
     parser.add_argument("--max-new-tokens", type=int, default=300, help="largest length of the answer (300)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="sampling temperature of the answer; 0: greedy (0)"
+        "--temperature",
+        type=float,
+        help=f"sampling temperature of the answer; 0: greedy (0, and {EXAMPLE_TEMPERATURE} with --example)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument(
         "--layers",
-        default="5",
-        help="layers that WAAD and FAI are read in: a number of the middle third, or a list such as 10,13,15 (5)",
+        default="all",
+        help="layers that WAAD, FAI and the sets are read in: all, a number of the middle third (5 is what credit "
+        "reads), or a list such as 10,13,15 (all)",
     )
     parser.add_argument(
         "--receivers", type=int, help="number of receiver heads: those whose attention falls on the fewest tokens (16)"
     )
     parser.add_argument(
-        "--window", help="BEGIN:END, a range of tokens whose attention maps are also shown token by token"
+        "--window",
+        help="BEGIN:END, a range of tokens whose attention maps are also shown token by token (the answer)",
     )
     parser.add_argument("--out", type=Path, default=Path("rhythm-show"), help="the folder to write into (rhythm-show)")
     parser.add_argument("--device", default="auto", help="auto (cuda where torch finds a GPU), cpu, cuda or cuda:1")
@@ -115,14 +135,19 @@ def parse(arguments: list[str] | None = None) -> Request:
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved, float32 on a CPU"
     )
     given = parser.parse_args(arguments)
+    if given.example and (given.response is not None or given.response_file is not None):
+        parser.error("argument --example: not allowed with a response, since the model answers it")
+    temperature = given.temperature
+    if temperature is None:
+        temperature = EXAMPLE_TEMPERATURE if given.example else 0.0
     return Request(
         model=given.model,
         prompt=_text("prompt", given.prompt, given.prompt_file),
         response=_text("response", given.response, given.response_file),
         max_new_tokens=check_int("--max-new-tokens", given.max_new_tokens, 1),
-        temperature=check_float("--temperature", given.temperature, 0.0),
+        temperature=check_float("--temperature", temperature, 0.0),
         seed=check_int("--seed", given.seed, 0, 2**63 - 1),
-        layers=_layers(given.layers),
+        layers=parse_layers(given.layers),
         receivers=None if given.receivers is None else check_int("--receivers", given.receivers, 1),
         window=None if given.window is None else _window(given.window),
         out=given.out,
@@ -137,7 +162,9 @@ def show(request: Request) -> ShownAnswer:
     times = _Times()
     with times("load"):
         model, tokenizer = load(request.model, device=request.device, dtype=DTYPES[request.dtype])
-    prompt = encode_prompt(tokenizer, request.prompt)
+    is_example = request.prompt is None
+    text = paper_prompt(JEWELS.text) if is_example else request.prompt
+    prompt = encode_prompt(tokenizer, text, chat=not is_example)
     if not prompt:
         raise ValueError("--prompt must have a token, got none")
     given = None
@@ -151,18 +178,16 @@ def show(request: Request) -> ShownAnswer:
     receivers = _check_heads(model, request)
     with times("answer"):
         answer = given if given is not None else _answer(model, tokenizer, prompt, request)
+    window = request.window or (len(prompt), len(prompt) + min(MOST_WINDOW, len(answer)))
     ids, response, texts = sequence_of(tokenizer, prompt, answer, model.device)
-    if request.window is not None and request.window[1] > len(ids):
-        raise ValueError(f"--window must end at most at {len(ids)}, the number of tokens, got {request.window[1]}")
+    begin, end = window
+    if end > len(ids):
+        raise ValueError(f"--window must end at most at {len(ids)}, the number of tokens, got {end}")
     with times("statistics"):
         reading = read(model, ids, response, layers=request.layers, receivers=receivers, min_quantile=PEAK_QUANTILE)
     with times("maps"):
-        maps = [mean_maps(model, ids[None], reading.sampled, reading.groups)]
-        if request.window is not None:
-            begin, end = request.window
-            maps.append(
-                mean_maps(model, ids[None], reading.sampled, reading.groups, begin=begin, end=end, bins=end - begin)
-            )
+        of_window = {"begin": begin, "end": end, "bins": end - begin}
+        maps = [mean_maps(model, ids[None], reading.sampled, reading.groups, **place) for place in ({}, of_window)]
     shown = ShownAnswer(
         reading,
         texts,
@@ -222,7 +247,7 @@ def summary(shown: ShownAnswer) -> list[str]:
     answer = reading.tokens - shown.prompt_tokens
     lines = [
         f"model     {shown.model}, {len(reading.layers)} layers of {reading.spans.shape[1]} heads",
-        f"layers    {', '.join(map(str, reading.sampled))}: WAAD and FAI are read in these",
+        f"layers    {page.layer_names(reading)}: WAAD, FAI and the sets are read in these",
         f"tokens    {shown.prompt_tokens} of prompt, {answer} of answer",
         f"spans     local heads look {local_span:.1f} tokens back, global heads {global_span:.1f}",
     ]
@@ -260,16 +285,6 @@ def _text(name: str, given: str | None, file: Path | None) -> str | None:
     except UnicodeEncodeError:
         raise ValueError(f"--{name} must be valid text, got {given[:80]!r}") from None
     return given
-
-
-def _layers(given: str) -> int | list[int]:
-    try:
-        numbers = [int(part) for part in given.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"--layers must be a number or a list such as 10,13,15, got {given!r}") from None
-    if "," in given and numbers:
-        return numbers
-    return check_int("--layers", numbers[0] if numbers else 0, 1)
 
 
 def _window(given: str) -> tuple[int, int]:
@@ -314,17 +329,26 @@ def _check_heads(model: nn.Module, request: Request) -> int:
 
 
 def _answer(model: nn.Module, tokenizer, prompt: list[int], request: Request) -> list[int]:
+    """Returns the model's answer; to the example the shortest right one of several, or else the shortest."""
+    count = EXAMPLE_ANSWERS if request.prompt is None else 1
     torch.manual_seed(request.seed)
     with tqdm(total=request.max_new_tokens, unit="tok", desc="answer", leave=False) as bar:
-        (answer,) = generate(
+        answers = generate(
             model,
             tokenizer,
-            [prompt],
+            [prompt] * count,
             max_new_tokens=request.max_new_tokens,
             temperature=request.temperature,
             progress=bar.update,
         )
-    return answer
+    if count == 1:
+        return answers[0]
+    ended = [answer for answer in answers if answer[-1] in end_tokens(model)]
+    right = [answer for answer in ended if is_right(JEWELS, tokenizer.decode(answer))]
+    print(
+        f"answers   {count}, of which {len(ended)} came to their end and {len(right)} are right; the shortest is shown"
+    )
+    return min(right or ended or answers, key=len)
 
 
 def _name(model: nn.Module, request: Request) -> str:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rhythm_kernels.analysis.decoding import grouped_decoding
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
 
@@ -240,13 +241,14 @@ def generate(
     sampling = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    ids = model.generate(
-        **batch,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([report_token] if progress else []),
-        **sampling,
-    )
+    with grouped_decoding(model):
+        ids = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([report_token] if progress else []),
+            **sampling,
+        )
     ends, answers = end_tokens(model), []
     for row in ids[:, batch["input_ids"].shape[1] :].tolist():
         end = next((index for index, token in enumerate(row) if token in ends), len(row) - 1)

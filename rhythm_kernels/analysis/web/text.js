@@ -8,8 +8,14 @@ const bounds = (list) => {
   const at = (share) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
   return [at(0.05), Math.max(at(0.98), at(0.05) + 1e-9)];
 };
+const NEAR = "FAI, 10 to 50 tokens later", WHOLE = "FAI to the end of the answer";
 const heats = { waad: values.waad, fai: values.credit_fai };
 const scales = { waad: bounds(heats.waad), fai: bounds(heats.fai) };
+const names = { waad: "WAAD", fai: NEAR };
+const heat = (kind, t) => {
+  const [low, high] = scales[kind];
+  return clamp((heats[kind][t - first] - low) / (high - low), 0, 1).toFixed(3);
+};
 
 /** Returns where rows begin: after line breaks, or after a sentence or phrase of a long paragraph. */
 const cuts = () => {
@@ -26,8 +32,8 @@ const cuts = () => {
 const buildRow = (begin, stop) => {
   const row = make("div", "row");
   for (const kind of ["waad", "fai"]) {
-    const cell = make("div", `cell ${kind}`), [low, high] = scales[kind];
-    cell.dataset.name = kind === "waad" ? "WAAD" : "FAI, 10 to 50 tokens later";
+    const cell = make("div", `cell ${kind}`);
+    cell.dataset.name = names[kind];
     for (let t = begin; t < stop; t++) {
       const bits = flags[t - first], raw = data.texts[t];
       const span = make("span", "", visible(raw));
@@ -35,7 +41,7 @@ const buildRow = (begin, stop) => {
       if (bits & ANCHOR) span.classList.add("anchor");
       if (bits & DOMINATED) span.classList.add("dominated");
       span.dataset.t = t;
-      span.style.setProperty("--h", clamp((heats[kind][t - first] - low) / (high - low), 0, 1).toFixed(3));
+      span.style.setProperty("--h", heat(kind, t));
       cell.append(span);
       if (raw.includes("\n") && t + 1 < stop && !/^\s*\n/.test(data.texts[t + 1])) cell.append("\n");
       spans[kind][t - first] = span;
@@ -99,6 +105,14 @@ const watcher = new IntersectionObserver((entries) => {
 new ResizeObserver(arrowsSoon).observe(text);
 $("show-arrows").addEventListener("change", drawArrows);
 $("show-marks").addEventListener("change", (event) => text.classList.toggle("marks", event.target.checked));
+$("to-the-end").addEventListener("change", (event) => {
+  heats.fai = event.target.checked ? values.fai : values.credit_fai;
+  scales.fai = bounds(heats.fai);
+  names.fai = event.target.checked ? WHOLE : NEAR;
+  $("fai-name").textContent = names.fai;
+  for (const row of rows) row.element.children[1].dataset.name = names.fai;
+  spans.fai.forEach((span, place) => span.style.setProperty("--h", heat("fai", first + place)));
+});
 
 /** Builds rows for 20 ms at a time, so that the page stays responsive while it loads. */
 const build = (starts, row) => {

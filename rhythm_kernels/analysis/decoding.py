@@ -1,0 +1,56 @@
+"""Attention of a single new token that reads each key once, for generation with grouped-query heads on a CPU.
+
+transformers' sdpa attention copies every key and value for each query head of its group, at each new token. Without the
+copies a step of SmolLM2 or Qwen2.5-0.5B took a third to a fifth of the time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "rhythm_grouped"
+
+
+@contextmanager
+def grouped_decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a model with sdpa attention decode without copies; other attention stays as it is."""
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
+) -> tuple[Tensor, None]:
+    """Returns the output [B, 1, HQ, Dv] of one new token; more tokens are left to sdpa.
+
+    Args:
+        query: [B, HQ, 1, D].
+        key, value: [B, H, T, D] and [B, H, T, Dv].
+        attention_mask: [B, 1, 1, T], bool or added to the scores, or None.
+    """
+    batch, query_heads, tokens, size = query.shape
+    if tokens != 1 or options.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scaling = options.get("scaling")
+    grouped = query.reshape(batch, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
+    scores = grouped @ key.transpose(-1, -2)  # [B, H, HQ / H, T]
+    if attention_mask is not None and attention_mask.dtype.is_floating_point:
+        scores = scores + attention_mask
+    elif attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    return (scores.softmax(-1) @ value).reshape(batch, 1, query_heads, -1), None
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
