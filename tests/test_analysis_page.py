@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
@@ -307,6 +308,25 @@ def test_arrows_lead_to_intros_where_they_are_in_view(browser, answer, path):
     assert browser.js("document.querySelectorAll('.cell.fai svg').length") == 0
     browser.js("document.querySelector('#show-marks').click()")
     assert browser.js("document.querySelector('#text').classList.contains('marks')") is False
+
+
+def test_the_text_is_tinted_by_fai_to_the_end_on_demand(browser, answer, path):
+    """The paper's Fig. 8 shows FAI to the end; credit's own FAI is the first choice."""
+    browser.open(path)
+    browser.box(".row")
+    read = "[...document.querySelectorAll('.cell.fai [data-t]')].map((s) => Number(s.style.getPropertyValue('--h')))"
+
+    def heat(values: torch.Tensor) -> np.ndarray:
+        values = values[answer.reading.response].double().numpy()
+        low, high = (np.sort(values)[min(len(values) - 1, int(share * len(values)))] for share in (0.05, 0.98))
+        return np.clip((values - low) / max(high - low, 1e-9), 0, 1)
+
+    np.testing.assert_allclose(browser.js(read), heat(answer.reading.credit_fai), atol=2e-3)
+    browser.js("document.querySelector('#to-the-end').click()")
+    np.testing.assert_allclose(browser.js(read), heat(answer.reading.fai), atol=2e-3)
+    assert browser.js("document.querySelector('#fai-name').textContent") == "FAI to the end of the answer"
+    browser.js("document.querySelector('#to-the-end').click()")
+    np.testing.assert_allclose(browser.js(read), heat(answer.reading.credit_fai), atol=2e-3)
 
 
 def test_light_dark_and_the_switch(browser, path):
