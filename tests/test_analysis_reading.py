@@ -15,7 +15,7 @@ from rhythm_kernels import HeadGroups, reference
 from rhythm_kernels.analysis.maps import mean_maps
 from rhythm_kernels.analysis.reading import read
 from rhythm_kernels.analysis.receivers import FEWEST_ROWS, column_moments, counted_columns, receiver_heads
-from rhythm_kernels.analysis.sources import encode_prompt, generate, sequence_of, token_texts
+from rhythm_kernels.analysis.sources import begins_with_bos, encode_prompt, generate, load, sequence_of, token_texts
 
 TOKENS, PROMPT = 96, 17
 TO_THE_END = (1, None)
@@ -397,3 +397,28 @@ def test_generated_answers_end_where_they_should():
     sequence = sequence_of(tokenizer, prompts[0], alone[0], "cpu")
     assert sequence.response.sum() == len(alone[0]) and not sequence.response[: len(prompts[0])].any()
     assert len(sequence.texts) == len(sequence.ids)
+
+
+@pytest.mark.parametrize(
+    "kind, flag, begins", [("llama", None, True), ("llama", False, False), ("gpt2", None, False), ("gpt2", True, True)]
+)
+def test_a_gguf_file_says_whether_texts_begin_with_a_token(tmp_path, kind, flag, begins):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_tokenizer_model(kind)
+    if flag is not None:
+        writer.add_add_bos_token(flag)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    assert begins_with_bos(tmp_path / "tiny.gguf") is begins
+
+
+def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
+    pytest.importorskip("gguf")
+    with pytest.raises(ValueError, match="the model's file must exist, got '.*absent.gguf'"):
+        load(str(tmp_path / "absent.gguf"))

@@ -62,6 +62,8 @@ def load(
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
+        if name != SMOLLM2:  # whose prompts begin without one
+            tokenizer.add_bos_token = begins_with_bos(file)
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -75,6 +77,20 @@ def load(
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= embedding_rows(model.config):
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().to(device), tokenizer
+
+
+def begins_with_bos(file: Path) -> bool:
+    """Returns whether a GGUF file wants a token for the beginning before each text, which transformers does not read.
+
+    Without it Gemma 3 270M needs 4.8 nats for a token of plain English, and 1.8 with it.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    flag, kind = (reader.get_field(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "model"))
+    if flag is not None:
+        return bool(flag.contents())
+    return kind is not None and kind.contents() == "llama"  # the default of llama.cpp for SentencePiece
 
 
 def check_device(given: str | torch.device) -> None:
