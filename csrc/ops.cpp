@@ -17,15 +17,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rhythm_kernels, m) {
   m.def("find_peaks(Tensor values, Tensor response_mask, Tensor? cu_seqlens, float min_quantile) -> Tensor");
   // gamma float32 [B,T], faults uint8 [S]
   m.def(
-      "topq_credit(Tensor values, Tensor response_mask, Tensor? cu_seqlens, bool of_delta, float top_fraction, float "
-      "amplification, bool largest) "
-      "-> (Tensor, Tensor)");
+      "topq_credit(Tensor values, Tensor response_mask, Tensor? cu_seqlens, bool of_delta, bool drops, "
+      "float top_fraction, float amplification, bool largest) -> (Tensor, Tensor)");
   // gamma float32 [B,T], faults uint8 [S]; if with_sets: memberships uint8 [B,T], steps back to the intro int32 [B,T]
   m.def(
-      "coupled_credit(Tensor waad, Tensor fai, Tensor response_mask, Tensor? cu_seqlens, float top_fraction, float "
-      "amplification, float shared_fraction, "
-      "int max_lookback, bool largest, float? tau_waad, float? tau_delta, bool with_sets) -> (Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "coupled_credit(Tensor waad, Tensor fai, Tensor response_mask, Tensor? cu_seqlens, float top_fraction, "
+      "float preplan_fraction, float amplification, float shared_fraction, int max_lookback, bool largest, bool drops, "
+      "float? tau_waad, float? tau_delta, bool with_sets) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 // Importing the module loads the library, which registers the ops. HAS_CUDA is 1 if it has the CUDA kernels.

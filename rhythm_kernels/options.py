@@ -10,6 +10,7 @@ from rhythm_kernels.checks import check_bool, check_choice, check_float, check_h
 
 STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
 READS_ATTENTION = ("local", "global", "coupled")
+DELTAS = ("absolute", "drop")
 GROUP_BY = ("sequence", "batch")
 MAX_WINDOW = 256  # tokens
 MOST_AMPLIFICATION = 1e37  # keeps every factor finite in fp32
@@ -40,6 +41,17 @@ class CreditOptions:
     )
     max_lookback: int = _option(3, "tokens before an anchor in which its intro may lie", minimum=1, maximum=2**63 - 1)
     largest: bool = _option(True, "select the largest values, or the smallest (the paper's ablation)")
+    preplan_fraction: float | None = _option(
+        None,
+        "fraction of a response's tokens that is preplan tokens; by default top_fraction",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    delta: str = _option(
+        "absolute",
+        "Delta is the absolute change of WAAD to the next token, or only a drop of it",
+        choices=DELTAS,
+    )
     tau_waad: float | None = _option(
         None, "largest WAAD of a dominated anchor, in tokens; by default the lower median of the response"
     )
@@ -104,7 +116,8 @@ class CreditOptions:
     @property
     def set_arguments(self) -> dict[str, object]:
         """The arguments of `coupled_sets` that these options set."""
-        return self._of(("top_fraction", "max_lookback", "largest", "tau_waad", "tau_delta"))
+        names = ("top_fraction", "max_lookback", "largest", "preplan_fraction", "delta", "tau_waad", "tau_delta")
+        return self._of(names)
 
     @property
     def credit_arguments(self) -> dict[str, object]:
@@ -170,7 +183,7 @@ def _read_bool(words: list[str]) -> bool:
     return {"true": True, "false": False}[_read_word(words).lower()]
 
 
-def _read_threshold(words: list[str]) -> float | None:
+def _read_or_none(words: list[str]) -> float | None:
     return None if words == ["none"] else float(_read_word(words))
 
 
@@ -193,8 +206,9 @@ _READERS = {
     "layers": _read_layers,
     "horizon": _read_horizon,
     "span_rows": _read_count,
-    "tau_waad": _read_threshold,
-    "tau_delta": _read_threshold,
+    "preplan_fraction": _read_or_none,
+    "tau_waad": _read_or_none,
+    "tau_delta": _read_or_none,
     int: _read_number(int),
     float: _read_number(float),
     bool: _read_bool,
@@ -212,9 +226,9 @@ def _check(option: Field, value: object, limits: dict) -> None:
         check_bool(name, value)
     elif name == "span_rows":
         check_span_rows(value)
-    elif name.startswith("tau_"):
+    elif name == "preplan_fraction" or name.startswith("tau_"):
         if value is not None:
-            check_float(name, value)
+            check_float(name, value, **limits)
     elif kind is float:
         check_float(name, value, **limits)
     elif kind is int and name != "layers":

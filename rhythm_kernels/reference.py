@@ -380,11 +380,34 @@ def lower_quantile(values: list[float], p: float) -> float | None:
     return sorted(values, key=lambda v: (math.isnan(v), v))[rank - 1] if rank > 0 else None
 
 
-def delta(waad_t: Tensor, response_mask: Tensor) -> Tensor:
-    """Returns Delta_t = |WAAD_t - WAAD_{t+1}| where t and t + 1 are in R, else 0: [B, T], in tokens (Eq. 13)."""
+def delta(waad_t: Tensor, response_mask: Tensor, kind: str = "absolute") -> Tensor:
+    """Returns Delta_t where t and t + 1 are in R, else 0: [B, T], in tokens (Eq. 13).
+
+    "absolute" is |WAAD_t - WAAD_{t+1}|, "drop" is max(WAAD_t - WAAD_{t+1}, 0).
+    """
     out = torch.zeros_like(waad_t)
     both = response_mask[:, :-1] & response_mask[:, 1:]
-    out[:, :-1] = torch.where(both, (waad_t[:, :-1] - waad_t[:, 1:]).abs(), 0.0)
+    change = waad_t[:, :-1] - waad_t[:, 1:]
+    out[:, :-1] = torch.where(both, change.abs() if kind == "absolute" else change.clamp(min=0.0), 0.0)
+    return out
+
+
+_delta = delta  # the option of this name hides the function
+
+
+def preplan(
+    waad_t: Tensor, response_mask: Tensor, fraction: float = 0.4, largest: bool = True, delta: str = "absolute"
+) -> Tensor:
+    """Returns the preplan tokens T_loc = TopQ(Delta), [B, T] bool (Eq. 13). With "drop" the top takes no Delta of 0."""
+    change = _delta(waad_t, response_mask, delta)
+    taken = segment_topq(change, response_mask, fraction, largest)
+    return taken & (change > 0) if delta == "drop" and largest else taken
+
+
+def rises(waad_t: Tensor, response_mask: Tensor) -> Tensor:
+    """Returns whether t and t + 1 are in R and WAAD_t < WAAD_{t+1}: [B, T] bool."""
+    out = torch.zeros_like(response_mask)
+    out[:, :-1] = response_mask[:, :-1] & response_mask[:, 1:] & (waad_t[:, :-1] < waad_t[:, 1:])
     return out
 
 
@@ -397,6 +420,8 @@ def coupled_sets(
     largest: bool = True,
     tau_waad: float | None = None,
     tau_delta: float | None = None,
+    preplan_fraction: float | None = None,
+    delta: str = "absolute",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the anchors T_glob, the dominated ones D, and their intros I(D), each [B, T] bool (Eq. 15, 17).
 
@@ -405,21 +430,24 @@ def coupled_sets(
         fai_t: [B, T].
         tau_waad: a dominated anchor has at most this WAAD; None for the lower median of WAAD over R.
         tau_delta: its intro has at least this Delta; None for the smallest Delta of T_loc.
+        preplan_fraction: the fraction of T_loc; None for top_fraction.
+        delta: "absolute" or "drop". With "drop" a token whose Delta is 0 is no intro, whatever tau_delta is.
     """
-    change = delta(waad_t, response_mask)
+    change = _delta(waad_t, response_mask, delta)
+    of_preplan = top_fraction if preplan_fraction is None else preplan_fraction
+    preplan_t = preplan(waad_t, response_mask, of_preplan, delta=delta)
     anchors = segment_topq(fai_t, response_mask, top_fraction, largest)
     dominated, intros = torch.zeros_like(response_mask), torch.zeros_like(response_mask)
     for b in range(len(response_mask)):
         positions = response_mask[b].nonzero().flatten().tolist()
-        preplan = segment_topq(change[b : b + 1], response_mask[b : b + 1], top_fraction)[0]
         most_waad = tau_waad if tau_waad is not None else lower_quantile([waad_t[b, p].item() for p in positions], 0.5)
-        least_delta = tau_delta if tau_delta is not None else min(change[b][preplan].tolist(), default=math.inf)
+        least_delta = tau_delta if tau_delta is not None else min(change[b][preplan_t[b]].tolist(), default=math.nan)
         for t in anchors[b].nonzero().flatten().tolist():
             before = [u for u in range(t - max_lookback, t) if u >= 0 and response_mask[b, u]]
             if not before or waad_t[b, t].item() > most_waad:
                 continue
             intro = max(before, key=lambda u: (change[b, u].item(), u))
-            if change[b, intro].item() >= least_delta:
+            if change[b, intro].item() >= least_delta and (delta == "absolute" or change[b, intro] > 0):
                 dominated[b, t], intros[b, intro] = True, True
     return anchors, dominated, intros
 
@@ -439,6 +467,8 @@ def gamma(
     largest: bool = True,
     tau_waad: float | None = None,
     tau_delta: float | None = None,
+    preplan_fraction: float | None = None,
+    delta: str = "absolute",
 ) -> Tensor:
     """Returns the factor of each token's advantage, [B, T] fp32, 1 outside R (Eq. 14, 16, 18 and the baselines).
 
@@ -448,11 +478,21 @@ def gamma(
         fai_t: [B, T].
         entropy: [B, T], for the strategy "entropy".
         draw: [B, T] random numbers, for the strategy "random".
-        top_fraction, amplification, shared_fraction, max_lookback, largest, tau_waad, tau_delta: as in `token_credit`.
+        top_fraction, amplification, shared_fraction, max_lookback, largest, tau_waad, tau_delta, preplan_fraction,
+            delta: as in `token_credit`.
     """
     if strategy == "coupled":
         anchors, dominated, intros = coupled_sets(
-            waad_t, fai_t, response_mask, top_fraction, max_lookback, largest, tau_waad, tau_delta
+            waad_t,
+            fai_t,
+            response_mask,
+            top_fraction,
+            max_lookback,
+            largest,
+            tau_waad,
+            tau_delta,
+            preplan_fraction,
+            delta,
         )
         share = (
             (anchors & ~dominated).double()
@@ -461,10 +501,12 @@ def gamma(
         )
     elif strategy == "none":
         share = torch.zeros(response_mask.shape, dtype=torch.float64)
+    elif strategy == "local":
+        of_preplan = top_fraction if preplan_fraction is None else preplan_fraction
+        share = preplan(waad_t, response_mask, of_preplan, largest, delta).double()
     else:
-        signal = {"local": lambda: delta(waad_t, response_mask), "global": lambda: fai_t, "random": lambda: draw}
-        signal["entropy"] = lambda: entropy
-        share = segment_topq(signal[strategy](), response_mask, top_fraction, largest).double()
+        signal = {"global": fai_t, "random": draw, "entropy": entropy}[strategy]
+        share = segment_topq(signal, response_mask, top_fraction, largest).double()
     return (1 + (amplification - 1) * share).float()
 
 

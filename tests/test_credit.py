@@ -17,7 +17,7 @@ from rhythm_kernels import (
     token_credit,
 )
 from rhythm_kernels.credit import composed, extension
-from rhythm_kernels.options import STRATEGIES
+from rhythm_kernels.options import DELTAS, STRATEGIES
 
 NAN = float("nan")
 
@@ -42,8 +42,10 @@ knobs = st.fixed_dictionaries(
     {
         "top_fraction": st.sampled_from([0.0, 0.2, 0.4, 0.7, 1.0]),
         "largest": st.booleans(),
+        "preplan_fraction": st.sampled_from([None, None, 0.0, 0.3, 1.0]),
+        "delta": st.sampled_from(DELTAS),
         "tau_waad": st.sampled_from([None, None, 0.1, 1.0]),
-        "tau_delta": st.sampled_from([None, None, 0.0, 0.1, 1.0]),
+        "tau_delta": st.sampled_from([None, None, -1.0, 0.0, 0.1, 1.0]),
         "max_lookback": st.integers(1, 8),
     }
 )
@@ -58,7 +60,9 @@ def test_coupled_equals_the_reference(given_signals, options, shared_fraction, a
     waad, fai, mask = given_signals
     rhythm = Rhythm(waad, fai)
     expected = reference.coupled_sets(waad, fai, mask, **options)
-    preplan = reference.segment_topq(reference.delta(waad, mask), mask, options["top_fraction"])
+    kind = options["delta"]
+    of_preplan = options["top_fraction"] if options["preplan_fraction"] is None else options["preplan_fraction"]
+    preplan = reference.preplan(waad, mask, of_preplan, delta=kind)
     factors = reference.gamma(
         "coupled", mask, waad, fai, shared_fraction=shared_fraction, amplification=amplification, **options
     )
@@ -67,7 +71,8 @@ def test_coupled_equals_the_reference(given_signals, options, shared_fraction, a
         for name, got, want in zip(("anchors", "dominated", "intros"), sets[1:4], expected, strict=True):
             assert torch.equal(got, want), (backend, name)
         assert torch.equal(sets.preplan, preplan)
-        check_intros(sets, reference.delta(waad, mask), mask, options["max_lookback"])
+        check_intros(sets, reference.delta(waad, mask, kind), mask, options["max_lookback"])
+        assert kind == "absolute" or not ((sets.preplan | sets.intros) & (reference.delta(waad, mask, kind) == 0)).any()
         gamma = token_credit(
             "coupled",
             mask,
@@ -90,27 +95,14 @@ def check_intros(sets, delta, mask, k):
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    signals(),
-    st.sampled_from(["none", "local", "global", "entropy"]),
-    st.sampled_from([0.0, 0.4, 1.0]),
-    st.booleans(),
-    st.sampled_from([0.0, 1.0, 1.5, 2.7]),
-)
-def test_other_strategies_equal_the_reference(given_signals, strategy, q, largest, amplification):
+@given(signals(), knobs, st.sampled_from(["none", "local", "global", "entropy"]), st.sampled_from([0.0, 1.0, 1.5, 2.7]))
+def test_other_strategies_equal_the_reference(given_signals, options, strategy, amplification):
     waad, fai, mask = given_signals
-    inputs = {
-        "rhythm": Rhythm(waad, fai),
-        "entropy": fai,
-        "top_fraction": q,
-        "largest": largest,
-        "amplification": amplification,
-    }
-    expected = reference.gamma(
-        strategy, mask, waad, fai, entropy=fai, top_fraction=q, largest=largest, amplification=amplification
-    )
+    inputs = {"entropy": fai, "amplification": amplification, **options}
+    expected = reference.gamma(strategy, mask, waad, fai, **inputs)
     for backend in BACKENDS:
-        assert torch.equal(token_credit(strategy, response_mask=mask, backend=backend, **inputs), expected), backend
+        gamma = token_credit(strategy, mask, Rhythm(waad, fai), backend=backend, **inputs)
+        assert torch.equal(gamma, expected), backend
 
 
 @settings(max_examples=500, deadline=None)
@@ -156,15 +148,16 @@ def test_the_ops_agree_on_any_bits(data):
     if data.draw(st.booleans()):
         lengths = data.draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch))
         (waad, fai, mask), cuts = pack(waad, fai, mask, lengths=torch.tensor(lengths, dtype=torch.int64))
-    q, largest = data.draw(st.sampled_from([0.0, 0.4, 1.0])), data.draw(st.booleans())
+    q, of_preplan = (data.draw(st.sampled_from([0.0, 0.4, 1.0])) for _ in range(2))
+    largest, drops = data.draw(st.booleans()), data.draw(st.booleans())
     taus = data.draw(st.sampled_from(TAUS)), data.draw(st.sampled_from(TAUS))
     k = data.draw(st.sampled_from([1, 2, 8, 2**40]))
     amplification = data.draw(st.sampled_from([0.0, 1.5, 1e37]))
     for with_sets in (True, False):
-        arguments = (waad, fai, mask, cuts, q, amplification, 0.3, k, largest, *taus, with_sets)
+        arguments = (waad, fai, mask, cuts, q, of_preplan, amplification, 0.3, k, largest, drops, *taus, with_sets)
         check_same(torch.ops.rhythm_kernels.coupled_credit(*arguments), composed.coupled_credit(*arguments))
     for of_delta in (True, False):
-        arguments = (waad, mask, cuts, of_delta, q, amplification, largest)
+        arguments = (waad, mask, cuts, of_delta, drops, q, amplification, largest)
         check_same(torch.ops.rhythm_kernels.topq_credit(*arguments), composed.topq_credit(*arguments))
 
 
@@ -208,20 +201,21 @@ def example(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 @pytest.mark.slow
 def test_opcheck(device):
     waad, fai, mask, cuts = example(device)
-    options = (0.4, 1.5, 0.5, 3, True)
+    options = (0.4, 0.3, 1.5, 0.5, 3, True)
     for few, cu_seqlens in ((slice(None), None), (slice(0, 0), None), (slice(0, 1), cuts)):
         rows = waad[few], fai[few], mask[few], cu_seqlens
-        for taus in ((None, None), (2.0, 0.5)):
+        for drops, *taus in ((False, None, None), (True, 2.0, 0.5)):
             for with_sets in (False, True):
-                torch.library.opcheck(torch.ops.rhythm_kernels.coupled_credit, (*rows, *options, *taus, with_sets))
+                arguments = (*rows, *options, drops, *taus, with_sets)
+                torch.library.opcheck(torch.ops.rhythm_kernels.coupled_credit, arguments)
         for of_delta in (False, True):
-            arguments = (waad[few], mask[few], cu_seqlens, of_delta, 0.4, 1.5, True)
+            arguments = (waad[few], mask[few], cu_seqlens, of_delta, of_delta, 0.4, 1.5, True)
             torch.library.opcheck(torch.ops.rhythm_kernels.topq_credit, arguments)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_compiles_into_one_graph(backend, compiler):
+@pytest.mark.parametrize("backend, delta", [("auto", "drop"), *zip(BACKENDS, DELTAS, strict=True)])
+def test_compiles_into_one_graph(backend, delta, compiler):
     """Nothing is raised for a signal that is not finite: its sequence has NaN, and the others do not change."""
     waad, fai, mask, cuts = example()
     waad[1, mask[1].nonzero()[0]] = NAN
@@ -229,7 +223,7 @@ def test_compiles_into_one_graph(backend, compiler):
     def credit(waad, fai, mask, cuts):
         rhythm, row = Rhythm(waad, fai), Rhythm(fai[:1], fai[:1])
         gammas = [
-            token_credit(strategy, mask, rhythm, entropy=fai, backend=backend)
+            token_credit(strategy, mask, rhythm, entropy=fai, delta=delta, backend=backend)
             for strategy in ("none", "entropy", "local", "global", "coupled")
         ]
         if backend != "torch":  # reads cu_seqlens on the host
@@ -245,7 +239,7 @@ def test_compiles_into_one_graph(backend, compiler):
         assert gamma[1, ~mask[1]].eq(1).all()
     finite = Rhythm(waad.nan_to_num(), fai)
     for strategy, gamma in (("local", of_local), ("coupled", coupled)):
-        want = token_credit(strategy, mask, finite)
+        want = token_credit(strategy, mask, finite, delta=delta)
         assert torch.equal(gamma[[0, 2]], want[[0, 2]])
     assert torch.equal(none, torch.ones_like(waad)) and torch.equal(entropy, of_global)
     for gamma in packed:
@@ -267,10 +261,10 @@ def test_options_and_shapes_may_change_in_a_compiled_graph(backend, dynamic):
     torch._dynamo.reset()
     compiled = [torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager") for f in (credit, local)]
     waad, fai, mask, _ = example()
-    for q, amplification, shared_fraction, k, tau, tokens in (
-        (0.4, 1.5, 0.5, 3, 2.0, 50),
-        (0.6, 1.7, 0.2, 2, 3.0, 40),
-        (0.2, 2, 0, 1, 1, 30),
+    for q, amplification, shared_fraction, k, delta, of_preplan, tau, tokens in (
+        (0.4, 1.5, 0.5, 3, "absolute", None, 2.0, 50),
+        (0.6, 1.7, 0.2, 2, "drop", 0.3, 3.0, 40),
+        (0.2, 2, 0, 1, "drop", 1, 1, 30),
     ):
         few = waad[:, :tokens], fai[:, :tokens], mask[:, :tokens]
         options = {
@@ -278,6 +272,8 @@ def test_options_and_shapes_may_change_in_a_compiled_graph(backend, dynamic):
             "amplification": amplification,
             "shared_fraction": shared_fraction,
             "max_lookback": k,
+            "delta": delta,
+            "preplan_fraction": of_preplan,
             "tau_waad": tau,
         }
         assert torch.equal(compiled[0](*few, **options), credit(*few, **options))
@@ -340,9 +336,9 @@ def test_every_output_is_written(backend):
     try:
         for tensors in ((waad, fai, mask, None), (waad[:1], fai[:1], mask[:1], cuts)):
             of = torch.ops.rhythm_kernels if backend == "extension" else composed
-            gamma, faults, sets, back = of.coupled_credit(*tensors, 0.4, 1.5, 0.5, 3, True, None, None, True)
+            gamma, faults, sets, back = of.coupled_credit(*tensors, 0.4, 0.3, 1.5, 0.5, 3, True, True, None, None, True)
             assert gamma.isfinite().all() and (faults == 0).all() and (sets < 16).all() and (back <= 3).all()
-            gamma, faults = of.topq_credit(tensors[0], *tensors[2:], True, 0.4, 1.5, True)
+            gamma, faults = of.topq_credit(tensors[0], *tensors[2:], True, True, 0.4, 1.5, True)
             assert gamma.isfinite().all() and (faults == 0).all()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -389,6 +385,7 @@ def test_cuda_equals_cpu_without_synchronizing(shape, levels):
         on_device = [x if x is None else x.cuda() for x in tensors]
         for options in (
             {},
+            {"delta": "drop", "preplan_fraction": 0.6},
             {"largest": False, "top_fraction": 0.7, "max_lookback": 8, "tau_waad": 0.4, "tau_delta": 0.2},
         ):
             torch.cuda.set_sync_debug_mode("error")
@@ -498,6 +495,8 @@ VALUES = torch.rand(2, 4)
         ("coupled", {"rhythm": Rhythm(VALUES, VALUES), "tau_waad": NAN}, ValueError, "tau_waad must be finite"),
         ("random", {"top_fraction": 1.2}, ValueError, "top_fraction must be finite and between 0.0 and 1.0, got 1.2"),
         ("random", {"top_fraction": NAN}, ValueError, "top_fraction must be finite"),
+        ("random", {"preplan_fraction": 1.2}, ValueError, "preplan_fraction must be finite and between .*, got 1.2"),
+        ("random", {"delta": "rise"}, ValueError, "delta must be one of absolute, drop, got 'rise'"),
         ("random", {"amplification": -1.0}, ValueError, "amplification must be"),
         ("random", {"shared_fraction": 2.0}, ValueError, "shared_fraction must be"),
         ("random", {"seed": 1.5}, TypeError, "seed must be an int, got float"),

@@ -234,7 +234,10 @@ def test_peaks():
 
 def test_delta_ends_with_the_response():
     waad = tensor([[1.0, 4.0, 2.0, 2.5, 9.0]])
-    exactly(reference.delta(waad, tensor([[True, True, True, False, True]])), [[3, 2, 0, 0, 0]])
+    mask = tensor([[True, True, True, False, True]])
+    exactly(reference.delta(waad, mask), [[3, 2, 0, 0, 0]])
+    exactly(reference.delta(waad, mask, "drop"), [[0, 2, 0, 0, 0]])
+    assert reference.rises(waad, mask).tolist() == [[True, False, False, False, False]]
 
 
 def test_coupled_credit_by_hand():
@@ -250,6 +253,29 @@ def test_coupled_credit_by_hand():
     assert intros[0].nonzero().flatten().tolist() == [1, 6]
     gamma = reference.gamma("coupled", mask, waad, fai, max_lookback=2, shared_fraction=0.25, amplification=1.5)
     exactly(gamma, [[1.5, 1.125, 1.375, 1, 1, 1, 1.125, 1.375, 1, 1.5]])
+
+
+def test_only_drops_are_preplan_tokens_and_intros():
+    #                 0    1    2    3    4    5    6    7    8    9
+    waad = tensor([[5.0, 9.0, 1.0, 1.0, 1.0, 6.0, 6.0, 2.0, 2.0, 2.0]])  # drops: 8 at 1, 4 at 6; rises: 0, 4
+    fai = tensor([[0.9, 0.1, 0.8, 0.1, 0.1, 0.2, 0.1, 0.7, 0.1, 0.6]])
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    places = lambda tokens: tokens[0].nonzero().flatten().tolist()  # noqa: E731
+    assert places(reference.preplan(waad, mask, 0.4, delta="drop")) == [1, 6]  # for the four that 0.4 allows
+    assert places(reference.preplan(waad, mask, 0.1, delta="drop")) == [1]
+    assert places(reference.preplan(waad, mask, 0.4, False, "drop")) == [0, 2, 3, 4]  # the others, with Delta 0
+    assert places(reference.rises(waad, mask) & reference.preplan(waad, mask, 0.4)) == [0, 4]
+
+    def sets(**options) -> list[list[int]]:
+        return [places(found) for found in reference.coupled_sets(waad, fai, mask, max_lookback=2, **options)]
+
+    assert sets(delta="drop") == [[0, 2, 7, 9], [2, 7], [1, 6]]
+    assert sets(preplan_fraction=0.1) == [[0, 2, 7, 9], [2], [1]]  # tau_Delta is 8
+    assert sets(tau_delta=0.0) == [[0, 2, 7, 9], [2, 7, 9], [1, 6, 8]]
+    assert sets(tau_delta=0.0, delta="drop") == [[0, 2, 7, 9], [2, 7], [1, 6]]
+    assert sets(preplan_fraction=0.0) == sets(preplan_fraction=0.0, delta="drop") == [[0, 2, 7, 9], [], []]
+    gamma = reference.gamma("local", mask, waad, fai, preplan_fraction=0.1, delta="drop")
+    exactly(gamma, [[1, 1.5, 1, 1, 1, 1, 1, 1, 1, 1]])
 
 
 def test_intro_is_the_latest_on_a_tie_and_counts_once():

@@ -6,6 +6,7 @@ from train_cases import ALONE, make_batch, make_policy, on_device, settings
 
 from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import Rhythm
+from train.batch import Rollouts
 from train.distributed import World
 from train.metrics import rollout_metrics
 from train.reading import TokenStats
@@ -52,3 +53,18 @@ def test_the_metrics_of_a_step_are_read_at_once():
     assert [wait.where.split(" in ")[-1] for wait in work.waits] == ["reduce"], work.waits
     here = TokenStats(batch.log_probs, batch.log_probs.exp(), Rhythm(*[batch.log_probs.exp()[None]] * 2))
     assert metrics == rollout_metrics(batch, REWARDS, 4, here, here.entropy, settings().credit, ALONE)
+
+
+def test_the_share_of_rises_among_preplan_tokens():
+    """Sequences of 5 and 4 answer tokens after prompts of one: with q = 0.4 two preplan tokens in each."""
+    waad = torch.tensor([9.0, 5.0, 1.0, 4.0, 4.0, 4.5, 0.0, 2.0, 8.0, 7.0, 7.0])
+    mask = torch.tensor([False, *[True] * 5, False, *[True] * 4])
+    cuts = torch.tensor([0, 6, 11], dtype=torch.int32)
+    completions = torch.ones(2, dtype=torch.bool)
+    batch = Rollouts(torch.arange(11), cuts, mask, torch.zeros(11), completions, (6, 5), (1, 1))
+    old = TokenStats(torch.zeros(11), torch.zeros(11), Rhythm(waad[None], waad[None]))
+    # Delta: 4 3 0 0.5 0, and 6 1 0 0
+    for options, share in (({}, 2 / 4), ({"credit_preplan_fraction": 0.2}, 1 / 2), ({"credit_delta": "drop"}, 0)):
+        credit = settings(**options).credit
+        metrics = rollout_metrics(batch, torch.tensor([1.0, 0.0]), 2, old, torch.ones(11), credit, ALONE)
+        assert metrics["rhythm/preplan_rises"] == share, options

@@ -300,17 +300,23 @@ def test_metrics(tmp_path, way):
     weights, batch = trainer.generations[0]
     _, gamma = expected(weights, batch)
     mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    maps, answers, segments = dense_parts(weights, batch)
+    waad, *_ = dense_rhythm(maps, LAYERS, answers, segments, len(answers), horizon=tuple(HORIZON))
+    preplan = reference.preplan(waad, answers)
+    risen = reference.rises(waad, answers) & preplan
+    every = [torch.ones(8, dtype=torch.bool)]
     if way is ONE_STEP:  # a mean of micro-batches, as all of TRL's
         half = {key_of(part, row) for part in [trainer.losses[0][1]] for row in range(4)}
         first = torch.tensor([key_of(batch, row) in half for row in range(8)])
-        parts = [gamma[rows][mask[rows]] for rows in (first, ~first)]
-    else:
-        parts = [gamma[mask]]
+        every = [first, ~first]
+    parts = [gamma[rows][mask[rows]] for rows in every]
     record = trainer.state.log_history[0]
     assert record["rhythm/gamma_mean"] == pytest.approx(sum(part.mean().item() for part in parts) / len(parts))
     share = sum((part != 1).double().mean().item() for part in parts) / len(parts)
     assert record["rhythm/credited_share"] == pytest.approx(share)
     assert record["rhythm/waad_mean"] > 0 and record["rhythm/fai_mean"] > 0
+    rises = sum((risen[rows].sum() / preplan[rows].sum()).item() for rows in every) / len(every)
+    assert 0 < record["rhythm/preplan_rises"] == pytest.approx(rises)
     assert 0 < record["rhythm/statistics_seconds"] < record["step_time"]
 
 

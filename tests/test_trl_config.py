@@ -35,6 +35,8 @@ pytestmark = pytest.mark.xdist_group("trl")
         ({"credit_amplification": -1.0}, "credit_amplification must be"),
         ({"credit_shared_fraction": 2.0}, "credit_shared_fraction must be"),
         ({"credit_max_lookback": 0}, "credit_max_lookback must be"),
+        ({"credit_preplan_fraction": 1.5}, "credit_preplan_fraction must be .*, got 1.5"),
+        ({"credit_delta": "rise"}, "credit_delta must be one of absolute, drop, got 'rise'"),
         ({"credit_layers": 0}, "credit_layers must be at least 1, got 0"),
         ({"credit_layers": []}, "credit_layers must be"),
         ({"credit_window": 0}, "credit_window must be"),
@@ -74,10 +76,12 @@ def test_options_from_a_command_line(tmp_path):
         "--credit_top_fraction",
         "0.2",
     ]
+    line += ["--credit_preplan_fraction", "0.3", "--credit_delta", "drop"]
     line += ["--no_credit_largest", "--credit_horizon", "4", "--credit_layers", "1", "2", "--credit_span_rows", "none"]
     (config,) = TrlParser(RhythmGRPOConfig).parse_args_and_config(line)
     options = config.credit_options
     assert (options.strategy, options.top_fraction, options.largest) == ("global", 0.2, False)
+    assert (options.preplan_fraction, options.delta) == (0.3, "drop")
     assert options.horizon == (4, None) and options.layers == (1, 2) and options.span_rows is None
     (config,) = TrlParser(RhythmGRPOConfig).parse_args_and_config(line[:5])
     assert config.credit_options == CreditOptions()  # the same defaults
@@ -87,6 +91,8 @@ def test_options_from_a_command_line(tmp_path):
 def test_options_survive_to_dict_and_yaml(tmp_path):
     options = {"credit": "coupled", "credit_tau_waad": 3.5, "credit_tau_delta": 0.25, "credit_largest": False}
     options |= {
+        "credit_preplan_fraction": 0.3,
+        "credit_delta": "drop",
         "credit_layers": [1, -1],
         "credit_horizon": [4, None],
         "credit_group_by": "batch",

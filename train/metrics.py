@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from rhythm_kernels import CreditOptions, coupled_sets, find_peaks
+from rhythm_kernels.integrations.metrics import rises
 from train.batch import Rollouts
 from train.distributed import World
 from train.reading import TokenStats
@@ -155,6 +156,7 @@ def rollout_metrics(
         gathered.mean("rhythm/fai_mean", old.rhythm.fai[0], mask)
         gathered.share("rhythm/dominated_anchors", sets.dominated, sets.anchors)
         gathered.share("rhythm/anchors_that_are_preplan", sets.preplan & sets.anchors, sets.anchors)
+        gathered.share("rhythm/preplan_rises", sets.preplan & rises(old.rhythm.waad, mask[None]), sets.preplan)
         gathered.mean("rhythm/entropy_at_waad_peaks", old.entropy, peaks & known)
     metrics = gathered.reduce(world)
     metrics["completions/min_length"] *= -1

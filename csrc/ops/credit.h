@@ -37,6 +37,7 @@ std::tuple<Tensor, Tensor> topq_credit(
     const Tensor& response_mask,
     const std::optional<Tensor>& cu_seqlens,
     bool of_delta,
+    bool drops,
     double top_fraction,
     double amplification,
     bool largest) {
@@ -56,6 +57,7 @@ std::tuple<Tensor, Tensor> topq_credit(
       top_fraction,
       factor_of(amplification, 1),
       of_delta,
+      drops,
       largest};
   Device::run(op, row, batch.sequences, batch.response_mask);
   return {gamma, faults};
@@ -68,10 +70,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupled_credit(
     const Tensor& response_mask,
     const std::optional<Tensor>& cu_seqlens,
     double top_fraction,
+    double preplan_fraction,
     double amplification,
     double shared_fraction,
     int64_t max_lookback,
     bool largest,
+    bool drops,
     std::optional<double> tau_waad,
     std::optional<double> tau_delta,
     bool with_sets) {
@@ -80,6 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupled_credit(
   const Tensor waad_signal = check_signal(op, "waad", waad, batch);
   const Tensor fai_signal = check_signal(op, "fai", fai, batch);
   check_fraction(op, "top_fraction", top_fraction);
+  check_fraction(op, "preplan_fraction", preplan_fraction);
   check_fraction(op, "shared_fraction", shared_fraction);
   check(std::isfinite(amplification), op, ": amplification must be finite, got ", amplification);
   check(max_lookback >= 1, op, ": max_lookback must be at least 1, got ", max_lookback);
@@ -103,8 +108,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupled_credit(
       with_sets ? pointer<uint8_t>(sets) : nullptr,
       with_sets ? pointer<int32_t>(intros) : nullptr,
       top_fraction,
+      preplan_fraction,
       static_cast<int32_t>(std::min<int64_t>(max_lookback, std::numeric_limits<int32_t>::max())),
       largest,
+      drops,
       tau_waad ? rank_of(key_of(round_towards(*tau_waad, -1)), /*largest=*/false) : kOutside,
       tau_delta ? key_of(round_towards(*tau_delta, 1)) : kOutside,
       {}};

@@ -24,15 +24,24 @@ enum Membership : uint32_t {
 };
 constexpr int kFactors = 8;
 
-// Returns the key of |x_t - x_{t+1}| where both positions are in R, of 0 where only t is (Eq. 13).
-RK_HOST_DEVICE uint32_t delta_key(const uint32_t* keys, int32_t t, int32_t tokens) {
+// How Delta is made of a signal (Eq. 13).
+struct DeltaKind {
+  bool drops;     // x_t - x_{t+1} where that is positive, in place of |x_t - x_{t+1}|
+  uint32_t none;  // the key where t + 1 is not in R, or nothing drops: of 0, or kNaN, which is never taken
+
+  RK_HOST_DEVICE DeltaKind(bool only_drops, bool largest)
+      : drops(only_drops), none(only_drops && largest ? kNaN : kZero) {}
+};
+
+RK_HOST_DEVICE uint32_t delta_key(const uint32_t* keys, int32_t t, int32_t tokens, DeltaKind kind) {
   if (keys[t] == kOutside) {
     return kOutside;
   }
   if (t + 1 == tokens || keys[t + 1] == kOutside) {
-    return kZero;
+    return kind.none;
   }
-  return bits_of(number_of(keys[t]) - number_of(keys[t + 1])) | kZero;  // the key of a magnitude
+  const float change = number_of(keys[t]) - number_of(keys[t + 1]);
+  return kind.drops && !(change > 0) ? kind.none : bits_of(change) | kZero;  // the key of a magnitude
 }
 
 // Reads a signal's keys, and returns whether the signal is finite in R.
@@ -67,6 +76,7 @@ struct TopQCredit {
   double top_fraction;
   float amplification;
   bool of_delta;
+  bool drops;  // how Delta is made
   bool largest;
 
   template <class Team>
@@ -83,9 +93,11 @@ struct TopQCredit {
     const int32_t n = team.sum(tokens, [=](int32_t t) { return keys[t] != kOutside; });
     const bool delta = of_delta;
     const bool take_largest = largest;
+    const DeltaKind kind(drops, largest);
     const float raised = amplification;
-    team.for_each(
-        tokens, [=](int32_t t) { ranks[t] = rank_of(delta ? delta_key(keys, t, tokens) : keys[t], take_largest); });
+    team.for_each(tokens, [=](int32_t t) {
+      ranks[t] = rank_of(delta ? delta_key(keys, t, tokens, kind) : keys[t], take_largest);
+    });
     const Threshold taken = select(team, tokens, selection_count(top_fraction, n), [=](int32_t t) { return ranks[t]; });
     team.for_each(tokens, [=](int32_t t) { row_gamma[t] = taken.takes(ranks[t], t) ? raised : 1.0f; });
   }
@@ -101,12 +113,14 @@ struct CoupledCredit {
   const float* fai;
   const uint8_t* response_mask;
   float* gamma;
-  uint8_t* faults;  // of each sequence
-  uint8_t* sets;    // the Membership bits of each token; or null
-  int32_t* intros;  // for each token how many positions before it its intro is, 0 outside D; or null
-  double top_fraction;
+  uint8_t* faults;          // of each sequence
+  uint8_t* sets;            // the Membership bits of each token; or null
+  int32_t* intros;          // for each token how many positions before it its intro is, 0 outside D; or null
+  double top_fraction;      // of the anchors
+  double preplan_fraction;  // of the preplan tokens
   int32_t max_lookback;
   bool largest;
+  bool drops;     // how Delta is made
   uint32_t low;   // the rank of tau_waad, smallest first; kOutside stands for the lower median
   uint32_t high;  // the key of tau_delta; kOutside stands for the smallest Delta of the preplan tokens
   float factors[kFactors];
@@ -132,10 +146,12 @@ struct CoupledCredit {
     }
 
     const int32_t n = team.sum(tokens, [=](int32_t t) { return waad_keys[t] != kOutside; });
-    team.for_each(tokens, [=](int32_t t) { deltas[t] = delta_key(waad_keys, t, tokens); });
-    const int32_t count = selection_count(top_fraction, n);
-    const Threshold preplan = select(team, tokens, count, [=](int32_t t) { return deltas[t]; });
-    const Threshold anchors = select(team, tokens, count, [=](int32_t t) { return rank_of(fai_keys[t], largest_fai); });
+    const DeltaKind kind(drops, /*largest=*/true);
+    team.for_each(tokens, [=](int32_t t) { deltas[t] = delta_key(waad_keys, t, tokens, kind); });
+    const Threshold preplan =
+        select(team, tokens, selection_count(preplan_fraction, n), [=](int32_t t) { return deltas[t]; });
+    const Threshold anchors = select(
+        team, tokens, selection_count(top_fraction, n), [=](int32_t t) { return rank_of(fai_keys[t], largest_fai); });
     // A WAAD equal to the median is low and a Delta equal to tau_delta is high, whatever their positions are.
     const uint32_t high_delta = high == kOutside ? preplan.rank : high;
     uint32_t low_waad = low;

@@ -57,6 +57,7 @@ def topq_credit(
     response_mask: Tensor,
     cu_seqlens: Tensor | None,
     of_delta: bool,
+    drops: bool,
     top_fraction: float,
     amplification: float,
     largest: bool,
@@ -64,7 +65,7 @@ def topq_credit(
     rows = _Rows(response_mask, cu_seqlens)
     values = rows.pad(values)
     faults = FIRST_SIGNAL * _is_broken(values, rows.response_mask)
-    signal = delta(values, rows.response_mask) if of_delta else values
+    signal = delta(values, rows.response_mask, drops, largest) if of_delta else values
     selected = _topq(_ranks(_keys(signal, rows.response_mask), largest), rows.response_mask, top_fraction)
     gamma = torch.ones_like(values).masked_fill(selected, 1 + (amplification - 1))
     return rows.unpad(_void(gamma, rows.response_mask, faults)), faults
@@ -76,10 +77,12 @@ def coupled_credit(
     response_mask: Tensor,
     cu_seqlens: Tensor | None,
     top_fraction: float,
+    preplan_fraction: float,
     amplification: float,
     shared_fraction: float,
     max_lookback: int,
     largest: bool,
+    drops: bool,
     tau_waad: float | None,
     tau_delta: float | None,
     with_sets: bool,
@@ -87,17 +90,17 @@ def coupled_credit(
     rows = _Rows(response_mask, cu_seqlens)
     waad, fai, response_mask = rows.pad(waad), rows.pad(fai), rows.response_mask
     faults = FIRST_SIGNAL * _is_broken(waad, response_mask) + SECOND_SIGNAL * _is_broken(fai, response_mask)
-    change = delta(waad, response_mask)
-    preplan = _topq(_keys(change, response_mask), response_mask, top_fraction)
+    change = delta(waad, response_mask, drops)
+    preplan = _topq(_keys(change, response_mask), response_mask, preplan_fraction)
     anchors = _topq(_ranks(_keys(fai, response_mask), largest), response_mask, top_fraction)
     # compared in fp64, so that a threshold is not rounded to the signal's precision
     low = _lower_median(waad, response_mask).double() if tau_waad is None else tau_waad
     if tau_delta is not None:
         high = tau_delta
     else:
-        high = (
-            change.double().masked_fill(~preplan, torch.inf).amin(-1, keepdim=True) if response_mask.shape[1] else 0.0
-        )
+        smallest = change.double().masked_fill(~preplan, torch.inf)
+        smallest = smallest.amin(-1, keepdim=True) if response_mask.shape[1] else 0.0
+        high = torch.where(preplan.any(-1, keepdim=True), smallest, torch.nan)  # no Delta reaches NaN
 
     best = torch.full_like(waad, -torch.inf)  # the largest Delta before each token, and how far back it is
     back = torch.zeros_like(waad, dtype=torch.int32)
@@ -105,7 +108,7 @@ def coupled_credit(
     reach = range(1, min(max_lookback, response_mask.shape[1] - 1) + 1)
     for steps in reach:
         earlier = pad(before[:, :-steps], (steps, 0), value=-torch.inf)
-        better = earlier > best  # strictly larger: the latest token wins a tie
+        better = earlier > best  # strictly larger: the latest token wins a tie, and NaN never
         best, back = torch.where(better, earlier, best), torch.where(better, steps, back)
     dominated = anchors & (waad.double() <= low) & (best.double() >= high) & (back > 0)
     back = torch.where(dominated, back, 0)
@@ -132,11 +135,16 @@ def coupled_credit(
     return gamma, faults, rows.unpad((sets * sound).to(torch.uint8)), rows.unpad(back * sound)
 
 
-def delta(waad: Tensor, response_mask: Tensor) -> Tensor:
-    """Returns |WAAD_t - WAAD_{t+1}| where both are in R, else 0 (Eq. 13), [B, T]."""
+def delta(waad: Tensor, response_mask: Tensor, drops: bool = False, largest: bool = True) -> Tensor:
+    """Returns |WAAD_t - WAAD_{t+1}| where both are in R, else 0 (Eq. 13), [B, T].
+
+    With `drops` it is WAAD_t - WAAD_{t+1} where that is positive, else NaN, which is never taken, or 0 for the bottom.
+    """
     both = response_mask[:, :-1] & response_mask[:, 1:]
-    change = torch.where(both, (waad[:, :-1] - waad[:, 1:]).abs(), 0.0)
-    return pad(change, (0, min(1, waad.shape[1])))
+    change = waad[:, :-1] - waad[:, 1:]
+    counts, size = (both & (change > 0), change) if drops else (both, change.abs())
+    none = torch.nan if drops and largest else 0.0
+    return pad(torch.where(counts, size, none), (0, min(1, waad.shape[1])), value=none)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

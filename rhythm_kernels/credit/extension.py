@@ -42,7 +42,7 @@ if _DEVICE_TYPES:
         return response_mask.new_empty(response_mask.shape)
 
     @torch.library.register_fake("rhythm_kernels::topq_credit")
-    def _(values, response_mask, cu_seqlens, of_delta, top_fraction, amplification, largest):
+    def _(values, response_mask, cu_seqlens, of_delta, drops, top_fraction, amplification, largest):
         faults = response_mask.new_empty(_sequences(response_mask, cu_seqlens), dtype=torch.uint8)
         return response_mask.new_empty(response_mask.shape, dtype=torch.float32), faults
 
@@ -53,10 +53,12 @@ if _DEVICE_TYPES:
         response_mask,
         cu_seqlens,
         top_fraction,
+        preplan_fraction,
         amplification,
         shared_fraction,
         max_lookback,
         largest,
+        drops,
         tau_waad,
         tau_delta,
         with_sets,

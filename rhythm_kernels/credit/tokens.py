@@ -8,7 +8,7 @@ from torch import Tensor
 from rhythm_kernels.checks import check_bool, check_choice, check_float, check_int
 from rhythm_kernels.credit.composed import ALONE, DOMINATED, FIRST_SIGNAL, INTRO, PREPLAN, SECOND_SIGNAL
 from rhythm_kernels.credit.selection import DTYPES, check_packing, ops
-from rhythm_kernels.options import MOST_AMPLIFICATION, STRATEGIES
+from rhythm_kernels.options import DELTAS, MOST_AMPLIFICATION, STRATEGIES
 from rhythm_kernels.tensor_checks import can_look, check_tensor
 from rhythm_kernels.types import Rhythm
 
@@ -39,6 +39,8 @@ def token_credit(
     shared_fraction: float = 0.5,
     max_lookback: int = 3,
     largest: bool = True,
+    preplan_fraction: float | None = None,
+    delta: str = "absolute",
     tau_waad: float | None = None,
     tau_delta: float | None = None,
     seed: int = 0,
@@ -47,8 +49,8 @@ def token_credit(
 ) -> Tensor:
     """Returns gamma, the factor of each token's advantage (Eq. 14, 16, 18), [B, T] fp32, 1 outside R.
 
-    WAAD is the windowed average attention distance of a token, FAI its future attention influence. Delta is the size of
-    the change of WAAD from a token to the next.
+    WAAD is the windowed average attention distance of a token, FAI its future attention influence. Delta is the change
+    of WAAD from a token to the next.
 
     Args:
         strategy: "none" (all 1), "random" (TopQ of a draw from `seed`), "entropy" (TopQ of `entropy`), "local" (TopQ of
@@ -62,6 +64,10 @@ def token_credit(
         shared_fraction: alpha of the paper: the fraction of a dominated anchor's credit that goes to its intro, 0 to 1.
         max_lookback: k of the paper: how many tokens back an intro may be.
         largest: False selects the bottom (the paper's ablation); in "coupled" it changes the anchors alone.
+        preplan_fraction: the fraction of R that is preplan tokens: those that "local" selects, and in "coupled" those
+            whose smallest Delta is the default of tau_delta. None for top_fraction.
+        delta: "absolute" is the size of the change of WAAD (Eq. 13). "drop" counts only tokens whose WAAD is above the
+            next token's: no other is a preplan token or an intro, so that these may be fewer.
         tau_waad: the largest WAAD of a dominated anchor, in tokens; the lower median of R if None.
         tau_delta: the smallest Delta that comes before a dominated anchor, in tokens; the smallest of the preplan
             tokens if None.
@@ -87,14 +93,16 @@ def token_credit(
     check_float("amplification", amplification, 0.0, MOST_AMPLIFICATION)
     check_float("shared_fraction", shared_fraction, 0.0, 1.0)
     check_int("seed", seed, 0, 2**64 - 1)
-    _check_options(rhythm, top_fraction, max_lookback, largest, tau_waad, tau_delta)
+    _check_options(rhythm, top_fraction, max_lookback, largest, preplan_fraction, delta, tau_waad, tau_delta)
     cu_seqlens = check_packing(cu_seqlens, response_mask)
+    of_preplan, drops = top_fraction if preplan_fraction is None else preplan_fraction, delta == "drop"
     op = ops(backend, response_mask.device)
     if strategy == "none":
         return torch.ones(response_mask.shape, dtype=torch.float32, device=response_mask.device)
     if strategy == "coupled":
         waad, fai = _check_both(rhythm, response_mask)
-        options = (top_fraction, amplification, shared_fraction, max_lookback, largest, tau_waad, tau_delta)
+        shares = (top_fraction, of_preplan, amplification, shared_fraction)
+        options = (*shares, max_lookback, largest, drops, tau_waad, tau_delta)
         gamma, faults, *_ = op.coupled_credit(waad, fai, response_mask, cu_seqlens, *options, False)
         _raise_faults(faults, "rhythm.waad", "rhythm.fai")
         return gamma
@@ -107,9 +115,9 @@ def token_credit(
         name, signal = "rhythm.waad", _check_signal("rhythm.waad", getattr(rhythm, "waad", None), response_mask)
     else:
         name, signal = "rhythm.fai", _check_signal("rhythm.fai", getattr(rhythm, "fai", None), response_mask)
-    gamma, faults = op.topq_credit(
-        signal, response_mask, cu_seqlens, strategy == "local", top_fraction, amplification, largest
-    )
+    is_local = strategy == "local"
+    fraction = of_preplan if is_local else top_fraction
+    gamma, faults = op.topq_credit(signal, response_mask, cu_seqlens, is_local, drops, fraction, amplification, largest)
     _raise_faults(faults, name)
     return gamma
 
@@ -121,6 +129,8 @@ def coupled_sets(
     top_fraction: float = 0.4,
     max_lookback: int = 3,
     largest: bool = True,
+    preplan_fraction: float | None = None,
+    delta: str = "absolute",
     tau_waad: float | None = None,
     tau_delta: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -131,10 +141,11 @@ def coupled_sets(
     Arguments and errors are those of `token_credit`. The sets are empty where `token_credit` would give NaN.
     """
     check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
-    _check_options(rhythm, top_fraction, max_lookback, largest, tau_waad, tau_delta)
+    _check_options(rhythm, top_fraction, max_lookback, largest, preplan_fraction, delta, tau_waad, tau_delta)
     cu_seqlens = check_packing(cu_seqlens, response_mask)
     waad, fai = _check_both(rhythm, response_mask)
-    options = (top_fraction, 1.0, 0.0, max_lookback, largest, tau_waad, tau_delta)
+    shares = (top_fraction, top_fraction if preplan_fraction is None else preplan_fraction, 1.0, 0.0)
+    options = (*shares, max_lookback, largest, delta == "drop", tau_waad, tau_delta)
     _, faults, sets, back = ops(backend, response_mask.device).coupled_credit(
         waad, fai, response_mask, cu_seqlens, *options, True
     )
@@ -171,6 +182,8 @@ def _check_options(
     top_fraction: float,
     max_lookback: int,
     largest: bool,
+    preplan_fraction: float | None,
+    delta: str,
     tau_waad: float | None,
     tau_delta: float | None,
 ) -> None:
@@ -179,6 +192,9 @@ def _check_options(
     check_float("top_fraction", top_fraction, 0.0, 1.0)
     check_int("max_lookback", max_lookback, 1, 2**63 - 1)
     check_bool("largest", largest)
+    if preplan_fraction is not None:
+        check_float("preplan_fraction", preplan_fraction, 0.0, 1.0)
+    check_choice("delta", delta, DELTAS)
     for name, tau in (("tau_waad", tau_waad), ("tau_delta", tau_delta)):
         if tau is not None:
             check_float(name, tau)

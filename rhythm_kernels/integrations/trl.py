@@ -357,7 +357,7 @@ class RhythmMixin:
         """
         if read.readings is not None:
             read.readings.check()
-        sums = credit_sums(read.gamma, read.response_mask, read.rhythm)
+        sums = credit_sums(read.gamma, read.response_mask, self._credit, read.rhythm)
         totals = self.accelerator.reduce(torch.stack([*sums.values()]), reduction="sum").tolist()
         for name, value in credit_means(dict(zip(sums, totals, strict=True))).items():
             self._metrics["train"][name].append(value)

@@ -308,7 +308,7 @@ class TrainerCredit:
             **self.options.credit_arguments,
         )
         self.passes += 1
-        sums = credit_sums(gamma, response_mask, rhythm)
+        sums = credit_sums(gamma, response_mask, self.options, rhythm)
         return shape_advantages(advantages, gamma), credit_means({name: total.item() for name, total in sums.items()})
 
 

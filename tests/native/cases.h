@@ -49,9 +49,9 @@ struct Inputs {
   std::vector<uint8_t> response_mask;
   std::vector<int32_t> cuts;  // empty: rows of equal length
   int64_t count, tokens;
-  double top_fraction;
+  double top_fraction, preplan_fraction;
   int32_t max_lookback;
-  bool largest, of_delta, with_sets;
+  bool largest, of_delta, drops, with_sets;
   uint32_t low, high;
 
   Sequences sequences() const { return {count, tokens, cuts.empty() ? nullptr : cuts.data()}; }
@@ -89,11 +89,14 @@ inline int32_t draw_length(Random& random) {
   return random.once_in(2) ? random.one_of({0, 1, 2, 3, 31, 32, 33, 64, 255, 256, 257}) : random.below(301);
 }
 
-// Sequences of several lengths, some empty; now and then a place that cannot be.
+// Sequences of several lengths, some empty; now and then a place that cannot be. Some are a token longer than what has
+// its scratch in the shared memory of kernels.cpp.
 inline std::vector<int32_t> draw_cuts(Random& random, int32_t tokens) {
   std::vector<int32_t> cuts{0};
   for (int parts = random.below(4); parts > 0; --parts) {
-    cuts.push_back(cuts.back() + random.below(tokens - cuts.back() + 1));
+    const int32_t rest = tokens - cuts.back();
+    const int32_t edge = random.one_of({85, 127, 253, 255, 383});
+    cuts.push_back(cuts.back() + (random.once_in(2) ? std::min(edge, rest) : random.below(rest + 1)));
   }
   cuts.push_back(tokens);
   if (random.once_in(8)) {
@@ -121,7 +124,9 @@ inline Inputs draw_inputs(Random& random) {
   inputs.top_fraction = random.one_of({0.0, 0.2, 0.4, 0.4, 0.9, 1.0});
   inputs.max_lookback = random.one_of({1, 3, 8, 1000});
   inputs.largest = random.once_in(2);
+  inputs.preplan_fraction = random.one_of({0.0, 0.3, 0.4, 0.8, 1.0});
   inputs.of_delta = random.once_in(2);
+  inputs.drops = random.once_in(2);
   inputs.with_sets = random.once_in(2);
   inputs.low = random.once_in(2) ? kOutside : rank_of(key_of(1.0f), /*largest=*/false);
   inputs.high = random.once_in(2) ? kOutside : key_of(0.5f);
@@ -181,6 +186,7 @@ inline TopQCredit topq_credit(const Inputs& in, Outputs& out) {
       in.top_fraction,
       1.5f,
       in.of_delta,
+      in.drops,
       in.largest};
 }
 
@@ -194,8 +200,10 @@ inline CoupledCredit coupled_credit(const Inputs& in, Outputs& out) {
       in.with_sets ? out.bytes.data() : nullptr,
       in.with_sets ? out.steps.data() : nullptr,
       in.top_fraction,
+      in.preplan_fraction,
       in.max_lookback,
       in.largest,
+      in.drops,
       in.low,
       in.high,
       {1, 2, 3, 4, 5, 6, 7, 8}};

@@ -138,15 +138,17 @@ def check_credit(rng: random.Random, case: Case, small: bool) -> None:
     )
     k = rng.choice([1, 2, 3, 8, *([case.mask.shape[1] + 1, 2**40] if small else [])])  # `composed` takes k steps
     shared_fraction, taus = rng.choice([0.0, 0.3, 1.0]), (rng.choice(TAUS), rng.choice(TAUS))
+    drops, of_preplan = rng.random() < 0.5, draw_share(rng)
     for with_sets in (True, False):
-        arguments = (*case, q, amplification, shared_fraction, k, largest, *taus, with_sets)
+        arguments = (*case, q, of_preplan, amplification, shared_fraction, k, largest, drops, *taus, with_sets)
         check_same(ops.coupled_credit(*arguments), composed.coupled_credit(*arguments))
     for of_delta in (True, False):
-        arguments = (case.waad, case.mask, case.cuts, of_delta, q, amplification, largest)
+        arguments = (case.waad, case.mask, case.cuts, of_delta, drops, q, amplification, largest)
         check_same(ops.topq_credit(*arguments), composed.topq_credit(*arguments))
     if small and all((x.isfinite() | ~case.mask).all() for x in case[:2]):
         k = min(k, case.mask.shape[1] + 1)  # `reference` takes k steps
         coupled = {"max_lookback": k, "tau_waad": taus[0], "tau_delta": taus[1]}
+        coupled |= {"preplan_fraction": rng.choice([None, of_preplan]), "delta": "drop" if drops else "absolute"}
         check_strategies(
             case,
             {
@@ -187,8 +189,8 @@ def check_refusals() -> None:
     for call in (
         lambda: ops.segment_topq(values, mask, cuts, 0.4, True),
         lambda: ops.find_peaks(values[0], mask, None, 0.4),
-        lambda: ops.topq_credit(values.double(), mask, None, True, 0.4, 1.5, True),
-        lambda: ops.coupled_credit(values, values, mask, None, 0.4, 1.5, 0.5, 0, True, None, None, True),
+        lambda: ops.topq_credit(values.double(), mask, None, True, False, 0.4, 1.5, True),
+        lambda: ops.coupled_credit(values, values, mask, None, 0.4, 0.4, 1.5, 0.5, 0, True, False, None, None, True),
     ):
         try:
             call()

@@ -1,5 +1,6 @@
 """The plug-in's loading, its checks of a config, and the trainer's side on verl's own methods."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl_cases import CONFIG
 
 import rhythm_kernels.integrations.verl as plugin
-from rhythm_kernels import Rhythm, shape_advantages, token_credit
+from rhythm_kernels import Rhythm, reference, shape_advantages, token_credit
 from rhythm_kernels.group_schedule import GroupSchedule
 from rhythm_kernels.options import CreditOptions
 
@@ -96,7 +97,8 @@ def test_a_block_is_read():
 
 
 def test_every_option_is_a_key_of_the_block():
-    options = CreditOptions(tau_waad=7.5, tau_delta=0.25, horizon=(4, None), layers=(1, 2), largest=False)
+    taus = {"tau_waad": 7.5, "tau_delta": 0.25, "preplan_fraction": 0.3, "delta": "drop"}
+    options = CreditOptions(**taus, horizon=(4, None), layers=(1, 2), largest=False)
     values = {name: value if value is not None else "null" for name, value in asdict(options).items()}
     values |= {"horizon": "[4,null]", "layers": "[1,2]"}
     assert read(*(f"+rhythm.{name}={value}" for name, value in values.items())) == options
@@ -336,13 +338,17 @@ def test_advantages_of_a_step(run, model_folder, strategy):
     torch.testing.assert_close(padded(store.fields["advantages"]), shape_advantages(grpo(mask), gamma))
     assert metrics["rhythm/gamma_mean"] == pytest.approx(gamma[mask].mean().item())
     assert metrics["rhythm/credited_share"] == pytest.approx((gamma[mask] != 1).double().mean().item())
-    assert ("rhythm/waad_mean" in metrics) == (rhythm is not None)
+    assert ("rhythm/waad_mean" in metrics) == ("rhythm/preplan_rises" in metrics) == (rhythm is not None)
+    if rhythm is not None:
+        preplan = reference.preplan(rhythm.waad, mask, 0.3)
+        rises = (reference.rises(rhythm.waad, mask) & preplan).sum() / preplan.sum()
+        assert 0 < metrics["rhythm/preplan_rises"] == pytest.approx(rises.item())
     assert all(isinstance(value, float) for name, value in metrics.items() if name.startswith("rhythm/"))
 
 
 def test_thresholds_of_the_block_reach_the_credit(run):
     credits = []
-    for thresholds in ({}, {"tau_waad": 1e6, "tau_delta": 0.0}):
+    for thresholds in ({}, {"tau_waad": 1e6, "tau_delta": 0.0}, {"delta": "drop", "preplan_fraction": 0.05}):
         overrides = [f"+rhythm.{name}={value}" for name, value in thresholds.items()]
         trainer, store, batch = run("+rhythm.strategy=coupled", "+rhythm.top_fraction=0.3", *overrides)
         trainer._compute_advantage(trainer._compute_old_log_prob(batch, {}), {})
@@ -351,7 +357,7 @@ def test_thresholds_of_the_block_reach_the_credit(run):
         gamma = token_credit("coupled", padded(mask).bool(), rhythm, top_fraction=0.3, **thresholds)
         torch.testing.assert_close(padded(store.fields["advantages"]), shape_advantages(grpo(padded(mask)), gamma))
         credits.append(gamma)
-    assert not torch.equal(*credits)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(credits, 2))
 
 
 def test_without_a_block_verl_is_as_it_was(run, monkeypatch):

@@ -116,7 +116,7 @@ def test_the_batch_had_a_row_of_padding(run):
 
 def test_metrics_and_banners(run):
     steps, text = run.steps, run.text
-    names = {"gamma_mean", "credited_share", "waad_mean", "fai_mean"}
+    names = {"gamma_mean", "credited_share", "waad_mean", "fai_mean", "preplan_rises"}
     drift = {"groups_spearman", "groups_local_overlap", "groups_global_overlap"}
     for step, wanted in zip(steps, (names, names, names | drift), strict=True):
         assert {name for name in step["metrics"] if name.startswith("rhythm/")} == {f"rhythm/{w}" for w in wanted}
