@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from train_cases import ALONE, TOKENIZER, settings
 
 from rhythm_kernels.tasks import VERIFIERS, Problem
@@ -15,12 +17,13 @@ from train.evaluate import FLAGS, choose_settings, find_model, main
 from train.launch import launch
 from train.loop import is_due
 from train.metrics import read_metrics
-from train.plots import peak, smooth
+from train.plots import plot_learning_curve, smooth
 from train.presets import load_preset
-from train.problems import EvalSet, Prompts, load_task
+from train.problems import EvalSet, Prompts, load_held_out, load_task
+from train.report import report
 from train.rewards import Rewards
 from train.rollout import Completion
-from train.solve_rates import Evaluation, SolveRate, cut_off, evaluate
+from train.solve_rates import Evaluation, SolveRate, cut_off, evaluate, peak_average, peak_averages
 
 PROBLEMS = [Problem(f"{a} {b} ? {a + b} >", json.dumps({"numbers": [a, b], "target": a + b}), "words") for a, b in
             ((1, 2), (3, 4), (5, 6), (7, 8))]  # fmt: skip
@@ -104,8 +107,12 @@ def test_evaluations_come_back_from_metrics():
     found = Evaluation(rates)
     assert Evaluation.from_metrics({"step": 3, **found.metrics()}) == found
     heads, _, cells = found.table().splitlines()
-    assert heads == "| aime24 (avg@16) | math-500 | mean |"
-    assert cells == "| 20.0 ± 5.0 | 70.0 ± 2.0 | 45.0 |"
+    assert heads == "|  | aime24 (avg@16) | math-500 | mean |"
+    assert cells == "| solved | 20.0 ± 5.0 | 70.0 ± 2.0 | 45.0 |"
+    assert found.table({"math-500": 0.72, "aime24": 0.24, "amc23": 0.9}, 0.5).splitlines()[3] == (
+        "| peak average of the run, a = 0.5 | 24.0 | 72.0 | 48.0 |"
+    )
+    assert found.table({"aime24": 0.24}, 0.5).splitlines()[3].endswith("| 24.0 | - | - |")
 
 
 @pytest.mark.slow
@@ -121,10 +128,19 @@ def test_command_line_on_a_run(tmp_path, capsys):
         printed = capsys.readouterr().out
         rates = Evaluation.from_metrics(read_metrics(tmp_path / "run")[-1]).rates
         assert f"| {100 * rates['sampled'].solved:.1f} ± " in printed and "| sampled | greedy | mean |" in printed
+        assert ("peak average of the run, a = 0.2" in printed) == (place.name == "run")
+    before, after = (
+        Evaluation.from_metrics(read_metrics(tmp_path / "run")[at]).rates["greedy"].solved for at in (0, -1)
+    )
+    peak = before + 0.5 * max(0, after - before)
+    assert main([str(tmp_path / "run"), "--eval-temperature", "0", "--peak-weight", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert f"|  | greedy | mean |\n| --- | --- | --- |\n| solved | {100 * after:.1f} ± " in printed
+    assert f"| peak average of the run, a = 0.5 | {100 * peak:.1f} | {100 * peak:.1f} |" in printed
     model, settings_of_run = find_model(str(tmp_path / "run"))
     assert model.endswith("step-000002/model") and settings_of_run == config
-    assert main([str(tmp_path / "run"), "--temperature", "0"]) == 2
-    assert "--temperature must be above 0" in capsys.readouterr().err
+    assert main([str(tmp_path / "run"), "--eval-temperature", "-1"]) == 2
+    assert "--eval-temperature must be at least 0" in capsys.readouterr().err
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"problem": "2 3 ? 5 >", "answer": "5"}\n{"problem": "1 1 ? 2 >"}\n')
     assert main([str(tmp_path / "run"), "--eval-data", f"aime24:{rows}"]) == 2
@@ -159,9 +175,10 @@ def test_an_evaluation_has_the_flags_that_it_reads_and_no_others(capsys):
         with pytest.raises(SystemExit) as ended:
             main(["a-model", flag_name(name), "1"])
         assert ended.value.code == 2 and flag_name(name) in capsys.readouterr().err
-    changed = {"temperature": "0.5", "max_completion_length": "9", "eval_data": "aime24", "seeds": "4"}
-    config = choose_settings("m", None, "maths-4b-8k", {name: changed[name] for name in ("temperature", "seeds")})
-    assert (config.rollout.temperature, config.rollout.max_completion_length, config.run.seeds) == (0.5, 8192, (4,))
+    changed = {"eval_temperature": "0.5", "max_completion_length": "9", "eval_data": "aime24", "seeds": "4"}
+    config = choose_settings("m", None, "maths-4b-8k", {name: changed[name] for name in ("eval_temperature", "seeds")})
+    rollout = config.rollout
+    assert (rollout.eval_temperature, rollout.max_completion_length, config.run.seeds) == (0.5, 8192, (4,))
     of_run = load_preset("countdown-smoke")
     assert choose_settings("m", of_run, None, {}) == of_run.change(model="m")
     with pytest.raises(ValueError, match="--preset is for a model that no run made"):
@@ -207,12 +224,81 @@ def test_long_problems_are_left_out_and_counted(capsys):
         prompts.fitting([longer], "the set")
 
 
-def test_peak_of_the_smoothed_curve():
-    """A single high step is not the peak of a curve that later stays up."""
-    values = [0.1, 0.1, 0.9, *[0.1] * 4, *[0.5] * 8, 0.2]
-    at, value = peak(values)
-    assert at == 14 and 0.4 < value < 0.5
+@pytest.mark.parametrize(
+    "scores, weight, averages",
+    [
+        ([], 0.5, []),
+        ([0.3], 0.5, [0.3]),
+        ([0.2, 0.4, 0.8, 0.1, 0.6], 0.5, [0.2, 0.3, 0.55, 0.55, 0.575]),  # flat where a score is below the average
+        ([0.8, 0.4, 0.2], 0.5, [0.8, 0.8, 0.8]),
+        ([0.2, 0.4, 0.1, 0.8], 1.0, [0.2, 0.4, 0.4, 0.8]),  # the best score so far
+        ([0.0, 1.0, 1.0], 0.2, [0.0, 0.2, 0.36]),
+    ],
+)
+def test_the_moving_average_of_the_peak_by_hand(scores, weight, averages):
+    assert peak_average(scores, weight) == pytest.approx(averages)
+
+
+def test_the_peak_of_each_set_stands_beside_its_last_score(tmp_path, capsys, monkeypatch):
+    """In the report and in the figure, for two seeds, whose mean is that of the ends."""
+    curves = {
+        0: {"aime24": [0.1, 0.3, 0.2], "amc23": [0.4, 0.4, 0.6]},
+        1: {"aime24": [0.2, 0.2, 0.6], "amc23": [0, 1, 0]},
+    }
+    runs = {f"seed {seed}": tmp_path / f"seed-{seed}" for seed in curves}
+    for folder, of_sets in zip(runs.values(), curves.values(), strict=True):
+        folder.mkdir()
+        rates = ({name: SolveRate(scores[at], 1.0, 0.01, 30) for name, scores in of_sets.items()} for at in range(3))
+        records = ({"step": 20 * at, **Evaluation(each).metrics()} for at, each in enumerate(rates))
+        steps = [{"step": 1, "reward": 0.9, "entropy": 1.0, "completions/mean_length": 9.0, "step_time": 1.0}]
+        steps[0]["time/statistics"] = 0.1
+        lines = sorted([*records, *steps], key=lambda record: record["step"])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert peak_averages(read_metrics(runs["seed 0"]), 0.5)["aime24"] == ([0, 20, 40], pytest.approx([0.1, 0.2, 0.2]))
+    config = Config().change(peak_weight=0.5, eval_data=("aime24", "amc23"))
+    report(config, tmp_path, runs, 60.0)
+    printed = capsys.readouterr().out
+    rows = re.findall(r"(aime24|amc23) .* ([\d.]+)% ± 1\.0%.* ([\d.]+)%   [+-]", printed)  # also of the mean: 0.7%
+    assert rows == [
+        ("aime24", "20.0", "20.0"),
+        ("amc23", "60.0", "50.0"),
+        ("aime24", "60.0", "40.0"),
+        ("amc23", "0.0", "50.0"),
+    ]
+    assert re.findall(r"(aime24|amc23) .* ± 0\.7%.* ([\d.]+)%   [+-]", printed) == [
+        ("aime24", "30.0"),
+        ("amc23", "50.0"),
+    ]
+    assert "--peak-weight 0.5" in printed
+
+    drawn = {}
+    monkeypatch.setattr(Axes, "plot", lambda axes, steps, values, **style: drawn.update({style.get("label"): values}))
+    plot_learning_curve(runs, tmp_path / "curve.png", "two seeds", 0.5)
+    assert drawn["seed 0, aime24: 0.200, last 0.200"] == pytest.approx([0.1, 0.2, 0.2])
+    assert drawn["seed 1, amc23: 0.500, last 0.000"] == pytest.approx([0, 0.5, 0.5])
+    assert (tmp_path / "curve.png").exists()
+
+
+def test_the_smoothed_reward_has_no_bias_towards_0():
     assert smooth([0.3]) == [pytest.approx(0.3)]
+
+
+def test_the_temperature_of_evaluations(tmp_path):
+    """That of the sampling, or its own; greedily each problem is answered once."""
+    rows = tmp_path / "aime.jsonl"
+    rows.write_text('{"problem": "2 + 3 ?", "answer": "5"}\n')
+
+    def sets(**changes):
+        held_out = load_held_out(settings(model="-", **changes), ALONE)
+        return [(each.name, each.temperature, each.answers) for each in held_out]
+
+    of_file = {"train_data": f"maths:{rows}", "eval_data": (f"aime24:{rows}",)}
+    assert sets(temperature=0.7, **of_file) == [("aime24:aime", 0.7, 16)]
+    assert sets(temperature=0.7, eval_temperature="0.3", **of_file) == [("aime24:aime", 0.3, 16)]
+    assert sets(eval_temperature=0, **of_file) == [("aime24:aime", None, 1)]
+    assert sets(eval_temperature="none") == [("sampled", 1.0, 1), ("greedy", None, 1)]
+    assert sets(eval_temperature=0.6) == [("sampled", 0.6, 1), ("greedy", None, 1)]
+    assert sets(eval_temperature=0.0) == [("greedy", None, 1)]
 
 
 def test_what_is_due():

@@ -12,6 +12,7 @@ from typing import get_args, get_origin
 
 from rhythm_kernels.options import CreditOptions, flat_name, from_flat, read_text
 
+LEAST_VLLM_TEMPERATURE = 0.01  # vLLM replaces lower ones by this, and 0 by greedy
 MOST = 2**31 - 1  # for integers without their own limit: larger ones overflow in torch
 
 
@@ -91,6 +92,9 @@ class Rollout:
     num_generations: int = flag(8, "answers to each problem; rewards are compared within this group", least=2)
     max_completion_length: int = flag(64, "most tokens of an answer", least=1)
     temperature: float = flag(1.0, "temperature of the sampling and of all log-probabilities", above=0)
+    eval_temperature: float | None = flag(
+        None, "temperature of the evaluations, 0 for greedy; by default that of the sampling", least=0
+    )
     rollout_batch_size: int = flag(256, "answers that --engine transformers samples at a time", least=1)
     vllm_gpu_memory_utilization: float = flag(0.5, "share of a GPU's memory that vLLM takes", above=0, most=1)
     vllm_logp_tolerance: float = flag(
@@ -145,6 +149,9 @@ class Run:
     threads: int = flag(0, "CPU threads of each training run; 0 shares the cores among the seeds", least=0)
     cache: str = flag("runs/cache", "folder in which warm starts are kept")
     eval_steps: int = flag(0, "steps between evaluations; 0: only before and after the run", least=0)
+    peak_weight: float = flag(
+        0.2, "weight of a new best score in the moving average of the peak (the paper's alpha in A.2)", above=0, most=1
+    )
     save_steps: int = flag(25, "steps between checkpoints", least=1)
     save_total_limit: int = flag(2, "checkpoints kept", least=1)
     logging_steps: int = flag(10, "steps between console lines", least=1)
@@ -202,6 +209,9 @@ class Config:
         require(not from_scratch or self.data.train_data == "words", "model", "be given where problems are read")
         transformers = rollout.engine == "transformers"
         require(not from_scratch or transformers, "engine", "be transformers for a model from scratch")
+        for name in ("temperature", "eval_temperature"):
+            is_sampled = rollout.engine == "vllm" and flat[name]  # neither None nor 0, which is greedy
+            require(not is_sampled or flat[name] >= LEAST_VLLM_TEMPERATURE, name, "be at least 0.01", "engine")
         require(len(set(seeds)) == len(seeds) > 0, "seeds", "be different numbers, at least one")
         return self
 
@@ -256,6 +266,8 @@ def _change(group: object, values: dict[str, object]) -> object:
 def _limits(f: Field, item) -> Iterator[tuple[bool, str]]:
     """Yields, for each limit of a field, whether the value meets it, and what it demands."""
     limits = f.metadata
+    if item is None:
+        return
     if "choices" in limits:
         yield item in limits["choices"], f"be one of {', '.join(limits['choices'])}"
     if "above" in limits:
@@ -269,8 +281,10 @@ def _limits(f: Field, item) -> Iterator[tuple[bool, str]]:
 
 def _read(f: Field, value):
     """Returns `value` as the type of its field: it comes from a flag's text, from TOML or JSON, or from Python."""
-    several = get_origin(f.type) is tuple
-    kind = get_args(f.type)[0] if several else f.type
+    several, of_type = get_origin(f.type) is tuple, get_args(f.type)  # (str, ...) or (float, None), else empty
+    kind = of_type[0] if of_type else f.type
+    if type(None) in of_type and value in (None, "none"):
+        return None
     try:
         if not several:
             return _read_one(kind, value)

@@ -5,6 +5,9 @@
 MODEL is a run's folder (its last checkpoint), a checkpoint, or a transformers model. A run of several seeds has a
 folder for each: name one, such as runs/FOLDER/seed-0. A checkpoint brings its run's settings. For another model
 --preset or flags give them. AIME's problems are answered 16 times (avg@16), others once (pass@1).
+
+For a run's folder a second row has the moving average of the peak over the evaluations of the run, at its end: the
+number by which the paper compares runs (A.2).
 """
 
 import argparse
@@ -19,8 +22,8 @@ from train.presets import load_preset
 PROGRAM = "python -m train.evaluate"
 FLAGS = (
     *("eval_data", "chat_template", "max_prompt_length", "reward_workers", "reward_timeout", "dtype"),
-    *("engine", "max_completion_length", "temperature", "rollout_batch_size", "vllm_gpu_memory_utilization"),
-    *("seeds", "device"),
+    *("engine", "max_completion_length", "eval_temperature", "rollout_batch_size", "vllm_gpu_memory_utilization"),
+    *("seeds", "device", "peak_weight"),
 )
 """The settings that an evaluation reads; the command has no other flags."""
 
@@ -37,6 +40,7 @@ def evaluate_model(arguments: list[str] | None) -> int:
     from train.setup import check_engine, load_engine, load_tokenizer, local_model, reading_model
     from train.solve_rates import cut_off, evaluate
 
+    folder = Path(given["place"])
     place, of_run = find_model(given.pop("place"))
     config = choose_settings(place, of_run, given.pop("preset", None), given)
     world = World.join(config.run.device)
@@ -54,7 +58,8 @@ def evaluate_model(arguments: list[str] | None) -> int:
         evaluation = evaluate(engine, evaluations, prompts, rewards, config, world)
     engine.close()
     if world.is_first:
-        print(evaluation.table(), *cut_off(evaluation, config), sep="\n")
+        peaks = peaks_of(folder, config.run.peak_weight)
+        print(evaluation.table(peaks, config.run.peak_weight), *cut_off(evaluation, config), sep="\n")
     return 0
 
 
@@ -71,6 +76,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", help="settings for a model that no run made: a preset of python -m train")
     add_flags(parser, FLAGS)
     return parser
+
+
+def peaks_of(run: Path, weight: float) -> dict[str, float] | None:
+    """Returns the peak average of each set at the end of a run; None for another folder, or a run without metrics."""
+    from train.metrics import FILE, read_metrics
+    from train.solve_rates import peak_averages
+
+    if not (run / "checkpoints").is_dir() or not (run / FILE).is_file():
+        return None
+    return {name: curve[-1] for name, (_, curve) in peak_averages(read_metrics(run), weight).items()}
 
 
 def find_model(place: str) -> tuple[str, Config | None]:

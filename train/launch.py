@@ -72,7 +72,8 @@ def launch_seed(config: Config, folder: Path | None) -> int:
 
 
 def finish(config: Config, folder: Path, runs: dict[str, Path], began: float) -> None:
-    plot_learning_curve(runs, folder / "learning_curve.png", f"{config.preset}, {config.credit.strategy} credit")
+    title = f"{config.preset}, {config.credit.strategy} credit"
+    plot_learning_curve(runs, folder / "learning_curve.png", title, config.run.peak_weight)
     if not os.environ.get(PARENT):
         report(config, folder, runs, time.time() - began)
 

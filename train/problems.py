@@ -60,10 +60,12 @@ def load_task(config: Config, world: World) -> Task:
 @reading_sets()
 def load_held_out(config: Config, world: World) -> list[EvalSet]:
     """Loads --eval-data, or the sets that belong to --train-data; the tiny Countdown has a sampled and a greedy set."""
-    name, temperature = config.data.train_data, config.rollout.temperature
+    name, rollout = config.data.train_data, config.rollout
+    temperature = (rollout.temperature if rollout.eval_temperature is None else rollout.eval_temperature) or None
     if name == "words" and not config.data.eval_data:
         held_out = words.split_problems(config.words).held_out
-        return [EvalSet("sampled", held_out, 1, temperature), EvalSet("greedy", held_out, 1, None)]
+        sampled = [EvalSet("sampled", held_out, 1, temperature)] if temperature else []
+        return [*sampled, EvalSet("greedy", held_out, 1, None)]
     names = config.data.eval_data or find_set(name)[0].evaluate
     if not names:
         raise BadSetting(f"--eval-data must name what to evaluate on, since nothing belongs to --train-data {name}")
@@ -74,7 +76,7 @@ def load_held_out(config: Config, world: World) -> list[EvalSet]:
 def load_evaluations(
     names: Sequence[str], temperature: float | None, tell: Callable[[str], object] = say
 ) -> list[EvalSet]:
-    """Loads the sets under distinct names, which appear in their metrics."""
+    """Loads the sets under distinct names, which appear in their metrics; greedily one answer a problem is all."""
     sets = {name: find_set(name) for name in names}
     labels = [name if sets[name][1] is None else f"{name.partition(':')[0]}:{sets[name][1].stem}" for name in names]
     for label, count in Counter(labels).items():
@@ -82,7 +84,8 @@ def load_evaluations(
             same = ", ".join(name for name, other in zip(names, labels) if other == label)
             raise BadSetting(f"--eval-data must be sets of different names, got {same}, which are all called {label}")
     return [
-        EvalSet(label, load_set(name, tell), sets[name][0].answers, temperature) for label, name in zip(labels, names)
+        EvalSet(label, load_set(name, tell), sets[name][0].answers if temperature else 1, temperature)
+        for label, name in zip(labels, names)
     ]
 
 

@@ -8,7 +8,7 @@ from statistics import mean
 from train.config import Config
 from train.console import say
 from train.metrics import read_metrics
-from train.solve_rates import Evaluation, SolveRate
+from train.solve_rates import Evaluation, SolveRate, peak_averages
 
 
 def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float) -> None:
@@ -16,7 +16,8 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float) 
     records = {label: read_metrics(run) for label, run in runs.items()}
     is_words = config.data.train_data == "words" and not config.data.eval_data
     say("\nsolved of the held-out problems" + (", whose numbers were never trained on" if is_words else ""))
-    _print_rates({label: [line for line in lines if "reward" not in line] for label, lines in records.items()})
+    evaluations = {label: [line for line in lines if "reward" not in line] for label, lines in records.items()}
+    _print_rates(evaluations, config.run.peak_weight)
     steps = [line for lines in records.values() for line in lines if "reward" in line]
     if steps:
         share = sum(step["time/statistics"] for step in steps) / sum(step["step_time"] for step in steps)
@@ -33,25 +34,33 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float) 
     say("metrics.jsonl and tensorboard/")
 
 
-def _print_rates(evaluations: dict[str, list[dict[str, float]]]) -> None:
-    """Prints the first and the last evaluation of each seed; the first may be lost, with its line of the metrics."""
-    pairs = {}
+def _print_rates(evaluations: dict[str, list[dict[str, float]]], peak_weight: float) -> None:
+    """Prints the first and the last evaluation of each seed, and the peak average at the end.
+
+    The first evaluation may be lost, with its line of the metrics.
+    """
+    pairs, peaks = {}, {}
     for label, lines in evaluations.items():
         before = Evaluation.from_metrics(lines[0]) if lines[0]["step"] == 0 else None
         pairs[label] = (before, Evaluation.from_metrics(lines[-1]))
+        peaks[label] = {name: curve[-1] for name, (_, curve) in peak_averages(lines, peak_weight).items()}
     if len(pairs) > 1:
         befores, afters = zip(*pairs.values(), strict=True)
         pairs["mean"] = (None if None in befores else _pool(befores), _pool(afters))
+        peaks["mean"] = {name: mean(peak[name] for peak in peaks.values()) for name in afters[0].rates}
     width = max(len(name) for _, after in pairs.values() for name in after.rates)
-    say(f"{'':8} {'':{width}} {'before':>28}   {'after':>28}   change")
-    for label, (before, after) in pairs.items():
+    say(f"{'':8} {'':{width}} {'before':>28}   {'after':>28}   {'peak':>6}   change")
+    for seed, (before, after) in pairs.items():
+        label = seed
         for name, new in after.rates.items():
             old, change = "not known", "not known"
             if before is not None:
                 old = before.rates[name]
                 change = f"{100 * (new.solved - old.solved):+.1f} points of {new.problems}"
-            say(f"{label:8} {name:{width}} {old!s:>28}   {new!s:>28}   {change}")
+            peak = f"{peaks[seed][name]:6.1%}"
+            say(f"{label:8} {name:{width}} {old!s:>28}   {new!s:>28}   {peak}   {change}")
             label = ""
+    say(f"peak: moving average of the best score over all evaluations, --peak-weight {peak_weight:g} (the paper's A.2)")
 
 
 def _pool(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -1,6 +1,7 @@
 """Measures solve rates on held-out problems, with standard errors."""
 
 import math
+from collections.abc import Sequence
 from statistics import mean
 from typing import NamedTuple
 
@@ -55,14 +56,48 @@ class Evaluation(NamedTuple):
                 rates.setdefault(name, {})[key] = value
         return cls({name: SolveRate(**values) for name, values in rates.items()})
 
-    def table(self) -> str:
-        """Returns the paper's table in Markdown: a column for each set, in percent, and their mean."""
-        columns = {}
-        for name, rate in self.rates.items():
-            head = f"{name} (avg@{rate.answers})" if rate.answers > 1 else name
-            columns[head] = f"{100 * rate.solved:.1f} ± {100 * rate.standard_error:.1f}"
-        columns["mean"] = f"{100 * mean(rate.solved for rate in self.rates.values()):.1f}"
-        return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), columns.values()))
+    def table(self, peaks: dict[str, float] | None = None, weight: float = 0.0) -> str:
+        """Returns the paper's table in Markdown: a column for each set, in percent, and their mean.
+
+        Args:
+            peaks: the peak averages of a run, by the names of its sets: a second row.
+            weight: of the peak averages.
+        """
+        heads = [f"{name} (avg@{rate.answers})" if rate.answers > 1 else name for name, rate in self.rates.items()]
+        cells = [f"{100 * rate.solved:.1f} ± {100 * rate.standard_error:.1f}" for rate in self.rates.values()]
+        rows = [["", *heads, "mean"], ["---"] * (len(heads) + 2)]
+        rows += [["solved", *cells, f"{100 * mean(rate.solved for rate in self.rates.values()):.1f}"]]
+        if peaks is not None:
+            values = [peaks.get(name, math.nan) for name in self.rates]
+            cells = ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in (*values, mean(values))]
+            rows.append([f"peak average of the run, a = {weight:g}", *cells])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def peak_average(scores: Sequence[float], weight: float) -> list[float]:
+    """Returns the moving average of the peak of a run's scores, by which the paper compares runs (A.2).
+
+    EMA_t = a max(x_t, EMA_{t-1}) + (1 - a) EMA_{t-1}. It begins at the first score. A better score than the average
+    raises it, and a worse one leaves it as it is.
+
+    Args:
+        scores: of one benchmark, in the order of the evaluations.
+        weight: a. The paper does not give it.
+    """
+    averages = list(scores[:1])
+    for score in scores[1:]:
+        averages.append(weight * max(score, averages[-1]) + (1 - weight) * averages[-1])
+    return averages
+
+
+def peak_averages(records: Sequence[dict[str, float]], weight: float) -> dict[str, tuple[list[int], list[float]]]:
+    """Returns the steps of the evaluations in a run's metrics, and the peak average at each, for each set."""
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, rate in Evaluation.from_metrics(record).rates.items():
+            scores.setdefault(name, []).append((record["step"], rate.solved))
+    steps = {name: [step for step, _ in known] for name, known in scores.items()}
+    return {name: (steps[name], peak_average([score for _, score in known], weight)) for name, known in scores.items()}
 
 
 def evaluate(

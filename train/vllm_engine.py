@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.config import LEAST_VLLM_TEMPERATURE
 from train.rollout import Completion, Progress, Sampling
 
-LEAST_TEMPERATURE = 0.01  # vLLM replaces lower ones by this, and 0 by greedy
 CPU_CACHE = 2**30  # bytes of keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE (GiB) is set
 
 RELOAD = "vllm.model_executor.model_loader.reload.inplace"
@@ -104,9 +104,9 @@ class VLLMEngine:
             ValueError: a temperature that vLLM does not sample at.
             RuntimeError: the engine is asleep, or the weights are not whole.
         """
-        if sampling.temperature is not None and not sampling.temperature >= LEAST_TEMPERATURE:
+        if sampling.temperature is not None and not sampling.temperature >= LEAST_VLLM_TEMPERATURE:
             raise ValueError(
-                f"temperature must be at least {LEAST_TEMPERATURE}, or None for greedy, got {sampling.temperature}"
+                f"temperature must be at least {LEAST_VLLM_TEMPERATURE}, or None for greedy, got {sampling.temperature}"
             )
         if self._is_asleep:
             raise RuntimeError("the engine is asleep: wake() first")
