@@ -4,7 +4,7 @@
     accelerate launch --num_processes 8 examples/trl_countdown.py --model Qwen/Qwen3-4B-Base --use_vllm
 
 Only the three lines that end in `# rhythm` differ from plain GRPO. Every field of the config is a flag, such as
---credit global, --credit_top_fraction 0.2 or --learning_rate 2e-6. To try it on a CPU, with a small model:
+--credit_top_fraction 0.2, --credit_delta drop or --learning_rate 2e-6. To try it on a CPU, with a small model:
 
     python examples/trl_countdown.py --model PATH --use_cpu --bf16 false --max_steps 2 --problems 8 \\
         --num_generations 4 --steps_per_generation 1 --max_completion_length 32 --report_to none
@@ -19,7 +19,7 @@ from trl import TrlParser
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer  # rhythm
 from rhythm_kernels.tasks.countdown import from_row, generate_rows, verify
 
-# The paper's settings on eight processes: 300 batches of 64 problems with 8 answers each, in 16 steps of 32 answers
+# The paper's settings on eight processes: 500 batches of 64 problems with 8 answers each, in 16 steps of 32 answers
 DEFAULTS = {
     "output_dir": "runs/trl-countdown",
     "loss_type": "grpo",
@@ -28,9 +28,9 @@ DEFAULTS = {
     "gradient_accumulation_steps": 1,
     "steps_per_generation": 16,
     "max_completion_length": 1024,
-    "max_steps": 4800,
+    "max_steps": 8000,
     "learning_rate": 1e-6,
-    "lr_scheduler_type": "constant",
+    "lr_scheduler_type": "constant",  # and no warm-up
     "save_steps": 320,
 }
 

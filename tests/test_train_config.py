@@ -12,7 +12,7 @@ from rhythm_kernels import options
 from train.__main__ import main
 from train.config import Config, flag_name, settings_of
 from train.flags import parse
-from train.presets import PRESETS, load_preset
+from train.presets import KINDS, PRESETS, load_preset
 
 SOURCES = Path(train.__file__).parent
 
@@ -57,6 +57,31 @@ SOURCES = Path(train.__file__).parent
             "--credit-amplification would have no effect: --credit none selects no token",
         ),
         (["--credit", "local", "--credit-shared-fraction", "0.3"], "--credit-shared-fraction would have no effect"),
+        (["--eval-temperature", "-1"], "--eval-temperature must be at least 0, got -1.0"),
+        (["--eval-temperature", "cold"], "--eval-temperature must be float, got 'cold'"),
+        (
+            ["--engine", "vllm", "--model", "m", "--eval-temperature", "0.001"],
+            "--eval-temperature must be at least 0.01, got 0.001, with --engine vllm",
+        ),
+        (["--engine", "vllm", "--model", "m", "--temperature", "0.001"], "--temperature must be at least 0.01, got"),
+        (["--peak-weight", "0"], "--peak-weight must be above 0 and finite, got 0.0"),
+        (["--credit-delta", "rise"], "--credit-delta must be one of absolute, drop, got 'rise'"),
+        (
+            ["--credit-preplan-fraction", "2"],
+            "--credit-preplan-fraction must be finite and between 0.0 and 1.0, got 2.0",
+        ),
+        (
+            ["--credit", "global", "--credit-delta", "drop"],
+            "--credit-delta would have no effect: only --credit local and",
+        ),
+        (
+            ["--credit-tau-delta", "1", "--credit-preplan-fraction", "0.3"],
+            "--credit-preplan-fraction would have no effect: only --credit local reads it, and coupled without",
+        ),
+        (
+            ["--credit", "local", "--credit-top-fraction", "0.3", "--credit-preplan-fraction", "0.3"],
+            "--credit-top-fraction would have no effect: with --credit local --credit-preplan-fraction takes its place",
+        ),
         (["--preset", "countdown-huge"], "--preset must be one of"),
         (["--resume", "nowhere"], "--resume must be a run's folder, got 'nowhere'"),
         (["--resume", "nowhere", "--max-steps", "3"], "but also got --max-steps"),
@@ -82,6 +107,11 @@ def test_python_callers_get_the_same_errors():
 
 
 def test_flags_reach_their_fields():
+    taus = ["--credit-tau-waad", "2.5", "--credit-tau-delta", "0.25", "--credit-delta", "drop"]
+    credit = parse([*taus, "--credit-shared-fraction", "0.3"])[0].credit
+    assert (credit.tau_waad, credit.tau_delta, credit.delta, credit.shared_fraction) == (2.5, 0.25, "drop", 0.3)
+    assert parse(["--credit", "local", "--credit-preplan-fraction", "0.3"])[0].credit.preplan_fraction == 0.3
+    assert parse(["--engine", "vllm", "--model", "m", "--eval-temperature", "0"])[0].rollout.eval_temperature == 0
     config, folder = parse(["--max-steps", "7", "--seeds", "3", "4", "--no-credit-largest", "--beta", "1"])
     assert (config.grpo.max_steps, config.run.seeds, config.credit.largest) == (7, (3, 4), False)
     assert config.grpo.beta == 1.0 and folder is None
@@ -92,6 +122,74 @@ def test_flags_reach_their_fields():
 def test_configuration_comes_back_from_json(preset):
     config = load_preset(preset)
     assert Config.from_json(config.to_json()) == config
+
+
+PAPER = {  # section 5.3.1
+    "dtype": "bfloat16",
+    "prompts_per_step": 64,
+    "num_generations": 8,
+    "gradient_steps": 16,
+    "temperature": 1.0,
+    "learning_rate": 1e-6,
+    "warmup_steps": 0,
+    "final_learning_rate": 1.0,
+    "beta": 0.0,
+    "loss_type": "grpo",
+    "credit": "coupled",
+    "credit_top_fraction": 0.4,
+    "credit_amplification": 1.5,
+    "credit_max_lookback": 3,
+    "credit_largest": True,
+    "credit_delta": "absolute",
+    "credit_preplan_fraction": None,
+    "credit_window": 10,
+    "credit_horizon": (10, 50),
+    "credit_layers": 5,
+    "credit_span_rows": None,
+}
+OF_4B, OF_8B = ({"model": f"Qwen/Qwen3-{size}B-Base", "max_steps": steps} for size, steps in ((4, 500), (8, 600)))
+MATHS = {"train_data": "dapo-math", "max_completion_length": 1024}
+BOTTOM, LONG = {"credit_largest": False}, {"max_completion_length": 8192}
+OF_THE_PAPER = {
+    "countdown-4b": {**OF_4B, "train_data": "countdown", "max_completion_length": 1024},
+    "crossthink-qa-8b": {**OF_8B, "train_data": "crossthink-qa", "max_completion_length": 1024},
+    "maths-4b-1k": {**OF_4B, **MATHS},
+    "maths-8b-1k": {**OF_8B, **MATHS},
+    "maths-4b-8k": {**OF_4B, **MATHS, **LONG},
+}
+ABLATIONS = {
+    **{f"ablation-bottom-{credit}": {"credit": credit, **BOTTOM} for credit in ("global", "local", "coupled")},
+    **{f"ablation-top-{percent}": {"credit_top_fraction": percent / 100} for percent in (20, 40, 60, 80, 100)},
+}
+BEYOND = {
+    "beyond-countdown-8b": {**OF_THE_PAPER["countdown-4b"], **OF_8B},
+    "beyond-crossthink-qa-4b": {**OF_THE_PAPER["crossthink-qa-8b"], **OF_4B},
+    "beyond-maths-8b-8k": {**OF_8B, **MATHS, **LONG},
+}
+
+
+def test_presets_are_the_papers_runs_its_ablations_and_what_lies_beyond(capsys):
+    """Each has the paper's settings, and in an ablation what it changes; nothing else differs among them."""
+    runs = {**OF_THE_PAPER, **{name: {**OF_8B, **MATHS, **changes} for name, changes in ABLATIONS.items()}, **BEYOND}
+    assert {kind: set(names) for kind, names in KINDS.items()} == {
+        "tiny": {"countdown-tiny", "countdown-smoke"},
+        "the paper's runs": set(OF_THE_PAPER),
+        "the paper's ablations": set(ABLATIONS),
+        "beyond the paper": set(BEYOND),
+    }
+    others = []
+    for name, changes in runs.items():
+        flat, expected = load_preset(name).flat(), {**PAPER, **changes}
+        assert {setting: flat[setting] for setting in expected} == expected, name
+        for setting in (*PAPER, *OF_8B, *MATHS, "max_prompt_length", "vllm_gpu_memory_utilization"):
+            del flat[setting]
+        others.append(flat)
+    assert all(other == others[0] for other in others)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    ablations = ", ".join(KINDS["the paper's ablations"])
+    assert f"the paper's ablations: {ablations}; beyond the paper: beyond-countdown-8b" in shown
 
 
 def test_no_field_name_occurs_twice():

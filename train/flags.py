@@ -1,13 +1,14 @@
 """Defines the command line of a run: a flag for every setting, and which flags have no effect with the others."""
 
 import argparse
+import textwrap
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
 from rhythm_kernels.options import CreditOptions
 from train.config import BadSetting, Config, Demonstrations, Words, flag_name, settings_of
-from train.presets import PRESETS, load_preset
+from train.presets import KINDS, PRESETS, load_preset
 
 OF_WORDS = [f.name for f in fields(Words)]
 SHAPE = ["layers", "hidden_size", "heads", "key_heads", "head_size", "mlp_size"]
@@ -16,6 +17,7 @@ OF_VLLM, OF_TRANSFORMERS = ["vllm_gpu_memory_utilization"], ["rollout_batch_size
 OF_CORRECTION, CORRECTION = ["vllm_importance_sampling_cap"], "--vllm-importance-sampling-correction"
 SELECTS = ["credit_top_fraction", "credit_amplification", "credit_largest"]
 COUPLES = ["credit_shared_fraction", "credit_max_lookback", "credit_tau_waad", "credit_tau_delta"]
+OF_PREPLAN = ("local", "coupled")
 ACT_WHERE = (
     (OF_WORDS, lambda c: c.data.train_data == "words", "it is of the tiny Countdown, --train-data words"),
     (FROM_SCRATCH, lambda c: not c.model.model, "--model names a trained model"),
@@ -24,6 +26,17 @@ ACT_WHERE = (
     (OF_CORRECTION, lambda c: c.grpo.vllm_importance_sampling_correction, f"it caps the weights of {CORRECTION}"),
     (SELECTS, lambda c: c.credit.strategy != "none", "--credit none selects no token"),
     (COUPLES, lambda c: c.credit.strategy == "coupled", "only --credit coupled reads it"),
+    (["credit_delta"], lambda c: c.credit.strategy in OF_PREPLAN, f"only --credit {' and '.join(OF_PREPLAN)} read it"),
+    (
+        ["credit_preplan_fraction"],
+        lambda c: c.credit.strategy == "local" or (c.credit.strategy == "coupled" and c.credit.tau_delta is None),
+        "only --credit local reads it, and coupled without --credit-tau-delta",
+    ),
+    (
+        ["credit_top_fraction"],
+        lambda c: c.credit.strategy != "local" or c.credit.preplan_fraction is None,
+        "with --credit local --credit-preplan-fraction takes its place",
+    ),
 )
 """(settings, whether a configuration reads them, why not), for the settings that are not always read."""
 
@@ -45,18 +58,27 @@ def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
     return Config.load(path), Path(resume)
 
 
+class WholeNames(argparse.HelpFormatter):
+    """Breaks no name at its hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
         usage="python -m train [--preset NAME] [flags] | --resume FOLDER",
         description="Trains a language model with group relative policy optimization (GRPO). The credit of a token "
         "follows the model's attention: WAAD is the windowed average attention distance of a token, FAI its future "
-        "attention influence, Delta the size of the change of WAAD to the next token. Brackets hold the value of a "
+        "attention influence, Delta the change of WAAD to the next token. Brackets hold the value of a "
         "flag that neither the command nor the preset sets.",
+        formatter_class=WholeNames,
         argument_default=argparse.SUPPRESS,  # only what was given comes out
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", default=None, help=f"one of {', '.join(PRESETS)}; the default is the first")
+    kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in KINDS.items())
+    parser.add_argument("--preset", default=None, help=f"{kinds}. The default is {PRESETS[0]}")
     parser.add_argument("--resume", default=None, metavar="FOLDER", help="continue the run in this folder")
     add_flags(parser, Config().flat())
     return parser

@@ -2,7 +2,7 @@
 # Trains Qwen3-4B-Base on Countdown with GRPO and rhythm credit, in verl 0.9.1, on one node with eight GPUs.
 #
 #   bash examples/verl/one_node.sh                       # any flag of verl or of the block `rhythm` may follow:
-#   bash examples/verl/one_node.sh +rhythm.top_fraction=0.2 trainer.logger='[console,wandb]'
+#   bash examples/verl/one_node.sh +rhythm.delta=drop trainer.logger='[console,wandb]'
 #   STRATEGY=none bash examples/verl/one_node.sh         # the same run without credit
 #   bash examples/verl/one_node.sh --cfg job             # prints the config and ends
 #
@@ -60,7 +60,7 @@ flags=(
   trainer.nnodes="$NODES"
   trainer.n_gpus_per_node="$GPUS"
   trainer.total_epochs=15
-  trainer.total_training_steps=300
+  trainer.total_training_steps=500
   trainer.test_freq=20
   trainer.save_freq=20
   trainer.logger='[console,tensorboard]'

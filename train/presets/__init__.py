@@ -1,6 +1,8 @@
 """Named settings: a file NAME.toml here says what differs from the defaults in train/config.py, and why.
 
-`extends = "OTHER"` starts from the settings of another file. A file with an underscore is no preset by itself.
+`extends = "OTHER"` starts from the settings of another file. A file with an underscore is no preset by itself. A name
+says what a preset is: `ablation-` of the paper's, `beyond-` a run that the paper does not have; other models of 4B and
+8B are the paper's runs.
 """
 
 import sys
@@ -9,8 +11,16 @@ from pathlib import Path
 from train.config import BadSetting, Config
 
 FOLDER = Path(__file__).parent
-DEFAULT = "countdown-tiny"
-PRESETS = [DEFAULT, *sorted(path.stem for path in FOLDER.glob("[a-z]*.toml") if path.stem != DEFAULT)]
+TINY = ["countdown-tiny", "countdown-smoke"]  # the first is the default
+PREFIXES = {"the paper's ablations": "ablation-", "beyond the paper": "beyond-"}
+NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.toml") if path.stem not in TINY)
+KINDS = {
+    "tiny": TINY,
+    "the paper's runs": [name for name in NAMES if not name.startswith(tuple(PREFIXES.values()))],
+    **{kind: [name for name in NAMES if name.startswith(prefix)] for kind, prefix in PREFIXES.items()},
+}
+"""The names of the presets by their kinds."""
+PRESETS = [name for names in KINDS.values() for name in names]
 
 
 def load_preset(name: str) -> Config:
