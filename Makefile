@@ -90,6 +90,7 @@ bench: build $(VENV)/.smollm2
 	$(PY) -m benchmarks.weakest_mismatch --out benchmarks/results/weakest-mismatch
 	$(PY) -m benchmarks.span_sample --out benchmarks/results/span-sample
 	$(PY) -m benchmarks.more_statistics --rounds $(ROUNDS) --out benchmarks/results/more-statistics-cpu
+	$(PY) -m benchmarks.choices --out benchmarks/results/choices
 
 # Takes ninety minutes: a step at 8,192 tokens takes minutes on two cores
 bench-trainer: build $(VENV)/.smollm2

@@ -64,6 +64,7 @@ SOURCES = Path(train.__file__).parent
             "--eval-temperature must be at least 0.01, got 0.001, with --engine vllm",
         ),
         (["--engine", "vllm", "--model", "m", "--temperature", "0.001"], "--temperature must be at least 0.01, got"),
+        (["--adam-beta2", "1"], "--adam-beta2 must be below 1, got 1.0"),
         (["--peak-weight", "0"], "--peak-weight must be above 0 and finite, got 0.0"),
         (["--credit-delta", "rise"], "--credit-delta must be one of absolute, drop, got 'rise'"),
         (

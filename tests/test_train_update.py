@@ -217,3 +217,9 @@ def test_the_host_waits_once_an_optimizer_step(batch, loss_type, several):
     assert len(ran) > steps
     functions = [wait.where.split(" in ")[-1] for wait in work.waits]
     assert functions == ["answers_run", *["_step"] * steps, "update_policy"], work.waits
+
+
+def test_the_settings_of_adamw_reach_it():
+    config = settings(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, weight_decay=0.1, learning_rate=1e-3)
+    (group,) = make_optimizer(make_policy(), config).param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"], group["lr"]) == ((0.8, 0.95), 1e-6, 0.1, 1e-3)

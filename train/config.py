@@ -25,7 +25,7 @@ class RunError(RuntimeError):
 
 
 def flag(default, help: str, **limits):
-    """Returns a field with its help. Limits are `above`, `least` and `most`, of each item of a tuple, and `choices`."""
+    """Returns a field with its help. Limits, of each item of a tuple: `above`, `least`, `most`, `below`, `choices`."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -109,6 +109,9 @@ class GRPO:
     max_steps: int = flag(150, "rollout batches to train on", least=0)
     learning_rate: float = flag(2e-4, "learning rate of AdamW", above=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
+    adam_beta1: float = flag(0.9, "AdamW's decay of the mean gradient", least=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW's decay of the mean squared gradient", least=0, below=1)
+    adam_epsilon: float = flag(1e-8, "AdamW's term beside the root of the mean square", above=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", least=0)
     final_learning_rate: float = flag(0.1, "share of the learning rate left at the last step", least=0, most=1)
     max_grad_norm: float = flag(1.0, "the gradient is scaled down to this norm", above=0)
@@ -274,6 +277,8 @@ def _limits(f: Field, item) -> Iterator[tuple[bool, str]]:
         yield limits["above"] < item < float("inf"), f"be above {limits['above']} and finite"
     if "least" in limits:
         yield limits["least"] <= item < float("inf"), f"be at least {limits['least']}"
+    if "below" in limits:
+        yield item < limits["below"], f"be below {limits['below']}"
     most = limits.get("most", MOST if type(item) is int else None)
     if most is not None:
         yield item <= most, f"be at most {most}"

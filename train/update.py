@@ -30,7 +30,8 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     """
     grpo, parameters = config.grpo, [*policy.parameters()]
     fused = parameters[0].device.type == "cuda"
-    return torch.optim.AdamW(parameters, lr=grpo.learning_rate, weight_decay=grpo.weight_decay, fused=fused)
+    options = {"lr": grpo.learning_rate, "weight_decay": grpo.weight_decay, "eps": grpo.adam_epsilon, "fused": fused}
+    return torch.optim.AdamW(parameters, betas=(grpo.adam_beta1, grpo.adam_beta2), **options)
 
 
 def update_policy(
