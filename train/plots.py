@@ -25,7 +25,7 @@ def plot_learning_curve(runs: dict[str, Path], path: Path, title: str, peak_weig
 
     Lines among the solve rates are the moving averages of the peak (`peak_average`), by which the paper compares runs.
     """
-    figure = Figure(figsize=(17, 3.8), layout="constrained")
+    figure = Figure(figsize=(17, 4.2), layout="constrained")
     solved, *others = figure.subplots(1, 1 + len(CURVES))
     solved.set_title(f"held-out solve rates (dots); peak averages, a = {peak_weight:g} (lines)", size=9)
     for axes, heading in zip(others, CURVES.values(), strict=True):
@@ -39,8 +39,10 @@ def plot_learning_curve(runs: dict[str, Path], path: Path, title: str, peak_weig
         axes.set(xlabel="GRPO step", ylim=(0, 1 if axes in (solved, others[0]) else None))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes is not others[-1] and axes.get_legend_handles_labels()[0]:
+    for axes in others[:-1]:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7)
+    figure.legend(*solved.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
