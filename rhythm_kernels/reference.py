@@ -406,9 +406,7 @@ def preplan(
 
 def rises(waad_t: Tensor, response_mask: Tensor) -> Tensor:
     """Returns whether t and t + 1 are in R and WAAD_t < WAAD_{t+1}: [B, T] bool."""
-    out = torch.zeros_like(response_mask)
-    out[:, :-1] = response_mask[:, :-1] & response_mask[:, 1:] & (waad_t[:, :-1] < waad_t[:, 1:])
-    return out
+    return delta(-waad_t, response_mask, "drop") > 0
 
 
 def coupled_sets(
@@ -474,35 +472,20 @@ def gamma(
 
     Args:
         strategy: as in `token_credit`.
-        waad_t: [B, T], in tokens.
-        fai_t: [B, T].
+        waad_t, fai_t: [B, T]; WAAD in tokens.
         entropy: [B, T], for the strategy "entropy".
         draw: [B, T] random numbers, for the strategy "random".
-        top_fraction, amplification, shared_fraction, max_lookback, largest, tau_waad, tau_delta, preplan_fraction,
-            delta: as in `token_credit`.
+        top_fraction and all after it: as in `token_credit`.
     """
+    of_preplan = top_fraction if preplan_fraction is None else preplan_fraction
     if strategy == "coupled":
-        anchors, dominated, intros = coupled_sets(
-            waad_t,
-            fai_t,
-            response_mask,
-            top_fraction,
-            max_lookback,
-            largest,
-            tau_waad,
-            tau_delta,
-            preplan_fraction,
-            delta,
-        )
-        share = (
-            (anchors & ~dominated).double()
-            + (1 - shared_fraction) * dominated.double()
-            + shared_fraction * intros.double()
-        )
+        options = (max_lookback, largest, tau_waad, tau_delta, of_preplan, delta)
+        anchors, dominated, intros = coupled_sets(waad_t, fai_t, response_mask, top_fraction, *options)
+        alone = (anchors & ~dominated).double()
+        share = alone + (1 - shared_fraction) * dominated.double() + shared_fraction * intros.double()
     elif strategy == "none":
         share = torch.zeros(response_mask.shape, dtype=torch.float64)
     elif strategy == "local":
-        of_preplan = top_fraction if preplan_fraction is None else preplan_fraction
         share = preplan(waad_t, response_mask, of_preplan, largest, delta).double()
     else:
         signal = {"global": fai_t, "random": draw, "entropy": entropy}[strategy]
