@@ -48,6 +48,9 @@ class Words:
     """the tiny Countdown (--train-data words)"""
 
     numbers: int = flag(3, "how many numbers a problem gives; 4 take minutes to enumerate", least=2, most=4)
+    fewest_numbers: int | None = flag(
+        None, "problems give from this many to --numbers, as many of each; by default --numbers", least=2, most=4
+    )
     largest: int = flag(20, "the numbers are drawn from 1 to this", least=2, most=99)
     operators: str = flag("+-*", "signs that an answer may use", choices=("+-", "+-*", "+-*/"))
     held_out: int = flag(1024, "held-out problems; their multisets of numbers are not trained on", least=1)
@@ -215,6 +218,8 @@ class Config:
         for name in ("temperature", "eval_temperature"):
             is_sampled = rollout.engine == "vllm" and flat[name]  # neither None nor 0, which is greedy
             require(not is_sampled or flat[name] >= LEAST_VLLM_TEMPERATURE, name, "be at least 0.01", "engine")
+        fewest = self.words.fewest_numbers
+        require(fewest is None or fewest <= self.words.numbers, "fewest_numbers", "be at most --numbers", "numbers")
         require(len(set(seeds)) == len(seeds) > 0, "seeds", "be different numbers, at least one")
         return self
 

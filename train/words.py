@@ -4,6 +4,7 @@ In a demonstration an attempt that misses the target ends in `x`, one that hits 
 """
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -87,29 +88,45 @@ def _strip(expression: str) -> str:
 
 
 def split_problems(task: Words) -> Split:
-    """Returns all solvable problems, split by number multiset; `held_out` distinct ones have multisets of their own.
+    """Returns the solvable problems, split by number multiset; `held_out` distinct ones have multisets of their own.
 
     Whole multisets go to the held-out side, in a seeded order, until they give `held_out_pool` times as many problems
-    as are kept, so that the kept ones spread over many multisets.
+    as are kept, so that the kept ones spread over many multisets. Where problems differ in how many numbers they give,
+    there are as many multisets of each length as of the shortest. The longer ones have more targets, of which as many
+    are drawn as the shortest have on average.
     """
     draw = random.Random(0)  # one split for all runs
-    multisets = list(itertools.combinations_with_replacement(range(1, task.largest + 1), task.numbers))
-    draw.shuffle(multisets)
-    held_out: list[Puzzle] = []
-    while multisets and len(held_out) < task.held_out_pool * task.held_out:
-        held_out += _puzzles_of(multisets.pop(), task.operators)
-    train = [puzzle for numbers in multisets for puzzle in _puzzles_of(numbers, task.operators)]
-    if len(held_out) < task.held_out or not train:
-        raise BadSetting(
-            f"--held-out {task.held_out} leaves {len(train)} problems to train on and finds {len(held_out)} to hold "
-            f"out: take fewer, or more --numbers or a greater --largest"
-        )
-    kept = draw.sample(held_out, task.held_out)
+    train: list[Puzzle] = []
+    kept: list[Puzzle] = []
+    lengths = range(task.fewest_numbers or task.numbers, task.numbers + 1)
+    most_multisets = most_targets = None
+    for place, length in enumerate(lengths):
+        multisets = list(itertools.combinations_with_replacement(range(1, task.largest + 1), length))
+        draw.shuffle(multisets)
+        count = (task.held_out + place) // len(lengths)
+        of_length = [_puzzles_of(numbers, task.operators, most_targets, draw) for numbers in multisets[:most_multisets]]
+        held_out: list[Puzzle] = []
+        while of_length and len(held_out) < task.held_out_pool * count:
+            held_out += of_length.pop()
+        left = [puzzle for puzzles in of_length for puzzle in puzzles]
+        if len(held_out) < count or not left:
+            raise BadSetting(
+                f"--held-out {task.held_out} leaves {len(left)} problems of {length} numbers to train on and finds "
+                f"{len(held_out)} to hold out: take fewer, or more --numbers or a greater --largest"
+            )
+        train += left
+        kept += draw.sample(held_out, count)
+        most_multisets = most_multisets or len(multisets)
+        most_targets = most_targets or math.ceil((len(left) + len(held_out)) / len(multisets))
     return Split([puzzle.problem for puzzle in train], [puzzle.problem for puzzle in kept])
 
 
-def _puzzles_of(numbers: tuple[int, ...], operators: str) -> list[Puzzle]:
-    return [Puzzle(numbers, target) for target in sorted({a.value for a in attempts(numbers, operators)})]
+def _puzzles_of(numbers: tuple[int, ...], operators: str, most: int | None, draw: random.Random) -> list[Puzzle]:
+    """Returns the puzzles of these numbers, or `most` of them that are drawn."""
+    targets = sorted({a.value for a in attempts(numbers, operators)})
+    if most is not None and len(targets) > most:
+        targets = draw.sample(targets, most)
+    return [Puzzle(numbers, target) for target in targets]
 
 
 def demonstrate(
