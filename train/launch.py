@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -114,12 +114,18 @@ def has_begun(folder: Path) -> bool:
 
 def check_same(config: Config, folder: Path) -> None:
     """Raises BadSetting if the run in this folder has other settings."""
-    there, now = Config.load(folder / CONFIG).flat(), config.flat()
-    changed = [
-        f"{flag_name(name)} {there[name]!r} there, {now[name]!r} now" for name in now if there[name] != now[name]
-    ]
-    if changed:
+    if changed := differences(Config.load(folder / CONFIG), config):
         raise BadSetting(f"--output {str(folder)!r} holds a run with other settings: {'; '.join(changed)}")
+
+
+def differences(there: Config, now: Config, but: Collection[str] = ()) -> list[str]:
+    """Returns a text for each setting in which a saved configuration differs, without those named in `but`."""
+    saved, given = there.flat(), now.flat()
+    return [
+        f"{flag_name(name)} {saved[name]!r} there, {given[name]!r} now"
+        for name in given
+        if name not in but and saved[name] != given[name]
+    ]
 
 
 def write_config(config: Config, folder: Path) -> None:

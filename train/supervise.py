@@ -3,15 +3,14 @@
 The result is cached under a hash of all that it depends on, so later runs start from it at once.
 """
 
+import fcntl
 import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
@@ -52,30 +51,36 @@ def warm_start(config: Config, seed: int, problems: list[Problem], world: World)
         if folder.exists():
             say(f"[seed {seed}] warm start found in {folder}")
         else:
-            make_warm_start(folder, config, seed, problems, world.device)
+            with claim_warm_start(folder, config):
+                if not folder.exists():  # another run may have made it while this one waited
+                    make_warm_start(folder, config, seed, problems, world.device)
     world.barrier()
     return folder
 
 
-def make_warm_start(folder: Path, config: Config, seed: int, problems: list[Problem], device: torch.device) -> None:
+@contextmanager
+def claim_warm_start(folder: Path, config: Config) -> Iterator[None]:
+    """Locks a warm start for this process; waits while another one makes it, as runs side by side would."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder.parent):  # before the training, not after it
-            pass
+        lock = open(folder.with_name(f"{folder.name}.lock"), "w")  # noqa: SIM115
     except OSError as error:
         raise BadSetting(f"--cache must be a folder to write in, got {config.run.cache!r}: {error.strerror}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def make_warm_start(folder: Path, config: Config, seed: int, problems: list[Problem], device: torch.device) -> None:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(config.model, tokenizer, context_length(config)).to(device)
     loss = supervise(model, config, seed, problems, tokenizer)
     say(f"[seed {seed}] warm start: loss {loss:.3f} after {config.demonstrations.sft_steps} steps, kept in {folder}")
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    unfinished = folder.with_name(f"{folder.name}.tmp")  # what a process left that was killed is written over
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    try:
-        unfinished.rename(folder)
-    except OSError:  # another run made the same one meanwhile
-        shutil.rmtree(unfinished)
+    unfinished.rename(folder)
 
 
 def supervise(

@@ -29,11 +29,20 @@ def load_preset(name: str) -> Config:
     return Config(preset=name).change(**_read(name))
 
 
+def read_changes(name: str) -> dict[str, object]:
+    """Returns the settings in which a preset differs from the one that it extends, or from the defaults."""
+    return {name: value for name, value in _read_file(name).items() if name != "extends"}
+
+
 def _read(name: str) -> dict:
+    extended = _read_file(name).get("extends")
+    return {**(_read(extended) if extended else {}), **read_changes(name)}
+
+
+def _read_file(name: str) -> dict:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
-    values = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
-    return {**(_read(values.pop("extends")) if "extends" in values else {}), **values}
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
