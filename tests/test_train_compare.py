@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy
 import pytest
+from train_cases import ALONE
 
 import train
 from rhythm_kernels.options import STRATEGIES
@@ -23,6 +25,7 @@ from train.launch import write_config
 from train.metrics import FILE
 from train.presets import PREFIXES, PRESETS, load_preset
 from train.solve_rates import Evaluation, SolveRate, peak_average
+from train.supervise import warm_start, warm_start_path
 
 stats = pytest.importorskip("scipy.stats")
 scores = pytest.importorskip("train.compare.scores")
@@ -317,6 +320,24 @@ def test_a_run_waits_for_a_warm_start_that_another_one_makes(tmp_path):
     assert next_ready([same, other], [first]) == same
     given = cell("none", 0, model="a-model", train_data="maths:a.jsonl")
     assert given.warm_start is None and next_ready([given], [given]) == given
+
+
+def test_two_runs_that_need_the_same_warm_start_make_it_once(tmp_path, monkeypatch):
+    """Locks belong to open files, so two threads stand for two processes."""
+    config, made = settings(cache=str(tmp_path / "cache")), []
+
+    def make(folder, *others):
+        made.append(folder)
+        time.sleep(0.3)
+        folder.mkdir()
+
+    monkeypatch.setattr("train.supervise.make_warm_start", make)
+    threads = [threading.Thread(target=warm_start, args=(config, 0, [], ALONE)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [warm_start_path(config, 0)]
 
 
 def test_gpus_are_shared_among_the_runs_that_fit(monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -49,6 +50,17 @@ def test_no_number_multiset_is_on_both_sides(preset):
 
 def test_default_task_holds_out_enough():
     assert load_preset("countdown-tiny").words.held_out >= 1024
+
+
+def test_problems_of_several_lengths_are_as_many_of_each():
+    task = Words(numbers=3, fewest_numbers=2, largest=12, held_out=101, held_out_pool=2)
+    split = split_problems(task)
+    train, held_out = (Counter(len(Puzzle.of(problem).numbers) for problem in side) for side in split)
+    assert held_out == {2: 50, 3: 51}
+    assert set(train) == {2, 3} and train[3] == pytest.approx(train[2], rel=0.35)
+    longer = Counter(Puzzle.of(problem).numbers for problem in split.train if len(Puzzle.of(problem).numbers) == 3)
+    shorter = Counter(Puzzle.of(problem).numbers for problem in split.train if len(Puzzle.of(problem).numbers) == 2)
+    assert max(longer.values()) <= max(shorter.values())  # targets of a multiset
 
 
 def test_split_repeats():

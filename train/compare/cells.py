@@ -20,7 +20,7 @@ CELLS: dict[str, dict[str, object]] = {
     },
 }
 """The settings of each cell. An ablation has those by which its preset differs from the one that it extends."""
-BOTTOM = [name for name in CELLS if name.startswith("bottom-")]
+BOTTOM = [f"bottom-{strategy}" for strategy in STRATEGIES if f"bottom-{strategy}" in CELLS]
 TOP = sorted((name for name in CELLS if name.startswith("top-")), key=lambda name: CELLS[name]["credit_top_fraction"])
 OF_CELLS = sorted({name for settings in CELLS.values() for name in settings})
 _PLAIN = {name: value for name, value in Config().flat().items() if name in OF_CELLS}
@@ -102,7 +102,7 @@ class Groups(NamedTuple):
     @property
     def largest(self) -> list[str]:
         """The strategies that the ablations are variants of, for the largest values."""
-        return [cell for name in ("global", "local", "coupled") for cell in self.strategies if _plain(cell) == name]
+        return [cell for cell in self.strategies if f"bottom-{_plain(cell)}" in BOTTOM]
 
     @property
     def baseline(self) -> list[str]:

@@ -92,7 +92,7 @@ def _explain(ends: pandas.DataFrame, weight: float) -> str:
     text = (
         f"A difference is against GRPO, within each seed that both have, and its interval is Student's t over "
         f"these differences ({CONFIDENCE:.0%}). It says what other seeds would give on these problems. The standard "
-        f"error that the problems alone give a row's score stands behind ±: all seeds and rows answer the same "
+        f"error that the problems alone give a row's last score stands behind ±: all seeds and rows answer the same "
         f"problems, so more seeds do not lower it, and most of it cancels in a difference. No correction is made for "
         f"the number of comparisons. The moving average has the weight {weight:g}."
     )
