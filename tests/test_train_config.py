@@ -173,7 +173,7 @@ def test_presets_are_the_papers_runs_its_ablations_and_what_lies_beyond(capsys):
     """Each has the paper's settings, and in an ablation what it changes; nothing else differs among them."""
     runs = {**OF_THE_PAPER, **{name: {**OF_8B, **MATHS, **changes} for name, changes in ABLATIONS.items()}, **BEYOND}
     assert {kind: set(names) for kind, names in KINDS.items()} == {
-        "tiny": {"countdown-tiny", "countdown-smoke"},
+        "tiny": {"countdown-tiny", "countdown-study", "countdown-smoke"},
         "the paper's runs": set(OF_THE_PAPER),
         "the paper's ablations": set(ABLATIONS),
         "beyond the paper": set(BEYOND),

@@ -11,7 +11,7 @@ from pathlib import Path
 from train.config import BadSetting, Config
 
 FOLDER = Path(__file__).parent
-TINY = ["countdown-tiny", "countdown-smoke"]  # the first is the default
+TINY = ["countdown-tiny", "countdown-study", "countdown-smoke"]  # the first is the default
 PREFIXES = {"the paper's ablations": "ablation-", "beyond the paper": "beyond-"}
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.toml") if path.stem not in TINY)
 KINDS = {
