@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy
 import pytest
+from scipy import stats
 from train_cases import ALONE
 
 import train
 from rhythm_kernels.options import STRATEGIES
+from train.compare import scores
 from train.compare.__main__ import main
 from train.compare.cells import CELLS, Groups, choose_cells, label, name_cells
 from train.compare.grid import Cell, Share, default_ranks, next_ready, open_grid
@@ -26,9 +28,6 @@ from train.metrics import FILE
 from train.presets import PREFIXES, PRESETS, load_preset
 from train.solve_rates import Evaluation, SolveRate, peak_average
 from train.supervise import warm_start, warm_start_path
-
-stats = pytest.importorskip("scipy.stats")
-scores = pytest.importorskip("train.compare.scores")
 
 STEPS = (0, 2, 4)
 
@@ -374,7 +373,7 @@ def test_a_run_that_fails_ends_the_others_and_is_named_with_its_log(tmp_path, mo
 
 
 GRID = ["--preset", "countdown-smoke", "--seeds", "0", "1", "--cells", "none", "local", "--sft-steps", "2"]
-GRID += ["--sample-answers", "0", "--max-steps", "30", "--save-steps", "1", "--eval-steps", "15"]
+GRID += ["--sample-answers", "0", "--max-steps", "12", "--save-steps", "1", "--eval-steps", "6"]
 
 
 def environment() -> dict[str, str]:

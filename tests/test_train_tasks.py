@@ -38,7 +38,13 @@ def test_puzzle_and_problem_are_the_same():
     assert PUZZLE.problem.prompt == "1 7 10 ? 2 >" and Puzzle.of(PUZZLE.problem) == PUZZLE
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if load_preset(name).data.train_data == "words"])
+OF_WORDS = {name: load_preset(name).words for name in PRESETS if load_preset(name).data.train_data == "words"}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(name, marks=pytest.mark.slow) if task.numbers > 3 else name for name, task in OF_WORDS.items()],
+)
 def test_no_number_multiset_is_on_both_sides(preset):
     task = load_preset(preset).words
     split = split_problems(task)
