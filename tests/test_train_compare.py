@@ -97,6 +97,7 @@ def test_a_difference_of_that_size_is_found_four_times_in_five():
     assert numpy.mean((found.pvalue < 0.05) & (found.statistic > 0)) == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.slow
 def test_tables_have_the_papers_rows_with_differences_within_each_seed(tmp_path, capsys):
     make_grid(tmp_path, {"none": [0.0] * 6, "coupled": GAINS, "bottom-global": [-0.1] * 2, "top-20": [0.0, 0.02]})
     assert main([str(tmp_path)]) == 0
@@ -293,6 +294,11 @@ def test_a_grid_with_other_settings_is_refused_with_their_flags(tmp_path):
     others = choose_cells("countdown-smoke", ["none", "coupled"], {"eval_steps": 1, "max_steps": 9})
     with pytest.raises(BadSetting, match="other settings: --max-steps 4 there, 9 now; --eval-steps 2 there, 1 now$"):
         open_grid(tmp_path, others, None, None).__enter__()
+    more = choose_cells("countdown-smoke", ["local"], {"eval_steps": 1})  # a cell that is not there yet
+    with pytest.raises(BadSetting, match="other settings: --eval-steps 2 there, 1 now$"):
+        open_grid(tmp_path, more, None, None).__enter__()
+    with open_grid(tmp_path, choose_cells("countdown-smoke", ["local"], {"eval_steps": 2}), None, None) as grid:
+        assert [cell.is_finished for cell in grid.cells] == [False]
     with open_grid(tmp_path, cells, None, None) as grid:
         assert all(cell.is_finished for cell in grid.cells)
         with pytest.raises(BadSetting, match="another process is training"):

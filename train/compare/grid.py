@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from rhythm_kernels.options import PREFIX
 from train.compare.runs import Run, is_finished, read_runs, read_whole
 from train.config import BadSetting, Config, RunError
 from train.console import say
@@ -107,10 +108,9 @@ def open_grid(out: Path, cells: dict[str, Config], jobs: int | None, ranks: int 
     except OSError as error:
         raise BadSetting(f"--out must be a folder to write in, got {str(out)!r}: {error.strerror}") from error
     with claim(out):
-        begun = [cell for cell in grid.cells if has_begun(cell.folder)]
-        check_same(out, begun)
+        check_same(out, grid.cells)
         for cell in grid.cells:
-            if cell not in begun:
+            if not has_begun(cell.folder):
                 write_config(cell.config, cell.folder)
         yield grid
 
@@ -120,10 +120,18 @@ def make_cell(out: Path, name: str, config: Config, seed: int, share: Share) -> 
     return Cell(f"{name}, seed {seed}", folder, config.change(seeds=(seed,), threads=share.threads, output=str(folder)))
 
 
-def check_same(out: Path, begun: list[Cell]) -> None:
-    """Raises BadSetting if a run that has begun has other settings than the grid gives it."""
-    changed = [differences(Config.load(cell.folder / CONFIG), cell.config, but=MAY_DIFFER) for cell in begun]
-    if texts := dict.fromkeys(text for of_cell in changed for text in of_cell):
+def check_same(out: Path, cells: list[Cell]) -> None:
+    """Raises BadSetting if a run that has begun in the folder has other settings than this grid has.
+
+    Runs of other cells and seeds may be there, which differ in the credit and the seed alone.
+    """
+    own, any_cell = {cell.folder: cell.config for cell in cells}, cells[0].config
+    of_cells = [name for name in any_cell.flat() if name.startswith(PREFIX)] + ["seeds"]
+    texts: dict[str, None] = {}
+    for folder in filter(has_begun, sorted(out.glob("*/seed-*"))):
+        but = MAY_DIFFER if folder in own else [*MAY_DIFFER, *of_cells]
+        texts |= dict.fromkeys(differences(Config.load(folder / CONFIG), own.get(folder, any_cell), but))
+    if texts:
         raise BadSetting(f"--out {str(out)!r} holds a grid with other settings: {'; '.join(texts)}")
 
 
