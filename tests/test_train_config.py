@@ -226,3 +226,13 @@ def test_help_needs_no_torch(module, flag):
 def test_a_missing_package_is_told_in_one_line(module, flags):
     done = without_torch(module, *flags)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "pip install torch" in done.stderr
+
+
+@pytest.mark.parametrize("file", ["docs/how-to/train.md", "docs/paper.md", "train/loop.py"])
+def test_the_ranks_of_a_documented_command_can_share_its_preset(file):
+    text = (Path(__file__).parent.parent / file).read_text(encoding="utf-8")
+    commands = re.findall(r"--nproc-per-node (\d+) -m train --preset ([\w-]+)", text)
+    assert commands
+    for ranks, preset in commands:
+        config = load_preset(preset)
+        assert config.rollout.prompts_per_step % (config.grpo.gradient_steps * int(ranks)) == 0, (ranks, preset)

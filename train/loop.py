@@ -9,7 +9,7 @@ them; `shape_advantages` multiplies the positive advantages by it. With a single
 pass: then the loss's own forward is read.
 
     python -m train                                    # the tiny preset, two seeds side by side
-    torchrun --nproc-per-node 8 -m train --preset maths-4b-8k                  # one run on eight GPUs
+    torchrun --nproc-per-node 4 -m train --preset maths-4b-8k                  # one run on four GPUs
 """
 
 from pathlib import Path

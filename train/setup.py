@@ -84,9 +84,12 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     world = World.join(config.run.device)
     prompts_per_step, parts = config.rollout.prompts_per_step, config.grpo.gradient_steps * world.size
     if prompts_per_step % parts:
+        most = prompts_per_step // config.grpo.gradient_steps  # problems of an optimizer step
+        fitting = [ranks for ranks in range(1, most + 1) if most % ranks == 0]
         raise BadSetting(
             f"--prompts-per-step must be a multiple of --gradient-steps times the ranks, got {prompts_per_step}, with "
-            f"--gradient-steps {config.grpo.gradient_steps} and {world.size} ranks"
+            f"--gradient-steps {config.grpo.gradient_steps} and {world.size} ranks; with these flags "
+            f"{', '.join(map(str, fitting))} can share the work"
         )
     check_engine(config)
     task = load_task(config, world)
