@@ -23,6 +23,7 @@ COMMANDS = {
     "show": "draw WAAD and FAI along an answer: a page and figures",
     "couple": "test whether anchors follow preplan tokens (the paper's Table 2)",
     "perturb": "test whether anchors decide what follows them (the paper's Table 1)",
+    "value": "test whether credit lands where the answer is decided, on your model and task",
     "bench": "measure what the statistics would cost on this machine",
 }
 

@@ -1,16 +1,20 @@
-"""The problems of a study: word problems that are generated from a seed, or those of a file."""
+"""The problems of a study: generated from a seed, of the trainer's sets, or of a file; and which answers are right."""
 
 import json
 import random
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from rhythm_kernels import tasks
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.tasks.answers import same
+from rhythm_kernels.tasks.sets import SETS, load_set
 from rhythm_kernels.tasks.types import last_boxed
 
-GSM = "gsm"
+GSM, GYM = "gsm", "gym"
 GSM_END = " Give the result as your final answer. Do not include units."
 """The end of each problem of reasoning-gym. It is removed: with it, a small model gives the bare result, which has too
 few tokens to study."""
@@ -30,6 +34,10 @@ class Problem(NamedTuple):
     text: str
     gold: str | None
     """The right final answer, if it is known."""
+    verify: Callable[[str], float] | None = None
+    """Gives 1 for an answer that is right; without it the final answer is compared with the gold one."""
+    is_whole: bool = False
+    """Whether the text says how to answer, as a prompt of the training does, so that a study adds nothing to it."""
 
 
 JEWELS = Problem(
@@ -61,6 +69,8 @@ def final_answer(text: str) -> str | None:
 
 def is_right(problem: Problem, text: str) -> bool | None:
     """Returns whether a text ends in the right answer, or None for a problem without one."""
+    if problem.verify is not None:
+        return problem.verify(text) == 1
     if problem.gold is None:
         return None
     given = final_answer(text)
@@ -76,35 +86,61 @@ def load_problems(task: str, count: int, seed: int) -> list[Problem]:
     More problems of the same seed begin with the same ones.
 
     Args:
-        task: "gsm" for GSM-Symbolic of reasoning-gym, grade-school word problems from templates; else the path of a
-            JSONL file with a "prompt" or a "question" in each line, and the right answer in "answer" if it is known,
-            as in GSM8K's files.
+        task: "gsm" for GSM-Symbolic of reasoning-gym, grade-school word problems from templates; gym:NAME for another
+            of its tasks; a set of the trainer, or SET:FILE.jsonl, as in `load_set`; else the path of a JSONL file with
+            a "prompt" or a "question" in each line, and the right answer in "answer" if it is known, as in GSM8K's
+            files.
 
     Raises:
-        ValueError: a line of the file is no problem (the message has its number), the file is empty, or reasoning-gym
-            is not installed.
+        ValueError: a line of the file is no problem (the message has its number), the file is empty, the task has
+            another name, or reasoning-gym is not installed.
         OSError: the file cannot be read.
     """
     check_int("problems", count, 1)
     check_int("seed", seed, 0)
+    kind, _, name = task.partition(":")
     if task == GSM:
-        return _gsm(count, seed)
-    problems = read_problems(Path(task))
+        rows = _gym("gsm_symbolic", count, seed)
+        return [Problem(rows[i]["question"].removesuffix(GSM_END), rows[i]["answer"]) for i in range(count)]
+    if kind == GYM:
+        rows = _gym(name, count, seed)
+        return [Problem(rows[i]["question"], rows[i]["answer"], partial(_score, rows, rows[i])) for i in range(count)]
+    if kind in SETS:
+        problems = [Problem(one.prompt, one.answer, partial(_verify, one), True) for one in load_set(task)]
+    else:
+        problems = read_problems(Path(task))
     random.Random(seed).shuffle(problems)
     return problems[:count]
 
 
-def _gsm(count: int, seed: int) -> list[Problem]:
+def _gym(name: str, count: int, seed: int):
+    """Returns `count` rows of a task of reasoning-gym, with its score function."""
     try:
         import reasoning_gym
+        from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise ValueError(
-            f"the task gsm needs the package reasoning-gym ({error}): pip install reasoning-gym, or give --task "
-            "FILE.jsonl"
+            f"this task needs the package reasoning-gym ({error}): pip install reasoning-gym, or give --task FILE.jsonl"
         ) from error
+    if name not in DATASETS:
+        raise ValueError(f"--task gym:NAME must name a task of reasoning-gym, such as gym:chain_sum, got {name!r}")
     # reasoning-gym draws each problem from seed + index, so consecutive seeds would share all problems but one
-    rows = reasoning_gym.create_dataset("gsm_symbolic", seed=random.Random(seed).getrandbits(31), size=count)
-    return [Problem(rows[i]["question"].removesuffix(GSM_END), rows[i]["answer"]) for i in range(count)]
+    return reasoning_gym.create_dataset(name, seed=random.Random(seed).getrandbits(31), size=count)
+
+
+def _score(rows, row: dict, text: str) -> float:
+    return rows.score_answer(final_answer(text), row)
+
+
+def _verify(problem: tasks.Problem, text: str) -> float:
+    """Returns the reward of the trainer's verifier, except that sums and integrals are not asked of math-verify.
+
+    It may hang, and there is no process here that could be killed.
+    """
+    if problem.verifier != "maths":
+        return tasks.VERIFIERS[problem.verifier](text, problem.answer)
+    boxed = last_boxed(text)
+    return float(bool(boxed) and any(same(gold, boxed) for gold in json.loads(problem.answer)))
 
 
 def read_problems(path: Path) -> list[Problem]:

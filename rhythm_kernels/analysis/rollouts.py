@@ -1,12 +1,14 @@
-"""Greedy continuations of sequences after one of their tokens was replaced."""
+"""Continuations of sequences after one of their tokens was replaced, greedy or sampled."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rhythm_kernels.analysis.decoding import grouped_decoding
@@ -39,13 +41,17 @@ class Fork(NamedTuple):
     """Whether the model ended each continuation itself."""
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A continuation to compute."""
 
     sequence: int
+    """The index of its sequence."""
     position: int
+    """The index in the sequence of the token that is replaced."""
     token: int
+    """The token that is put there. If it ends an answer, nothing follows."""
     new_tokens: int
+    """The largest number of tokens after it."""
 
 
 @torch.no_grad()
@@ -95,18 +101,43 @@ def roll_out(
         for position, chosen, likely in zip(start.positions, tokens.tolist(), log_probs.exp(), strict=True):
             room = max(0, start.limit - position - 1)
             room = room if new_tokens is None else min(room, new_tokens)
-            rows += [_Row(index, position, token, room) for token in chosen]
+            rows += [Row(index, position, token, room) for token in chosen]
             forks.append(Fork(position, chosen, likely[chosen].tolist(), [], []))
-    if shared and all(map(_sees_all, caches)):
-        grown = _on_one_cache(model, caches, rows, ends, progress)
-    else:
-        grown = _position_by_position(model, tokenizer, starts, rows, 1 + alternatives, progress)
+    sequences = [start.ids for start in starts]
+    grown = iter(continue_rows(model, tokenizer, sequences, caches, rows, shared=shared, progress=progress))
     for fork in forks:
         for tokens in (next(grown) for _ in fork.tokens):
             fork.continuations.append([token for token in tokens if token not in ends])
             fork.ended.append(bool(tokens) and tokens[-1] in ends)
     of_each = iter(forks)
     return [[next(of_each) for _ in start.positions] for start in starts]
+
+
+@torch.no_grad()
+def continue_rows(
+    model: PreTrainedModel,
+    tokenizer,
+    sequences: list[list[int]],
+    caches: list[Cache],
+    rows: list[Row],
+    *,
+    temperature: float = 0.0,
+    shared: bool = True,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[list[int]]:
+    """Returns the tokens after the token of each row, up to the end of the answer (included) or the row's limit.
+
+    Args:
+        sequences: token ids, [n].
+        caches: the keys and values of each sequence, at least up to the last position of its rows.
+        rows: the continuations, sorted by sequence.
+        temperature: 0 for the most likely tokens, else they are drawn by torch's generator.
+        shared, progress: as in `roll_out`.
+    """
+    ends = end_tokens(model)
+    if shared and all(map(_sees_all, caches)):
+        return _on_one_cache(model, caches, rows, ends, temperature, progress)
+    return _position_by_position(model, tokenizer, sequences, rows, ends, temperature, progress)
 
 
 def _candidates(log_probs: Tensor, own: Tensor, alternatives: int, refused: set[int]) -> Tensor:
@@ -124,19 +155,23 @@ def _sees_all(cache) -> bool:
 
 
 def _position_by_position(
-    model, tokenizer, starts: list[Start], rows: list[_Row], width: int, progress
-) -> Iterator[list[int]]:
-    """Yields the continuations of the rows; the `width` rows of a position are one batch."""
-    for begin in range(0, len(rows), width):
-        batch = rows[begin : begin + width]
-        prompts = [[*starts[row.sequence].ids[: row.position], row.token] for row in batch]
-        room = batch[0].new_tokens
-        yield from (
-            generate(model, tokenizer, prompts, max_new_tokens=room, progress=progress) if room else [[] for _ in batch]
-        )
+    model, tokenizer, sequences: list[list[int]], rows: list[Row], ends: set[int], temperature: float, progress
+) -> list[list[int]]:
+    """Continues the rows of each position of a sequence as one batch."""
+    grown: list[list[int]] = [[] for _ in rows]
+    for (sequence, position, room), group in groupby(enumerate(rows), lambda one: (*one[1][:2], one[1].new_tokens)):
+        going = [(index, row.token) for index, row in group if room and row.token not in ends]
+        prompts = [[*sequences[sequence][:position], token] for _, token in going]
+        if prompts:
+            options = {"max_new_tokens": room, "temperature": temperature, "progress": progress}
+            for (index, _), tokens in zip(going, generate(model, tokenizer, prompts, **options), strict=True):
+                grown[index] = tokens
+    return grown
 
 
-def _on_one_cache(model, caches: list[DynamicCache], rows: list[_Row], ends: set[int], progress) -> Iterator[list[int]]:
+def _on_one_cache(
+    model, caches: list[DynamicCache], rows: list[Row], ends: set[int], temperature: float, progress
+) -> list[list[int]]:
     """Continues all rows in one batch: each sees its sequence up to its own position and counts on from there.
 
     Rows that have ended leave the batch when they are a quarter of it.
@@ -150,14 +185,14 @@ def _on_one_cache(model, caches: list[DynamicCache], rows: list[_Row], ends: set
     index = torch.arange(len(rows), device=device)  # of the rows in the batch
     end = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     grown: list[list[int]] = [[] for _ in rows]
-    going, step = room > 0, 0
-    while going.any():
-        if 4 * going.sum() <= 3 * len(going):
-            kept = going.nonzero().flatten()
-            cache.batch_select_indices(kept)
-            at, visible, token, room, index, going = (x[kept] for x in (at, visible, token, room, index, going))
-        visible = pad(visible, (0, 1), value=True)
-        with grouped_decoding(model):
+    going, step = (room > 0) & ~torch.isin(token, end), 0
+    with grouped_decoding(model):
+        while going.any():
+            if 4 * going.sum() <= 3 * len(going):
+                kept = going.nonzero().flatten()
+                cache.batch_select_indices(kept)
+                at, visible, token, room, index, going = (x[kept] for x in (at, visible, token, room, index, going))
+            visible = pad(visible, (0, 1), value=True)
             output = model(
                 token[:, None],
                 attention_mask=visible.long(),
@@ -165,25 +200,32 @@ def _on_one_cache(model, caches: list[DynamicCache], rows: list[_Row], ends: set
                 past_key_values=cache,
                 use_cache=True,
             )
-        token, step = output.logits[:, -1].argmax(-1), step + 1
-        for row, new, goes in zip(index.tolist(), token.tolist(), going.tolist(), strict=True):
-            if goes:
-                grown[row].append(new)
-        going &= (room > step) & ~torch.isin(token, end)
-        progress(1)
-    yield from grown
+            token, step = _choose(output.logits[:, -1], temperature), step + 1
+            for row, new, goes in zip(index.tolist(), token.tolist(), going.tolist(), strict=True):
+                if goes:
+                    grown[row].append(new)
+            going &= (room > step) & ~torch.isin(token, end)
+            progress(1)
+    return grown
 
 
-def _joined(caches: list[DynamicCache], rows: list[_Row]) -> DynamicCache:
+def _choose(logits: Tensor, temperature: float) -> Tensor:
+    """Returns a token for each row of logits [n, V], [n]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+
+
+def _joined(caches: list[DynamicCache], rows: list[Row]) -> DynamicCache:
     """Returns one cache with a row for each continuation; caches that are shorter than others end in zeros."""
-    counts = [sum(row.sequence == index for row in rows) for index in range(len(caches))]
-    size = max(cache.get_seq_length() for cache in caches)
+    counts = Counter(row.sequence for row in rows)
+    size = max(row.position for row in rows)
     joined = DynamicCache()
     for layer in range(len(caches[0].layers)):
 
         def parts(name: str, layer: int = layer) -> Iterator[Tensor]:
-            for cache, count in zip(caches, counts, strict=True):
-                values = getattr(cache.layers[layer], name)  # [1, H, tokens, D]
+            for sequence, count in counts.items():
+                values = getattr(caches[sequence].layers[layer], name)[:, :, :size]  # [1, H, tokens, D]
                 yield pad(values, (0, 0, 0, size - values.shape[2])).expand(count, -1, -1, -1)
 
         joined.update(torch.cat(list(parts("keys"))), torch.cat(list(parts("values"))), layer)

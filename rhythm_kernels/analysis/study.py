@@ -1,4 +1,4 @@
-"""The parts that the studies `rhythm couple` and `rhythm perturb` share: flags, the model's answers, the report."""
+"""The parts that the studies `rhythm couple`, `perturb` and `value` share: flags, the model's answers, the report."""
 
 import argparse
 import hashlib
@@ -7,7 +7,8 @@ import math
 import re
 import shlex
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from rhythm_kernels.analysis.sources import (
 from rhythm_kernels.checks import check_choice, check_float, check_int
 
 PROMPT_FORMATS = ("paper", "chat")
+SILENT = ("bos", "eos", "sep", "pad")
 FIRST_WEIGHTS = 64  # values of each parameter, which tell one checkpoint from another
 
 
@@ -73,8 +75,9 @@ def parser_of(study: str, description: str, *, temperature: float, batch_size: i
     parser.add_argument(
         "--task",
         default=GSM,
-        help='"gsm", or the path of a JSONL file with a "prompt" or a "question" in each line, and the right "answer" '
-        "if it is known; GSM8K's files are such",
+        help='"gsm"; gym:NAME for a task of reasoning-gym; a set of python -m train or SET:FILE.jsonl, such as '
+        'countdown-test; or the path of a JSONL file with a "prompt" or a "question" in each line, and the right '
+        '"answer" if it is known; GSM8K\'s files are such',
     )
     parser.add_argument("--problems", type=int, default=70, help="number of problems, drawn at random from a file")
     parser.add_argument(
@@ -135,7 +138,7 @@ class Study:
         A log continues with more or fewer problems; every other flag that it depends on must stay the same.
 
         Args:
-            name: the study, "couple" or "perturb".
+            name: the study, "couple", "perturb" or "value".
             args: its flags, checked.
             also: the study's own flags that its log depends on, beside the common ones.
 
@@ -146,6 +149,8 @@ class Study:
         check_folder(args.out)
         self.problems = load_problems(args.task, args.problems, args.seed)
         self.model, self.tokenizer = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
+        self.ends = end_tokens(self.model)
+        self.silent = self.ends | {getattr(self.tokenizer, f"{name}_token_id") for name in SILENT}
         self.prompts = [self._encode(problem) for problem in self.problems]
         _check_prompts(self.model, self.tokenizer, self.prompts, args.max_new_tokens)
         common = ("model", "task", "seed", "prompt_format", "batch_size", "max_new_tokens", "temperature", "layers")
@@ -157,9 +162,10 @@ class Study:
         self.log = Log(args.out / "log.jsonl", f"rhythm {name}", self.settings)
 
     def _encode(self, problem: Problem) -> list[int]:
-        if self.args.prompt_format == "paper":
-            return encode_prompt(self.tokenizer, paper_prompt(problem.text), chat=False)
-        return encode_prompt(self.tokenizer, problem.text + STEPS)
+        chat = self.args.prompt_format == "chat"
+        if problem.is_whole:
+            return encode_prompt(self.tokenizer, problem.text, chat=chat)
+        return encode_prompt(self.tokenizer, problem.text + STEPS if chat else paper_prompt(problem.text), chat=chat)
 
     def __enter__(self) -> "Study":
         return self
@@ -188,13 +194,11 @@ class Study:
         return answers, results
 
     def _generate(self, prompts: list[list[int]], begin: int) -> list[list[int]]:
-        args, devices = self.args, [self.model.device] if self.model.device.type == "cuda" else []
+        args = self.args
         with (
-            torch.random.fork_rng(devices),
+            self.seeded(begin),
             tqdm(total=args.max_new_tokens, desc="answers", unit="token", leave=False) as bar,
         ):
-            # each batch has its own seed, so that a resumed run samples the same answers
-            torch.manual_seed(int(hashlib.sha256(f"{args.seed} {begin}".encode()).hexdigest()[:15], 16))
             return generate(
                 self.model,
                 self.tokenizer,
@@ -204,19 +208,30 @@ class Study:
                 progress=bar.update,
             )
 
+    @contextmanager
+    def seeded(self, work: object) -> Iterator[None]:
+        """Gives a piece of work its own seed, so that a resumed run draws the same, and restores torch's generators."""
+        with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+            torch.manual_seed(int(hashlib.sha256(f"{self.args.seed} {work}".encode()).hexdigest()[:15], 16))
+            yield
+
     def text_of(self, tokens: list[int]) -> str:
         """Returns the text of tokens, with the special ones."""
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
+    def words_of(self, tokens: list[int]) -> str:
+        """Returns the text of an answer without the tokens that begin, end or pad it, which a verifier reads."""
+        return self.text_of([token for token in tokens if token not in self.silent])
+
     def ended(self, answer: Answer) -> bool:
         """Whether the model ended the answer itself; the limit has cut off the others."""
-        return answer.tokens[-1] in end_tokens(self.model)
+        return answer.tokens[-1] in self.ends
 
     def described(self, answers: list[Answer]) -> str:
         """Returns a sentence on the answers: how many are cut off, and how many are right."""
         cut = sum(not self.ended(answer) for answer in answers)
         text = f"{cut} of {len(answers)} answers were cut off after {self.args.max_new_tokens:,} tokens"
-        right = [is_right(self.problems[a.index], self.text_of(a.tokens)) for a in answers]
+        right = [is_right(self.problems[a.index], self.words_of(a.tokens)) for a in answers]
         known = [one for one in right if one is not None]
         return text + f", and {sum(known)} of {len(known)} end in the right result." * bool(known) + "." * (not known)
 

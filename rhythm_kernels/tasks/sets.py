@@ -1,7 +1,7 @@
 """The named sets of problems: where each lies, which columns make a problem, and how it is evaluated.
 
 A set is named as in SETS, `math-500`, or with a local JSONL file of the same columns in its place,
-`math-500:my.jsonl`. `countdown`, `maths` and `choice` are sets without a place of their own: they read files
+`math-500:my.jsonl`. `countdown`, `words`, `maths` and `choice` are sets without a place of their own: they read files
 (`maths:my.jsonl` with the columns problem and answer), and `countdown` makes its problems here where no file is given.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rhythm_kernels.tasks import choice, countdown, maths
+from rhythm_kernels.tasks import choice, countdown, maths, words
 from rhythm_kernels.tasks.types import BadRow, BadSet, Problem, UnusableRow, read_column
 
 HELD_OUT = 512  # problems of a set's test part, where the set has only one split
@@ -65,6 +65,7 @@ SETS = {
         ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
     ),
     "gsm8k": ProblemSet(maths.from_row, ("question", "answer"), place=("openai/gsm8k", "main", "test")),
+    "words": ProblemSet(words.from_row, ("numbers", "target")),
     "maths": ProblemSet(*MATHS, ("context",)),
     "choice": ProblemSet(choice.from_row, ("question", "answer"), ("options",)),
 }

@@ -10,7 +10,7 @@ import json
 from typing import NamedTuple
 
 from rhythm_kernels.tasks.expression import hits_target
-from rhythm_kernels.tasks.types import Problem
+from rhythm_kernels.tasks.types import BadRow, Problem, shorten
 
 ANSWER = "A"
 
@@ -32,6 +32,16 @@ class Puzzle(NamedTuple):
         """Returns the puzzle that a Problem of this task was made of."""
         answer = json.loads(problem.answer)
         return cls(tuple(answer["numbers"]), answer["target"])
+
+
+def from_row(numbers, target) -> Problem:
+    """Returns the problem of a row {numbers, target}, as the trainer asks it."""
+    whole = isinstance(numbers, list | tuple) and all(type(number) is int and number >= 0 for number in numbers)
+    if not whole or len(numbers) < 2:
+        raise BadRow(f"numbers must be two or more integers from 0 up, got {shorten(numbers)}")
+    if type(target) is not int:
+        raise BadRow(f"target must be an integer, got {shorten(target)}")
+    return Puzzle(tuple(sorted(numbers)), target).problem
 
 
 def verify(completion: str, answer: str) -> float:

@@ -1,0 +1,27 @@
+"""Renders the page of `rhythm value`: answers tinted by their decisions, beside WAAD, FAI and entropy."""
+
+from pathlib import Path
+
+import jinja2
+
+TEMPLATE = Path(__file__).parent / "web" / "value.html.jinja"
+
+
+def render(answers: list[dict], model: str) -> str:
+    """Returns the page, in one file without a script; everything that a model or a user wrote is escaped.
+
+    An answer has its prompt, whether it is solved and, for each token, words, decision, noise (the standard error of
+    the decision), probability, gamma and the signals; value has one number more, that of the prompt. A token's tint is
+    its share of the answer's largest value, without the sign of a decision.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    for answer in answers:
+        rows = {"decision": answer["decision"], **answer["signals"]}
+        answer["tints"] = {name: _tints(values) for name, values in rows.items()}
+    return template.render(answers=answers, model=model)
+
+
+def _tints(values: list[float]) -> list[float]:
+    largest = max(map(abs, values)) or 1.0
+    return [abs(value) / largest for value in values]
