@@ -307,6 +307,7 @@ def report(
     continuations = 2 * sum(int(answer.sampled.tries.sum()) for answer in answers)
     certain = sum(int((answer.sampled.tries == 0).sum()) for answer in answers)
     noise = sum(answer.decisions.noise.sum() for answer in answers)
+    estimated = sum((answer.decisions.decision**2).sum() for answer in answers)
 
     over = [
         ("decisions", ".1%"),
@@ -340,8 +341,7 @@ def report(
         f"solves {shown(check['solved'], '.1%')} of the problems. {study.described(generated)}",
         f"The squares of an answer's decisions sum to {shown(check['decisions'])} on average, and the variance of its "
         f"reward given the problem is {shown(check['variance'])}; both have the same expectation. Noise of the "
-        f"continuations made {noise / (noise + sum(a.decisions.square.sum() for a in answers)):.1%} of the squared "
-        "estimates, and is taken off.",
+        f"continuations made {noise / (estimated or 1.0):.1%} of the squared estimates, and is taken off.",
         f"All {len(answers)} answers:",
         table(
             ["strategy", "tokens", "decisions", "over chance", "credited over chance", "place held equal"],

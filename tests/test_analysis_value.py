@@ -1,0 +1,464 @@
+"""`rhythm value`: its estimates against chains and models whose values are known, its shares by hand, its command."""
+
+import itertools
+import json
+import re
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from study_cases import cut_places, kept_batches, run, tiny_folder, tiny_model
+
+from rhythm_kernels.analysis import value
+from rhythm_kernels.analysis.decisions import Sampled, areas, by_tenth, ceiling, decide, largest, ranks, shares
+from rhythm_kernels.analysis.problems import Problem, is_right, load_problems
+from rhythm_kernels.analysis.rollouts import Row, continue_rows
+from rhythm_kernels.analysis.study import Answer
+from rhythm_kernels.analysis.value_page import render
+from train.words import build_tokenizer
+
+# ---- estimates -------------------------------------------------------------------------------------------------------
+
+OTHER = np.array([0.5, 0.0, 0.3, 0.02, 0.9, 0.1])
+RATE = np.array([0.2, 0.0, 0.9, 0.1, 0.4, 1.0])
+"""W of each token of an answer that ends solved: what its tokens decide follows."""
+
+
+def chain() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the true (values, decisions) of that answer, from the definition."""
+    values = [1.0]
+    for other, rate in zip(OTHER[::-1], RATE[::-1]):
+        values.insert(0, (1 - other) * values[0] + other * rate)
+    return np.array(values), np.diff(values)
+
+
+def sample(draw: np.random.Generator, tries: int) -> Sampled:
+    count = np.where(OTHER > 0, tries, 0)
+    return Sampled(True, OTHER, draw.binomial(count, RATE, (2, len(OTHER))), count)
+
+
+def test_estimates_have_no_bias_on_a_chain_whose_values_are_known():
+    values, decisions = chain()
+    draw, count = np.random.default_rng(0), 20_000
+    found = [decide(sample(draw, 3)) for _ in range(count)]
+
+    def check(name: str, estimates: np.ndarray, truth: np.ndarray):
+        error = estimates.std(0) / np.sqrt(count)
+        assert (abs(estimates.mean(0) - truth) <= 4.5 * error + 1e-12).all(), name
+
+    check("values", np.array([one.value for one in found]), values)
+    check("decisions", np.array([one.decision for one in found]), decisions)
+    squares = np.array([one.square for one in found])
+    check("squares", squares, decisions**2)
+    check("halves", np.array([one.rise + one.fall for one in found]), decisions**2)
+    check("spread", np.array([one.spread for one in found]), values[0] * (1 - values[0]))
+    errors = np.array([one.decision for one in found]) - decisions
+    check("noise", errors**2 - [one.noise for one in found], 0 * decisions)
+    plain = np.array([one.decision for one in found]) ** 2
+    assert plain.mean(0)[4] > decisions[4] ** 2 + 20 * plain.std(0)[4] / np.sqrt(count), "nothing to take off"
+
+
+def test_the_square_has_the_stated_variance_where_nothing_is_decided():
+    """The value after the first token is 0.5, and so is that with another token."""
+    draw, tries = np.random.default_rng(6), np.array([50, 50])
+    rate = np.array([0.5, 0.0])
+    found = [
+        decide(Sampled(True, np.array([0.5, 0.5]), draw.binomial(tries, rate, (2, 2)), tries)) for _ in range(8000)
+    ]
+    noise = 0.5**2 * 0.25 / 100
+    assert np.var([one.decision[0] for one in found]) == pytest.approx(noise, rel=0.06)
+    assert np.var([one.square[0] for one in found]) == pytest.approx(2 * noise**2, rel=0.12)
+    assert np.var([one.rise[0] + one.fall[0] for one in found]) == pytest.approx(4 * noise**2, rel=0.12)
+
+
+def test_the_square_is_the_mean_over_all_halvings():
+    outcomes = [[1, 0, 1, 1], [0, 1, 0, 0]]
+    other = np.array([0.4, 0.7])
+    halvings = [set(half) for half in itertools.combinations(range(4), 2)]
+    products = []
+    for chosen in itertools.product(halvings, repeat=2):
+        wins = np.array(
+            [
+                [
+                    sum(one[place] for place in range(4) if (place in half) == first)
+                    for one, half in zip(outcomes, chosen)
+                ]
+                for first in (True, False)
+            ]
+        )
+        found = decide(Sampled(False, other, wins, np.array([2, 2])))
+        products.append(found.rise + found.fall)
+    np.testing.assert_allclose(np.mean(products, 0), found.square, rtol=1e-12)
+    assert np.ptp([product[0] for product in products]) > 0.01
+
+
+def test_signs_are_told_apart():
+    draw = np.random.default_rng(1)
+    _, decisions = chain()
+    found = [decide(sample(draw, 400)) for _ in range(300)]
+    rise, fall = (np.mean([getattr(one, name) for one in found], 0) for name in ("rise", "fall"))
+    np.testing.assert_allclose(rise, np.where(decisions > 0, decisions**2, 0), atol=2e-3)
+    np.testing.assert_allclose(fall, np.where(decisions < 0, decisions**2, 0), atol=2e-3)
+    assert (decisions > 0.05).any() and (decisions < -0.05).any()
+
+
+def test_decisions_add_up_to_the_variance_of_the_reward():
+    """A policy of coin flips: it must get the two planted tokens right, and nothing else matters."""
+    draw, total, spread = np.random.default_rng(2), [], []
+    for _ in range(4000):
+        tokens = draw.random(6) < np.array([0.5, 0.6, 0.5, 0.5, 0.3, 0.5])  # whether each is the first of two
+        solved = bool(tokens[1] and tokens[4])
+        own = np.where(tokens, [0.5, 0.6, 0.5, 0.5, 0.3, 0.5], [0.5, 0.4, 0.5, 0.5, 0.7, 0.5])
+        rate = np.full(6, 0.18)  # before the first decision
+        rate[1] = 0.0 if tokens[1] else 0.3
+        rate[2:4] = 0.3 * tokens[1]
+        rate[4] = float(tokens[1] and not tokens[4])
+        rate[5] = float(solved)
+        tries = np.full(6, 4)
+        found = decide(Sampled(solved, 1 - own, draw.binomial(tries, rate, (2, 6)), tries))
+        total.append(found.square)
+        spread.append(found.spread)
+    mean = np.mean(total, 0)
+    assert mean.sum() == pytest.approx(0.18 * 0.82, abs=0.01) and np.mean(spread) == pytest.approx(0.1476, abs=0.004)
+    # 0.6 0.4 0.3^2 and, where the first is right, 0.3 0.7
+    np.testing.assert_allclose(mean, [0, 0.0216, 0, 0, 0.126, 0], atol=0.006)
+
+
+# ---- shares ----------------------------------------------------------------------------------------------------------
+
+
+def decisions_of(square: list[float]):
+    square = np.array(square)
+    return decide(
+        Sampled(True, np.zeros(len(square)), np.zeros((2, len(square)), int), np.zeros(len(square), int))
+    )._replace(square=square, decision=np.sqrt(abs(square)), rise=square, fall=0 * square)
+
+
+def test_shares_by_hand():
+    found = shares(np.array([1.5, 1.0, 1.25, 1.0]), decisions_of([4.0, 1.0, 2.0, -1.0]))
+    assert found["selected"] == 2 and found["tokens"] == 4
+    assert found["square"] == 6 and found["square selected"] == 6 and found["square by chance"] == 3
+    assert found["square credited"] == 0.5 * 4 + 0.25 * 2 and found["square credited by chance"] == 0.75 / 4 * 6
+    assert found["rise selected"] == 6 and found["fall"] == 0
+    assert found["gain selected"] == pytest.approx(2 + np.sqrt(2))
+    # 20 tokens, two in each tenth: half of the first is selected, and all of the last
+    square = [3.0, 1.0] + [0.0] * 16 + [5.0, 5.0]
+    gamma = np.array([1.5, 1.0] + [1.0] * 16 + [1.5, 1.5])
+    found = shares(gamma, decisions_of(square))
+    assert found["square by chance in tenths"] == 0.5 * 4 + 10 and found["square selected"] == 13
+    assert by_tenth(np.array(square)).tolist() == [4.0] + [0.0] * 8 + [10.0]
+
+
+def test_random_tokens_hold_what_chance_says():
+    draw = np.random.default_rng(3)
+    sums = {}
+    for _ in range(3000):
+        gamma = 1 + 0.5 * largest(draw.random(25), 0.4)
+        for name, one in shares(gamma, decisions_of([*range(25)])).items():
+            sums[name] = sums.get(name, 0.0) + one
+    assert sums["selected"] / sums["tokens"] == 0.4
+    for chance in ("square by chance", "square by chance in tenths"):
+        assert sums["square selected"] / sums[chance] == pytest.approx(1, abs=0.01)
+
+
+def test_areas_by_hand():
+    square = [9.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    best = areas(np.arange(10)[::-1], decisions_of(square))
+    assert best["pairs"] == best["pairs right"] == 9
+    assert best["square ranked"] / best["square"] == pytest.approx(0.9 * 0.95 + 0.1 * 0.75)
+    worst = areas(np.arange(10), decisions_of(square))
+    assert worst["pairs right"] == 0 and worst["square ranked"] / worst["square"] == pytest.approx(
+        0.9 * 0.05 + 0.1 * 0.25
+    )
+    flat = areas(np.zeros(10), decisions_of(square))
+    assert flat["pairs right"] / flat["pairs"] == 0.5 and flat["square ranked"] / flat["square"] == 0.5
+    assert areas(np.zeros(1), decisions_of([1.0]))["pairs right"] == 0
+    assert ranks(np.array([5.0, 1.0, 5.0, 7.0])).tolist() == [0.5, 0.125, 0.5, 0.875]
+
+
+def test_noise_moves_the_area_of_the_top_tenth_and_not_that_of_the_decisions():
+    """The signal is the certainty of a token. Planted decisions have nothing to do with it, and noise has."""
+    draw, count = np.random.default_rng(4), 40
+    sums = []
+    for _ in range(1500):
+        other = np.where(np.arange(count) % 2, 0.6, 0.2)
+        size = np.zeros(count)
+        size[draw.choice(count, 4, replace=False)] = 0.1
+        rate = 0.5 - size / other  # V stays near 0.5, and a planted token raises it by 0.1
+        tries = np.full(count, 4)
+        found = decide(Sampled(True, other, draw.binomial(tries, np.clip(rate, 0, 1), (2, count)), tries))
+        found = found._replace(decision=size + draw.normal(0, 1, count) * 0.3 * other, square=size**2)
+        noisy = found._replace(square=found.decision**2 - (0.3 * other) ** 2)
+        sums.append([*areas(other, noisy).values()])
+    square, ranked, pairs, right = np.sum(sums, 0)
+    assert ranked / square == pytest.approx(0.5, abs=0.03) and right / pairs > 0.65
+
+
+def test_the_ceiling_is_that_of_the_planted_tokens():
+    other = np.full(20, 0.5)
+    rate = np.linspace(0.45, 0.5, 20)
+    rate[[3, 11]] = 0.0, 0.1
+    draw, sums = np.random.default_rng(5), {}
+    for _ in range(200):
+        tries = np.full(20, 30)
+        sampled = Sampled(True, other, draw.binomial(tries, rate, (2, 20)), tries)
+        for name, one in ceiling(sampled, 0.1).items():
+            sums[name] = sums.get(name, 0.0) + one
+    values = [1.0]
+    for one in rate[::-1]:
+        values.insert(0, (values[0] + one) / 2)
+    square = np.diff(values) ** 2
+    best = np.sort(square)[-2:].sum() / square.sum()
+    assert sums["selected"] == 200 * 2
+    assert 0.6 * best < sums["square selected"] / sums["square"] < best + 0.01
+
+
+# ---- continuations ---------------------------------------------------------------------------------------------------
+
+WORDS = 24
+ENDS = [1, 4, 5, 6, 7, 8, 9, 10]
+TOKENIZER = build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = tiny_model(vocab_size=WORDS)
+    made.generation_config.eos_token_id = ENDS
+    return made
+
+
+def study_of(model, **options) -> SimpleNamespace:
+    args = {"temperature": 1.4, "continuations": 3000, "layers": "all", "max_new_tokens": 3, "rollout_batch_size": 999}
+    problem = Problem("3 5 ? 8 >", "8", verify=lambda text: float(sum(map(len, text.split())) % 2))
+    return SimpleNamespace(
+        model=model,
+        tokenizer=TOKENIZER,
+        args=SimpleNamespace(**args | options),
+        problems=[problem, problem],
+        ends=set(ENDS),
+        words_of=lambda tokens: TOKENIZER.decode([token for token in tokens if token not in ENDS]),
+        seeded=lambda work: nullcontext(torch.manual_seed(0)),
+    )
+
+
+@torch.no_grad()
+def true_value(study, prompt: list[int], tokens: list[int]) -> float:
+    """Returns the value of a prefix by going through all its continuations."""
+    if tokens and (tokens[-1] in study.ends or len(tokens) == study.args.max_new_tokens):
+        return float(value.solved(study, 0, tokens))
+    logits = model_logits(study.model, prompt + tokens) / study.args.temperature
+    return sum(p * true_value(study, prompt, [*tokens, one]) for one, p in enumerate(logits.softmax(-1).tolist()))
+
+
+def model_logits(model, tokens: list[int]) -> torch.Tensor:
+    return model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+
+
+def test_values_are_those_of_all_continuations(model):
+    study = study_of(model)
+    prompt = TOKENIZER.encode("3 5 ? 8 >")
+    answers = [Answer(0, prompt, [16, 2, 3]), Answer(1, prompt[1:], [2, 2, 5]), Answer(0, prompt, [3, 4])]
+    results = value.measured(study, answers)  # one is cut off, two end by themselves
+    assert [result["solved"] for result in results] == [False, False, True]
+    for answer, result in zip(answers, results):
+        for t, (own, other) in enumerate(zip(answer.tokens, result["other"])):
+            probability = (model_logits(model, answer.prompt + answer.tokens[:t]) / 1.4).softmax(-1)[own]
+            assert other == pytest.approx(1 - probability.item(), abs=1e-5)
+            assert result["tries"][t] == max(2, round(3000 * other / 2))
+        decisions = value.judge(result, answer.index, 0.4).decisions
+        truth = [true_value(study, answer.prompt, answer.tokens[:t]) for t in range(len(answer.tokens) + 1)]
+        np.testing.assert_allclose(decisions.value, truth, atol=0.035)
+        np.testing.assert_allclose(decisions.decision, np.diff(truth), atol=0.05)
+        assert truth[-1] == result["solved"] and max(abs(np.diff(truth))) > 0.1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_tokens_are_drawn_from_the_policy_at_its_temperature(model, shared):
+    torch.manual_seed(1)
+    prompt, count = TOKENIZER.encode("3 5 ? 8 >"), 4000
+    cache = model(torch.tensor([prompt]), use_cache=True).past_key_values
+    rows = [Row(0, 4, 12, 1)] * count + [Row(0, 4, ENDS[2], 1)] + [Row(0, 5, 2, 0)]
+    *drawn, ended, full = continue_rows(model, TOKENIZER, [prompt], [cache], rows, temperature=0.7, shared=shared)
+    assert ended == full == [] and all(len(one) == 1 for one in drawn)
+    share = np.bincount([one[0] for one in drawn], minlength=WORDS) / count
+    truth = (model_logits(model, [*prompt[:4], 12]) / 0.7).softmax(-1).detach().numpy()
+    assert (abs(share - truth) < 5 * np.sqrt(truth * (1 - truth) / count) + 1e-3).all()
+    assert truth.max() < 0.9
+
+
+def test_other_tokens_are_drawn_without_the_own_one():
+    torch.manual_seed(2)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 0.0, 40.0]])
+    others, tokens = value.draw_others(logits, torch.tensor([0, 3]), 8000)
+    rest = logits[0, 1:].softmax(-1).numpy()
+    assert others[0] == pytest.approx(1 - float(logits[0].softmax(-1)[0]), rel=1e-5) and others[1] == 0.0
+    assert tokens[1] == [] and len(tokens[0]) == 2 * round(4000 * others[0]) and 0 not in tokens[0]
+    np.testing.assert_allclose(np.bincount(tokens[0])[1:] / len(tokens[0]), rest, atol=0.03)
+    _, few = value.draw_others(logits, torch.tensor([0, 3]), 4)
+    assert len(few[0]) == 4
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def words_file(path, count: int = 4):
+    path.write_text("".join(json.dumps({"numbers": [3, 5 + n], "target": 8 + n}) + "\n" for n in range(count)))
+    return path
+
+
+def test_the_tiny_countdown_is_asked_and_verified_as_in_its_training(tmp_path):
+    from train.config import Config
+    from train.problems import Prompts
+    from train.words import split_problems
+
+    problems = split_problems(Config().words).held_out[:50]
+    path = tmp_path / "held-out.jsonl"
+    path.write_text("".join(problem.answer + "\n" for problem in problems))
+    loaded = load_problems(f"words:{path}", 50, 0)
+    assert {one.text for one in loaded} == {problem.prompt for problem in problems}
+    assert load_problems(f"words:{path}", 5, 0) == loaded[:5] or [one.text for one in loaded[:5]] == [
+        one.text for one in load_problems(f"words:{path}", 5, 0)
+    ]
+    study = object.__new__(value.Study)
+    study.args, study.tokenizer = SimpleNamespace(prompt_format="chat"), TOKENIZER
+    prompts = Prompts(TOKENIZER, Config())
+    for one in loaded:
+        (problem,) = (problem for problem in problems if problem.prompt == one.text)
+        assert study._encode(one) == prompts.encode(problem)
+    (small,) = load_problems(f"words:{words_file(tmp_path / 'one.jsonl', 1)}", 1, 0)
+    assert is_right(small, "5 + 3 = 8 ! A 5 + 3") and not is_right(small, "A 5 - 3") and not is_right(small, "")
+
+
+def test_tasks_of_reasoning_gym_have_their_own_score():
+    pytest.importorskip("reasoning_gym")
+    problems = load_problems("gym:chain_sum", 6, 0)
+    assert [one.text for one in problems[:3]] == [one.text for one in load_problems("gym:chain_sum", 3, 0)]
+    for one in problems:
+        assert is_right(one, f"so it is \\boxed{{{one.gold}}}.") and is_right(one, f"the result is {one.gold}")
+        assert not is_right(one, f"the result is {int(one.gold) + 1}") and not is_right(one, "")
+    with pytest.raises(ValueError, match="--task gym:NAME must name a task of reasoning-gym, .* got 'chess'"):
+        load_problems("gym:chess", 3, 0)
+
+
+def test_sets_of_the_trainer_are_tasks(tmp_path):
+    (tmp_path / "maths.jsonl").write_text(json.dumps({"problem": "One half?", "answer": "1/2"}) + "\n")
+    (one,) = load_problems(f"maths:{tmp_path / 'maths.jsonl'}", 3, 0)
+    assert one.is_whole and is_right(one, r"\boxed{\frac{1}{2}}") and not is_right(one, r"\boxed{2}")
+    with pytest.raises(ValueError, match="line 1: numbers must be two or more integers from 0 up, got 7"):
+        (tmp_path / "bad.jsonl").write_text('{"numbers": 7, "target": 8}\n')
+        load_problems(f"words:{tmp_path / 'bad.jsonl'}", 3, 0)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """(arguments of a study of four problems, its folder)."""
+    folder = tmp_path_factory.mktemp("value")
+    saved = tiny_folder(folder / "model")
+    often = tiny_model()
+    with torch.no_grad():
+        often.lm_head.weight[[1, 52, 53]] *= 3  # the end, 0 and 1
+    often.save_pretrained(saved)
+    task = folder / "task.jsonl"
+    task.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": "1"}) + "\n" for n in range(4)))
+    arguments = [str(saved), "--task", str(task), "--batch-size", "2", "--max-new-tokens", "24"]
+    arguments += ["--continuations", "8", "--layers", "all", "--temperature", "1.5"]
+    assert run(value.main, [*arguments, "--out", str(folder / "out")]) is None
+    return arguments, folder / "out"
+
+
+def data_of(folder) -> dict:
+    data = json.loads((folder / "report.json").read_text())
+    return {name: one for name, one in data.items() if name != "command"}
+
+
+def test_the_report_says_what_was_found(setting):
+    _, out = setting
+    text, data = (out / "report.md").read_text(), data_of(out)
+    assert data["answers"] == 4 and data["continuations"] >= 4 * (data["tokens"] - data["certain"])
+    assert data["balance"]["value"]["value"] > 0 and data["balance"]["decisions"]["value"] > 0
+    assert set(data["strategies"]) == {"all answers", "solved answers"} and len(data["tenths"]) == 10
+    assert set(data["strategies"]["all answers"]) == {*value.STRATEGIES, "ceiling"}
+    assert set(data["signals"]) == set(value.SIGNALS)
+    for strategy in value.STRATEGIES:
+        assert f"| {strategy} |" in text
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_that_is_cut_anywhere_goes_on_to_the_same_bits(setting, tmp_path, monkeypatch):
+    arguments, out = setting
+    whole = (out / "log.jsonl").read_bytes()
+    done, measured = [], value.measured
+    monkeypatch.setattr(value, "measured", lambda study, batch: done.append(batch[0].index) or measured(study, batch))
+    for place in cut_places(whole):
+        done.clear()
+        (tmp_path / "log.jsonl").write_bytes(whole[:place])
+        torch.manual_seed(place)
+        assert run(value.main, [*arguments, "--out", str(tmp_path)]) is None
+        assert (tmp_path / "log.jsonl").read_bytes() == whole
+        assert done == [0, 2][kept_batches(whole[:place]) :], "finished work is done again"
+        assert data_of(tmp_path) == data_of(out)
+
+
+def test_another_top_fraction_needs_no_new_continuations(setting, tmp_path, monkeypatch):
+    arguments, out = setting
+    (tmp_path / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes())
+    monkeypatch.setattr(value, "measured", lambda *_: pytest.fail("continued again"))
+    assert run(value.main, [*arguments, "--out", str(tmp_path), "--top-fraction", "1"]) is None
+    numbers = data_of(tmp_path)["strategies"]["all answers"]["global"]
+    assert numbers["tokens"]["value"] == 1
+    message = run(value.main, [*arguments, "--out", str(tmp_path), "--continuations", "16"])
+    assert "continuations was 8 and is 16" in message
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--temperature", "0"], "--temperature must be above 0, since continuations are sampled, got 0.0"),
+        (["--continuations", "3"], "--continuations must be at least 4, got 3"),
+        (["--rollout-batch-size", "0"], "--rollout-batch-size must be at least 1, got 0"),
+        (["--top-fraction", "1.5"], "--top-fraction must be finite and between 0.0 and 1.0, got 1.5"),
+        (["--max-new-tokens", "600"], "within the model's 512 positions"),
+    ],
+    ids=range(5),
+)
+def test_what_the_caller_can_mend_is_told_in_a_line(setting, tmp_path, flags, message):
+    assert message in run(value.main, [*setting[0], "--out", str(tmp_path), *flags])
+
+
+def test_a_problem_without_an_answer_is_refused(setting, tmp_path):
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"question": "What is it?"}\n')
+    message = run(value.main, [*setting[0], "--task", str(task), "--out", str(tmp_path / "out")])
+    assert message == "--task must give the right answer to every problem, got none to problem 1"
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_escapes_what_a_model_wrote_and_loads_nothing(setting):
+    answer = {
+        "prompt": "</code><script>alert(1)</script>",
+        "solved": True,
+        "words": ["<b>", '" onmouseover="x', "\n", "fine"],
+        "value": [0.25, 0.5, 0.25, 0.25, 1.0],
+        "decision": [0.25, -0.25, 0.0, 0.75],
+        "noise": [0.01] * 4,
+        "probability": [0.5] * 4,
+        "gamma": [1.0, 1.5, 1.0, 1.0],
+        "signals": {name: [0.0, 1.0, 2.0, 0.5] for name in ("waad", "fai", "entropy")},
+    }
+    html = render([answer], "a <model>")
+    assert "<script" not in html and "<b>" not in html and '" onmouse' not in html and "a <model>" not in html
+    assert "default-src &#39;none&#39;" in html or "default-src 'none'" in html
+    page = (setting[1] / "answers.html").read_text(encoding="utf-8")
+    for text in (html, page):
+        assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import", text)
+    row = html.split('class="tokens decision"')[1].split("</div>")[0]
+    assert [float(one) for one in re.findall(r"--h: ([\d.]+)", row)] == [0.333, 0.333, 0.0, 1.0]
+    assert re.findall(r'<span class="(\w+)', row) == ["up", "down", "down", "up"] and row.count("credited") == 1
+    assert "value 0.250 → 1.000, decision +0.750 ± 0.010" in row
