@@ -11,11 +11,11 @@ import pytest
 import torch
 from study_cases import cut_places, kept_batches, run, tiny_folder, tiny_model
 
-from rhythm_kernels.analysis import value
+from rhythm_kernels.analysis import value, value_report
 from rhythm_kernels.analysis.decisions import Sampled, areas, by_tenth, ceiling, decide, largest, ranks, shares
 from rhythm_kernels.analysis.problems import Problem, is_right, load_problems
 from rhythm_kernels.analysis.rollouts import Row, continue_rows
-from rhythm_kernels.analysis.study import Answer
+from rhythm_kernels.analysis.study import Answer, Study
 from rhythm_kernels.analysis.value_page import render
 from train.words import build_tokenizer
 
@@ -137,16 +137,18 @@ def decisions_of(square: list[float]):
 
 
 def test_shares_by_hand():
-    found = shares(np.array([1.5, 1.0, 1.25, 1.0]), decisions_of([4.0, 1.0, 2.0, -1.0]))
+    found = shares(np.array([1.5, 1.0, 1.25, 1.0]), decisions_of([4.0, 1.0, 2.0, -1.0]), np.array([2.0, 2.0, 1.0, 0.0]))
     assert found["selected"] == 2 and found["tokens"] == 4
     assert found["square"] == 6 and found["square selected"] == 6 and found["square by chance"] == 3
     assert found["square credited"] == 0.5 * 4 + 0.25 * 2 and found["square credited by chance"] == 0.75 / 4 * 6
     assert found["rise selected"] == 6 and found["fall"] == 0
+    # selected: one of two with the largest entropy, the next, and not the last
+    assert found["square by chance at entropy"] == 0.5 * 5 + 2
     assert found["gain selected"] == pytest.approx(2 + np.sqrt(2))
     # 20 tokens, two in each tenth: half of the first is selected, and all of the last
     square = [3.0, 1.0] + [0.0] * 16 + [5.0, 5.0]
     gamma = np.array([1.5, 1.0] + [1.0] * 16 + [1.5, 1.5])
-    found = shares(gamma, decisions_of(square))
+    found = shares(gamma, decisions_of(square), np.zeros(20))
     assert found["square by chance in tenths"] == 0.5 * 4 + 10 and found["square selected"] == 13
     assert by_tenth(np.array(square)).tolist() == [4.0] + [0.0] * 8 + [10.0]
 
@@ -156,10 +158,10 @@ def test_random_tokens_hold_what_chance_says():
     sums = {}
     for _ in range(3000):
         gamma = 1 + 0.5 * largest(draw.random(25), 0.4)
-        for name, one in shares(gamma, decisions_of([*range(25)])).items():
+        for name, one in shares(gamma, decisions_of([*range(25)]), np.arange(25) % 7).items():
             sums[name] = sums.get(name, 0.0) + one
     assert sums["selected"] / sums["tokens"] == 0.4
-    for chance in ("square by chance", "square by chance in tenths"):
+    for chance in ("square by chance", "square by chance in tenths", "square by chance at entropy"):
         assert sums["square selected"] / sums[chance] == pytest.approx(1, abs=0.01)
 
 
@@ -204,7 +206,7 @@ def test_the_ceiling_is_that_of_the_planted_tokens():
     for _ in range(200):
         tries = np.full(20, 30)
         sampled = Sampled(True, other, draw.binomial(tries, rate, (2, 20)), tries)
-        for name, one in ceiling(sampled, 0.1).items():
+        for name, one in ceiling(sampled, 0.1, np.zeros(20)).items():
             sums[name] = sums.get(name, 0.0) + one
     values = [1.0]
     for one in rate[::-1]:
@@ -267,7 +269,9 @@ def test_values_are_those_of_all_continuations(model):
             probability = (model_logits(model, answer.prompt + answer.tokens[:t]) / 1.4).softmax(-1)[own]
             assert other == pytest.approx(1 - probability.item(), abs=1e-5)
             assert result["tries"][t] == max(2, round(3000 * other / 2))
-        decisions = value.judge(result, answer.index, 0.4).decisions
+        rates = np.array(result["wins"]) / result["tries"]
+        assert abs(rates[0] - rates[1]).max() < 0.3 and (rates[0] != rates[1]).any(), "halves are two draws"
+        decisions = value_report.judge(result, answer.index, 0.4).decisions
         truth = [true_value(study, answer.prompt, answer.tokens[:t]) for t in range(len(answer.tokens) + 1)]
         np.testing.assert_allclose(decisions.value, truth, atol=0.035)
         np.testing.assert_allclose(decisions.decision, np.diff(truth), atol=0.05)
@@ -321,7 +325,7 @@ def test_the_tiny_countdown_is_asked_and_verified_as_in_its_training(tmp_path):
     assert load_problems(f"words:{path}", 5, 0) == loaded[:5] or [one.text for one in loaded[:5]] == [
         one.text for one in load_problems(f"words:{path}", 5, 0)
     ]
-    study = object.__new__(value.Study)
+    study = object.__new__(Study)
     study.args, study.tokenizer = SimpleNamespace(prompt_format="chat"), TOKENIZER
     prompts = Prompts(TOKENIZER, Config())
     for one in loaded:
@@ -382,9 +386,9 @@ def test_the_report_says_what_was_found(setting):
     assert data["answers"] == 4 and data["continuations"] >= 4 * (data["tokens"] - data["certain"])
     assert data["balance"]["value"]["value"] > 0 and data["balance"]["decisions"]["value"] > 0
     assert set(data["strategies"]) == {"all answers", "solved answers"} and len(data["tenths"]) == 10
-    assert set(data["strategies"]["all answers"]) == {*value.STRATEGIES, "ceiling"}
-    assert set(data["signals"]) == set(value.SIGNALS)
-    for strategy in value.STRATEGIES:
+    assert set(data["strategies"]["all answers"]) == {*value_report.STRATEGIES, "ceiling"}
+    assert set(data["signals"]) == set(value_report.SIGNALS)
+    for strategy in value_report.STRATEGIES:
         assert f"| {strategy} |" in text
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
 

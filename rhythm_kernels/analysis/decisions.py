@@ -76,7 +76,7 @@ def decide(sampled: Sampled) -> Decisions:
     )
 
 
-def ceiling(sampled: Sampled, top_fraction: float) -> dict[str, float]:
+def ceiling(sampled: Sampled, top_fraction: float, entropy: np.ndarray) -> dict[str, float]:
     """Returns the sums of `shares` for the tokens with the largest |d_t|: what no selection of so many can surpass.
 
     One half of the continuations ranks the tokens and the other is counted, in both ways, so that the tokens are not
@@ -87,7 +87,8 @@ def ceiling(sampled: Sampled, top_fraction: float) -> dict[str, float]:
     for ranking, counted in (sampled.wins, sampled.wins[::-1]):
         ranked = _estimate(sampled, ranking, sampled.tries)[1]
         _, decision, _, noise = _estimate(sampled, counted, sampled.tries)
-        for name, value in _sums(1.0 + largest(abs(ranked), top_fraction), decision**2 - noise).items():
+        gamma = 1.0 + largest(abs(ranked), top_fraction)
+        for name, value in _sums(gamma, decision**2 - noise, entropy).items():
             sums[name] = sums.get(name, 0.0) + value / 2
     return sums
 
@@ -142,14 +143,14 @@ def tenths(count: int) -> np.ndarray:
     return np.arange(count) * TENTHS // count
 
 
-def shares(gamma: np.ndarray, decisions: Decisions) -> dict[str, float]:
+def shares(gamma: np.ndarray, decisions: Decisions, entropy: np.ndarray) -> dict[str, float]:
     """Returns sums over one answer, of which the report's shares are ratios.
 
     A token is selected where gamma > 1, and its credit is gamma - 1. Under chance as many tokens are selected at random
-    from the whole answer, or from each tenth of it.
+    from the whole answer, from each tenth of it, or from each tenth of its tokens by their entropy.
     """
     selected = gamma > 1
-    return _sums(gamma, decisions.square) | {
+    return _sums(gamma, decisions.square, entropy) | {
         "rise": decisions.rise.sum(),
         "rise selected": decisions.rise[selected].sum(),
         "fall": decisions.fall.sum(),
@@ -159,16 +160,21 @@ def shares(gamma: np.ndarray, decisions: Decisions) -> dict[str, float]:
     }
 
 
-def _sums(gamma: np.ndarray, square: np.ndarray) -> dict[str, float]:
+def _sums(gamma: np.ndarray, square: np.ndarray, entropy: np.ndarray) -> dict[str, float]:
     selected, credit = gamma > 1, gamma - 1
-    share_of_tenth = by_tenth(selected) / np.maximum(1, by_tenth(np.ones_like(gamma)))
+
+    def by_chance(group: np.ndarray) -> float:
+        count, chosen, held = (np.bincount(group, one, TENTHS) for one in (None, selected, square))
+        return chosen / np.maximum(1, count) @ held
+
     return {
         "tokens": float(len(gamma)),
         "selected": float(selected.sum()),
         "square": square.sum(),
         "square selected": square[selected].sum(),
         "square by chance": square.sum() * selected.mean(),
-        "square by chance in tenths": share_of_tenth @ by_tenth(square),
+        "square by chance in tenths": by_chance(tenths(len(gamma))),
+        "square by chance at entropy": by_chance((ranks(entropy) * TENTHS).astype(int)),
         "square credited": credit @ square,
         "square credited by chance": credit.mean() * square.sum(),
     }
