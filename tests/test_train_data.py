@@ -40,6 +40,7 @@ def test_generated_countdown_is_split_for_good():
     "name, row, prompt, answer",
     [
         ("countdown", {"nums": [3, 1], "target": 4}, "3, 1", {"numbers": [1, 3], "target": 4}),
+        ("words", {"numbers": [3, 1], "target": 4}, "1 3 ? 4 >", {"numbers": [1, 3], "target": 4}),
         ("tinyzero", {"nums": [4, 3, 2, 1], "target": 10}, "4, 3, 2, 1", {"numbers": [1, 2, 3, 4], "target": 10}),
         ("dapo-math", {"prompt": "How many?", "solution": "34"}, "How many?", ["34"]),
         ("aime24", {"problem": "Find n.", "answer": 33}, "Find n.", ["33"]),
@@ -74,6 +75,9 @@ def test_rows_of_every_kind_make_problems(tmp_path, name, row, prompt, answer):
 @pytest.mark.parametrize(
     "name, rows, message",
     [
+        ("words", [{"numbers": [3, 5], "target": 8}, {"numbers": [3], "target": 3}], "line 2: numbers must be two or"),
+        ("words", [{"numbers": [3, -5], "target": 8}], "numbers must be two or more integers from 0 up, got [3, -5]"),
+        ("words", [{"numbers": [3, 5], "target": "8"}], "target must be an integer, got '8'"),
         ("maths", [{"problem": "?", "answer": "1"}, {"problem": "?"}], "line 2: no column 'answer', the row has"),
         ("dapo-math", [{"prompt": "?", "answer": "1"}], "line 1: no column 'solution'"),
         ("crossthink-qa", [{"prompt": "?", "reward_model": "B"}], "no column 'reward_model.ground_truth'"),
@@ -111,6 +115,7 @@ def test_bad_file_is_named_with_its_line(tmp_path, name, rows, message):
         ("chess", "must be one of countdown, "),
         ("my.jsonl", "named with the set whose columns it has: maths:my.jsonl"),
         ("maths", "'maths' needs a file: maths:FILE.jsonl"),
+        ("words", "'words' needs a file: words:FILE.jsonl"),
         ("aime24:", "'aime24:' needs a file"),
         ("maths:/nowhere/my.jsonl", "/nowhere/my.jsonl"),
     ],
