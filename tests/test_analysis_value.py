@@ -307,14 +307,10 @@ def test_other_tokens_are_drawn_without_the_own_one():
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def words_file(path, count: int = 4):
-    path.write_text("".join(json.dumps({"numbers": [3, 5 + n], "target": 8 + n}) + "\n" for n in range(count)))
-    return path
-
-
 def test_the_tiny_countdown_is_asked_and_verified_as_in_its_training(tmp_path):
     from train.config import Config
     from train.problems import Prompts
+    from train.rollout import Completion
     from train.words import split_problems
 
     problems = split_problems(Config().words).held_out[:50]
@@ -322,17 +318,19 @@ def test_the_tiny_countdown_is_asked_and_verified_as_in_its_training(tmp_path):
     path.write_text("".join(problem.answer + "\n" for problem in problems))
     loaded = load_problems(f"words:{path}", 50, 0)
     assert {one.text for one in loaded} == {problem.prompt for problem in problems}
-    assert load_problems(f"words:{path}", 5, 0) == loaded[:5] or [one.text for one in loaded[:5]] == [
-        one.text for one in load_problems(f"words:{path}", 5, 0)
-    ]
+    assert [one.text for one in load_problems(f"words:{path}", 5, 0)] == [one.text for one in loaded[:5]]
     study = object.__new__(Study)
     study.args, study.tokenizer = SimpleNamespace(prompt_format="chat"), TOKENIZER
     prompts = Prompts(TOKENIZER, Config())
     for one in loaded:
         (problem,) = (problem for problem in problems if problem.prompt == one.text)
         assert study._encode(one) == prompts.encode(problem)
-    (small,) = load_problems(f"words:{words_file(tmp_path / 'one.jsonl', 1)}", 1, 0)
-    assert is_right(small, "5 + 3 = 8 ! A 5 + 3") and not is_right(small, "A 5 - 3") and not is_right(small, "")
+    study.silent = prompts.silent
+    ids = [*TOKENIZER.encode("5 + 3 = 8 ! A 5 + 3"), TOKENIZER.eos_token_id]
+    assert [study.words_of(ids)] == prompts.decode([Completion(ids, [], "stop")])
+    path.write_text('{"numbers": [5, 3], "target": 8}')
+    (small,) = load_problems(f"words:{path}", 1, 0)
+    assert is_right(small, study.words_of(ids)) and not is_right(small, "A 5 - 3") and not is_right(small, "")
 
 
 def test_tasks_of_reasoning_gym_have_their_own_score():
