@@ -31,7 +31,15 @@ from rhythm_kernels.types import Rhythm
 STRATEGIES = ("coupled", "global", "local", "entropy", "random")
 CEILING = "ceiling"
 """The tokens that decide most, as far as half of the continuations tells."""
-SIGNALS = {"waad": "WAAD", "fai": "FAI of credit", "delta": "Delta", "entropy": "entropy", "gamma": "gamma, coupled"}
+SIGNALS = {
+    "waad": "WAAD",
+    "fai": "FAI of credit",
+    "delta": "Delta",
+    "entropy": "entropy",
+    "surprise": "1 - p",
+    "gamma": "gamma, coupled",
+}
+"""The signals whose areas are compared, and their names in the report."""
 FEWEST_DECISIONS = 0.01
 """A tenth of the answer with a smaller share of the decisions gets a dash for the shares within it."""
 SHOWN, LONGEST_SHOWN = 4, 600
@@ -71,9 +79,8 @@ def judge(result: dict[str, Any], index: int, top_fraction: float) -> Judged:
         gammas[strategy] = gamma[0].double().numpy()
     delta = np.append(abs(np.diff(signals["waad"])), 0.0)
     sampled = Sampled(*(np.array(result[name]) for name in ("solved", "other", "wins", "tries")))
-    return Judged(
-        index, sampled, decide(sampled), signals | {"delta": delta, "gamma": gammas["coupled"]}, gammas, result["text"]
-    )
+    signals |= {"delta": delta, "surprise": sampled.other, "gamma": gammas["coupled"]}
+    return Judged(index, sampled, decide(sampled), signals, gammas, result["text"])
 
 
 def share_table(answers: list[Judged], top_fraction: float, seed: int) -> dict[str, dict[str, Estimate]]:
