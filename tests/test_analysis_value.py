@@ -410,9 +410,10 @@ def test_another_top_fraction_needs_no_new_continuations(setting, tmp_path, monk
     arguments, out = setting
     (tmp_path / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes())
     monkeypatch.setattr(value, "measured", lambda *_: pytest.fail("continued again"))
-    assert run(value.main, [*arguments, "--out", str(tmp_path), "--top-fraction", "1"]) is None
-    numbers = data_of(tmp_path)["strategies"]["all answers"]["global"]
-    assert numbers["tokens"]["value"] == 1
+    for fraction in (0, 1):
+        assert run(value.main, [*arguments, "--out", str(tmp_path), "--top-fraction", str(fraction)]) is None
+        numbers = data_of(tmp_path)["strategies"]["all answers"]["global"]
+        assert numbers["tokens"]["value"] == numbers["decisions"]["value"] == numbers["chance"]["value"] == fraction
     message = run(value.main, [*arguments, "--out", str(tmp_path), "--continuations", "16"])
     assert "continuations was 8 and is 16" in message
 

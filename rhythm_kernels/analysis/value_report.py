@@ -44,8 +44,14 @@ FEWEST_DECISIONS = 0.01
 """A tenth of the answer with a smaller share of the decisions gets a dash for the shares within it."""
 SHOWN, LONGEST_SHOWN = 4, 600
 """The number of answers on the page, and the most tokens that one may have."""
-KIND_COLORS = {"coupled": "coupled", "global": "fai", "local": "waad", "entropy": "entropy", "random": "soft"}
-KIND_COLORS[CEILING] = "grid"
+COLOR_OF = {
+    "coupled": COLORS["coupled"],
+    "global": COLORS["fai"],
+    "local": COLORS["waad"],
+    "entropy": COLORS["entropy"],
+    "random": COLORS["soft"],
+    CEILING: COLORS["grid"],
+}
 
 
 class Judged(NamedTuple):
@@ -86,15 +92,16 @@ def judge(result: dict[str, Any], index: int, top_fraction: float) -> Judged:
 def share_table(answers: list[Judged], top_fraction: float, seed: int) -> dict[str, dict[str, Estimate]]:
     """Returns the numbers of each strategy, and of the ceiling, by name, each an estimate over problems.
 
-    They are the share of the tokens that it selects; the share of the decisions (the sum of d_t^2) on them, and that
-    over chance; the decisions that a unit of credit meets over those that it would meet anywhere in the answer; the
-    share of the decisions over chance with as many tokens selected in each tenth of the answer, or in each tenth of the
-    tokens by their entropy; and the shares of the positive decisions, of the negative ones and of the net change of the
-    value on the selected tokens.
+    They are the share of the tokens that it selects; the share of the decisions (the sum of d_t^2) on them, what chance
+    would have, and the one over the other; the decisions that a unit of credit meets over those that it would meet
+    anywhere in the answer; the share of the decisions over chance with as many tokens selected in each tenth of the
+    answer, or in each tenth of the tokens by their entropy; and the shares of the positive decisions, of the negative
+    ones and of the net change of the value on the selected tokens.
     """
     ratios = {
         "tokens": ("selected", "tokens"),
         "decisions": ("square selected", "square"),
+        "chance": ("square by chance", "square"),
         "over chance": ("square selected", "square by chance"),
         "credited over chance": ("square credited", "square credited by chance"),
         "over chance in tenths": ("square selected", "square by chance in tenths"),
@@ -297,28 +304,30 @@ def draw(answers: list[Judged], study: Study, path: Path) -> None:
     x, found = np.arange(len(numbers)), [one["decisions"] for one in numbers.values()]
     value = np.array([one.value for one in found])
     error = [value - [one.low for one in found], [one.high for one in found] - value]
-    left.bar(x, value, 0.6, yerr=error, capsize=3, color=[COLORS[KIND_COLORS[one]] for one in numbers])
-    chance = [one["decisions"].value / one["over chance"].value for one in numbers.values()]
-    left.hlines(chance, x - 0.42, x + 0.42, colors=COLORS["text"], linestyles="dashed", label="chance")
+    left.bar(x, value, 0.6, yerr=error, capsize=3, color=[COLOR_OF[one] for one in numbers])
+    left.hlines(
+        [one["chance"].value for one in numbers.values()],
+        x - 0.42,
+        x + 0.42,
+        colors=COLORS["text"],
+        linestyles="dashed",
+        label="chance",
+    )
     left.set_xticks(x, numbers)
     left.set(ylabel="share of the decisions on selected tokens", ylim=(0, 1))
     left.legend(frameon=False, fontsize=8)
     tenth = np.arange(1, TENTHS + 1)
     right.bar(tenth, [row["decisions"].value for row in by_place], 0.8, color="#c9cdd4", label="decisions")
     for strategy in STRATEGIES[:-1]:
-        credit = np.mean([by_tenth(gamma - 1) / (gamma - 1).sum() for gamma in _gammas(answers, strategy)], 0)
-        right.plot(tenth, credit, "o-", markersize=3, color=COLORS[KIND_COLORS[strategy]], label=f"credit, {strategy}")
+        extra = [answer.gammas[strategy] - 1 for answer in answers]
+        credit = np.mean([by_tenth(one) / max(1e-9, one.sum()) for one in extra], 0)
+        right.plot(tenth, credit, "o-", markersize=3, color=COLOR_OF[strategy], label=f"credit, {strategy}")
     right.set_xticks(tenth)
     right.set(xlabel="tenth of the answer", ylabel="share of the whole answer")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         hide_frame(axes)
     figure.savefig(path, dpi=130)
-
-
-def _gammas(answers: list[Judged], strategy: str) -> list[np.ndarray]:
-    """Returns gamma of the answers that have any credit."""
-    return [answer.gammas[strategy] for answer in answers if (answer.gammas[strategy] > 1).any()]
 
 
 def page(answers: list[Judged], study: Study) -> str:
