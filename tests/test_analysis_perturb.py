@@ -11,7 +11,8 @@ from transformers import ByT5Tokenizer
 
 from rhythm_kernels.analysis import perturb, rollouts
 from rhythm_kernels.analysis.perturb import Overlap
-from rhythm_kernels.analysis.rollouts import Start, roll_out
+from rhythm_kernels.analysis.rollouts import Start, answer_prompts, roll_out
+from rhythm_kernels.analysis.sources import generate
 from rhythm_kernels.analysis.study import quoted
 from rhythm_kernels.analysis.words import STOP_WORDS, all_words, content_words, jaccard
 
@@ -259,6 +260,37 @@ def test_layers_that_do_not_see_all_tokens_get_batches_of_their_own(ids, monkeyp
     options = {"alternatives": 2, "new_tokens": 5, "refused": set()}
     (forks,) = roll_out(sliding, TOKENIZER, [Start(ids.tolist(), [9, 30], 512)], **options)
     check_forks(sliding, ids, forks, [9, 30], **options)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}])
+def test_answers_are_those_of_generate(ids, sizes):
+    model = tiny_model(**sizes)
+    prompts = [ids[:9].tolist(), ids[4:20].tolist(), ids[:2].tolist(), ids[30:].tolist()]
+    expected = generate(model, TOKENIZER, prompts, max_new_tokens=12)
+    assert answer_prompts(model, TOKENIZER, prompts, max_new_tokens=12) == expected
+    first = expected[1]
+    model.generation_config.eos_token_id = first[3]  # the others go on when this one leaves
+    got = answer_prompts(model, TOKENIZER, prompts, max_new_tokens=12)
+    assert (
+        got == generate(model, TOKENIZER, prompts, max_new_tokens=12) and got[1] == first[: first.index(first[3]) + 1]
+    )
+    for special in ([7], [5, first[3]]):  # a prompt of one token, and one that ends as answers do
+        got = answer_prompts(model, TOKENIZER, [*prompts, special], max_new_tokens=4)
+        assert got == generate(model, TOKENIZER, [*prompts, special], max_new_tokens=4) and got[-1]
+
+
+def test_sampled_answers_follow_the_seed_and_the_temperature(model, ids):
+    def sample(seed: int, temperature: float) -> list[list[int]]:
+        torch.manual_seed(seed)
+        prompts = [ids[:9].tolist()] * 400
+        return answer_prompts(model, TOKENIZER, prompts, max_new_tokens=1, temperature=temperature)
+
+    assert sample(0, 0.7) == sample(0, 0.7) != sample(1, 0.7)
+    logits = model(ids[None, :9]).logits[0, -1] / 0.7
+    drawn = torch.tensor(sample(0, 0.7)).flatten()
+    share = torch.bincount(drawn, minlength=259) / 400
+    expected = logits.softmax(-1).detach()
+    assert (share - expected).abs().max() < 4 * (expected * (1 - expected) / 400).max().sqrt()
 
 
 def test_more_alternatives_than_tokens_are_refused(model, ids):

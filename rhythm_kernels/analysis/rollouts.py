@@ -140,6 +140,31 @@ def continue_rows(
     return _position_by_position(model, tokenizer, sequences, rows, ends, temperature, progress)
 
 
+@torch.no_grad()
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[list[int]]:
+    """Returns what `generate` returns, faster for many prompts: answers that have ended leave the batch.
+
+    An answer is the continuation of its prompt's last token. Prompts of one token, and those that end with a token that
+    ends answers, are left to `generate`.
+    """
+    ends = end_tokens(model)
+    if any(len(prompt) < 2 or prompt[-1] in ends for prompt in prompts):
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "progress": progress}
+        return generate(model, tokenizer, prompts, **options)
+    befores = (torch.tensor([prompt[:-1]], device=model.device) for prompt in prompts)
+    caches = [model(before, use_cache=True, logits_to_keep=1).past_key_values for before in befores]
+    rows = [Row(index, len(prompt) - 1, prompt[-1], max_new_tokens) for index, prompt in enumerate(prompts)]
+    return continue_rows(model, tokenizer, prompts, caches, rows, temperature=temperature, progress=progress)
+
+
 def _candidates(log_probs: Tensor, own: Tensor, alternatives: int, refused: set[int]) -> Tensor:
     """Returns each position's own token and its alternatives, [positions, 1 + alternatives]."""
     allowed = log_probs.clone().scatter_(1, own[:, None], -torch.inf)

@@ -22,6 +22,7 @@ from rhythm_kernels.analysis.bootstrap import LEVEL, Estimate
 from rhythm_kernels.analysis.environment import environment
 from rhythm_kernels.analysis.problems import GSM, STEPS, Problem, is_right, load_problems, paper_prompt
 from rhythm_kernels.analysis.resume import Log
+from rhythm_kernels.analysis.rollouts import answer_prompts
 from rhythm_kernels.analysis.sources import (
     DTYPES,
     SMOLLM2,
@@ -31,7 +32,6 @@ from rhythm_kernels.analysis.sources import (
     check_length,
     encode_prompt,
     end_tokens,
-    generate,
     load,
     parse_layers,
 )
@@ -199,7 +199,7 @@ class Study:
             self.seeded(begin),
             tqdm(total=args.max_new_tokens, desc="answers", unit="token", leave=False) as bar,
         ):
-            return generate(
+            return answer_prompts(
                 self.model,
                 self.tokenizer,
                 prompts,
