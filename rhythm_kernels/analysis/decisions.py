@@ -22,7 +22,7 @@ TOP = 0.1
 
 
 class Sampled(NamedTuple):
-    """What was sampled of one answer. Halves are two independent sets of continuations, as many in each."""
+    """Holds what was sampled of one answer. Halves are two independent sets of as many continuations each."""
 
     solved: bool
     """Whether the answer ended by itself, and right."""

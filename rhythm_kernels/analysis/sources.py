@@ -82,7 +82,7 @@ def load(
 def begins_with_bos(file: Path) -> bool:
     """Returns whether a GGUF file wants a token for the beginning before each text, which transformers does not read.
 
-    Without it Gemma 3 270M needs 4.8 nats for a token of plain English, and 1.8 with it.
+    A model that expects it, such as Gemma 3, predicts much worse without it.
     """
     from gguf import GGUFReader
 

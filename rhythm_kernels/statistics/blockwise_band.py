@@ -26,9 +26,9 @@ class _Band(NamedTuple):
     """The least and the largest distance t - s, in tokens, of the weights that are summed; None for none."""
 
     window: tuple[int, int] | None = None
-    """Of each row, for WAAD."""
+    """WAAD sums each row over these distances."""
     horizon: tuple[int, int] | None = None
-    """Of each column, for FAI."""
+    """FAI sums each column over these distances."""
 
     @property
     def both(self) -> bool:

@@ -45,7 +45,7 @@ class Cell(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What the machine has, and what a run takes of it."""
+    """Says how runs share the machine."""
 
     jobs: int
     ranks: int
