@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from rhythm_kernels.tasks.expression import LONGEST_NUMBER, hits_target
-from rhythm_kernels.tasks.types import BadRow, Problem, UnusableRow, shorten
+from rhythm_kernels.tasks.types import Problem, UnusableRow, require_puzzle
 
 NUMBERS = 4  # that a generated problem gives
 LARGEST_NUMBER, TARGETS = 99, range(10, 100)  # of generated problems
@@ -19,11 +19,7 @@ RIGHT_SIDE = re.compile(rf"\s*(-?[0-9]{{1,{LONGEST_NUMBER}}})\s*", re.ASCII)
 
 def from_row(nums, target) -> Problem:
     """Returns the problem of a row {nums, target}, with the numbers in the row's order."""
-    whole = isinstance(nums, list | tuple) and all(type(number) is int and number >= 0 for number in nums)
-    if not whole or len(nums) < 2:
-        raise BadRow(f"nums must be two or more integers from 0 up, got {shorten(nums)}")
-    if type(target) is not int:
-        raise BadRow(f"target must be an integer, got {shorten(target)}")
+    require_puzzle("nums", nums, target)
     answer = json.dumps({"numbers": sorted(nums), "target": target})
     return Problem(PROMPT.format(numbers=", ".join(map(str, nums)), target=target), answer, "countdown")
 

@@ -40,6 +40,15 @@ def read_column(row: Mapping, path: str):
     return value
 
 
+def require_puzzle(name: str, numbers, target) -> None:
+    """Raises BadRow unless a Countdown row, whose column of numbers is `name`, has two or more of them and a target."""
+    whole = isinstance(numbers, list | tuple) and all(type(number) is int and number >= 0 for number in numbers)
+    if not whole or len(numbers) < 2:
+        raise BadRow(f"{name} must be two or more integers from 0 up, got {shorten(numbers)}")
+    if type(target) is not int:
+        raise BadRow(f"target must be an integer, got {shorten(target)}")
+
+
 def require_text(value, what: str) -> str:
     """Returns `value` without space around it; raises UnusableRow if it is empty, BadRow if it is no text."""
     if value is None or (isinstance(value, str) and not value.strip()):

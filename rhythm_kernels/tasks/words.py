@@ -10,7 +10,7 @@ import json
 from typing import NamedTuple
 
 from rhythm_kernels.tasks.expression import hits_target
-from rhythm_kernels.tasks.types import BadRow, Problem, shorten
+from rhythm_kernels.tasks.types import Problem, require_puzzle
 
 ANSWER = "A"
 
@@ -36,11 +36,7 @@ class Puzzle(NamedTuple):
 
 def from_row(numbers, target) -> Problem:
     """Returns the problem of a row {numbers, target}, as the trainer asks it."""
-    whole = isinstance(numbers, list | tuple) and all(type(number) is int and number >= 0 for number in numbers)
-    if not whole or len(numbers) < 2:
-        raise BadRow(f"numbers must be two or more integers from 0 up, got {shorten(numbers)}")
-    if type(target) is not int:
-        raise BadRow(f"target must be an integer, got {shorten(target)}")
+    require_puzzle("numbers", numbers, target)
     return Puzzle(tuple(sorted(numbers)), target).problem
 
 
