@@ -1,7 +1,5 @@
 """Statistics under torch's own context parallelism: ring attention, each rank with two runs of every row."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,10 +47,13 @@ def ring_of_torch():
     library.impl("_scaled_dot_product_flash_attention", flash_kernel, "CPU")
     options, seen = options_of(grouped=False), watch_inputs()
     ids, positions, response = row.ids.clone(), row.positions.clone(), row.response.clone()
-    buffers = SimpleNamespace(buffers=[ids, positions, response], buffer_seq_dims=[1, 1, 1])
-    with torch.no_grad(), context_parallel(mesh, **vars(buffers)):
-        with collect(model, response_mask=response.clone(), parallel=Parallel(tokens=mesh), **options) as c:
-            model(ids, position_ids=positions, use_cache=False)
+    parts = {"buffers": [ids, positions, response], "buffer_seq_dims": [1, 1, 1]}
+    with (
+        torch.no_grad(),
+        context_parallel(mesh, **parts),  # which cuts the buffers in place
+        collect(model, response_mask=response, parallel=Parallel(tokens=mesh), **options) as c,
+    ):
+        model(ids, position_ids=positions, use_cache=False)
     assert torch.equal(c.own_tokens, row.own)
     return compare(c, row, list(seen), whole, options)
 
