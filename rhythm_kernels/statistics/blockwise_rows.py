@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from rhythm_kernels.host import send
 from rhythm_kernels.statistics.blockwise_scores import all_bits, row_sums, softcapped
 from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.lines import lines_of
 from rhythm_kernels.statistics.more import NEED_EVERY_KEY
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.statistics.spans import mean_over_rows
@@ -127,12 +128,20 @@ def _short_sequences(
     """
     heads = q.shape[1]
     for few in layout.keep(("short sequences", heads), lambda: _short_batches(layout, heads)):
-        few_q, few_k = (x[0, :, few.taken].transpose(0, 1) for x in (q, k))  # [S', HQ, L, D], [S', H, L, D]
-        few_lse = None if lse is None else lse[0, :, few.taken].transpose(0, 1)
+        few_q, few_k = _taken(q, few), _taken(k, few)
+        few_lse = None if lse is None else _taken(lse[..., None], few)[..., 0]
         few_results = row_pass(few_q, few_k, few.layout, options, lse=few_lse)
         for whole, part in zip(results, few_results, strict=True):
             if whole is not None:  # the output is None
                 whole[0, :, few.taken.flatten()[few.own]] = part.transpose(0, 1).flatten(1)[:, few.own]
+
+
+def _taken(x: Tensor, few: _ShortBatch) -> Tensor:
+    """Returns x [1, heads, T, D] at the tokens of a batch, [S', heads, L, D]."""
+    _, heads, _, size = x.shape
+    _, head_stride, stride, _ = x.stride()
+    line = torch.arange(heads, device=x.device)[:, None] * head_stride + (few.taken * stride)[:, None]
+    return lines_of(x).index_select(0, line.flatten()).view(*line.shape, size)
 
 
 def _short_batches(layout: Layout, heads: int) -> list[_ShortBatch]:
