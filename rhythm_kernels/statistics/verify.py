@@ -365,14 +365,14 @@ def _worst(
     excess = error.norm(dim=-1) / allowed
     # A call that is not finite where the map is finite does not match it. Where the map is not finite, neither is what
     # is allowed, and nothing can be said.
-    known = part.exists[:, None] & allowed.isfinite()
+    known = part.exists[:, None] & (allowed < math.inf)
     if checked is not None:
         known &= checked[..., None]
     excess = excess.nan_to_num(nan=math.inf, posinf=math.inf).where(known, 0.0)
     worst = excess.flatten().argmax(keepdim=True)  # [1]: the device would be waited for with a 0-dim index
     sequence, rest = worst // excess[0].numel(), worst % excess[0].numel()
     of_head, probe = rest // excess.shape[2], rest % excess.shape[2]
-    largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[worst].argmax(-1)
+    largest = error.flatten(0, 2)[worst].abs().nan_to_num(nan=math.inf).argmax(-1)
     values = [x.flatten(0, 2)[worst, largest] for x in (returned, expected)]
     place = [part.batch_row[sequence], part.rows[sequence, probe], of_head + head]
     return Deviation(
