@@ -55,7 +55,7 @@ def sampled_span(q: Tensor, k: Tensor, lse: Tensor, layout: Layout, options: Opt
     key = ("sampled blocks", options.span_rows, options.sliding_window, group)
     blocks, rows, sampled = layout.keep(key, lambda: _blocks(layout, options, group))
     sample = span_sample(layout, options.span_rows)
-    # scores are base-2 logarithms here: exp takes up to a hundred times as long as exp2 where a weight is almost 0
+    # scores are base-2 logarithms here: exp takes many times as long as exp2 where a weight is almost 0
     softcap = None if options.softcap is None else options.softcap * LOG2_E
     options = options._replace(scale=options.scale * LOG2_E, softcap=softcap)
     row_lse = lse.transpose(1, 2)[sample.tiles[:, :1].long(), rows].transpose(1, 2) * LOG2_E  # [slots, HQ, n]
