@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_span_rows
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.listen.collector import Collector
-from rhythm_kernels.listen.taps import Layers, query_heads
+from rhythm_kernels.listen.taps import Layers
 from rhythm_kernels.options import GROUP_BY, MAX_WINDOW, SPAN_ROWS
 from rhythm_kernels.signals import check_groups
 from rhythm_kernels.statistics.api import BACKENDS
@@ -114,7 +114,7 @@ class collect(Collector):  # called like a function, and named like one
         }
         if groups is not None:
             sequences = groups[0].shape[0] if isinstance(groups, HeadGroups) else 0
-            check_groups(groups, len(self.layers), query_heads(self.decoder), sequences)
+            check_groups(groups, len(self.layers), self._query_heads(), sequences)
         self.groups, self.backend = groups, check_choice("backend", backend, BACKENDS)
         self._lse = check_choice("lse", lse, LSE)
         self.asks_for_lse = lse == "model"

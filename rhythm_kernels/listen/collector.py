@@ -17,7 +17,7 @@ from rhythm_kernels.listen.findings import Findings
 from rhythm_kernels.listen.masks import is_mask, window_of
 from rhythm_kernels.listen.proof import check_call, hints_of, output_of, rounding_of_call
 from rhythm_kernels.listen.sequences import find_sequences
-from rhythm_kernels.listen.taps import NOT_WHOLE, Call, ancestors_of, find_decoder, query_heads, tap_of
+from rhythm_kernels.listen.taps import NOT_WHOLE, Call, Layers, Tap, ancestors_of, find_decoder, query_heads, tap_of
 from rhythm_kernels.signals import check_groups, rhythm_of
 from rhythm_kernels.statistics.api import run_group_stats, run_stats
 from rhythm_kernels.statistics.layout import Layout, make_layout
@@ -65,7 +65,7 @@ class Collector:
         self.layout: Layout | None = None
         self.findings = Findings()
         """Holds what `check()` and `seconds` read. It is small, and may be kept longer than the statistics."""
-        self.decoder, self._decoder_layers = find_decoder(model)
+        self.decoder, self._decoder_layers = self._find_decoder(model)
         self._places: dict[int, list[int]] = {}  # by the id of a module: its layers, in the order of its calls
         for layer, module in self._decoder_layers.attention.items():
             self._places.setdefault(id(module), []).append(layer)
@@ -80,7 +80,7 @@ class Collector:
         if self._hooks:
             raise RuntimeError("this collect context is open already")
         self._thread, self._calls, self._outer_mask = threading.get_ident(), None, ...
-        self._tap = tap_of(self.decoder)
+        self._tap = self._find_tap()
         self._tap.add(self)
         self._hooks = [
             *(module.register_forward_pre_hook(self._before_outer, with_kwargs=True) for module in self._outer),
@@ -136,6 +136,24 @@ class Collector:
         """
         self.findings.check()
 
+    # ---- what is listened to: another kind of model overrides these --------------------------------------------------
+
+    def _find_decoder(self, model: nn.Module) -> tuple[nn.Module, Layers]:
+        """Returns the module whose forward calls the layers, and its layers."""
+        return find_decoder(model)
+
+    def _find_tap(self) -> Tap:
+        """Returns what passes the attention calls of the decoder on."""
+        return tap_of(self.decoder)
+
+    def _query_heads(self) -> object:
+        """Returns the number of query heads of the decoder's layers."""
+        return query_heads(self.decoder)
+
+    def _read_arguments(self, args: tuple, kwargs: dict) -> dict:
+        """Returns the arguments of the decoder's forward under the names that a transformers decoder gives them."""
+        return _arguments_of(self.decoder, args, kwargs)
+
     # ---- around the forward ------------------------------------------------------------------------------------------
 
     def _is_mine(self) -> bool:
@@ -157,7 +175,7 @@ class Collector:
             return
         if self.layout is not None:
             raise RuntimeError("collect records one forward: open a new context for the next one")
-        arguments = _arguments_of(decoder, args, kwargs)
+        arguments = self._read_arguments(args, kwargs)
         ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
         inputs = embeddings if ids is None else ids
         check_device("the model's inputs", inputs.device)
@@ -184,7 +202,7 @@ class Collector:
             check_tensor("response_mask", self._response_mask, [batch, tokens], [torch.bool], inputs.device)
         layout = make_layout(batch, tokens, inputs.device, self._response_mask, mask, cu_seqlens)
         if self.groups is not None:
-            check_groups(self.groups, len(self.layers), query_heads(self.decoder), layout.sequences)
+            check_groups(self.groups, len(self.layers), self._query_heads(), layout.sequences)
             self.groups = HeadGroups(*(send(group, inputs.device) for group in self.groups))
         self._more["prefix_lengths"] = check_prefix_lengths(self._more["prefix_lengths"], layout)
         self.layout, self._calls = layout, {}
@@ -216,7 +234,7 @@ class Collector:
 
     def record(self, layer: int, call: Call) -> None:
         """Computes the statistics of a layer from a call of its attention function, and checks the call's output."""
-        check_call(layer, call, self.layout, query_heads(self.decoder))
+        check_call(layer, call, self.layout, self._query_heads())
         with self.findings.clock:
             rounding, out = rounding_of_call(call), output_of(call)
             with isolated(call.query.device):
