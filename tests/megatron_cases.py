@@ -26,12 +26,13 @@ class NoRngTracker:
 
 @contextlib.contextmanager
 def without_cuda() -> Iterator[None]:
-    """Makes megatron-core run on a CPU inside this block. Five things have no other choice than CUDA."""
+    """Makes megatron-core run on a CPU inside this block. Some things of it have no other choice than CUDA."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # one for each package that is not there
         from megatron.core import tensor_parallel
         from megatron.core.fusions import fused_softmax
-        from megatron.core.tensor_parallel import layers
+        from megatron.core.tensor_parallel import layers, random
+        from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     with contextlib.ExitStack() as stack:
@@ -42,8 +43,11 @@ def without_cuda() -> Iterator[None]:
         replace(torch.cuda, "current_device", lambda: "cpu")  # where buffers and rotary tables are made
         for module in (tensor_parallel, layers):
             replace(module, "get_cuda_rng_tracker", lambda *args, **kwargs: NoRngTracker())
+        replace(random, "_get_all_rng_states", lambda: (torch.get_rng_state(),))  # recomputation sets them back
+        replace(random, "_set_all_rng_states", torch.set_rng_state)
         replace(fused_softmax, "get_default_causal_mask", lambda tokens: _hidden(tokens, tokens, (tokens, 0)))
         replace(fused_softmax, "get_sliding_window_causal_mask", _hidden)
+        replace(multi_latent_attention, "HAVE_TE", False)  # it believes that Transformer Engine is there
         # torch's norms are refused with sequence parallelism, since their gradients need a sum over the ranks
         replace(WrappedTorchNorm, "__new__", lambda cls, hidden_size, eps, **_: nn.RMSNorm(hidden_size, eps))
         yield
@@ -114,7 +118,7 @@ def gpt(*, core: type | None = None, seed: int = 0, spec: dict | None = None, st
         "activation_func": nn.functional.silu,
         "add_bias_linear": False,
         "bias_dropout_fusion": False,
-        "init_method_std": 0.3,
+        "init_method_std": 0.15,  # far from uniform attention; scores stay below 10
     }
     make = MLATransformerConfig if options.get("multi_latent_attention") else TransformerConfig
     torch.manual_seed(seed)

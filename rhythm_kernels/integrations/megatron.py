@@ -26,7 +26,8 @@ from rhythm_kernels.listen.taps import NOT_WHOLE, Call, Layers, Listener
 
 CAUSAL = ("causal", "padding_causal")
 """Mask types under which each row sees the past of its own sequence, whatever mask is passed."""
-CORE_ARGUMENTS = {"query", "key", "value", "attention_mask", "attn_mask_type", "packed_seq_params"}
+CORE_ARGUMENTS = ("query", "key", "value", "attention_mask")
+"""What a core is passed by position; all else is passed by name."""
 
 
 class collect(collect_from_transformers):  # called like a function, and named like one
@@ -80,10 +81,10 @@ class collect(collect_from_transformers):  # called like a function, and named l
             if not torch.equal(bounds, padded):
                 self._leave_out_padding(bounds, padded, inputs)
         else:
-            arguments["attention_mask"] = self._padding(given.get("attention_mask"))
+            arguments["attention_mask"] = self._padding(given.get("attention_mask"), len(inputs))
         return arguments
 
-    def _padding(self, mask: Tensor | None) -> Tensor | None:
+    def _padding(self, mask: Tensor | None, batch: int) -> Tensor | None:
         """Returns the tokens that a mask marks as such, bool [B, T], if the layers obey it and it marks padding.
 
         Args:
@@ -92,7 +93,8 @@ class collect(collect_from_transformers):  # called like a function, and named l
         attention = self._attentions[self.layers[0]]
         if mask is None or not _obeys_mask(attention.core_attention, _name(attention.attn_mask_type)):
             return None
-        return ~(mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=-2, dim2=-1))
+        hidden = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return ~hidden.expand(batch, -1)
 
     def _leave_out_padding(self, bounds: Tensor, padded: Tensor, inputs: Tensor) -> None:
         """Takes the padding behind each packed sequence out of R: its rows are not those of any map."""
@@ -144,7 +146,7 @@ class _Tap:
         self._running = None
         layer = self._listener.layer_of(core)
         if layer is not None:
-            query = _arguments_of(core, args, kwargs)["query"]
+            query = _arguments_of(args, kwargs)["query"]
             reader = LseReader(query.device.type, self.name, asks=self._listener.asks_for_lse)
             self._running = layer, reader.__enter__()
 
@@ -165,7 +167,7 @@ def _call_of(attention: nn.Module, layer: int, args: tuple, kwargs: dict, out: T
         ValueError: the call is not causal self-attention, or has a bias.
     """
     core = attention.core_attention
-    given = _arguments_of(core, args, kwargs)
+    given = _arguments_of(args, kwargs)
     if given.get("attention_bias") is not None:
         raise ValueError(f"attention_bias must be None, got one in layer {layer}: the statistics do not know of it")
     query, key, value = (_heads_first(given[name]) for name in ("query", "key", "value"))
@@ -190,8 +192,8 @@ def _call_of(attention: nn.Module, layer: int, args: tuple, kwargs: dict, out: T
     )
 
 
-def _arguments_of(core: nn.Module, args: tuple, kwargs: dict) -> dict:
-    return inspect.signature(core.forward).bind(*args, **kwargs).arguments
+def _arguments_of(args: tuple, kwargs: dict) -> dict:
+    return dict(zip(CORE_ARGUMENTS, args)) | kwargs
 
 
 def _heads_first(x: Tensor) -> Tensor:
