@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rhythm_kernels.heads import group_heads, sampled_layers
     from rhythm_kernels.listen.collect import collect
     from rhythm_kernels.options import CreditOptions
+    from rhythm_kernels.ranks import Parallel
     from rhythm_kernels.statistics.api import attention, attention_stats, group_stats
     from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
 
@@ -27,6 +28,7 @@ _NAMES = {
     "heads": ("group_heads", "sampled_layers"),
     "listen.collect": ("collect",),
     "options": ("CreditOptions",),
+    "ranks": ("Parallel",),
     "statistics.api": ("attention", "attention_stats", "group_stats"),
     "types": ("AttentionStats", "GroupStats", "HeadGroups", "Rhythm"),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from rhythm_kernels.checks import check_choice
 from rhythm_kernels.heads import group_heads, rank_heads
 from rhythm_kernels.options import GROUP_BY
+from rhythm_kernels.ranks import HeadShards
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.tensor_checks import can_look, check_tensor
 from rhythm_kernels.types import AttentionStats, GroupStats, HeadGroups, Rhythm
@@ -25,6 +26,7 @@ def rhythm_of(
     group_by: str = "sequence",
     local_fraction: float = 0.3,
     global_fraction: float = 0.3,
+    heads: HeadShards | None = None,
 ) -> Rhythm:
     """Returns WAAD of the local heads' mean map and FAI of the global heads' (Eq. 8-10).
 
@@ -36,6 +38,8 @@ def rhythm_of(
         groups: [L, HQ] or [sequences, L, HQ]; ranked from the spans if None. Sums have no spans, so they need groups.
         group_by: "sequence": each sequence has its own groups, from its own spans; "batch": one grouping from the
             spans over all of R in the batch, for which those of the sequences are weighted by their rows of R.
+        heads: this rank's, whose statistics `stats` are, where several share a layer's heads; sums over groups are
+            then those of all ranks already.
 
     Raises:
         TypeError, ValueError: the groups are wrong or missing for sums, or a span is NaN. The host does not wait for
@@ -46,11 +50,13 @@ def rhythm_of(
     summed = isinstance(layers[0], GroupStats)
     spans, broken = None, None
     if groups is not None:
-        check_groups(groups, len(layers), "HQ" if summed else layers[0].waad.shape[1], layout.sequences)
+        check_groups(groups, len(layers), "HQ" if summed or heads else layers[0].waad.shape[1], layout.sequences)
     elif summed:
         raise ValueError("groups must be those that the statistics were summed over, got None")
     else:
         spans = torch.stack([layer.span for layer in layers], 1)  # [sequences, L, HQ]
+        if heads is not None:
+            spans = heads.all_heads(spans)
         if group_by == "batch":
             spans = _pool(spans, layout)
         if can_look(spans):
@@ -58,7 +64,11 @@ def rhythm_of(
         else:
             groups, broken = rank_heads(spans, local_fraction, global_fraction), spans.isnan().flatten(-2).any(-1)
     waad, fai = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("waad", "fai"))
-    rhythm = Rhythm(_mean(waad, groups.local_heads, layout), _mean(fai, groups.global_heads, layout), spans, groups)
+    sums = torch.stack([_sum(waad, groups.local_heads, layout, heads), _sum(fai, groups.global_heads, layout, heads)])
+    if heads is not None and not summed:
+        sums = heads.total(sums)
+    waad, fai = (x / _count(group, layout, x) for x, group in zip(sums, groups, strict=True))
+    rhythm = Rhythm(waad, fai, spans, groups)
     if broken is None:
         return rhythm
     unknown = broken.expand(layout.sequences)[layout.segments]  # [B, T]
@@ -82,17 +92,23 @@ def _pool(spans: Tensor, layout: Layout) -> Tensor:
     return (weighted / tokens.sum().clamp(min=1)).float()
 
 
-def _mean(values: Tensor, group: Tensor, layout: Layout) -> Tensor:
-    """Returns each token's mean over the heads of its sequence's group, [B, T]; 0 if the group is empty.
+def _sum(values: Tensor, group: Tensor, layout: Layout, heads: HeadShards | None) -> Tensor:
+    """Returns each token's sum over the heads of its sequence's group that this rank has, [B, T].
 
     Args:
         values: [L, B, HQ, T], one value a head, overwritten; or [L, B, T], sums over each layer's heads of the group.
         group: [L, HQ] or [sequences, L, HQ] bool.
     """
-    of_sequences = group.to(values.device).expand(layout.sequences, -1, -1)  # [sequences, L, HQ]
     if values.ndim == 4:
+        group = group if heads is None else heads.own_heads(group)
+        of_sequences = group.to(values.device).expand(layout.sequences, -1, -1)  # [sequences, L, HQ]
         member = of_sequences[layout.segments].permute(2, 0, 3, 1)  # [L, B, HQ, T]
         # filled, not multiplied: a NaN of a head outside the group must not reach the sum
         values = values.masked_fill_(~member, 0.0).sum(2)
-    heads = of_sequences.flatten(1).sum(1)[layout.segments]
-    return values.sum(0) / heads.clamp(min=1)
+    return values.sum(0)
+
+
+def _count(group: Tensor, layout: Layout, like: Tensor) -> Tensor:
+    """Returns the number of heads in the group of each token's sequence, at least 1, [B, T]."""
+    of_sequences = group.to(like.device).expand(layout.sequences, -1, -1)
+    return of_sequences.flatten(1).sum(1)[layout.segments].clamp(min=1)

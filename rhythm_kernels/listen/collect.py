@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from rhythm_kernels.checks import check_choice, check_float, check_horizon, check_int, check_span_rows
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.listen.collector import Collector
+from rhythm_kernels.listen.shards import Shards
 from rhythm_kernels.listen.taps import Layers
 from rhythm_kernels.options import GROUP_BY, MAX_WINDOW, SPAN_ROWS
+from rhythm_kernels.ranks import Parallel, check_parallel, together
 from rhythm_kernels.signals import check_groups
 from rhythm_kernels.statistics.api import BACKENDS
 from rhythm_kernels.statistics.more import check_more
@@ -64,13 +66,21 @@ class collect(Collector):  # called like a function, and named like one
             the model's output keeps its bits; else the statistics compute it in a row pass. "model": cuDNN's too,
             which without gradients takes another execution plan: the statistics are faster, and outputs may differ in
             their last bits. "own": always a row pass.
+        parallel: the ranks that share this model's attention, by heads or by tokens; see `Parallel`. If None, those of
+            tensor parallelism are found where weights of attention are split over a mesh dimension named "tp". All of
+            them open a context with the same arguments, and run the forward. `stats` then has the heads of this rank, and
+            `rhythm()` is of all heads and the same on all ranks. Where ranks have some tokens, both are of whole
+            rows: T is that of the whole row, and `own_tokens` are the places of this rank's. `response_mask` may be
+            of this rank's tokens or of the whole row, the forward's position_ids are needed, and each sampled layer's
+            q, k, v and output travel once. An error on one rank is raised on all.
 
     Raises:
         TypeError, ValueError: wrong arguments, or a forward that cannot be collected from: with a key-value cache, a
-            4-D mask, groups for another number of sequences, shards of sequences or of heads, no attention interface,
-            a device without float64, or a layer whose output is not that of the map that its arguments describe. On a
-            GPU, which the host does not wait for, the statistics of such a layer are NaN, and `check()` raises.
-        RuntimeError: a second forward in one context.
+            4-D mask, groups for another number of sequences, shards of sequences or of heads without `parallel`, no
+            attention interface, a device without float64, or a layer whose output is not that of the map that its
+            arguments describe. On a GPU, which the host does not wait for, the statistics of such a layer are NaN, and
+            `check()` raises.
+        RuntimeError: a second forward in one context; another rank's error.
     """
 
     def __init__(
@@ -92,32 +102,36 @@ class collect(Collector):  # called like a function, and named like one
         global_fraction: float = 0.3,
         backend: str = "auto",
         lse: str = "auto",
+        parallel: Parallel | None = None,
     ):
         super().__init__(model)
-        self.layers = _choose_layers(self.decoder, self._decoder_layers, layers)
-        if response_mask is not None:
-            check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, 1, "T", torch.device("cpu"))
-        self._response_mask, self._cu_seqlens = response_mask, cu_seqlens
-        self._options = {
-            "window": check_int("window", window, 1, MAX_WINDOW),
-            "horizon": check_horizon(horizon),
-            "span_rows": check_span_rows(span_rows),
-        }
-        names = check_more(more, first_keys, prefix_lengths, grouped=groups is not None)
-        self._more = {"more": names, "first_keys": first_keys, "prefix_lengths": prefix_lengths}
-        self._grouping = {
-            "group_by": check_choice("group_by", group_by, GROUP_BY),
-            "local_fraction": check_float("local_fraction", local_fraction, 0.0, 1.0),
-            "global_fraction": check_float("global_fraction", global_fraction, 0.0, 1.0),
-        }
-        if groups is not None:
-            sequences = groups[0].shape[0] if isinstance(groups, HeadGroups) else 0
-            check_groups(groups, len(self.layers), self._query_heads(), sequences)
-        self.groups, self.backend = groups, check_choice("backend", backend, BACKENDS)
-        self._lse = check_choice("lse", lse, LSE)
-        self.asks_for_lse = lse == "model"
+        parallel = self._find_parallel() if parallel is None else parallel
+        self._shards = None if parallel is None else Shards(check_parallel(parallel))
+        with together(self._shards.groups if self._shards else ()):
+            self.layers = _choose_layers(self.decoder, self._decoder_layers, layers)
+            if response_mask is not None:
+                check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
+            if cu_seqlens is not None:
+                check_cu_seqlens(cu_seqlens, 1, "T", torch.device("cpu"))
+            self._response_mask, self._cu_seqlens = response_mask, cu_seqlens
+            self._options = {
+                "window": check_int("window", window, 1, MAX_WINDOW),
+                "horizon": check_horizon(horizon),
+                "span_rows": check_span_rows(span_rows),
+            }
+            names = check_more(more, first_keys, prefix_lengths, grouped=groups is not None)
+            self._more = {"more": names, "first_keys": first_keys, "prefix_lengths": prefix_lengths}
+            self._grouping = {
+                "group_by": check_choice("group_by", group_by, GROUP_BY),
+                "local_fraction": check_float("local_fraction", local_fraction, 0.0, 1.0),
+                "global_fraction": check_float("global_fraction", global_fraction, 0.0, 1.0),
+            }
+            if groups is not None:
+                sequences = groups[0].shape[0] if isinstance(groups, HeadGroups) else 0
+                check_groups(groups, len(self.layers), self._query_heads(), sequences)
+            self.groups, self.backend = groups, check_choice("backend", backend, BACKENDS)
+            self._lse = check_choice("lse", lse, LSE)
+            self.asks_for_lse = lse == "model" and not (self._shards and self._shards.of_tokens)
 
 
 def _choose_layers(decoder: nn.Module, decoder_layers: Layers, layers: int | str | Sequence[int]) -> list[int]:

@@ -4,6 +4,7 @@ A tap listens to the model's attention (`taps.py`) and passes q, k and the atten
 layers to the statistics. The model's outputs keep their bits.
 """
 
+import hashlib
 import inspect
 import threading
 
@@ -17,7 +18,19 @@ from rhythm_kernels.listen.findings import Findings
 from rhythm_kernels.listen.masks import is_mask, window_of
 from rhythm_kernels.listen.proof import check_call, hints_of, output_of, rounding_of_call
 from rhythm_kernels.listen.sequences import find_sequences
-from rhythm_kernels.listen.taps import NOT_WHOLE, Call, Layers, Tap, ancestors_of, find_decoder, query_heads, tap_of
+from rhythm_kernels.listen.shards import Shards, check_shard
+from rhythm_kernels.listen.taps import (
+    NOT_WHOLE,
+    Call,
+    Layers,
+    Tap,
+    ancestors_of,
+    find_decoder,
+    mesh_of_heads,
+    query_heads,
+    tap_of,
+)
+from rhythm_kernels.ranks import HeadShards, Parallel, together
 from rhythm_kernels.signals import check_groups, rhythm_of
 from rhythm_kernels.statistics.api import run_group_stats, run_stats
 from rhythm_kernels.statistics.layout import Layout, make_layout
@@ -53,6 +66,8 @@ class Collector:
     _grouping: dict[str, object]
     """Arguments of `rhythm_of`, without the groups."""
     _lse: str
+    _shards: Shards | None
+    """What this rank holds where several share the attention; None where it has all."""
 
     def __init__(self, model: nn.Module):
         self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}
@@ -63,6 +78,10 @@ class Collector:
         "aten::_scaled_dot_product_flash_attention", "flex_attention", or "row pass: " with the reason why the
         statistics computed it."""
         self.layout: Layout | None = None
+        """The sequences of the forward: of the whole row where ranks have some of its tokens."""
+        self._rhythm: Rhythm | None = None  # where ranks share the attention: computed at the forward's end, by all
+        self._failure: Exception | None = None  # this rank's, until all ranks are told
+        self._all_told = False  # whether all ranks have raised an error inside the forward
         self.findings = Findings()
         """Holds what `check()` and `seconds` read. It is small, and may be kept longer than the statistics."""
         self.decoder, self._decoder_layers = self._find_decoder(model)
@@ -123,8 +142,18 @@ class Collector:
                 else "the forward did not call their attention, or failed"
             )
             raise RuntimeError(f"no statistics of layers {missing}: {why}")
+        if self._rhythm is not None:
+            return self._rhythm
         with self.findings.clock, isolated(self.layout.rows.device):
             return rhythm_of(self.stats, self.layout, groups=self.groups, **self._grouping)
+
+    @property
+    def own_tokens(self) -> Tensor | None:
+        """The place in the whole row of each token that this rank has, [T of this rank] int64; None if it has all.
+
+        `gamma[:, c.own_tokens]` are the factors of this rank's tokens.
+        """
+        return None if self._shards is None else self._shards.own_tokens
 
     def check(self) -> None:
         """Raises if a layer's output or log-sum-exp is not that of the map that its statistics assume.
@@ -145,6 +174,11 @@ class Collector:
     def _find_tap(self) -> Tap:
         """Returns what passes the attention calls of the decoder on."""
         return tap_of(self.decoder)
+
+    def _find_parallel(self) -> Parallel | None:
+        """Returns the ranks that share the attention, as far as the model shows them; None for one rank."""
+        mesh = mesh_of_heads(self._decoder_layers)
+        return None if mesh is None else Parallel(heads=mesh)
 
     def _query_heads(self) -> object:
         """Returns the number of query heads of the decoder's layers."""
@@ -191,24 +225,45 @@ class Collector:
         """
         self.findings.clock.on_gpu = self.findings.check_clock.on_gpu = inputs.is_cuda
         batch, tokens = inputs.shape[:2]
-        sharding = self._tap.sharding()
-        if sharding is not None:
-            raise ValueError(
-                f"collect needs whole sequences, but {sharding} computes attention over shards of them here: "
-                "switch sequence parallelism off"
-            )
+        if self._shards is None:
+            sharding = self._tap.sharding()
+            if sharding is not None:
+                raise ValueError(
+                    f"collect needs whole sequences, but {sharding} computes attention over shards of them here: "
+                    "name the ranks that share them by parallel=Parallel(tokens=group)"
+                )
+            self._find_layout(arguments, batch, tokens, inputs.device)
+            self._shard = tokens, inputs.device
+            return
+        values = {name: arguments.get(name) for name in ("position_ids", "attention_mask")}
+        values |= {"outer mask": self._outer_mask, "response_mask": self._response_mask}
+        values = {name: value if isinstance(value, Tensor) else None for name, value in values.items()}
+        with together(self._shards.groups) as facts:
+            facts |= {"the batch's rows": batch, "layers": self.layers, "options": self._options | self._grouping}
+            facts |= {"more": (self._more["more"], self._more["first_keys"]), "groups": self.groups is not None}
+            facts |= {name: _form_of(value) for name, value in values.items()}
+        whole, values = self._shards.whole_row(tokens, values, self._cu_seqlens)
+        self._outer_mask = self._outer_mask if values["outer mask"] is None else values["outer mask"]
+        self._response_mask = values["response_mask"]
+        with together(self._shards.groups) as facts:
+            given = {name: x for name, x in values.items() if x is not None}
+            self._find_layout(arguments | given, batch, whole, inputs.device)
+            facts |= {"tokens": whole, "sequences": self.layout.bounds, "response_mask": _digest(self.layout.rows)}
+        self._shard = tokens, inputs.device
+
+    def _find_layout(self, arguments: dict, batch: int, tokens: int, device: torch.device) -> None:
         mask, cu_seqlens = find_sequences(arguments, batch, self._outer_mask, self._cu_seqlens)
         if self._response_mask is not None:
-            check_tensor("response_mask", self._response_mask, [batch, tokens], [torch.bool], inputs.device)
-        layout = make_layout(batch, tokens, inputs.device, self._response_mask, mask, cu_seqlens)
+            check_tensor("response_mask", self._response_mask, [batch, tokens], [torch.bool], device)
+        layout = make_layout(batch, tokens, device, self._response_mask, mask, cu_seqlens)
         if self.groups is not None:
             check_groups(self.groups, len(self.layers), self._query_heads(), layout.sequences)
-            self.groups = HeadGroups(*(send(group, inputs.device) for group in self.groups))
+            self.groups = HeadGroups(*(send(group, device) for group in self.groups))
         self._more["prefix_lengths"] = check_prefix_lengths(self._more["prefix_lengths"], layout)
         self.layout, self._calls = layout, {}
 
     @torch.compiler.disable(reason=NOT_WHOLE)
-    def _after_forward(self, decoder: nn.Module, *_) -> None:
+    def _after_forward(self, decoder: nn.Module, args: tuple, output: object) -> None:
         if not self._is_mine() or decoder is not self.decoder:
             return
         self._calls = None  # a backward pass or another model may call a layer again
@@ -216,6 +271,29 @@ class Collector:
         if poison is not None:
             with self.findings.clock, isolated(poison.device):
                 self.stats = dict(zip(self.stats, scaled(list(self.stats.values()), poison), strict=True))
+        # a forward that failed says so itself: the other ranks may still be in the model, which this one has left
+        if self._shards is not None and not self._all_told and output is not None:
+            with self.findings.clock, isolated(self.layout.rows.device):
+                self._finish(poison)
+
+    def _finish(self, poison: Tensor | None) -> None:
+        """Makes sums over the heads of all ranks, which all call it once.
+
+        Args:
+            poison: what this rank's statistics were multiplied with on a GPU, else None.
+        """
+        with together(self._shards.groups) as facts:
+            if self._failure is not None:
+                raise self._failure
+            facts["layers whose attention was called"] = sorted(self.stats)
+        if sorted(self.stats) != self.layers:
+            return  # `rhythm` says which are missing
+        for ranks in self._shards.groups if poison is not None else ():
+            self.findings.add_ranks(ranks.name, ranks.gather(poison))
+        heads = self._shards.heads
+        if self.groups is not None:
+            self.stats = _total(self.stats, heads)
+        self._rhythm = rhythm_of(self.stats, self.layout, groups=self.groups, heads=heads, **self._grouping)
 
     def layer_of(self, module: nn.Module) -> int | None:
         """Returns which sampled layer this call of an attention module is; None for others, and outside the forward."""
@@ -234,33 +312,84 @@ class Collector:
 
     def record(self, layer: int, call: Call) -> None:
         """Computes the statistics of a layer from a call of its attention function, and checks the call's output."""
-        check_call(layer, call, self.layout, self._query_heads())
+        shards = self._shards
         with self.findings.clock:
-            rounding, out = rounding_of_call(call), output_of(call)
-            with isolated(call.query.device):
-                q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key))
-                options = check_options(
-                    q,
-                    k,
-                    scale=call.kwargs.get("scaling"),
-                    sliding_window=self._window(call.mask, call.kwargs.get("sliding_window"), layer),
-                    # transformers' sdpa function ignores the soft-cap and the sinks that it is passed
-                    softcap=None if self._tap.name == "sdpa" else call.kwargs.get("softcap"),
-                    sinks=None if self._tap.name == "sdpa" else call.kwargs.get("s_aux"),
-                    need_span=self.groups is None,
-                    **self._options,
-                )
-                options = with_more(options, layout=self.layout, **self._more)
-                lse, self.lse_sources[layer] = self._lse_of(call, q, options)
-                with self.findings.check_clock:
-                    probed = probe_output(q, k, call.value, out, lse, self.layout, options, rounding, self.backend)
-                    self.findings.add(layer, probed, hints_of(call, self.layout))
-                self.stats[layer] = self.measure(layer, q, k, lse, options)
+            if shards is None:
+                check_call(layer, call, *self._shard, self._query_heads())
+                self._record(layer, call, output_of(call))
+                return
+            if shards.of_tokens or shards.heads is None:
+                try:
+                    self._agree_on(layer, call)
+                except Exception:
+                    self._all_told = True  # all ranks raise, and leave the forward here
+                    raise
+            if self._failure is None:
+                # an error is kept until the ranks tell each other: others wait for this one in the model
+                try:
+                    check_call(layer, call, *self._shard, shards.call_heads)
+                    self._record(layer, *shards.turned(call, output_of(call)))
+                except Exception as error:
+                    self._failure = error
+
+    def _agree_on(self, layer: int, call: Call) -> None:
+        """Raises on all ranks if one cannot go on, or attends otherwise; then finds the heads of each."""
+        shards = self._shards
+        with together(shards.groups) as facts:
+            if self._failure is not None:
+                raise self._failure
+            check_call(layer, call, *self._shard, shards.call_heads)
+            if shards.of_tokens:
+                check_shard(layer, call)
+            facts |= {
+                "layer": layer,
+                "dtype": call.query.dtype,
+                "sizes of heads": (call.key.shape[3], call.value.shape[3]),
+            }
+            facts |= {name: call.kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "dropout")}
+        if shards.heads is None:
+            shards.count_heads(call.query.shape[1], self._query_heads())
+
+    def _record(self, layer: int, call: Call, out: Tensor) -> None:
+        """Does the work of `record` for a call whose heads have all tokens; out: its output, [B, T, HQ, Dv]."""
+        if call.query.shape[1] == 0:  # there are more ranks than heads
+            self.stats[layer] = self._nothing(call.query)
+            return
+        rounding = rounding_of_call(call)
+        with isolated(call.query.device):
+            q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key))
+            options = check_options(
+                q,
+                k,
+                scale=call.kwargs.get("scaling"),
+                sliding_window=self._window(call.mask, call.kwargs.get("sliding_window"), layer),
+                # transformers' sdpa function ignores the soft-cap and the sinks that it is passed
+                softcap=None if self._tap.name == "sdpa" else call.kwargs.get("softcap"),
+                sinks=None if self._tap.name == "sdpa" else call.kwargs.get("s_aux"),
+                need_span=self.groups is None,
+                **self._options,
+            )
+            options = with_more(options, layout=self.layout, **self._more)
+            lse, self.lse_sources[layer] = self._lse_of(call, q, options)
+            with self.findings.check_clock:
+                probed = probe_output(q, k, call.value, out, lse, self.layout, options, rounding, self.backend)
+                self.findings.add(layer, probed, hints_of(call, self.layout))
+            self.stats[layer] = self.measure(layer, q, k, lse, options)
+
+    def _nothing(self, q: Tensor) -> AttentionStats | GroupStats:
+        """Returns the statistics of no heads."""
+        none = q.new_zeros(*q.shape[:3], dtype=torch.float32)  # [B, 0, T]
+        more = dict.fromkeys(self._more["more"], none)
+        if self.groups is None:
+            return AttentionStats(none, none, none.new_zeros(self.layout.sequences, 0), none, more)
+        return GroupStats(none.sum(1), none.sum(1), {name: none.sum(1) for name in more})
 
     def _lse_of(self, call: Call, q: Tensor, options: Options) -> tuple[Tensor | None, str]:
         """Returns the log-sum-exp of a call, [B, HQ, T] fp32, and its source; None where the statistics compute it."""
         if self._lse == "own":
             return None, row_pass('lse="own"')
+        if self._shards is not None and self._shards.of_tokens:
+            return None, row_pass("each rank has some tokens")
         return call.reader.lse(q, options.sinks, self.layout, call.beside)
 
     def measure(
@@ -275,6 +404,8 @@ class Collector:
         if self.groups is None:
             return run_stats(q, k, lse, self.layout, options, self.backend)
         local_heads, global_heads = (group[..., self.layers.index(layer), :] for group in self.groups)
+        if self._shards is not None:
+            local_heads, global_heads = map(self._shards.heads.own_heads, (local_heads, global_heads))
         return run_group_stats(q, k, lse, local_heads, global_heads, self.layout, options, self.backend)
 
     def _window(self, mask, given: int | None, layer: int) -> int | None:
@@ -290,3 +421,22 @@ def _arguments_of(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """Returns the arguments of a module's forward by name."""
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     return {**bound.pop("kwargs", {}), **bound}
+
+
+def _form_of(value: Tensor | None) -> str:
+    """Returns what must be the same of a tensor on ranks that hold some of its tokens."""
+    return "None" if value is None else f"{value.dtype} {[*value.shape[:-1], 'T']}"
+
+
+def _digest(rows: Tensor) -> str:
+    return hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _total(stats: dict[int, GroupStats], heads: HeadShards) -> dict[int, GroupStats]:
+    """Returns the sums over the groups' heads of all ranks, from the sums over those of this rank."""
+    layers = [torch.stack([*layer[:2], *layer.more.values()]) for layer in stats.values()]
+    totals = heads.total(torch.stack(layers)).unbind(0)
+    return {
+        layer: GroupStats(total[0], total[1], dict(zip(own.more, total[2:], strict=True)))
+        for (layer, own), total in zip(stats.items(), totals, strict=True)
+    }

@@ -19,6 +19,7 @@ class Findings:
     def __init__(self):
         self.clock, self.check_clock = Clock(), Clock()
         self._deviations: list[tuple[int, str, Deviation, str]] = []
+        self._ranks: list[tuple[str, Tensor]] = []
 
     @property
     def seconds(self) -> float:
@@ -49,15 +50,27 @@ class Findings:
         worst = torch.stack([deviation.excess for _, _, deviation, _ in self._deviations]).amax()
         return factor_of(worst)
 
+    def add_ranks(self, name: str, factors: list[Tensor]) -> None:
+        """Keeps what `poison` gave on each rank of a group, so that `check` raises on all of them.
+
+        Args:
+            name: the group's, for the error.
+        """
+        self._ranks.append((name, torch.stack(factors)))
+
     def check(self) -> None:
         """Raises if a layer's output or log-sum-exp is not that of the map that its statistics assume.
 
         On a CPU `add` raises this error. On a GPU the host does not wait for the forward: call `check`.
 
         Raises:
-            ValueError: names the layer, the token, the head and both values.
+            ValueError: names the layer, the token, the head and both values; or the rank that raises that error.
         """
         _refuse(self._deviations)
+        for name, factors in self._ranks:
+            [broken] = fetch([factors.isnan().nonzero().flatten()])
+            if len(broken):
+                raise ValueError(f"a layer does not attend as collect assumes on rank {int(broken[0])} of {name}")
 
 
 def _refuse(deviations: list[tuple[int, str, Deviation, str]]) -> None:

@@ -13,12 +13,12 @@ UNKNOWN = ("position_bias", "indices", "block_indices")
 """Arguments of attention functions that change a map in a way that the statistics do not follow."""
 
 
-def check_call(layer: int, call: Call, layout: Layout, query_heads: object) -> None:
+def check_call(layer: int, call: Call, tokens: int, device: torch.device, query_heads: object) -> None:
     """Raises ValueError for a call whose shapes the statistics cannot take.
 
     Args:
         layer: named in the error.
-        layout: where the sequences of the forward are.
+        tokens, device: those of the decoder's input.
         query_heads: the number of query heads of the model's layers; not checked if it is not an int.
     """
     q, k, v = call.query, call.key, call.value
@@ -27,10 +27,10 @@ def check_call(layer: int, call: Call, layout: Layout, query_heads: object) -> N
             f"collect needs a forward over whole sequences, got {q.shape[2]} queries and {k.shape[2]} keys in "
             f"layer {layer}: call the model without past_key_values; added or compressed keys cannot be collected"
         )
-    if q.shape[2] != layout.rows.shape[1] or q.device != layout.rows.device:
+    if q.shape[2] != tokens or q.device != device:
         raise ValueError(
-            f"collect needs layers that see the decoder's input as it is, {layout.rows.shape[1]} tokens on "
-            f"{layout.rows.device}, got {q.shape[2]} tokens on {q.device} in layer {layer}"
+            f"collect needs layers that see the decoder's input as it is, {tokens} tokens on {device}, "
+            f"got {q.shape[2]} tokens on {q.device} in layer {layer}"
         )
     if isinstance(query_heads, int) and q.shape[1] != query_heads:
         sharded = is_tensor_parallel(call.module)

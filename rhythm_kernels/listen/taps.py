@@ -11,12 +11,15 @@ import threading
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rhythm_kernels.listen.backend_lse import LseReader
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TABLE = "ALL_ATTENTION_FUNCTIONS"
 NOT_WHOLE = "rhythm_kernels reads attention here: compile the model without fullgraph=True"
@@ -296,6 +299,19 @@ def is_tensor_parallel(module: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+def mesh_of_heads(layers: Layers) -> "DeviceMesh | None":
+    """Returns the dimension "tp" of the mesh over which attention weights are split; None where there is none."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    for weight in next(iter(layers.attention.values())).parameters() if layers.attention else ():
+        names = (weight.device_mesh.mesh_dim_names or ()) if isinstance(weight, DTensor) else ()
+        if "tp" in names and weight.placements[names.index("tp")].is_shard():
+            return weight.device_mesh["tp"]
+    return None
 
 
 def _looks_elsewhere(key: str, cls: type) -> bool:
