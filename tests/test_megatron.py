@@ -272,8 +272,6 @@ def test_what_is_not_causal_self_attention_is_refused():
         layer.self_attention.attn_mask_type = AttnMaskType.no_mask
     with pytest.raises(ValueError, match="got attn_mask_type no_mask without a mask in layer 2"):
         forward_with(model, ids)
-    with pytest.raises(ValueError, match="inference_context must be None, got int"):
-        forward_with(gpt(), ids, inference_context=3)
     everything = torch.zeros(1, 1, TOKENS, TOKENS, dtype=torch.bool)
     with pytest.raises(ValueError, match="token 0 of row 0 sees 70 tokens of 1"):
         forward_with(gpt(), ids, everything)

@@ -15,14 +15,24 @@ Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of 
 
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rhythm_kernels.host import fetch
+from rhythm_kernels.isolation import isolated
 from rhythm_kernels.listen.backend_lse import LseReader
 from rhythm_kernels.listen.collect import collect as collect_from_transformers
-from rhythm_kernels.listen.taps import NOT_WHOLE, Call, Layers, Listener
+from rhythm_kernels.listen.shards import places_of
+from rhythm_kernels.listen.taps import NOT_WHOLE, Call, Layers
+from rhythm_kernels.ranks import HeadShards, Parallel, Ranks, together
+from rhythm_kernels.signals import rhythm_of
+from rhythm_kernels.types import AttentionStats, GroupStats, Rhythm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CAUSAL = ("causal", "padding_causal")
 """Mask types under which each row sees the past of its own sequence, whatever mask is passed."""
@@ -37,52 +47,110 @@ class collect(collect_from_transformers):  # called like a function, and named l
     `attention_mask` that the layers obey. Megatron mostly has none: then the model attends to padding, and the
     statistics count it as the model does. Leave it out of `response_mask`.
 
+    Ranks that share the model are found in it. They all open a context with the same arguments, and run the forward.
+    With tensor and context parallelism `stats` has this rank's heads and `rhythm()` is of all; T is that of the whole
+    row, and `own_tokens` are the places of this rank's. With pipeline parallelism `stats` has the sampled layers of
+    this stage. `rhythm()` is then of all stages, which must all call it, after their forwards: a stage cannot wait for
+    the next one inside its own.
+
     Args:
         model: a GPTModel, or a wrapper of one (DistributedDataParallel, Float16Module).
         arguments: those of `rhythm_kernels.collect`.
 
     Raises:
-        TypeError, ValueError: as `rhythm_kernels.collect`; also for a model without a GPTModel, with a pipeline of
-            several stages, with a key-value cache, or with an attention that is not causal self-attention.
-        RuntimeError: a second forward in one context.
+        TypeError, ValueError: as `rhythm_kernels.collect`; also for a model without a GPTModel, with stages of several
+            parts (a virtual pipeline), or with an attention that is not causal self-attention. With pipeline
+            parallelism `rhythm()` raises what the forward would.
+        RuntimeError: a second forward in one context; another rank's error.
     """
 
     def __init__(self, model: nn.Module, **arguments):
         super().__init__(model, **arguments)
         self._outer = []  # modules around a GPTModel build no masks for it
 
+    def rhythm(self) -> Rhythm:
+        if self._stages is None:
+            return super().rhythm()
+        if self._rhythm is None:
+            self._rhythm = self._over_stages()
+        return self._rhythm
+
+    # ---- what is listened to -----------------------------------------------------------------------------------------
+
     def _find_decoder(self, model: nn.Module) -> tuple[nn.Module, Layers]:
         gpt = _find_gpt(model)
+        count = gpt.config.num_layers
         self._attentions = {layer.layer_number - 1: layer.self_attention for layer in gpt.decoder.layers}
         cores = {layer: getattr(attention, "core_attention", None) for layer, attention in self._attentions.items()}
-        return gpt, Layers(gpt.config.num_layers, {layer: core for layer, core in cores.items() if core is not None})
+        group = _group_of(gpt, "pp", "pipeline_model")
+        self._stages = None if group is None else Ranks("the pipeline's stages", group)
+        if self._stages is not None:
+            has_layers = self._stages.numbers(*(cores.get(layer) is not None for layer in range(count)))
+            self._stage_of = {layer: owners.index(1) for layer, owners in enumerate(zip(*has_layers)) if 1 in owners}
+            if gpt.config.virtual_pipeline_model_parallel_size is not None:
+                raise ValueError(
+                    "a stage of pipeline parallelism must be one model, got virtual_pipeline_model_parallel_size "
+                    f"{gpt.config.virtual_pipeline_model_parallel_size}"
+                )
+            cores = {layer: cores.get(layer) for layer in self._stage_of}  # None for those of other stages
+        else:
+            cores = {layer: core for layer, core in cores.items() if core is not None}
+        return gpt, Layers(count, cores)
 
     def _find_tap(self) -> "_Tap":
-        return _Tap([self._attentions[layer] for layer in self.layers])
+        return _Tap([self._attentions[layer] for layer in self.layers if layer in self._attentions])
+
+    def _find_parallel(self) -> Parallel | None:
+        heads, tokens = _group_of(self.decoder, "tp", "tensor_model"), _group_of(self.decoder, "cp", "context")
+        return None if heads is None and tokens is None else Parallel(heads, tokens, "zigzag")
 
     def _query_heads(self) -> int:
         return self.decoder.config.num_attention_heads
 
     def _read_arguments(self, args: tuple, kwargs: dict) -> dict:
         given = inspect.signature(self.decoder.forward).bind_partial(*args, **kwargs).arguments
-        for name in ("inference_context", "inference_params"):
-            if given.get(name) is not None:
-                raise ValueError(f"{name} must be None, got {type(given[name]).__name__}: a cache cannot be collected")
         inputs = given.get("input_ids")
         if inputs is None:
-            inputs = given.get("decoder_input").transpose(0, 1)
-        arguments = {"input_ids": inputs, "position_ids": given.get("position_ids")}
-        packed = given.get("packed_seq_params")
-        if packed is not None:
-            bounds, padded = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
-            bounds, padded = fetch([bounds, bounds if padded is None else padded])
-            if self._cu_seqlens is None:
-                self._cu_seqlens = padded
-            if not torch.equal(bounds, padded):
-                self._leave_out_padding(bounds, padded, inputs)
+            inputs = self._hidden_states(given.get("decoder_input"))
+        positions, packed = given.get("position_ids"), given.get("packed_seq_params")
+        if packed is None:
+            arguments = {"attention_mask": self._padding(given.get("attention_mask"), len(inputs))}
+            real, cuts = None, None
         else:
-            arguments["attention_mask"] = self._padding(given.get("attention_mask"), len(inputs))
-        return arguments
+            arguments, positions = {}, None  # positions may be those of a batch that is not packed
+            real = self._read_bounds(packed)
+            cuts = self._cu_seqlens.tolist()
+        ranks = self._token_ranks()
+        if ranks is not None:
+            own = places_of("zigzag", [inputs.shape[1]] * ranks.size, cuts)[ranks.rank]
+            if positions is None or positions.shape != inputs.shape[:2]:
+                begins = [0] if cuts is None else [begin for begin, end in pairwise(cuts) for _ in range(begin, end)]
+                positions = (own - torch.tensor(begins).expand(len(own) * ranks.size)[own]).expand(len(inputs), -1)
+                positions = positions.to(inputs.device)
+            if real is not None and (self._response_mask is None or self._response_mask.shape != real.shape):
+                real = real[:, own]
+        if real is not None:  # rows of padding are not those of any map
+            real = real.to(inputs.device)
+            given_mask = self._response_mask
+            self._response_mask = real if given_mask is None or given_mask.shape != real.shape else given_mask & real
+        return arguments | {"input_ids": inputs, "position_ids": positions}
+
+    def _hidden_states(self, embeddings: Tensor | None) -> Tensor:
+        """Returns what has the batch and the tokens of a forward without token ids in its shape, [B, T, 1].
+
+        Args:
+            embeddings: [T, B, size], those of the caller; None in a later stage of a pipeline. With sequence
+                parallelism they are of a part of the tokens.
+        """
+        states = self.decoder.decoder.input_tensor if embeddings is None else embeddings
+        config = self.decoder.config
+        tokens = len(states) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        return states[0, :, :1, None].expand(-1, -1, tokens).transpose(1, 2)
+
+    def _token_ranks(self) -> Ranks | None:
+        """Returns the ranks that hold some tokens of all heads."""
+        groups = () if self._shards is None or not self._shards.of_tokens else self._shards.groups
+        return next((ranks for ranks in groups if ranks.name == "parallel.tokens"), None)
 
     def _padding(self, mask: Tensor | None, batch: int) -> Tensor | None:
         """Returns the tokens that a mask marks as such, bool [B, T], if the layers obey it and it marks padding.
@@ -90,18 +158,136 @@ class collect(collect_from_transformers):  # called like a function, and named l
         Args:
             mask: [B or 1, 1, 1 or T, T] bool, True where a key is hidden.
         """
-        attention = self._attentions[self.layers[0]]
+        attention = next(iter(self._attentions.values()))
         if mask is None or not _obeys_mask(attention.core_attention, _name(attention.attn_mask_type)):
             return None
         hidden = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=-2, dim2=-1)
         return ~hidden.expand(batch, -1)
 
-    def _leave_out_padding(self, bounds: Tensor, padded: Tensor, inputs: Tensor) -> None:
-        """Takes the padding behind each packed sequence out of R: its rows are not those of any map."""
-        position = torch.arange(inputs.shape[1])
+    def _read_bounds(self, packed: object) -> Tensor | None:
+        """Keeps where packed sequences begin and end, and returns which tokens are no padding, bool [1, T].
+
+        None stands for all of them. Padding is behind each sequence; rows of padding see it, and no others.
+        """
+        bounds, padded = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
+        bounds, padded = fetch([bounds, bounds if padded is None else padded])
+        if self._cu_seqlens is None:
+            self._cu_seqlens = padded
+        if torch.equal(bounds, padded):
+            return None
+        position = torch.arange(int(padded[-1]))
         sequence = torch.searchsorted(padded[1:], position, right=True)
-        real = (position < padded[sequence] + bounds.diff()[sequence]).to(inputs.device)[None]
-        self._response_mask = real if self._response_mask is None else self._response_mask & real
+        return (position < padded[sequence] + bounds.diff()[sequence])[None]
+
+    # ---- a call, and the end of the forward --------------------------------------------------------------------------
+
+    def listen(self, layer: int, args: tuple, kwargs: dict, out: Tensor, reader: LseReader) -> None:
+        """Takes a call of a layer's core attention that has returned."""
+        try:
+            call = _call_of(self._attentions[layer], layer, args, kwargs, out, reader)
+        except ValueError as error:
+            if self._shards is None and self._stages is None:
+                raise
+            self._failure, call = self._failure or error, None  # until the ranks tell each other
+        try:
+            if call is not None or self._shards is not None:
+                self.record(layer, call)
+        except Exception as error:
+            if self._stages is None:
+                raise
+            self._failure = self._failure or error  # a stage that left its forward would keep the next one waiting
+
+    def _finish(self, poison: Tensor | None) -> None:
+        if self._stages is None:
+            super()._finish(poison)
+            return
+        try:
+            self._settle(poison)
+        except Exception as error:
+            self._failure = self._failure or error
+
+    def _over_stages(self) -> Rhythm:
+        """Returns the rhythm of the layers of all stages, which all call it."""
+        own = [layer for layer in self.layers if self._stage_of[layer] == self._stages.rank]
+        with together([self._stages]) as facts:
+            if self._failure is not None:
+                raise self._failure
+            missing = [layer for layer in own if layer not in self.stats]
+            if self.layout is None or missing:
+                raise RuntimeError(f"no statistics of layers {missing}: no forward has finished inside the context")
+            facts |= {"layers": self.layers, "sequences": self.layout.bounds, "options": self._options | self._grouping}
+            facts |= {"tokens": tuple(self.layout.rows.shape), "groups": self.groups is not None}
+        rows = self.layout.rows
+        with self.findings.clock, isolated(rows.device):
+            if rows.is_cuda:
+                poison = self.findings.poison()
+                factors = self._stages.gather(torch.ones((), device=rows.device) if poison is None else poison)
+                self.findings.add_ranks(self._stages.name, factors)
+            stats = self.stats
+            if not own:  # a layer without heads
+                empty = rows.new_zeros(len(rows), 0, rows.shape[1], dtype=torch.float32)
+                spans = rows.new_zeros(self.layout.sequences, 0, dtype=torch.float32)
+                alone = AttentionStats(empty, empty, spans, empty)
+                stats = {0: alone if self.groups is None else GroupStats(empty.sum(1), empty.sum(1))}
+            owners = [self._stage_of[layer] for layer in self.layers]
+            counts = [owners.count(stage) for stage in range(self._stages.size)]
+            heads = _StageHeads(self._stages, counts, self._shards and self._shards.heads, self._query_heads())
+            rhythm = rhythm_of(stats, self.layout, groups=self.groups, heads=heads, **self._grouping)
+            if self.groups is None:
+                return rhythm
+            waad, fai = self._stages.sum(torch.stack([rhythm.waad, rhythm.fai]))
+            return rhythm._replace(waad=waad, fai=fai)
+
+
+class _StageHeads:
+    """Some heads of some layers among all, and the exchanges that make statistics of all: `HeadShards` over stages.
+
+    Args:
+        stages: the ranks that hold other layers.
+        counts: the number of sampled layers of each.
+        heads: this rank's heads of its layers; None for all of them.
+        query_heads: the number of heads of a layer.
+    """
+
+    def __init__(self, stages: Ranks, counts: list[int], heads: HeadShards | None, query_heads: int):
+        self._stages, self._counts, self._heads, self._query_heads = stages, counts, heads, query_heads
+        self._is_empty = counts[stages.rank] == 0
+
+    def all_heads(self, x: Tensor) -> Tensor:
+        """Returns a value of every head of every layer, [S, L, HQ], from those of this rank's."""
+        if self._is_empty:
+            x = x.new_zeros(len(x), 0, self._query_heads)
+        elif self._heads is not None:
+            x = self._heads.all_heads(x)
+        return torch.cat(self._stages.gather_uneven(x, self._counts, 1), 1)
+
+    def own_heads(self, x: Tensor) -> Tensor:
+        """Returns the values of this rank's heads of its layers among those of every head, [..., L, HQ]."""
+        if self._is_empty:
+            return x[..., :1, :0]
+        x = x.split(self._counts, -2)[self._stages.rank]
+        return x if self._heads is None else self._heads.own_heads(x)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Returns the sum over all ranks, in a fixed order: the same bits on every rank."""
+        if self._heads is not None and not self._is_empty:
+            x = self._heads.total(x)
+        return self._stages.sum(x)
+
+
+def _group_of(gpt: nn.Module, name: str, long_name: str) -> "ProcessGroup | None":
+    """Returns the ranks that share a model in one way; None where there is one.
+
+    Args:
+        name: the way in `pg_collection`: "tp", "cp" or "pp".
+        long_name: the way in `parallel_state` and, with _parallel_size, in the configuration.
+    """
+    from megatron.core import parallel_state
+
+    if getattr(gpt.config, f"{long_name}_parallel_size") == 1:
+        return None
+    group = getattr(getattr(gpt, "pg_collection", None), name, None)
+    return getattr(parallel_state, f"get_{long_name}_parallel_group")() if group is None else group
 
 
 def _find_gpt(model: object) -> nn.Module:
@@ -122,18 +308,17 @@ class _Tap:
     name = "core_attention"
 
     def __init__(self, attentions: list[nn.Module]):
-        self._attentions = {id(attention.core_attention): attention for attention in attentions}
+        self._cores = [attention.core_attention for attention in attentions]
         self._hooks: list = []
         self._running: tuple[int, LseReader] | None = None
 
-    def add(self, listener: Listener) -> None:
+    def add(self, listener: collect) -> None:
         self._listener = listener
-        for attention in self._attentions.values():
-            core = attention.core_attention
+        for core in self._cores:
             self._hooks.append(core.register_forward_pre_hook(self._before, with_kwargs=True))
             self._hooks.append(core.register_forward_hook(self._after, with_kwargs=True, always_call=True))
 
-    def remove(self, listener: Listener) -> None:
+    def remove(self, listener: collect) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -157,7 +342,7 @@ class _Tap:
         (layer, reader), self._running = self._running, None
         reader.__exit__(None, None, None)
         if out is not None:  # None if the module has failed
-            self._listener.record(layer, _call_of(self._attentions[id(core)], layer, args, kwargs, out, reader))
+            self._listener.listen(layer, args, kwargs, out, reader)
 
 
 def _call_of(attention: nn.Module, layer: int, args: tuple, kwargs: dict, out: Tensor, reader: LseReader) -> Call:

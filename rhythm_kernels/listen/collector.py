@@ -277,7 +277,14 @@ class Collector:
                 self._finish(poison)
 
     def _finish(self, poison: Tensor | None) -> None:
-        """Makes sums over the heads of all ranks, which all call it once.
+        """Makes the rhythm of the heads of all ranks, which all call it once; `poison` is that of `_settle`."""
+        self._settle(poison)
+        if sorted(self.stats) == self.layers:  # else `rhythm` says which are missing
+            groups, heads = self.groups, self._shards.heads
+            self._rhythm = rhythm_of(self.stats, self.layout, groups=groups, heads=heads, **self._grouping)
+
+    def _settle(self, poison: Tensor | None) -> None:
+        """Raises an error of this forward on all ranks, and makes sums over known groups of the heads of all ranks.
 
         Args:
             poison: what this rank's statistics were multiplied with on a GPU, else None.
@@ -286,14 +293,10 @@ class Collector:
             if self._failure is not None:
                 raise self._failure
             facts["layers whose attention was called"] = sorted(self.stats)
-        if sorted(self.stats) != self.layers:
-            return  # `rhythm` says which are missing
         for ranks in self._shards.groups if poison is not None else ():
             self.findings.add_ranks(ranks.name, ranks.gather(poison))
-        heads = self._shards.heads
-        if self.groups is not None:
-            self.stats = _total(self.stats, heads)
-        self._rhythm = rhythm_of(self.stats, self.layout, groups=self.groups, heads=heads, **self._grouping)
+        if self.groups is not None and self.stats:
+            self.stats = _total(self.stats, self._shards.heads)
 
     def layer_of(self, module: nn.Module) -> int | None:
         """Returns which sampled layer this call of an attention module is; None for others, and outside the forward."""
