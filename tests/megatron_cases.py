@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import inspect
+import itertools
+import re
 import warnings
 from collections.abc import Iterator
 from unittest import mock
@@ -31,6 +33,7 @@ def without_cuda() -> Iterator[None]:
         warnings.simplefilter("ignore", UserWarning)  # one for each package that is not there
         from megatron.core import tensor_parallel
         from megatron.core.fusions import fused_softmax
+        from megatron.core.models.common.embeddings import rotary_pos_embedding
         from megatron.core.tensor_parallel import layers, random
         from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -47,10 +50,16 @@ def without_cuda() -> Iterator[None]:
         replace(random, "_set_all_rng_states", torch.set_rng_state)
         replace(fused_softmax, "get_default_causal_mask", lambda tokens: _hidden(tokens, tokens, (tokens, 0)))
         replace(fused_softmax, "get_sliding_window_causal_mask", _hidden)
+        replace(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _own_positions)
         replace(multi_latent_attention, "HAVE_TE", False)  # it believes that Transformer Engine is there
         # torch's norms are refused with sequence parallelism, since their gradients need a sum over the ranks
         replace(WrappedTorchNorm, "__new__", lambda cls, hidden_size, eps, **_: nn.RMSNorm(hidden_size, eps))
         yield
+
+
+def _own_positions(table: Tensor, dim: int, group) -> Tensor:
+    """Returns the rows of a rotary table at the places of a rank's tokens."""
+    return table.index_select(dim, places([0, table.shape[dim]], group.size())[group.rank()])
 
 
 def _hidden(rows: int, keys: int, window: tuple[int, int]) -> Tensor:
@@ -178,7 +187,7 @@ class FusedCore(nn.Module):
                 scale=self.scale,
                 enable_gqa=True,
             )
-            for begin, end in zip(cuts, cuts[1:])
+            for begin, end in itertools.pairwise(cuts)
         ]
         out = torch.cat(parts, 2).transpose(1, 2)[:, own].flatten(2)  # [B, T of this rank, HQ D]
         return out.transpose(0, 1).contiguous() if packed_seq_params is None else out[0]
@@ -187,7 +196,7 @@ class FusedCore(nn.Module):
 def places(cuts: list[int], size: int) -> list[Tensor]:
     """Returns the place of each token of each rank in the whole row, as Megatron cuts every sequence."""
     order = [[] for _ in range(size)]
-    for begin, end in zip(cuts, cuts[1:]):
+    for begin, end in itertools.pairwise(cuts):
         runs = torch.arange(begin, end).chunk(2 * size) if size > 1 else [torch.arange(begin, end)]
         for rank in range(size):
             order[rank] += [runs[rank], runs[-1 - rank]] if size > 1 else runs
@@ -214,6 +223,14 @@ class Watched:
         given = inspect.signature(core.forward).bind(*args, **kwargs).arguments
         q, k = (x if x.ndim == 4 else x[:, None] for x in (given["query"], given["key"]))
         self.inputs[layer] = q.detach().permute(1, 2, 0, 3), k.detach().permute(1, 2, 0, 3)
+
+
+def fill_stage(model, full) -> None:
+    """Copies the weights of a full model into a stage of a pipeline, whose layers count from 0 again."""
+    weights = full.state_dict()
+    first = model.decoder.layers[0].layer_number - 1
+    names = {name: re.sub(r"(?<=layers\.)\d+", lambda n: str(int(n[0]) + first), name) for name in model.state_dict()}
+    model.load_state_dict({name: weights[source] for name, source in names.items()})
 
 
 def positions(ids: Tensor) -> Tensor:

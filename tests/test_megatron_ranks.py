@@ -6,7 +6,7 @@ Each head's statistics keep the bits that one rank computes from the same querie
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_cases import HEADS, FusedCore, Watched, gpt, megatron_groups, places, positions
+from megatron_cases import HEADS, FusedCore, Watched, fill_stage, gpt, megatron_groups, places, positions
 from ranks import Raised, on_ranks, preload
 
 from rhythm_kernels import HeadGroups, Rhythm, attention_stats, group_heads
@@ -55,12 +55,15 @@ def forward(packed=False, grouped=False, made=None, sizes=None, layers=5, whole_
         stage, stages = parallel_state.get_pipeline_model_parallel_rank(), sizes.get("pipeline_model_parallel_size", 1)
         tp, cp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
         model = gpt(stages=(stage == 0, stage == stages - 1), **(made or {}))
+        if stages > 1:
+            fill_stage(model, gpt(pipeline_model_parallel_size=1, **(made or {})))
         watched = Watched(model)
         ids, response = batch(packed)
         own = places(CUTS if packed else [0, TOKENS], cp.size())[cp.rank()]
         groups = known_groups() if grouped else None
         mask = response if whole_mask else response[:, own]
-        with torch.no_grad(), megatron.collect(model, layers=layers, response_mask=mask, groups=groups) as c:
+        arguments = {"layers": layers, "response_mask": mask, "groups": groups, "lse": "own"}
+        with torch.no_grad(), megatron.collect(model, **arguments) as c:
             if stage > 0:
                 received = torch.empty(TOKENS // (tp.size() if model.config.sequence_parallel else 1), len(ids), 64)
                 dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
@@ -80,7 +83,9 @@ def forward(packed=False, grouped=False, made=None, sizes=None, layers=5, whole_
         check_heads(c, watched, response, packed, groups, tp, cp)
         if stage == stages - 1:
             out = torch.cat(gathered(out, tp, -1), -1)
-            out = torch.cat(gathered(out, cp, 1), 1)[:, torch.cat(places(CUTS if packed else [0, TOKENS], cp.size())).argsort()]
+            out = torch.cat(gathered(out, cp, 1), 1)[
+                :, torch.cat(places(CUTS if packed else [0, TOKENS], cp.size())).argsort()
+            ]
         return (rhythm.waad, rhythm.fai, rhythm.spans, *rhythm.groups), (out if stage == stages - 1 else None)
 
 
@@ -141,3 +146,30 @@ def forward_by_name(arguments: dict):
 def test_tensor_parallelism(size, sequence_parallel, grouped):
     made = {"sequence_parallel": sequence_parallel}
     check(size, sizes={"tensor_model_parallel_size": size}, made=made, grouped=grouped)
+
+
+def test_key_heads_fewer_than_ranks():
+    check(4, sizes={"tensor_model_parallel_size": 4}, made={"num_query_groups": 2})
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["own groups", "known groups"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("whole_mask", [False, True], ids=["own mask", "whole mask"])
+def test_context_parallelism(packed, grouped, whole_mask):
+    made = {"core": FusedCore}
+    check(2, sizes={"context_parallel_size": 2}, made=made, packed=packed, grouped=grouped, whole_mask=whole_mask)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_tensor_and_context_parallelism(packed):
+    sizes = {"tensor_model_parallel_size": 2, "context_parallel_size": 2}
+    check(4, sizes=sizes, made={"core": FusedCore, "sequence_parallel": True}, packed=packed)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["own groups", "known groups"])
+@pytest.mark.parametrize("layers", [5, [0, 1, 2]], ids=["on both stages", "on the first stage"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_pipeline_parallelism(tp, layers, grouped):
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 2}
+    made = {"sequence_parallel": tp > 1}
+    check(2 * tp, sizes=sizes, made=made, layers=layers, grouped=grouped)

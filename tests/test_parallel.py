@@ -1,6 +1,5 @@
 """Statistics of a model whose tokens or heads lie on several ranks, against those of one rank."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -133,14 +132,16 @@ def heads_of_a_model(packed, grouped, lse="auto"):
     options, groups = options_of(grouped), groups_of(model) if grouped else None
     seen = watch_inputs()
     parallel = Parallel(heads=mesh["tp"])
-    with torch.no_grad(), collect(
-        model, response_mask=row.response, parallel=parallel, groups=groups, lse=lse, **options
-    ) as c:
+    with (
+        torch.no_grad(),
+        collect(model, response_mask=row.response, parallel=parallel, groups=groups, lse=lse, **options) as c,
+    ):
         model(row.ids, attention_mask=row.mask, position_ids=row.positions, use_cache=False)
     assert c.own_tokens is None
     size = 8 // dist.get_world_size()
     inputs = {
-        layer: tuple(None if x is None else all_heads(x) for x in given) for layer, given in zip(c.layers, seen, strict=True)
+        layer: tuple(None if x is None else all_heads(x) for x in given)
+        for layer, given in zip(c.layers, seen, strict=True)
     }
     own = list(range(dist.get_rank() * size, (dist.get_rank() + 1) * size))
     compare(c, row, inputs, own, options, groups)
@@ -168,9 +169,10 @@ def tokens_and_heads():
     model, _ = model_over(row, num_attention_heads=8, num_key_value_heads=4)
     split_over_heads(model, mesh["tp"])
     options, seen = options_of(grouped=False), watch_inputs()
-    with torch.no_grad(), collect(
-        model, response_mask=row.part(row.response), parallel=Parallel(mesh["tp"], mesh["cp"]), **options
-    ) as c:
+    with (
+        torch.no_grad(),
+        collect(model, response_mask=row.part(row.response), parallel=Parallel(mesh["tp"], mesh["cp"]), **options) as c,
+    ):
         model(row.part(row.ids), attention_mask=row.part(row.mask), position_ids=row.part(row.positions))
     tp, cp = mesh["tp"].get_local_rank(), mesh["cp"].get_local_rank()
     inputs = {layer: (*(all_heads(x, order=(0, 2, 1, 3)) for x in qk), None) for layer, (*qk, _) in zip(c.layers, seen)}
