@@ -114,9 +114,9 @@ def test_packing_is_read_from_positions_where_the_mask_keeps_sequences_apart():
         megatron.collect(model),
     ):
         model(ids, positions(ids), hidden_mask(segments))
-    with pytest.raises(ValueError, match="does not attend as collect assumes"), torch.no_grad():
-        with megatron.collect(model):
-            model(ids, restarting, None)
+    attends = pytest.raises(ValueError, match="does not attend as collect assumes")
+    with attends, torch.no_grad(), megatron.collect(model):
+        model(ids, restarting, None)
 
 
 def packed(cuts: torch.Tensor, padded: torch.Tensor | None = None):
