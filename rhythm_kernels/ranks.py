@@ -119,7 +119,7 @@ class Ranks:
         Returns:
             why the ranks cannot go on; None if they can.
         """
-        text = (f"!{failed}" if failed else said).encode()
+        text = (f"!{failed}" if failed else f"={said}").encode()
         own = [len(text), int.from_bytes(hashlib.sha256(text).digest()[:7])]
         told = self.numbers(*own)
         if not failed and all(other == own for other in told):
@@ -128,7 +128,7 @@ class Ranks:
         texts = [bytes(x.cpu().numpy()).decode() for x in self.gather_uneven(content, [n for n, _ in told], 0)]
         failures = {rank: told[1:] for rank, told in enumerate(texts) if told.startswith("!")}
         named = "; ".join(f"rank {rank} of {self.name}: {why}" for rank, why in failures.items())
-        return named or self._differences(texts)
+        return named or self._differences([told[1:] for told in texts])
 
     def _talking_device(self) -> torch.device:
         """Returns the CPU if this group has a backend for it, so that the host need not wait for a GPU."""

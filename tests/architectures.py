@@ -42,9 +42,9 @@ class Architecture(NamedTuple):
     softmax: tuple[int, ...] = tuple(range(6))
     """Its layers with an attention map."""
 
-    def build(self, attention: str):
+    def build(self, attention: str, **sizes):
         model_class = getattr(transformers, self.name, None) or getattr(transformers, f"{self.name}ForCausalLM")
-        config = model_class.config_class(**SIZES | self.options)
+        config = model_class.config_class(**SIZES | self.options | sizes)
         torch.manual_seed(1)
         return model_class._from_config(config, attn_implementation=attention).eval()
 

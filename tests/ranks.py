@@ -2,8 +2,10 @@
 
 import datetime
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 
@@ -12,6 +14,9 @@ import torch.distributed as dist
 
 SECONDS = 120
 """After which ranks that wait for each other count as hanging."""
+
+SECONDS_BEHIND = 20
+"""After which the others hang where one has raised."""
 
 # one process imports the libraries, and the ranks are copies of it
 _context = multiprocessing.get_context("forkserver")
@@ -45,12 +50,17 @@ def on_ranks(size: int, function: Callable, *args) -> list:
         ]
         for process in processes:
             process.start()
-        returned = []
+        returned: list = [None] * size
+        pipes = {own: rank for rank, (own, _) in enumerate(ends)}
+        until = time.monotonic() + SECONDS
         try:
-            for rank, (own, of_rank) in enumerate(ends):
-                of_rank.close()
-                assert own.poll(SECONDS), f"rank {rank} of {size} hangs"
-                returned.append(own.recv())
+            while pipes:
+                ready = multiprocessing.connection.wait(list(pipes), until - time.monotonic())
+                assert ready, f"ranks {sorted(pipes.values())} of {size} hang; the others returned {returned}"
+                for pipe in ready:
+                    returned[pipes[pipe]] = pipe.recv()
+                    if isinstance(returned[pipes.pop(pipe)], Raised):
+                        until = min(until, time.monotonic() + SECONDS_BEHIND)
         finally:
             for process in processes:
                 process.kill()
@@ -68,4 +78,5 @@ def _rank(rank: int, size: int, folder: str, pipe, function: Callable, args: tup
     except Exception as error:
         result = Raised(type(error).__name__, str(error), traceback.format_exc())
     pipe.send(result)
-    pipe.recv()  # until it is killed: a rank that ends earlier closes its connections to the others
+    if not isinstance(result, Raised):
+        pipe.recv()  # until it is killed: a rank that ends earlier closes its connections to the others

@@ -2,14 +2,18 @@
 
 import torch
 import torch.distributed as dist
-from models import llama
+from architectures import ARCHITECTURES
+from models import llama, qwen3
 from torch import Tensor
 from transformers import AttentionInterface
 
 from rhythm_kernels.listen import collector
 from rhythm_kernels.listen.shards import places_of
+from rhythm_kernels.listen.taps import _eager_function
+from rhythm_kernels.statistics.options import Options
 
 TOKENS = 96
+SMALL = {"llama": llama, "qwen3": qwen3}
 
 
 class Row:
@@ -26,7 +30,7 @@ class Row:
     def __init__(self, order="contiguous", cuts=None, sizes=None, by_sequence=False, group=None):
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         torch.manual_seed(0)
-        self.group = group
+        self.group, self.by_sequence = group, by_sequence
         self.cuts = cuts
         rows = 1 if cuts else 2
         self.ids = torch.randint(0, 61, (rows, TOKENS))
@@ -44,6 +48,20 @@ class Row:
         self.places = places_of(order, sizes or [TOKENS // ranks] * ranks, cuts if by_sequence else None)
         self.own = self.places[rank]
 
+    def mask_of(self, sliding_window: int | None) -> Tensor:
+        """Returns what eager attention adds to the scores, [B, 1, T, T]."""
+        t = torch.arange(TOKENS)
+        sees = (t[:, None] >= t)[None]
+        if sliding_window is not None:
+            sees = sees & (t[:, None] - t < sliding_window)
+        if self.cuts:
+            segment = torch.bucketize(t, torch.tensor(self.cuts[1:]), right=True)
+            sees = sees & (segment[:, None] == segment)
+        if self.mask is not None:
+            sees = sees & self.mask.bool()[:, None, :]
+        sees = sees | torch.eye(TOKENS, dtype=torch.bool)
+        return torch.where(sees, 0.0, torch.finfo(torch.float32).min)[:, None]
+
     def part(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x[..., self.own]
 
@@ -57,42 +75,35 @@ def gathered(x: Tensor, places: list[Tensor], dim: int, group=None) -> Tensor:
 
 
 class GatheringAttention:
-    """Attention over a row of which each rank has a part: it gathers q, k and v, and keeps the rank's own outputs.
+    """Eager attention over a row of which each rank has a part: it gathers q, k and v, and keeps the rank's outputs.
 
     It stands for ring attention, which returns the same outputs.
     """
 
     def __init__(self, row: Row):
-        self.row, self.wholes = row, []
+        self.row = row
 
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, **_):
+    def __call__(self, module, query, key, value, attention_mask, **kwargs):
         q, k, v = (gathered(x, self.row.places, 2, self.row.group) for x in (query, key, value))
-        self.wholes.append((q, k))
-        out = whole_attention(q, k, v, self.row, scaling)
-        return out[:, :, self.row.own].transpose(1, 2).contiguous(), None
+        mask = self.row.mask_of(kwargs.get("sliding_window")).to(q.dtype)
+        out, _ = _eager_function(type(module))(module, q, k, v, mask, **kwargs)
+        return out[:, self.row.own].contiguous(), None
 
 
-def whole_attention(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float | None) -> Tensor:
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    t = torch.arange(q.shape[2])
-    sees = (t[:, None] >= t)[None]
-    if row.cuts:
-        segment = torch.bucketize(t, torch.tensor(row.cuts[1:]), right=True)
-        sees = sees & (segment[:, None] == segment)
-    if row.mask is not None:
-        sees = sees & row.mask.bool()[:, None, :]
-    sees = sees | torch.eye(len(t), dtype=torch.bool)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, sees[:, None], scale=scale)
-
-
-def model_over(row: Row, **sizes) -> tuple[torch.nn.Module, GatheringAttention]:
-    attention = GatheringAttention(row)
-    AttentionInterface.register("gathering", attention)
-    torch.manual_seed(1)
-    model = llama(**sizes)
+def sharded_model(row: Row, name: str, **sizes) -> torch.nn.Module:
+    """Returns a model that attends over a row of which each rank has a part."""
+    AttentionInterface.register("gathering", GatheringAttention(row))
+    model = build(name, **sizes)
     model.config._attn_implementation = "gathering"
-    return model, attention
+    return model
+
+
+def build(name: str, **sizes) -> torch.nn.Module:
+    """Returns a model with eager attention, of these sizes."""
+    if name not in SMALL:
+        return ARCHITECTURES[name].build("eager", **sizes)
+    torch.manual_seed(1)
+    return SMALL[name]("eager", **sizes)
 
 
 def split_over_heads(model: torch.nn.Module, mesh) -> None:
@@ -105,14 +116,14 @@ def split_over_heads(model: torch.nn.Module, mesh) -> None:
         parallelize_module(layer, mesh, plan)
 
 
-def watch_inputs() -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Returns a list that gets the q, k and log-sum-exp that statistics are computed from, layer by layer."""
-    seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
+def watch_inputs() -> list[tuple[Tensor, Tensor, Tensor | None, Options]]:
+    """Returns a list that gets the q, k, log-sum-exp and options that statistics are computed from, layer by layer."""
+    seen: list[tuple[Tensor, Tensor, Tensor | None, Options]] = []
     for name in ("run_stats", "run_group_stats"):
         original = getattr(collector, name)
 
         def watching(q, k, lse, *rest, original=original):
-            seen.append((q, k, lse))
+            seen.append((q, k, lse, next(x for x in rest if isinstance(x, Options))))
             return original(q, k, lse, *rest)
 
         setattr(collector, name, watching)

@@ -376,6 +376,17 @@ def test_layers_that_change_between_two_contexts_are_found(change):
     assert list(layers_of(model.model).attention.values()) == own
 
 
+def test_a_stage_of_a_pipeline_is_refused():
+    """It would look like a hybrid with fewer softmax layers."""
+    from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
+
+    model = llama()
+    for layer in (0, 1, 2):
+        model.model.layers[layer] = PipelineIdentityLayer()
+    with pytest.raises(ValueError, match="all its layers on one rank, got 3 that pipeline parallelism put on others"):
+        collect(model)
+
+
 def test_what_cannot_be_collected_is_refused():
     model = llama()
     ids, real, response = batch_inputs("left")

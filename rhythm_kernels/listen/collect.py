@@ -68,8 +68,8 @@ class collect(Collector):  # called like a function, and named like one
             their last bits. "own": always a row pass.
         parallel: the ranks that share this model's attention, by heads or by tokens; see `Parallel`. If None, those of
             tensor parallelism are found where weights of attention are split over a mesh dimension named "tp". All of
-            them open a context with the same arguments, and run the forward. `stats` then has the heads of this rank, and
-            `rhythm()` is of all heads and the same on all ranks. Where ranks have some tokens, both are of whole
+            them open a context with the same arguments, and run the forward. `stats` then has the heads of this rank,
+            and `rhythm()` is of all heads and the same on all ranks. Where ranks have some tokens, both are of whole
             rows: T is that of the whole row, and `own_tokens` are the places of this rank's. `response_mask` may be
             of this rank's tokens or of the whole row, the forward's position_ids are needed, and each sampled layer's
             q, k, v and output travel once. An error on one rank is raised on all.

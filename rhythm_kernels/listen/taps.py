@@ -26,6 +26,9 @@ NOT_WHOLE = "rhythm_kernels reads attention here: compile the model without full
 SHARDING = ("deepspeed", "ring_flash_attn", "torch.distributed")
 """Packages that replace the attention function by one that computes a sequence on several ranks."""
 
+ELSEWHERE = "PipelineIdentityLayer"
+"""What transformers' pipeline parallelism puts in place of a layer of another rank."""
+
 
 class Call(NamedTuple):
     """One call of a model's attention function, after it has returned."""
@@ -225,7 +228,16 @@ class _Tree:
         return [(module, layers) for module, layers in found if layers.attention]
 
     def layers(self, root: int) -> Layers:
-        """Returns the layers of the decoder at an index, as `layers_of` describes them."""
+        """Returns the layers of the decoder at an index, as `layers_of` describes them.
+
+        Raises:
+            ValueError: another rank has some of them.
+        """
+        elsewhere = sum(cls.__name__ == ELSEWHERE for cls in self._classes[root : self.ends[root]])
+        if elsewhere:
+            raise ValueError(
+                f"model must have all its layers on one rank, got {elsewhere} that pipeline parallelism put on others"
+            )
         inside = [index for index in self._attending if root <= index < self.ends[root]]
         own = [i for i in inside if not _looks_elsewhere("" if i == root else self.keys[i], self._classes[i])]
         # cross-attention is marked as not causal; where no layer is marked as causal, masks may make all of them so
