@@ -68,7 +68,8 @@ class Ranks:
         """Returns the tensor of each rank, all of one shape."""
         flat = _bytes_of(x)
         received = flat.new_empty(self.size * flat.numel())
-        dist.all_gather_into_tensor(received, flat, group=self.group)
+        # torch 2.13 has another name for it, and warns of this one
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(received, flat, group=self.group)
         self.sent += (self.size - 1) * flat.numel()
         return [part.view(x.dtype).view(x.shape) for part in received.view(self.size, flat.numel())]
 

@@ -254,12 +254,21 @@ def test_a_rollout_ends_at_the_limit_of_its_sequence(model, ids, shared):
     assert roll_out(model, TOKENIZER, [], alternatives=1) == []
 
 
-def test_layers_that_do_not_see_all_tokens_get_batches_of_their_own(ids, monkeypatch):
+@pytest.mark.parametrize("shared", [True, False], ids=["one batch", "a batch for each position"])
+def test_layers_with_windows_begin_from_no_cache(ids, shared, monkeypatch):
     monkeypatch.setattr(rollouts, "_on_one_cache", lambda *_: pytest.fail("one cache for all places"))
+    batches, generated = [], rollouts.generate
+
+    def counted(model, tokenizer, prompts, **options):
+        batches.append(len(prompts))
+        return generated(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(rollouts, "generate", counted)
     sliding = tiny_model(use_sliding_window=True, sliding_window=6, max_window_layers=2)
     options = {"alternatives": 2, "new_tokens": 5, "refused": set()}
-    (forks,) = roll_out(sliding, TOKENIZER, [Start(ids.tolist(), [9, 30], 512)], **options)
+    (forks,) = roll_out(sliding, TOKENIZER, [Start(ids.tolist(), [9, 30], 512)], **options, shared=shared)
     check_forks(sliding, ids, forks, [9, 30], **options)
+    assert batches == ([6] if shared else [3, 3])
 
 
 @pytest.mark.parametrize("sizes", [{}, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}])

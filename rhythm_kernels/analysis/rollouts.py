@@ -76,9 +76,9 @@ def roll_out(
         alternatives: the number of alternatives at each position.
         new_tokens: the largest number of tokens after the forked one; None: up to the limit of the sequence.
         refused: tokens that are never alternatives, beside those that end an answer.
-        shared: whether all continuations share one batch, which begins from the caches of the sequences. Needs layers
-            that see all tokens: with a sliding window or a recurrent state, each position gets its own batch, which
-            computes its prefix for every row.
+        shared: whether all continuations share one batch. It begins from the caches of the sequences where all layers
+            see all tokens; with sliding windows it computes the prefix of every row. With a recurrent state, which
+            padding would change, each position has its own batch in any case.
         progress: is called with 1 for each token by which a batch has grown.
 
     Returns:
@@ -137,7 +137,8 @@ def continue_rows(
     ends = end_tokens(model)
     if shared and all(map(_sees_all, caches)):
         return _on_one_cache(model, caches, rows, ends, temperature, progress)
-    return _position_by_position(model, tokenizer, sequences, rows, ends, temperature, progress)
+    shared = shared and all(map(_only_attends, caches))
+    return _from_the_beginning(model, tokenizer, sequences, rows, ends, temperature, shared, progress)
 
 
 @torch.no_grad()
@@ -179,18 +180,31 @@ def _sees_all(cache) -> bool:
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def _position_by_position(
-    model, tokenizer, sequences: list[list[int]], rows: list[Row], ends: set[int], temperature: float, progress
+def _only_attends(cache) -> bool:
+    """Returns whether padding before a sequence, which is masked, leaves its states as they are."""
+    return isinstance(cache, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+
+
+def _from_the_beginning(
+    model,
+    tokenizer,
+    sequences: list[list[int]],
+    rows: list[Row],
+    ends: set[int],
+    temperature: float,
+    shared: bool,
+    progress,
 ) -> list[list[int]]:
-    """Continues the rows of each position of a sequence as one batch."""
+    """Continues rows without a cache of their sequences: all in one batch if `shared`, else position by position."""
     grown: list[list[int]] = [[] for _ in rows]
-    for (sequence, position, room), group in groupby(enumerate(rows), lambda one: (*one[1][:2], one[1].new_tokens)):
-        going = [(index, row.token) for index, row in group if room and row.token not in ends]
-        prompts = [[*sequences[sequence][:position], token] for _, token in going]
+    for _, group in groupby(enumerate(rows), lambda one: None if shared else (*one[1][:2], one[1].new_tokens)):
+        going = [(index, row) for index, row in group if row.new_tokens and row.token not in ends]
+        prompts = [[*sequences[row.sequence][: row.position], row.token] for _, row in going]
         if prompts:
-            options = {"max_new_tokens": room, "temperature": temperature, "progress": progress}
-            for (index, _), tokens in zip(going, generate(model, tokenizer, prompts, **options), strict=True):
-                grown[index] = tokens
+            most = max(row.new_tokens for _, row in going)
+            options = {"max_new_tokens": most, "temperature": temperature, "progress": progress}
+            for (index, row), tokens in zip(going, generate(model, tokenizer, prompts, **options), strict=True):
+                grown[index] = tokens[: row.new_tokens]
     return grown
 
 
