@@ -412,7 +412,7 @@ def _scale_of(attention: nn.Module) -> float | None:
     if own_softmax is not None:  # Megatron's own core may divide by the layer's number, and its softmax multiplies
         return attention.core_attention.softmax_scale * (own_softmax.scale or 1)
     latent = getattr(attention, "softmax_scale", None)  # multi-latent attention's
-    return attention.config.softmax_scale if latent is None else latent
+    return getattr(attention.config, "softmax_scale", None) if latent is None else latent
 
 
 def _window_of(core: nn.Module) -> int | None:
@@ -428,8 +428,9 @@ def _name(mask_type: object) -> str:
 
 def _obeys_mask(core: nn.Module, mask_type: str) -> bool:
     """Returns whether a core uses the attention_mask that it is passed."""
-    own_softmax = getattr(core, "scale_mask_softmax", None)
-    return mask_type not in ("causal", "no_mask") if own_softmax is None else own_softmax.window_size is None
+    if hasattr(core, "scale_mask_softmax"):  # Megatron's own: its window makes a mask of its own
+        return _window_of(core) is None
+    return mask_type not in ("causal", "no_mask")
 
 
 def _mask_of(attention: nn.Module, layer: int, given: dict, tokens: int) -> Tensor | None:
