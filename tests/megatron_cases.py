@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 LAYERS, HEADS, KEY_HEADS, HIDDEN, VOCABULARY = 6, 8, 4, 64, 61
 
@@ -55,6 +56,14 @@ def without_cuda() -> Iterator[None]:
         # torch's norms are refused with sequence parallelism, since their gradients need a sum over the ranks
         replace(WrappedTorchNorm, "__new__", lambda cls, hidden_size, eps, **_: nn.RMSNorm(hidden_size, eps))
         yield
+
+
+class cpu_for_cuda(TorchFunctionMode):
+    """A context in which tensors for "cuda" are made on the CPU: schedules count tokens there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(*args, **kwargs | ({"device": "cpu"} if kwargs.get("device") == "cuda" else {}))
 
 
 def _own_positions(table: Tensor, dim: int, group) -> Tensor:

@@ -8,7 +8,18 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_cases import HEADS, HIDDEN, FusedCore, Watched, fill_stage, gpt, megatron_groups, places, positions
+from megatron_cases import (
+    HEADS,
+    HIDDEN,
+    FusedCore,
+    Watched,
+    cpu_for_cuda,
+    fill_stage,
+    gpt,
+    megatron_groups,
+    places,
+    positions,
+)
 from ranks import Raised, on_ranks, preload
 
 from rhythm_kernels import HeadGroups, attention_stats, group_heads
@@ -209,6 +220,42 @@ def test_pipeline_parallelism_with_sampled_layers_on_stages(tp, layers, grouped)
 def test_pipeline_and_context_parallelism():
     sizes = {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}
     check(4, sizes=sizes, made={"core": FusedCore}, kind="packed")
+
+
+def batches_of_a_schedule(stages: int) -> list[tuple[torch.Tensor, ...]]:
+    """Runs three micro-batches by Megatron's own schedule; returns WAAD, FAI and the groups of each."""
+    with megatron_groups(pipeline_model_parallel_size=stages):
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        case = Case("rows")
+        model = case.model(batch_p2p_comm=False)
+        contexts = []
+
+        def forward_step(iterator, model):
+            ids = next(iterator)
+            with megatron.collect(model) as c:
+                out = model(ids, positions(ids), None)
+            contexts.append(c)
+            return out, lambda out: (out.sum(), {})
+
+        ids = torch.randint(0, 61, (3, 2, TOKENS), generator=torch.Generator().manual_seed(4))
+        run = get_forward_backward_func()
+        sizes = {"num_microbatches": 3, "seq_length": TOKENS, "micro_batch_size": 2, "forward_only": True}
+        with torch.no_grad(), cpu_for_cuda():
+            run(forward_step_func=forward_step, data_iterator=iter(ids), model=model, **sizes)
+        return [(*c.rhythm()[:2], *c.rhythm().groups) for c in contexts]
+
+
+def test_a_context_for_each_micro_batch_of_a_schedule():
+    [alone] = on_ranks(1, batches_of_a_schedule, 1)
+    returned = on_ranks(2, batches_of_a_schedule, 2)
+    for rank in (alone, *returned):
+        assert not isinstance(rank, Raised), rank.args[2]
+    for rank in returned:
+        for (waad, fai, *groups), (waad_alone, fai_alone, *groups_alone) in zip(rank, alone, strict=True):
+            torch.testing.assert_close(waad, waad_alone, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(fai, fai_alone, rtol=1e-5, atol=1e-6)
+            assert all(map(torch.equal, groups, groups_alone))
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -84,21 +84,22 @@ class collect(collect_from_transformers):  # called like a function, and named l
         cores = {layer: getattr(attention, "core_attention", None) for layer, attention in self._attentions.items()}
         group = _group_of(gpt, "pp", "pipeline_model")
         self._stages = None if group is None else Ranks("the pipeline's stages", group)
-        if self._stages is not None:
-            has_layers = self._stages.numbers(*(cores.get(layer) is not None for layer in range(count)))
-            self._stage_of = {layer: owners.index(1) for layer, owners in enumerate(zip(*has_layers)) if 1 in owners}
-            if gpt.config.virtual_pipeline_model_parallel_size is not None:
-                raise ValueError(
-                    "a stage of pipeline parallelism must be one model, got virtual_pipeline_model_parallel_size "
-                    f"{gpt.config.virtual_pipeline_model_parallel_size}"
-                )
-            cores = {layer: cores.get(layer) for layer in self._stage_of}  # None for those of other stages
-        else:
-            cores = {layer: core for layer, core in cores.items() if core is not None}
-        return gpt, Layers(count, cores)
+        self._cores = {layer: core for layer, core in cores.items() if core is not None}
+        if self._stages is None:
+            return gpt, Layers(count, self._cores)
+        parts = gpt.config.virtual_pipeline_model_parallel_size
+        if parts is not None:
+            raise ValueError(
+                f"a stage of a pipeline must be one model, got virtual_pipeline_model_parallel_size {parts}"
+            )
+        without = sorted(set(cores) - set(self._cores))
+        if without:
+            self._failure = ValueError(f"a pipeline must have core_attention in all layers, {without} have none")
+        # other stages have the others; they are not asked here, since they may be waiting for this one's forward
+        return gpt, Layers(count, {layer: self._cores.get(layer) for layer in range(count)})
 
     def _find_tap(self) -> "_Tap":
-        return _Tap([self._attentions[layer] for layer in self.layers if layer in self._attentions])
+        return _Tap([self._cores[layer] for layer in self.layers if layer in self._cores])
 
     def _find_parallel(self) -> Parallel | None:
         heads, tokens = _group_of(self.decoder, "tp", "tensor_model"), _group_of(self.decoder, "cp", "context")
@@ -158,8 +159,8 @@ class collect(collect_from_transformers):  # called like a function, and named l
         Args:
             mask: [B or 1, 1, 1 or T, T] bool, True where a key is hidden.
         """
-        attention = next(iter(self._attentions.values()))
-        if mask is None or not _obeys_mask(attention.core_attention, _name(attention.attn_mask_type)):
+        layer, core = next(iter(self._cores.items()))
+        if mask is None or not _obeys_mask(core, _name(self._attentions[layer].attn_mask_type)):
             return None
         hidden = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=-2, dim2=-1)
         return ~hidden.expand(batch, -1)
@@ -208,7 +209,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
 
     def _over_stages(self) -> Rhythm:
         """Returns the rhythm of the layers of all stages, which all call it."""
-        own = [layer for layer in self.layers if self._stage_of[layer] == self._stages.rank]
+        own = [layer for layer in self.layers if layer in self._cores]
         with together([self._stages]) as facts:
             if self._failure is not None:
                 raise self._failure
@@ -229,8 +230,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
                 spans = rows.new_zeros(self.layout.sequences, 0, dtype=torch.float32)
                 alone = AttentionStats(empty, empty, spans, empty)
                 stats = {0: alone if self.groups is None else GroupStats(empty.sum(1), empty.sum(1))}
-            owners = [self._stage_of[layer] for layer in self.layers]
-            counts = [owners.count(stage) for stage in range(self._stages.size)]
+            counts = [count for [count] in self._stages.numbers(len(own))]
             heads = _StageHeads(self._stages, counts, self._shards and self._shards.heads, self._query_heads())
             rhythm = rhythm_of(stats, self.layout, groups=self.groups, heads=heads, **self._grouping)
             if self.groups is None:
@@ -307,8 +307,8 @@ class _Tap:
 
     name = "core_attention"
 
-    def __init__(self, attentions: list[nn.Module]):
-        self._cores = [attention.core_attention for attention in attentions]
+    def __init__(self, cores: list[nn.Module]):
+        self._cores = cores
         self._hooks: list = []
         self._running: tuple[int, LseReader] | None = None
 
