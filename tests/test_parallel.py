@@ -1,11 +1,15 @@
 """Statistics of a model whose heads or tokens lie on several ranks, against those of one rank."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import Raised, on_ranks
 from sharded import TOKENS, Row, build, sharded_model, split_over_heads, watch_inputs
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -151,8 +155,14 @@ def test_heads_that_four_ranks_do_not_divide(heads, keys, grouped):
     check(on_ranks(4, tokens_of_a_row, ("zigzag", None), ("llama", sizes), True, grouped))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "GptOss", "DeepseekV3", "Gemma2", "Cohere2"])
-@pytest.mark.parametrize("row", [("zigzag", None), ("contiguous", PACKED)], ids=["padded zigzag", "packed"])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        *((name, ("zigzag", None)) for name in ("qwen3", "GptOss", "DeepseekV3", "Gemma2", "Cohere2")),
+        *((name, ("contiguous", PACKED)) for name in ("qwen3", "DeepseekV3", "Gemma2")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "packed" if x[1] else "padded",
+)
 def test_tokens_of_architectures(name, row):
     """Sliding windows, sinks, soft-capped scores, and values of another size than keys."""
     check(on_ranks(2, tokens_of_a_row, row, (name, {}), False, False))
@@ -201,6 +211,32 @@ def tokens_and_heads():
 
 def test_two_ranks_share_the_heads_of_two_others_by_tokens():
     check(on_ranks(4, tokens_and_heads))
+
+
+def gradients_of_ranks(collected: bool):
+    """Returns the gradients of a tensor-parallel model whose layers are computed again in the backward."""
+    model, mesh = build("llama"), init_device_mesh("cpu", (2,))
+    model.set_attn_implementation("sdpa")
+    split_over_heads(model, mesh)
+    model.train()
+    policy = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": policy})
+    ids = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(2))
+    with collect(model, parallel=Parallel(heads=mesh)) if collected else nullcontext() as c:
+        model(ids, use_cache=False).logits.square().mean().backward()
+    if collected:
+        assert c.rhythm().waad.isfinite().all()
+    return [
+        weight.grad.full_tensor() if hasattr(weight.grad, "full_tensor") else weight.grad
+        for weight in model.parameters()
+    ]
+
+
+def test_gradients_keep_their_bits():
+    """The exchanges of the ranks are not repeated, nor kept, by what computes layers again."""
+    plain, collected = (on_ranks(2, gradients_of_ranks, collected) for collected in (False, True))
+    check(collected)
+    assert all(map(torch.equal, plain[0], collected[0]))
 
 
 def from_a_plan(folder: str, sharded: bool):

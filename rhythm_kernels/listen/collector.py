@@ -323,7 +323,8 @@ class Collector:
                 return
             if shards.of_tokens or shards.heads is None:
                 try:
-                    self._agree_on(layer, call)
+                    with isolated(call.query.device):
+                        self._agree_on(layer, call)
                 except Exception:
                     self._all_told = True  # all ranks raise, and leave the forward here
                     raise

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels.host import fetch, send
+from rhythm_kernels.isolation import isolated
 from rhythm_kernels.listen.masks import is_mask
 from rhythm_kernels.listen.taps import Call
 from rhythm_kernels.ranks import HeadShards, Parallel, Ranks
@@ -161,20 +162,20 @@ class Shards:
         heads, keys = call.query.shape[1], call.key.shape[1]
         shares = head_shares(heads, self._tokens.size)
         key_shares = [_keys_of(share, heads // keys) for share in shares]
-        own = list(shares[self._tokens.rank])
+        own = shares[self._tokens.rank]
         sinks = call.kwargs.get("s_aux")
-        turned = call._replace(
-            query=self._swapped(call.query, shares),
-            key=self._swapped(call.key, key_shares),
-            value=self._swapped(call.value, key_shares),
-            kwargs=call.kwargs if sinks is None else call.kwargs | {"s_aux": sinks[own]},
-        )
-        return turned, self._swapped(out.transpose(1, 2), shares).transpose(1, 2)
+        with isolated(call.query.device):
+            turned = call._replace(
+                query=self._swapped(call.query, shares),
+                key=self._swapped(call.key, key_shares),
+                value=self._swapped(call.value, key_shares),
+                kwargs=call.kwargs if sinks is None else call.kwargs | {"s_aux": sinks[own.start : own.stop]},
+            )
+            return turned, self._swapped(out.transpose(1, 2), shares).transpose(1, 2)
 
     def _swapped(self, x: Tensor, shares: Sequence[Sequence[int]]) -> Tensor:
         """Returns [B, heads of this rank's share, T, D] from [B, H, T of this rank, D]."""
-        x = x.detach()
-        parts = [x[:, list(share)] for share in shares]
+        parts = [_heads(x.detach(), share) for share in shares]
         batch, _, _, size = x.shape
         own = len(shares[self._tokens.rank])
         shapes = [[batch, own, len(places), size] for places in self._places]
@@ -182,9 +183,8 @@ class Shards:
 
     def _in_place(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """Returns the tokens of all ranks in their order in the row."""
-        places = torch.cat(self._places)
         joined = torch.cat(list(parts), dim)
-        return torch.empty_like(joined).index_copy_(dim, places.to(joined.device), joined)
+        return torch.empty_like(joined).index_copy_(dim, torch.cat(self._places), joined)
 
 
 def check_shard(layer: int, call: Call) -> None:
@@ -229,17 +229,24 @@ def places_of(order: str, sizes: Sequence[int], cuts: Sequence[int] | None = Non
     return [torch.cat(own) for own in pieces]
 
 
-def _keys_of(share: range, group: int) -> list[int]:
+def _keys_of(share: range, group: int) -> Sequence[int]:
     """Returns the key heads of a share of the query heads, of which `group` share one key head.
 
     Each key head that is returned serves as many query heads of the share as any other. A share that begins or ends
     inside a group of several has a key head for each of its query heads.
     """
-    if len(share) == 0:
-        return []
+    if not share:
+        return range(0)
     first, last = share[0] // group, share[-1] // group
     whole = share[0] % group == 0 and len(share) % group == 0
-    return list(range(first, last + 1)) if whole or first == last else [head // group for head in share]
+    return range(first, last + 1) if whole or first == last else [head // group for head in share]
+
+
+def _heads(x: Tensor, share: Sequence[int]) -> Tensor:
+    """Returns the heads of a share, [B, heads, T, D]; the host waits for nothing."""
+    if isinstance(share, range):
+        return x[:, share.start : share.stop]
+    return torch.cat([x[:, head : head + 1] for head in share], 1)
 
 
 def _misplaced(positions: Tensor, cuts: Sequence[int] | None) -> str | None:
