@@ -25,6 +25,16 @@ def run(script: str, *args: str, **environment: str) -> str:
     return done.stdout
 
 
+def run_on_ranks(ranks: int, script: str) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, str(EXAMPLES / script)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
     return save_model(tmp_path_factory.mktemp("tiny"))
@@ -53,6 +63,13 @@ def test_the_plain_loop_credits_tokens_and_learns():
 
 def test_the_plain_loop_takes_a_saved_model(tiny):
     assert "step 1  reward 0." in run("plain_loop.py", "--model", tiny, "--steps", "1", "--new-tokens", "12")
+
+
+def test_two_ranks_share_the_heads():
+    out = run_on_ranks(2, "two_ranks.py")
+    assert re.search(r"^2 of 4 heads on each of 2 ranks$", out, re.MULTILINE), out
+    raised, tokens = map(int, re.search(r"^credit raises (\d+) of (\d+) tokens", out, re.MULTILINE).groups())
+    assert tokens == 73 and 0.3 * tokens < raised < 0.7 * tokens
 
 
 def test_look_at_rhythm_prints_and_draws(tiny, tmp_path):
