@@ -313,8 +313,11 @@ class Collector:
 
     # ---- one layer ---------------------------------------------------------------------------------------------------
 
-    def record(self, layer: int, call: Call) -> None:
-        """Computes the statistics of a layer from a call of its attention function, and checks the call's output."""
+    def record(self, layer: int, call: Call | None) -> None:
+        """Computes the statistics of a layer from a call of its attention function, and checks the call's output.
+
+        Where ranks share the attention, call may be None: `_failure` then has this rank's error, which all will raise.
+        """
         shards = self._shards
         with self.findings.clock:
             if shards is None:
@@ -323,7 +326,7 @@ class Collector:
                 return
             if shards.of_tokens or shards.heads is None:
                 try:
-                    with isolated(call.query.device):
+                    with isolated(self.layout.rows.device):
                         self._agree_on(layer, call)
                 except Exception:
                     self._all_told = True  # all ranks raise, and leave the forward here
@@ -336,7 +339,7 @@ class Collector:
                 except Exception as error:
                     self._failure = error
 
-    def _agree_on(self, layer: int, call: Call) -> None:
+    def _agree_on(self, layer: int, call: Call | None) -> None:
         """Raises on all ranks if one cannot go on, or attends otherwise; then finds the heads of each."""
         shards = self._shards
         with together(shards.groups) as facts:
