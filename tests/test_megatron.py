@@ -272,6 +272,10 @@ def test_what_is_not_causal_self_attention_is_refused():
         layer.self_attention.attn_mask_type = AttnMaskType.no_mask
     with pytest.raises(ValueError, match="got attn_mask_type no_mask without a mask in layer 2"):
         forward_with(model, ids)
+    params = packed(torch.tensor([0, TOKENS], dtype=torch.int32))
+    params.local_cp_size = 2
+    with pytest.raises(ValueError, match="leave the context parallel ranks as they are, got 2"):
+        forward_with(gpt(core=FusedCore), ids[:1], packed_seq_params=params)
     everything = torch.zeros(1, 1, TOKENS, TOKENS, dtype=torch.bool)
     with pytest.raises(ValueError, match="token 0 of row 0 sees 70 tokens of 1"):
         forward_with(gpt(), ids, everything)

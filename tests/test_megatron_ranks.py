@@ -343,3 +343,17 @@ def test_an_error_on_one_rank_is_raised_on_all(way, broken, how, message):
     for raised in on_ranks(2, failing, WAYS[way], broken, how):
         assert isinstance(raised, Raised)
         assert re.search(message, raised.args[1]), raised.args[2]
+
+
+def bounds_of_a_part() -> None:
+    with megatron_groups(context_parallel_size=2):
+        case = Case("packed")
+        model = case.model(core=FusedCore)
+        case.params.cu_seqlens_q = torch.tensor([0, 32, 40], dtype=torch.int32)
+        with torch.no_grad(), megatron.collect(model):
+            case.forward(model)
+
+
+def test_bounds_of_a_part_of_the_row_are_refused():
+    for raised in on_ranks(2, bounds_of_a_part):
+        assert "must bound all 96 tokens of the row, got 40" in raised.args[1]

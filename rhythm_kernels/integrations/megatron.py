@@ -114,7 +114,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
         if inputs is None:
             inputs = self._hidden_states(given.get("decoder_input"))
         positions, packed = given.get("position_ids"), given.get("packed_seq_params")
-        if packed is None:
+        if packed is None or packed.qkv_format != "thd":
             arguments = {"attention_mask": self._padding(given.get("attention_mask"), len(inputs))}
             real, cuts = None, None
         else:
@@ -123,11 +123,15 @@ class collect(collect_from_transformers):  # called like a function, and named l
             cuts = self._cu_seqlens.tolist()
         ranks = self._token_ranks()
         if ranks is not None:
+            tokens = inputs.shape[1] * ranks.size
             own = places_of("zigzag", [inputs.shape[1]] * ranks.size, cuts)[ranks.rank]
+            if cuts is not None and cuts[-1] != tokens:
+                raise ValueError(f"packed_seq_params must bound all {tokens} tokens of the row, got {cuts[-1]}")
             if positions is None or positions.shape != inputs.shape[:2]:
-                begins = [0] if cuts is None else [begin for begin, end in pairwise(cuts) for _ in range(begin, end)]
-                positions = (own - torch.tensor(begins).expand(len(own) * ranks.size)[own]).expand(len(inputs), -1)
-                positions = positions.to(inputs.device)
+                begins = torch.tensor(
+                    [begin for begin, end in pairwise(cuts or [0, tokens]) for _ in range(begin, end)]
+                )
+                positions = (own - begins[own]).to(inputs.device).expand(len(inputs), -1)
             if real is not None and (self._response_mask is None or self._response_mask.shape != real.shape):
                 real = real[:, own]
         if real is not None:  # rows of padding are not those of any map
@@ -170,6 +174,9 @@ class collect(collect_from_transformers):  # called like a function, and named l
 
         None stands for all of them. Padding is behind each sequence; rows of padding see it, and no others.
         """
+        own_ranks = getattr(packed, "local_cp_size", None)
+        if own_ranks is not None:
+            raise ValueError(f"packed_seq_params must leave the context parallel ranks as they are, got {own_ranks}")
         bounds, padded = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
         bounds, padded = fetch([bounds, bounds if padded is None else padded])
         if self._cu_seqlens is None:
