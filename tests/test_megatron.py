@@ -14,7 +14,8 @@ from rhythm_kernels import attention_stats, collect, reference
 from rhythm_kernels.integrations import megatron
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:megatron", "ignore::DeprecationWarning:megatron")
+megatrons_own = pytest.mark.filterwarnings("ignore::UserWarning:megatron", "ignore::DeprecationWarning:megatron")
+pytestmark = [pytest.mark.slow, megatrons_own]  # the import alone takes seconds
 TOKENS = 70
 
 

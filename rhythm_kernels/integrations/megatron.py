@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.host import fetch
+from rhythm_kernels.host import fetch, send
 from rhythm_kernels.isolation import isolated
 from rhythm_kernels.listen.backend_lse import LseReader
 from rhythm_kernels.listen.collect import collect as collect_from_transformers
@@ -128,14 +128,13 @@ class collect(collect_from_transformers):  # called like a function, and named l
             if cuts is not None and cuts[-1] != tokens:
                 raise ValueError(f"packed_seq_params must bound all {tokens} tokens of the row, got {cuts[-1]}")
             if positions is None or positions.shape != inputs.shape[:2]:
-                begins = torch.tensor(
-                    [begin for begin, end in pairwise(cuts or [0, tokens]) for _ in range(begin, end)]
-                )
-                positions = (own - begins[own]).to(inputs.device).expand(len(inputs), -1)
+                begins = [begin for begin, end in pairwise(cuts or [0, tokens]) for _ in range(begin, end)]
+                positions = own - torch.tensor(begins, device="cpu")[own]
+                positions = send(positions, inputs.device).expand(len(inputs), -1)
             if real is not None and (self._response_mask is None or self._response_mask.shape != real.shape):
                 real = real[:, own]
         if real is not None:  # rows of padding are not those of any map
-            real = real.to(inputs.device)
+            real = send(real, inputs.device)
             given_mask = self._response_mask
             self._response_mask = real if given_mask is None or given_mask.shape != real.shape else given_mask & real
         return arguments | {"input_ids": inputs, "position_ids": positions}
@@ -183,7 +182,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
             self._cu_seqlens = padded
         if torch.equal(bounds, padded):
             return None
-        position = torch.arange(int(padded[-1]))
+        position = torch.arange(int(padded[-1]), device="cpu")
         sequence = torch.searchsorted(padded[1:], position, right=True)
         return (position < padded[sequence] + bounds.diff()[sequence])[None]
 
