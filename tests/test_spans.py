@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from stats_cases import assert_attention_close, assert_close_to_reference, make_case, make_values, rows_of, segments_of
+from stats_cases import (
+    assert_attention_close,
+    assert_close_to_reference,
+    make_case,
+    make_values,
+    reference_stats,
+    rows_of,
+    segments_of,
+)
 
 from rhythm_kernels import attention, attention_stats, reference
 from rhythm_kernels.statistics import blockwise_sample
@@ -134,6 +142,19 @@ def test_a_sample_is_read_in_parts_where_the_memory_is_small(monkeypatch):
     for kilobytes in (8, 50, 400):
         monkeypatch.setattr(blockwise_sample, "SCORES", kilobytes << 8)
         assert_close_to_reference(attention_stats(case.q, case.k, **case.kwargs, backend="torch"), case)
+
+
+def test_scores_may_be_far_from_0_and_change_nothing_of_a_sequence_beside_them():
+    """The exponentials of such scores alone are 0 or infinite in fp32."""
+    offsets = torch.tensor([[0.0, 0.0, 0.0], [300.0, 0.0, -300.0]])  # of all scores, in each sequence and head
+    case = make_case((2, 3, 400, 16), 1, span_rows=128)
+    case.q[..., 0], case.k[..., 0] = offsets[..., None] * 4, 1.0  # the scale is 1 / 4
+    lse = reference_stats(case).lse.float()
+    case.kwargs["lse"] = lse
+    stats = attention_stats(case.q, case.k, **case.kwargs, backend="torch")
+    assert_close_to_reference(stats, case)
+    alone = attention_stats(case.q[:1], case.k[:1], lse=lse[:1], span_rows=128, backend="torch")
+    assert torch.equal(stats.span[0], alone.span[0])
 
 
 @pytest.mark.parametrize("size", [24, 64])

@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 
-from benchmarks import kernels, launches
+from benchmarks import column_sums, kernels, launches
 from benchmarks.sass import Instruction
 from rhythm_kernels.statistics.triton_scores import size_parts
 
@@ -180,3 +180,29 @@ def test_an_interpreting_process_is_refused():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), launches.absent_gpu(90):
         pass
     assert torch.zeros(1).is_cuda is False
+
+
+@pytest.mark.slow
+def test_column_sums_are_read_from_machine_code_beside_another_package():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.column_sums", "--size", "64"]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    ways = [("log-sum-exp known", "columns"), ("not known", "rows"), ("not known", "columns")]
+    if column_sums.installed():
+        ways += [("flash-colreduce", "rows"), ("flash-colreduce", "columns")]
+    assert [(way, loop) for way, loop, *_ in rows] == ways
+    assert all(float(score) > 5 and atomics == "0" for _, _, score, *_, atomics, _, _ in rows[:3])
+    assert ("flash_colreduce is not installed" in out) == (not column_sums.installed())
+
+
+def test_wrong_column_sums_are_not_reported(monkeypatch):
+    real = column_sums.attention_stats
+
+    def spoiled(*args, **options):
+        stats = real(*args, **options)
+        return stats._replace(more={name: x * 1.01 for name, x in stats.more.items()})
+
+    monkeypatch.setattr(column_sums, "attention_stats", spoiled)
+    with pytest.raises(SystemExit, match="log-sum-exp known is off by 1.0e-02, allowed are 1.0e-04"):
+        column_sums.check()

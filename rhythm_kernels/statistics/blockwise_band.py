@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from rhythm_kernels.statistics.blockwise_scores import LOG2_E, all_bits, row_sums, softcapped
 from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.statistics.lines import lines_of
 from rhythm_kernels.statistics.options import Options
 
 BAND_TILE = 32  # tokens
@@ -60,6 +61,8 @@ class _BandTiles(NamedTuple):
     """int64 [M]."""
     distance: Tensor
     """int32 [R, M]: t - s inside the band, else T, which is further than any row sees."""
+    nearest: Tensor | None
+    """fp32 [R, keys of the window]: W - (t - s), 0 outside the window. None if the band has no window."""
     in_horizon: Tensor | None
     """int32 [R, keys of the horizon]: -1, all bits, inside the horizon, else 0. None if the band has one part."""
     batch_row: Tensor
@@ -104,7 +107,7 @@ def band_pass(
     they are one tensor, both come from the same weights.
     """
     sums_of_rows = row_sums(lse, options.sinks)
-    # scores are base-2 logarithms here: exp2 takes half the time of exp
+    # scores are base-2 logarithms here: exp takes up to a hundred times as long as exp2 where a weight is almost 0
     lse = lse * LOG2_E
     softcap = None if options.softcap is None else options.softcap * LOG2_E
     options = options._replace(scale=options.scale * LOG2_E, softcap=softcap)
@@ -137,10 +140,10 @@ def _band_sums(
         lse: [B, HQ, T], base 2; the scale and the soft cap in `options` are for base-2 scores too.
         heads: bool [S, HQ], the heads that are summed, or [S, H] for all query heads of a key head.
     """
-    if q.numel() == 0 or band == _Band():
+    if q.numel() == 0 or band == _Band() or not heads.any():
         nothing = q.new_zeros(q.shape[:3], dtype=torch.float32)
         return tuple(None if distances is None else nothing for distances in band)
-    tiles = layout.keep(("band", *band), lambda: _band_tiles(layout, band))
+    tiles = layout.keep(("band", options.window, *band), lambda: _band_tiles(layout, options.window, band))
     items, head_count = _band_items(tiles, heads), heads.shape[1]
     q, lse = (x.unflatten(1, (head_count, -1)) for x in (q, lse[..., None]))  # [B, heads, G, T, D]
     read_q, read_lse = (_reader(x, items, tiles.row) for x in (q, lse))
@@ -148,7 +151,6 @@ def _band_sums(
     read_k = _reader(k[:, :, None], key_items, tiles.key)
 
     group, size = q.shape[2], tiles.size
-    nearest = (options.window - tiles.distance).clamp_(min=0).float()
     before = -(-band.horizon[1] // size) if band.both else 0  # tiles that the rows of a tile look back at
     line = items.tile * head_count + items.head
     # one more tile is for padding, and stays 0
@@ -164,8 +166,7 @@ def _band_sums(
         mask = tiles.mask(items.tile[part])
         weights = _item_weights(read_q(part), read_k(part)[:, 0], read_lse(part), mask, options)
         if band.window is not None:
-            near = band.keys(band.window, size)
-            sums = (weights[..., near] * nearest[:, near]).sum(-1)  # [n, G, N]
+            sums = (weights[..., band.keys(band.window, size)] * tiles.nearest).sum(-1)  # [n, G, N]
             nearness.index_copy_(0, line[part] + before * head_count, sums.flatten(1))
         if band.both:
             lo, hi = band.horizon
@@ -183,7 +184,7 @@ def _band_sums(
     )
 
 
-def _band_tiles(layout: Layout, band: _Band) -> _BandTiles:
+def _band_tiles(layout: Layout, window: int, band: _Band) -> _BandTiles:
     tokens, device = layout.rows.shape[1], layout.rows.device
     size = SHORT_TILE if layout.rows.numel() <= SHORT * layout.sequences else BAND_TILE
     least, largest = band.reach
@@ -194,7 +195,9 @@ def _band_tiles(layout: Layout, band: _Band) -> _BandTiles:
         row, key = own, torch.arange(-largest, size - least, device=device)
     distance = row[:, None] - key
     distance = torch.where((least <= distance) & (distance <= largest), distance, tokens).int()
-    in_horizon = None
+    nearest = in_horizon = None
+    if band.window is not None:
+        nearest = (window - distance[:, band.keys(band.window, size)]).clamp_(min=0).float()
     if band.both:
         far = distance[:, band.keys(band.horizon, size)]
         in_horizon = all_bits((band.horizon[0] <= far) & (far <= band.horizon[1]))
@@ -205,7 +208,8 @@ def _band_tiles(layout: Layout, band: _Band) -> _BandTiles:
     sight = torch.where(layout.rows, torch.arange(tokens, device=device) - layout.first, -1).int()
     sight = pad(sight.flatten(), (0, 1), value=-1)[_tokens_of(layout, size, row), None]
     place = layout.keep(("band place", size), lambda: _place(layout, size, own))
-    tiles = _BandTiles(size, row, key, distance, in_horizon, batch_row, start, sequence, used, sight, place, None)
+    fixed = size, row, key, distance, nearest, in_horizon
+    tiles = _BandTiles(*fixed, batch_row, start, sequence, used, sight, place, None)
     if len(start) * distance.nbytes > MASK_BYTES:
         return tiles
     return tiles._replace(masks=tiles.mask(torch.arange(len(start), device=device)))
@@ -242,18 +246,15 @@ def _reader(x: Tensor, items: _Items, token: Tensor) -> Callable[[slice], Tensor
     """Returns a function that reads x [B, heads, G, T, D] for a slice of the items, as a new fp32 [n, G, M, D].
 
     It returns x[batch_row, head, :, start + token] of each item; token is int64 [M]. Where a token lies outside the
-    batch row, it returns some other element of x. It reads x as lines that begin at each of its elements: then one
-    index_select serves all strides, and x is not copied.
+    batch row, it returns some other element of x.
     """
-    stride, size = x.stride(), x.shape[-1]
-    lines = 1 + sum((n - 1) * step for n, step in zip(x.shape[:-1], stride[:-1], strict=True))
-    x_lines = x.as_strided((lines, size), (1, 1))
+    stride, lines = x.stride(), lines_of(x)
     first = items.batch_row * stride[0] + items.head * stride[1] + items.start * stride[3]
     offset = torch.arange(x.shape[2], device=x.device)[:, None] * stride[2] + token * stride[3]
 
     def read(part: slice) -> Tensor:
-        index = (first[part, None, None] + offset).clamp_(0, lines - 1)
-        return x_lines.index_select(0, index.flatten()).view(*index.shape, size).float()
+        index = (first[part, None, None] + offset).clamp_(0, len(lines) - 1)
+        return lines.index_select(0, index.flatten()).view(*index.shape, -1).float()
 
     return read
 

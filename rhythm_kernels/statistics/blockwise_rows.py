@@ -4,6 +4,7 @@ Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of 
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import pad
 from rhythm_kernels.host import send
 from rhythm_kernels.statistics.blockwise_scores import all_bits, row_sums, softcapped
 from rhythm_kernels.statistics.layout import Layout, make_layout
+from rhythm_kernels.statistics.lines import lines_of
 from rhythm_kernels.statistics.more import NEED_EVERY_KEY
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.statistics.spans import mean_over_rows
@@ -20,7 +22,7 @@ from rhythm_kernels.types import AttentionStats
 
 ROW_TILE = 64  # rows
 SHORT = 128  # tokens: packed sequences up to this length are computed side by side
-SHORT_BYTES = 4 << 20  # of fp32 scores of such sequences at once: what fits a cache is faster
+SHORT_BYTES = 2 << 20  # of fp32 scores of such sequences at once: what fits a cache is faster
 LEAST_LOG = -128.0  # the logarithm of a weight that is 0 in fp32
 TILE_BYTES = 32 << 20  # of fp32 scores held at once; a few temporaries of this size come on top
 
@@ -54,6 +56,13 @@ class _RowTile(NamedTuple):
     """int64 [rows, keys]: t - s, in tokens."""
     hidden: Tensor
     """bool [B, rows, keys]: the keys that a row does not see; all of them in rows that are not computed."""
+    near: slice
+    """The keys that the window or the horizon reaches."""
+    cleared: slice
+    """The keys of which hidden weights are cleared: all of them if the log-sum-exp is given, else those that are near,
+    since a softmax gives hidden keys 0."""
+    seen: Tensor
+    """int32 [B, rows, cleared keys]: -1, all bits, where a row of R sees a key, else 0."""
 
 
 class _ShortBatch(NamedTuple):
@@ -119,12 +128,20 @@ def _short_sequences(
     """
     heads = q.shape[1]
     for few in layout.keep(("short sequences", heads), lambda: _short_batches(layout, heads)):
-        few_q, few_k = (x[0, :, few.taken].transpose(0, 1) for x in (q, k))  # [S', HQ, L, D], [S', H, L, D]
-        few_lse = None if lse is None else lse[0, :, few.taken].transpose(0, 1)
+        few_q, few_k = _taken(q, few), _taken(k, few)
+        few_lse = None if lse is None else _taken(lse[..., None], few)[..., 0]
         few_results = row_pass(few_q, few_k, few.layout, options, lse=few_lse)
         for whole, part in zip(results, few_results, strict=True):
             if whole is not None:  # the output is None
                 whole[0, :, few.taken.flatten()[few.own]] = part.transpose(0, 1).flatten(1)[:, few.own]
+
+
+def _taken(x: Tensor, few: _ShortBatch) -> Tensor:
+    """Returns x [1, heads, T, D] at the tokens of a batch, [S', heads, L, D]."""
+    _, heads, _, size = x.shape
+    _, head_stride, stride, _ = x.stride()
+    line = torch.arange(heads, device=x.device)[:, None] * head_stride + (few.taken * stride)[:, None]
+    return lines_of(x).index_select(0, line.flatten()).view(*line.shape, size)
 
 
 def _short_batches(layout: Layout, heads: int) -> list[_ShortBatch]:
@@ -165,11 +182,18 @@ def _row_tiles(
     computed = layout.rows if v is None else layout.first <= torch.arange(tokens, device=q.device)
     k = k.float().contiguous()
     values, broken = (None, None) if v is None else _finite_values(v, computed)
+    fills = lse is None or results.row_entropy is not None or results.largest_score is not None
+    reach = _reach(options, tokens)
     for begin in range(0, tokens, tile_rows):
-        tile = _row_tile(begin, min(begin + tile_rows, tokens), computed, layout, options)
+        end = min(begin + tile_rows, tokens)
+        make = partial(_row_tile, begin, end, reach, computed, layout, options, lse is not None)
+        key = ("row tile", begin, end, reach, options.sliding_window, v is None, lse is None)
+        tile = layout.keep(key, make) if tokens <= SHORT else make()
         if tile is None:
             continue
         scores = _tile_scores(q, k, tile, options)
+        if fills:  # it takes several times as long as clearing the bits of weights, and then exp of -inf does
+            scores.masked_fill_(tile.hidden[:, None], -math.inf)
         if results.largest_score is not None:
             _write_rows(results.largest_score, scores.amax(-1), tile, layout)
         kept_scores = None if results.row_entropy is None else scores.clone()
@@ -181,8 +205,15 @@ def _row_tiles(
         _write_statistics(weights, row_lse, tile, layout, options, results)
 
 
-def _row_tile(begin: int, end: int, computed: Tensor, layout: Layout, options: Options) -> _RowTile | None:
-    """Returns the tile of the rows begin..end; None if none of them is computed. computed: bool [B, T]."""
+def _row_tile(
+    begin: int, end: int, reach: int, computed: Tensor, layout: Layout, options: Options, lse_given: bool
+) -> _RowTile | None:
+    """Returns the tile of the rows begin..end; None if none of them is computed.
+
+    Args:
+        reach: how many keys before a row the window or the horizon reaches.
+        computed: bool [B, T].
+    """
     computed = computed[:, begin:end]
     if not computed.any():
         return None
@@ -195,22 +226,24 @@ def _row_tile(begin: int, end: int, computed: Tensor, layout: Layout, options: O
     hidden = (key < layout.first[:, begin:end, None]) | (distance < 0) | ~computed[..., None]
     if options.sliding_window is not None:
         hidden |= distance >= options.sliding_window
-    return _RowTile(slice(begin, end), slice(first_key, end), computed, distance, hidden)
+    near = slice(max(0, begin - reach - first_key), None)
+    cleared = slice(None) if lse_given else near
+    seen = all_bits(~hidden[..., cleared] & layout.rows[:, begin:end, None])
+    return _RowTile(slice(begin, end), slice(first_key, end), computed, distance, hidden, near, cleared, seen)
 
 
 def _tile_scores(q: Tensor, k: Tensor, tile: _RowTile, options: Options) -> Tensor:
-    """Returns the scores of a tile, fp32 [B, HQ, rows, keys], -inf where they are hidden. k is contiguous fp32."""
+    """Returns the scores of a tile, fp32 [B, HQ, rows, keys], also where they are hidden. k is contiguous fp32."""
     batch, query_heads, _, size = q.shape
     queries = q[:, :, tile.rows].float().mul(options.scale).reshape(batch, k.shape[1], -1, size)
     scores = queries @ k[:, :, tile.keys].mT  # [B, H, HQ / H * rows, keys]
-    scores = softcapped(scores.view(batch, query_heads, *tile.distance.shape), options)
-    return scores.masked_fill_(tile.hidden[:, None], -math.inf)
+    return softcapped(scores.view(batch, query_heads, *tile.distance.shape), options)
 
 
 def _tile_weights(scores: Tensor, lse: Tensor | None, tile: _RowTile, options: Options) -> tuple[Tensor, Tensor]:
     """Returns A [B, HQ, rows, keys], in the memory of the scores, and the rows' log-sum-exp [B, HQ, rows].
 
-    Rows that are not computed have weights of 0.
+    With a given log-sum-exp they mean nothing where they are hidden.
     """
     if lse is None:
         return _softmax(scores, tile.computed, options.sinks)
@@ -281,20 +314,15 @@ def _write_statistics(
     weights: Tensor, row_lse: Tensor, tile: _RowTile, layout: Layout, options: Options, results: _RowResults
 ) -> None:
     """Writes the statistics of a tile's rows of R, and adds the sums of its columns. Overwrites the weights."""
-    rows = layout.rows[:, tile.rows]
+    # a row of NaN is NaN at hidden keys too, which lie in columns of other sequences
+    weights[..., tile.cleared].view(torch.int32).bitwise_and_(tile.seen[:, None])
     if options.need_span:
         _write_rows(results.looked_back, (weights * tile.distance.float()).sum(-1), tile, layout)
-
-    first_key = max(tile.keys.start, tile.rows.start - _reach(options, layout.rows.shape[1]))
-    near = slice(first_key - tile.keys.start, None)  # the keys that the window or the horizon reaches
-    seen = all_bits(~tile.hidden[..., near] & rows[..., None])
-    # a row of NaN is NaN at hidden keys too, which lie in columns of other sequences
-    weights[..., near].view(torch.int32).bitwise_and_(seen[:, None])
-    nearness, received = _window_sums(weights[..., near], tile.distance[:, near], options)
+    nearness, received = _window_sums(weights[..., tile.near], tile.distance[:, tile.near], options)
     waad = options.window * row_sums(row_lse, options.sinks) - nearness
     _write_rows(results.waad, waad, tile, layout)
     _write_rows(results.lse, row_lse, tile, layout)
-    results.fai_sums[:, :, first_key : tile.keys.stop] += received
+    results.fai_sums[:, :, tile.keys][..., tile.near] += received
 
 
 def _reach(options: Options, tokens: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from rhythm_kernels.host import send
 from rhythm_kernels.statistics import probes
 from rhythm_kernels.statistics.layout import Layout
+from rhythm_kernels.statistics.lines import lines_of
 from rhythm_kernels.statistics.options import DTYPES, Options
 from rhythm_kernels.statistics.probes import ACCUMULATED, END_ROWS, SLACK, VANISHING, Deviation, Rounding, probed_rows
 
@@ -221,22 +222,17 @@ def _at_keys(x: Tensor, part: _Part) -> Tensor:
 
 
 def _at(x: Tensor, part: _Part, heads: slice, positions: Tensor) -> Tensor:
-    """Returns x [B, H, T, D] at positions [S, n] of a part's sequences, for some heads: a new fp32 [S, heads, n, D].
-
-    It reads x as lines that begin at each of its elements: one index_select serves all strides, and is several times
-    as fast as an index of three dimensions.
-    """
+    """Returns x [B, H, T, D] at positions [S, n] of a part's sequences, for some heads: a new fp32 [S, heads, n, D]."""
     if x.stride(-1) != 1:
         x = x.contiguous()
-    stride, size = x.stride()[:-1], x.shape[-1]
+    stride = x.stride()[:-1]
     key = (positions is part.keys, heads.start, heads.stop, *stride)
     if key not in part.lines:
         head = torch.arange(heads.start, heads.stop, device=x.device)[:, None] * stride[1]
         line = (part.batch_row * stride[0])[:, None, None] + head + (positions * stride[2])[:, None]
         part.lines[key] = line.flatten()
-    count = 1 + sum((n - 1) * step for n, step in zip(x.shape[:-1], stride, strict=True))
-    at_lines = x.as_strided((count, size), (1, 1)).index_select(0, part.lines[key])
-    return at_lines.view(len(positions), -1, positions.shape[1], size).float()
+    at_lines = lines_of(x).index_select(0, part.lines[key])
+    return at_lines.view(len(positions), -1, positions.shape[1], x.shape[-1]).float()
 
 
 # ---- the assumed map on the probed rows ------------------------------------------------------------------------------
@@ -369,14 +365,14 @@ def _worst(
     excess = error.norm(dim=-1) / allowed
     # A call that is not finite where the map is finite does not match it. Where the map is not finite, neither is what
     # is allowed, and nothing can be said.
-    known = part.exists[:, None] & allowed.isfinite()
+    known = part.exists[:, None] & (allowed < math.inf)
     if checked is not None:
         known &= checked[..., None]
     excess = excess.nan_to_num(nan=math.inf, posinf=math.inf).where(known, 0.0)
     worst = excess.flatten().argmax(keepdim=True)  # [1]: the device would be waited for with a 0-dim index
     sequence, rest = worst // excess[0].numel(), worst % excess[0].numel()
     of_head, probe = rest // excess.shape[2], rest % excess.shape[2]
-    largest = error.abs().nan_to_num(nan=math.inf).flatten(0, 2)[worst].argmax(-1)
+    largest = error.flatten(0, 2)[worst].abs().nan_to_num(nan=math.inf).argmax(-1)
     values = [x.flatten(0, 2)[worst, largest] for x in (returned, expected)]
     place = [part.batch_row[sequence], part.rows[sequence, probe], of_head + head]
     return Deviation(
