@@ -107,7 +107,7 @@ def band_pass(
     they are one tensor, both come from the same weights.
     """
     sums_of_rows = row_sums(lse, options.sinks)
-    # scores are base-2 logarithms here: exp takes up to a hundred times as long as exp2 where a weight is almost 0
+    # scores are base-2 logarithms here: exp takes many times as long as exp2 where a weight is almost 0
     lse = lse * LOG2_E
     softcap = None if options.softcap is None else options.softcap * LOG2_E
     options = options._replace(scale=options.scale * LOG2_E, softcap=softcap)
