@@ -50,7 +50,8 @@ def rhythm_of(
     summed = isinstance(layers[0], GroupStats)
     spans, broken = None, None
     if groups is not None:
-        check_groups(groups, len(layers), "HQ" if summed or heads else layers[0].waad.shape[1], layout.sequences)
+        all_heads = "HQ" if summed or heads else layers[0].waad.shape[1]
+        check_groups(groups, "L" if heads else len(layers), all_heads, layout.sequences)
     elif summed:
         raise ValueError("groups must be those that the statistics were summed over, got None")
     else:
@@ -75,7 +76,7 @@ def rhythm_of(
     return rhythm._replace(waad=rhythm.waad.masked_fill_(unknown, nan), fai=rhythm.fai.masked_fill_(unknown, nan))
 
 
-def check_groups(groups: HeadGroups, layers: int, heads: int, sequences: int) -> None:
+def check_groups(groups: HeadGroups, layers: int | str, heads: int | str, sequences: int) -> None:
     """Raises TypeError or ValueError for groups that are not [L, HQ] or [sequences, L, HQ], bool."""
     if not isinstance(groups, HeadGroups):
         raise TypeError(f"groups must be HeadGroups, got {type(groups).__name__}")

@@ -20,7 +20,16 @@ SECONDS_BEHIND = 20
 
 # one process imports the libraries, and the ranks are copies of it
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ranks", "rhythm_kernels.listen.collect", "models"])
+_preloaded = ["ranks", "rhythm_kernels.listen.collect", "models"]
+
+
+def preload(*modules: str) -> None:
+    """Lets the process that ranks are copied from import these modules too; before its first use."""
+    _preloaded.extend(modules)
+    _context.set_forkserver_preload(_preloaded)
+
+
+preload()
 
 
 class Raised(Exception):

@@ -18,8 +18,8 @@ def on_config(config):
     """Lists every page about a framework behind the overview: what comes with the package first, any other last."""
     pages = next(section["Frameworks"] for section in config.nav if "Frameworks" in section)
     names = {page.stem for page in (Path(config.docs_dir) / "frameworks").glob("*.md")} - {"index"}
-    order = {"trl": 0, "verl": 0, "any": 2}
-    pages += [f"frameworks/{name}.md" for name in sorted(names, key=lambda name: (order.get(name, 1), name))]
+    order = {"trl": 0, "verl": 0, "megatron": 1, "any": 3}
+    pages += [f"frameworks/{name}.md" for name in sorted(names, key=lambda name: (order.get(name, 2), name))]
     return config
 
 

@@ -10,7 +10,7 @@ from rhythm_kernels.checks import check_choice, check_float, check_horizon, chec
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.listen.collector import Collector
 from rhythm_kernels.listen.shards import Shards
-from rhythm_kernels.listen.taps import Layers, mesh_of_heads, query_heads
+from rhythm_kernels.listen.taps import Layers
 from rhythm_kernels.options import GROUP_BY, MAX_WINDOW, SPAN_ROWS
 from rhythm_kernels.ranks import Parallel, check_parallel, together
 from rhythm_kernels.signals import check_groups
@@ -105,9 +105,7 @@ class collect(Collector):  # called like a function, and named like one
         parallel: Parallel | None = None,
     ):
         super().__init__(model)
-        if parallel is None:
-            mesh = mesh_of_heads(self._decoder_layers)
-            parallel = None if mesh is None else Parallel(heads=mesh)
+        parallel = self._find_parallel() if parallel is None else parallel
         self._shards = None if parallel is None else Shards(check_parallel(parallel))
         with together(self._shards.groups if self._shards else ()):
             self.layers = _choose_layers(self.decoder, self._decoder_layers, layers)
@@ -130,7 +128,7 @@ class collect(Collector):  # called like a function, and named like one
             }
             if groups is not None:
                 sequences = groups[0].shape[0] if isinstance(groups, HeadGroups) else 0
-                check_groups(groups, len(self.layers), query_heads(self.decoder), sequences)
+                check_groups(groups, len(self.layers), self._query_heads(), sequences)
             self.groups, self.backend = groups, check_choice("backend", backend, BACKENDS)
             self._lse = check_choice("lse", lse, LSE)
             self.asks_for_lse = lse == "model" and not (self._shards and self._shards.of_tokens)

@@ -19,8 +19,18 @@ from rhythm_kernels.listen.masks import is_mask, window_of
 from rhythm_kernels.listen.proof import check_call, hints_of, output_of, rounding_of_call
 from rhythm_kernels.listen.sequences import find_sequences
 from rhythm_kernels.listen.shards import Shards, check_shard
-from rhythm_kernels.listen.taps import NOT_WHOLE, Call, ancestors_of, find_decoder, query_heads, tap_of
-from rhythm_kernels.ranks import HeadShards, together
+from rhythm_kernels.listen.taps import (
+    NOT_WHOLE,
+    Call,
+    Layers,
+    Tap,
+    ancestors_of,
+    find_decoder,
+    mesh_of_heads,
+    query_heads,
+    tap_of,
+)
+from rhythm_kernels.ranks import HeadShards, Parallel, together
 from rhythm_kernels.signals import check_groups, rhythm_of
 from rhythm_kernels.statistics.api import run_group_stats, run_stats
 from rhythm_kernels.statistics.layout import Layout, make_layout
@@ -74,7 +84,7 @@ class Collector:
         self._all_told = False  # whether all ranks have raised an error inside the forward
         self.findings = Findings()
         """Holds what `check()` and `seconds` read. It is small, and may be kept longer than the statistics."""
-        self.decoder, self._decoder_layers = find_decoder(model)
+        self.decoder, self._decoder_layers = self._find_decoder(model)
         self._places: dict[int, list[int]] = {}  # by the id of a module: its layers, in the order of its calls
         for layer, module in self._decoder_layers.attention.items():
             self._places.setdefault(id(module), []).append(layer)
@@ -89,7 +99,7 @@ class Collector:
         if self._hooks:
             raise RuntimeError("this collect context is open already")
         self._thread, self._calls, self._outer_mask = threading.get_ident(), None, ...
-        self._tap = tap_of(self.decoder)
+        self._tap = self._find_tap()
         self._tap.add(self)
         self._hooks = [
             *(module.register_forward_pre_hook(self._before_outer, with_kwargs=True) for module in self._outer),
@@ -155,6 +165,29 @@ class Collector:
         """
         self.findings.check()
 
+    # ---- what is listened to: another kind of model overrides these --------------------------------------------------
+
+    def _find_decoder(self, model: nn.Module) -> tuple[nn.Module, Layers]:
+        """Returns the module whose forward calls the layers, and its layers."""
+        return find_decoder(model)
+
+    def _find_tap(self) -> Tap:
+        """Returns what passes the attention calls of the decoder on."""
+        return tap_of(self.decoder)
+
+    def _find_parallel(self) -> Parallel | None:
+        """Returns the ranks that share the attention, as far as the model shows them; None for one rank."""
+        mesh = mesh_of_heads(self._decoder_layers)
+        return None if mesh is None else Parallel(heads=mesh)
+
+    def _query_heads(self) -> object:
+        """Returns the number of query heads of the decoder's layers."""
+        return query_heads(self.decoder)
+
+    def _read_arguments(self, args: tuple, kwargs: dict) -> dict:
+        """Returns the arguments of the decoder's forward under the names that a transformers decoder gives them."""
+        return _arguments_of(self.decoder, args, kwargs)
+
     # ---- around the forward ------------------------------------------------------------------------------------------
 
     def _is_mine(self) -> bool:
@@ -176,7 +209,7 @@ class Collector:
             return
         if self.layout is not None:
             raise RuntimeError("collect records one forward: open a new context for the next one")
-        arguments = _arguments_of(decoder, args, kwargs)
+        arguments = self._read_arguments(args, kwargs)
         ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
         inputs = embeddings if ids is None else ids
         check_device("the model's inputs", inputs.device)
@@ -224,7 +257,7 @@ class Collector:
             check_tensor("response_mask", self._response_mask, [batch, tokens], [torch.bool], device)
         layout = make_layout(batch, tokens, device, self._response_mask, mask, cu_seqlens)
         if self.groups is not None:
-            check_groups(self.groups, len(self.layers), query_heads(self.decoder), layout.sequences)
+            check_groups(self.groups, len(self.layers), self._query_heads(), layout.sequences)
             self.groups = HeadGroups(*(send(group, device) for group in self.groups))
         self._more["prefix_lengths"] = check_prefix_lengths(self._more["prefix_lengths"], layout)
         self.layout, self._calls = layout, {}
@@ -244,7 +277,14 @@ class Collector:
                 self._finish(poison)
 
     def _finish(self, poison: Tensor | None) -> None:
-        """Makes sums over the heads of all ranks, which all call it once.
+        """Makes the rhythm of the heads of all ranks, which all call it once; `poison` is that of `_settle`."""
+        self._settle(poison)
+        if sorted(self.stats) == self.layers:  # else `rhythm` says which are missing
+            groups, heads = self.groups, self._shards.heads
+            self._rhythm = rhythm_of(self.stats, self.layout, groups=groups, heads=heads, **self._grouping)
+
+    def _settle(self, poison: Tensor | None) -> None:
+        """Raises an error of this forward on all ranks, and makes sums over known groups of the heads of all ranks.
 
         Args:
             poison: what this rank's statistics were multiplied with on a GPU, else None.
@@ -253,14 +293,10 @@ class Collector:
             if self._failure is not None:
                 raise self._failure
             facts["layers whose attention was called"] = sorted(self.stats)
-        if sorted(self.stats) != self.layers:
-            return  # `rhythm` says which are missing
         for ranks in self._shards.groups if poison is not None else ():
             self.findings.add_ranks(ranks.name, ranks.gather(poison))
-        heads = self._shards.heads
-        if self.groups is not None:
-            self.stats = _total(self.stats, heads)
-        self._rhythm = rhythm_of(self.stats, self.layout, groups=self.groups, heads=heads, **self._grouping)
+        if self.groups is not None and self.stats:
+            self.stats = _total(self.stats, self._shards.heads)
 
     def layer_of(self, module: nn.Module) -> int | None:
         """Returns which sampled layer this call of an attention module is; None for others, and outside the forward."""
@@ -277,17 +313,20 @@ class Collector:
 
     # ---- one layer ---------------------------------------------------------------------------------------------------
 
-    def record(self, layer: int, call: Call) -> None:
-        """Computes the statistics of a layer from a call of its attention function, and checks the call's output."""
+    def record(self, layer: int, call: Call | None) -> None:
+        """Computes the statistics of a layer from a call of its attention function, and checks the call's output.
+
+        Where ranks share the attention, call may be None: `_failure` then has this rank's error, which all will raise.
+        """
         shards = self._shards
         with self.findings.clock:
             if shards is None:
-                check_call(layer, call, *self._shard, query_heads(self.decoder))
+                check_call(layer, call, *self._shard, self._query_heads())
                 self._record(layer, call, output_of(call))
                 return
             if shards.of_tokens or shards.heads is None:
                 try:
-                    with isolated(call.query.device):
+                    with isolated(self.layout.rows.device):
                         self._agree_on(layer, call)
                 except Exception:
                     self._all_told = True  # all ranks raise, and leave the forward here
@@ -300,7 +339,7 @@ class Collector:
                 except Exception as error:
                     self._failure = error
 
-    def _agree_on(self, layer: int, call: Call) -> None:
+    def _agree_on(self, layer: int, call: Call | None) -> None:
         """Raises on all ranks if one cannot go on, or attends otherwise; then finds the heads of each."""
         shards = self._shards
         with together(shards.groups) as facts:
@@ -316,7 +355,7 @@ class Collector:
             }
             facts |= {name: call.kwargs.get(name) for name in ("scaling", "sliding_window", "softcap", "dropout")}
         if shards.heads is None:
-            shards.count_heads(call.query.shape[1], query_heads(self.decoder))
+            shards.count_heads(call.query.shape[1], self._query_heads())
 
     def _record(self, layer: int, call: Call, out: Tensor) -> None:
         """Does the work of `record` for a call whose heads have all tokens; out: its output, [B, T, HQ, Dv]."""
