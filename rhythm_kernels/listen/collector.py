@@ -207,12 +207,16 @@ class Collector:
     def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._is_mine() or decoder is not self.decoder:
             return
-        if self.layout is not None:
-            raise RuntimeError("collect records one forward: open a new context for the next one")
-        arguments = self._read_arguments(args, kwargs)
-        ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        inputs = embeddings if ids is None else ids
-        check_device("the model's inputs", inputs.device)
+        with together(self._shards.groups if self._shards else ()) as facts:
+            if self.layout is not None:
+                raise RuntimeError("collect records one forward: open a new context for the next one")
+            arguments = self._read_arguments(args, kwargs)
+            ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+            inputs = embeddings if ids is None else ids
+            check_device("the model's inputs", inputs.device)
+            facts |= {"the batch's rows": len(inputs), "layers": self.layers, "options": self._options | self._grouping}
+            facts |= {"more": (self._more["more"], self._more["first_keys"]), "groups": self.groups is not None}
+            facts |= {name: _form_of(value) for name, value in self._values_of_tokens(arguments).items()}
         with isolated(inputs.device):
             self._prepare(arguments, inputs)
 
@@ -235,14 +239,7 @@ class Collector:
             self._find_layout(arguments, batch, tokens, inputs.device)
             self._shard = tokens, inputs.device
             return
-        values = {name: arguments.get(name) for name in ("position_ids", "attention_mask")}
-        values |= {"outer mask": self._outer_mask, "response_mask": self._response_mask}
-        values = {name: value if isinstance(value, Tensor) else None for name, value in values.items()}
-        with together(self._shards.groups) as facts:
-            facts |= {"the batch's rows": batch, "layers": self.layers, "options": self._options | self._grouping}
-            facts |= {"more": (self._more["more"], self._more["first_keys"]), "groups": self.groups is not None}
-            facts |= {name: _form_of(value) for name, value in values.items()}
-        whole, values = self._shards.whole_row(tokens, values, self._cu_seqlens)
+        whole, values = self._shards.whole_row(tokens, self._values_of_tokens(arguments), self._cu_seqlens)
         self._outer_mask = self._outer_mask if values["outer mask"] is None else values["outer mask"]
         self._response_mask = values["response_mask"]
         with together(self._shards.groups) as facts:
@@ -250,6 +247,12 @@ class Collector:
             self._find_layout(arguments | given, batch, whole, inputs.device)
             facts |= {"tokens": whole, "sequences": self.layout.bounds, "response_mask": _digest(self.layout.rows)}
         self._shard = tokens, inputs.device
+
+    def _values_of_tokens(self, arguments: dict) -> dict[str, Tensor | None]:
+        """Returns the tensors that have a value for each token, by name; None for what is none."""
+        values = {name: arguments.get(name) for name in ("position_ids", "attention_mask")}
+        values |= {"outer mask": self._outer_mask, "response_mask": self._response_mask}
+        return {name: value if isinstance(value, Tensor) else None for name, value in values.items()}
 
     def _find_layout(self, arguments: dict, batch: int, tokens: int, device: torch.device) -> None:
         mask, cu_seqlens = find_sequences(arguments, batch, self._outer_mask, self._cu_seqlens)
