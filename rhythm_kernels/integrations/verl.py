@@ -7,16 +7,17 @@ VERL_USE_EXTERNAL_MODULES names it. The import wraps some functions of verl's mo
 imported. If the config has no such block, they do as before.
 
 The block goes to the workers with the call that computes the old log-probs, in the batch's extra_info. There
-`FSDPEngineWithLMHead.forward_step` runs inside `collect`. WAAD (windowed average attention distance), FAI (future
-attention influence) and the heads' spans join the log-probs in the model output, which verl puts in the batch's order
-and carries back. The trainer multiplies the advantages.
+`FSDPEngineWithLMHead.forward_step` runs inside `collect`, which is told of the ranks that share each sequence (verl's
+Ulysses sequence parallelism). WAAD (windowed average attention distance), FAI (future attention influence) and the
+heads' spans join the log-probs in the model output, which verl puts in the batch's order and carries back. They are of
+whole sequences, and the same on all ranks that share them. The trainer multiplies the advantages.
 """
 
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -27,129 +28,25 @@ from torch import Tensor
 from rhythm_kernels.credit.tokens import shape_advantages, token_credit
 from rhythm_kernels.group_schedule import GroupSchedule
 from rhythm_kernels.integrations.metrics import credit_means, credit_sums
+from rhythm_kernels.integrations.verl_config import (
+    BLOCK,
+    make_options,
+    missing,
+    read_options,
+    sequence_ranks,
+    sharing,
+)
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.options import CreditOptions
+from rhythm_kernels.ranks import Parallel, Ranks, together
 from rhythm_kernels.types import HeadGroups, Rhythm
 
-VERSIONS = ("0.9.1",)
-BLOCK = "rhythm"
-STRATEGIES = ("fsdp", "fsdp2")
-SEQUENCE_PARALLEL = (
-    "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
-    "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
-)
-TOKEN_LOSSES = (
-    "vanilla",
-    "dppo_tv",
-    "dppo_kl",
-    "gspo",
-    "sapo",
-    "gpg",
-    "clip_cov",
-    "kl_cov",
-    "dro",
-    "cispo",
-    "bypass_mode",
-)
-"""Policy losses that multiply each token's gradient by that token's own advantage."""
 WAAD, FAI, SPANS = "rhythm_waad", "rhythm_fai", "rhythm_spans"
 """Nested fields of the batch: WAAD [B, prompt + response] fp32, tokens; FAI of the same shape, a probability; spans
 [B, L HQ] fp32, tokens."""
 SIGNALS = (WAAD, FAI)
 
-_missing: list[str] = []
 _said: set[str] = set()
-
-
-def read_options(config: Mapping) -> CreditOptions | None:
-    """Returns the options of verl's config; None if it has no block.
-
-    Raises:
-        TypeError, ValueError: a key is unknown, a value is wrong, or a setting of verl prevents reading the statistics.
-        RuntimeError: the plug-in does not support this verl.
-    """
-    from omegaconf import OmegaConf
-
-    block = config.get(BLOCK)
-    if block is None:
-        return None
-    _check_version()
-    if not OmegaConf.is_dict(block):
-        raise TypeError(f"{BLOCK} must be a block of options, as in +{BLOCK}.strategy=coupled, got {block!r}")
-    options = _make_options(OmegaConf.to_container(block, resolve=True))
-    _check_settings(config, options)
-    return options
-
-
-def _check_version() -> None:
-    import verl
-
-    fit = ", ".join(VERSIONS)
-    if verl.__version__ not in VERSIONS:
-        raise RuntimeError(f"the block {BLOCK} needs verl {fit}, got verl {verl.__version__}")
-    if _missing:
-        raise RuntimeError(f"the block {BLOCK} needs verl {fit} as released; this one has no {', '.join(_missing)}")
-
-
-def _make_options(block: dict) -> CreditOptions:
-    known = [field.name for field in fields(CreditOptions)]
-    unknown = sorted(set(block) - set(known))
-    if unknown:
-        raise ValueError(f"unknown keys in the block {BLOCK}: {', '.join(unknown)}; there are {', '.join(known)}")
-    try:
-        return CreditOptions(**block)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"in the block {BLOCK}: {error}") from error
-
-
-def _check_settings(config: Mapping, options: CreditOptions) -> None:
-    """Raises ValueError for a run whose old-log-prob pass the plug-in cannot read or would not see."""
-    from omegaconf import OmegaConf
-
-    select = functools.partial(OmegaConf.select, config)
-    if not select("trainer.use_v1"):
-        raise ValueError(f"the block {BLOCK} needs verl's V1 trainer: set trainer.use_v1=True")
-    strategy = select("actor_rollout_ref.actor.strategy")
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"the block {BLOCK} needs the FSDP engine: set actor_rollout_ref.actor.strategy to fsdp or fsdp2, "
-            f"got {strategy}"
-        )
-    if options.strategy != "none":
-        _check_loss(select)
-    if not (options.reads_attention or options.reads_entropy):
-        return
-    if select("algorithm.rollout_correction.bypass_mode"):
-        raise ValueError(
-            f"{BLOCK}.strategy={options.strategy} is read in the old-log-prob pass, which bypass mode skips: "
-            "set algorithm.rollout_correction.bypass_mode=False"
-        )
-    for name in SEQUENCE_PARALLEL:
-        if options.reads_attention and (select(name) or 1) > 1:
-            raise ValueError(
-                f"{BLOCK}.strategy={options.strategy} needs whole sequences on each rank: set {name}=1, "
-                f"got {select(name)}"
-            )
-
-
-def _check_loss(select: Callable) -> None:
-    """Raises ValueError for a run whose loss would not give each token its own advantage."""
-    if select("algorithm.use_pf_ppo"):
-        raise ValueError(
-            f"the block {BLOCK} needs advantages in the order of their trajectories: set algorithm.use_pf_ppo=False; "
-            "preference feedback draws trajectories anew, and verl's V1 trainer then writes their advantages to others"
-        )
-    loss = select("actor_rollout_ref.actor.policy_loss.loss_mode") or "vanilla"
-    if loss not in TOKEN_LOSSES:
-        raise ValueError(
-            f"the block {BLOCK} needs a loss in which each token has its own advantage: set "
-            f"actor_rollout_ref.actor.policy_loss.loss_mode to one of {', '.join(TOKEN_LOSSES)}, got {loss}"
-        )
-    if select("distillation.enabled") and not select("distillation.distillation_loss.use_task_rewards"):
-        raise ValueError(
-            f"the block {BLOCK} needs a loss that reads the advantages: set "
-            "distillation.distillation_loss.use_task_rewards=True, without which verl's loss is that of distillation"
-        )
 
 
 def _say_once(text: str) -> None:
@@ -165,23 +62,21 @@ def wrap_forward_step(forward_step: Callable) -> Callable:
     @functools.wraps(forward_step)
     def with_rhythm(engine, micro_batch, loss_function, forward_only):
         from verl.utils.tensordict_utils import get_non_tensor_data
+        from verl.utils.ulysses import get_ulysses_sequence_parallel_group
 
         request = get_non_tensor_data(micro_batch, BLOCK, None)
         if request is None or not forward_only:
             return forward_step(engine, micro_batch, loss_function, forward_only)
-        request = json.loads(request)
-        options = _make_options(request["options"])
-        _say_once(f"reads the attention rhythm in the old-log-prob pass, for {options.strategy} credit")
-        _check_pass(engine, micro_batch)
         packed = get_non_tensor_data(micro_batch, "use_remove_padding", True)
-        micro_batch = micro_batch.to(engine_device())
-        offsets = micro_batch["input_ids"].offsets()
-        response = _response_tokens(micro_batch["response_mask"], offsets)  # [nnz]
-        mask = _packed_row(response, engine) if packed else _padded_rows(response, offsets)
-        groups = _groups_of(request["groups"], engine)
-        with collect(engine.module, response_mask=mask, groups=groups, **options.collect_arguments) as collector:
+        group = get_ulysses_sequence_parallel_group()
+        with together([] if group is None else [Ranks("Ulysses", group)]) as facts:
+            facts["the block"] = request
+            micro_batch = micro_batch.to(engine_device())
+            arguments = _arguments(json.loads(request), engine, micro_batch, packed, group)
+        with collect(engine.module, **arguments) as collector:
             loss, output = forward_step(engine, micro_batch, loss_function, forward_only)
         collector.check()
+        offsets = micro_batch["input_ids"].offsets()
         output["model_output"] |= _as_model_output(collector.rhythm(), offsets, packed)
         return loss, output
 
@@ -194,16 +89,32 @@ def engine_device() -> int | torch.device:
     return get_device_id()
 
 
-def _check_pass(engine, micro_batch) -> None:
-    if engine.use_ulysses_sp:
+def _arguments(request: dict, engine, micro_batch, packed: bool, group) -> dict:
+    """Returns the arguments of `collect` for a micro-batch.
+
+    Args:
+        request: what the trainer asks for.
+        packed: whether the sequences are one row.
+        group: the process group of the ranks that share each sequence; None if each has whole ones.
+    """
+    _check_text(micro_batch["position_ids"])
+    options = make_options(request["options"])
+    ranks = engine.ulysses_sequence_parallel_size
+    _say_once(f"reads the attention rhythm in the old-log-prob pass, for {options.strategy} credit{sharing(ranks)}")
+    offsets = micro_batch["input_ids"].offsets()
+    response = _response_tokens(micro_batch["response_mask"], offsets)  # [nnz]
+    return options.collect_arguments | {
+        "response_mask": _packed_row(response, engine) if packed else _padded_rows(response, offsets),
+        "groups": _groups_of(request["groups"], engine),
+        "parallel": None if group is None else Parallel(tokens=group, order="contiguous"),
+    }
+
+
+def _check_text(position_ids: Tensor) -> None:
+    if position_ids.dim() != 2:
         raise ValueError(
-            f"the block {BLOCK} needs whole sequences on each rank: set {SEQUENCE_PARALLEL[0]}=1, "
-            f"got {engine.ulysses_sequence_parallel_size}"
-        )
-    if micro_batch["position_ids"].dim() != 2:
-        raise ValueError(
-            f"the block {BLOCK} needs text, got position ids with {micro_batch['position_ids'].dim()} dimensions, "
-            "as models of images and text have"
+            f"the block {BLOCK} needs text, got position ids with {position_ids.dim()} dimensions, as models of images "
+            "and text have"
         )
 
 
@@ -221,8 +132,10 @@ def _response_tokens(response_mask: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _packed_row(response: Tensor, engine) -> Tensor:
-    """Returns R as a row, [1, nnz + padding]: verl may round the packed length up."""
-    return torch.nn.functional.pad(response, (0, engine._get_packed_pad_size(len(response))))[None]
+    """Returns R as a row, [1, nnz + padding]: verl may round the packed length up, and then to the ranks' multiple."""
+    rounded = len(response) + engine._get_packed_pad_size(len(response))
+    rounded += -rounded % engine.ulysses_sequence_parallel_size
+    return torch.nn.functional.pad(response, (0, rounded - len(response)))[None]
 
 
 def _valid(offsets: Tensor) -> Tensor:
@@ -261,14 +174,19 @@ def _as_model_output(rhythm: Rhythm, offsets: Tensor, packed: bool) -> dict[str,
 
 
 class TrainerCredit:
-    """The credit of one run in the trainer's process."""
+    """The credit of one run in the trainer's process.
 
-    def __init__(self, options: CreditOptions):
+    Args:
+        options: read from the config.
+        ranks: the number of workers that share each sequence.
+    """
+
+    def __init__(self, options: CreditOptions, ranks: int = 1):
         self.options = options
         self.schedule = GroupSchedule(**options.schedule_arguments)
         self.passes = 0
         settings = ", ".join(f"{name} {value}" for name, value in asdict(options).items())
-        _say_once(f"rhythm credit is on: {settings}")
+        _say_once(f"rhythm credit is on: {settings}{sharing(ranks)}")
 
     def request(self) -> str:
         """Returns the text that tells the workers the options and the head groups."""
@@ -316,7 +234,7 @@ def credit_of(trainer) -> TrainerCredit | None:
     """Returns the credit of a `PPOTrainer`, created at the first call; None if its config has no block."""
     if BLOCK not in trainer.__dict__:
         options = read_options(trainer.config)
-        trainer.__dict__[BLOCK] = None if options is None else TrainerCredit(options)
+        trainer.__dict__[BLOCK] = None if options is None else TrainerCredit(options, sequence_ranks(trainer.config))
     return trainer.__dict__[BLOCK]
 
 
@@ -453,7 +371,7 @@ def _wrap(module: ModuleType) -> None:
         *parents, name = path.split(".")
         owner = functools.reduce(lambda outer, part: getattr(outer, part, None), parents, module)
         if not callable(getattr(owner, name, None)):
-            _missing.append(f"{module.__name__}.{path}")
+            missing.append(f"{module.__name__}.{path}")
         else:
             setattr(owner, name, wrapper(getattr(owner, name)))
 
