@@ -26,11 +26,11 @@ LENGTHS = [(5, 30), (9, 41), (3, 12), (7, 1), (2, 26), (11, 33)]
 """Prompt and response tokens of each sequence."""
 
 
-def save_model(folder: Path) -> Path:
+def save_model(folder: Path, **sizes) -> Path:
     from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)
-    qwen3().save_pretrained(folder)
+    qwen3(**sizes).save_pretrained(folder)
     words = {f"t{i}": i for i in range(SIZES["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, "t0")), pad_token="t0", eos_token="t1", unk_token="t0"
@@ -58,7 +58,9 @@ def script_flags(folder: Path, script: str, *args: str, **env: str) -> list[str]
     return [line for line in ran.stdout.splitlines() if not line.startswith("waiting")]
 
 
-def make_engine(folder: Path, strategy="fsdp2", *, packed=True, fused=False, lora=0, precision="fp32", **config):
+def make_engine(
+    folder: Path, strategy="fsdp2", *, packed=True, fused=False, lora=0, precision="fp32", attention="sdpa", **config
+):
     """Returns the engine of verl's registry; world size 1 unless torch.distributed runs."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -72,7 +74,7 @@ def make_engine(folder: Path, strategy="fsdp2", *, packed=True, fused=False, lor
             lora_rank=lora,
             target_modules="all-linear",
             fused_kernel_options={"impl_backend": "torch"},
-            override_config={"attn_implementation": "sdpa"},
+            override_config={"attn_implementation": attention},
         ),
         engine_config=FSDPEngineConfig(
             strategy=strategy,
