@@ -17,6 +17,7 @@ SEQUENCE_PARALLEL = (
     "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
 )
 """The settings of the number of ranks that share each sequence; verl takes the first that is above 1."""
+ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 TOKEN_LOSSES = (
     "vanilla",
     "dppo_tv",
@@ -102,6 +103,13 @@ def _check_settings(config: Mapping, options: CreditOptions) -> None:
         raise ValueError(
             f"{BLOCK}.strategy={options.strategy} is read in the old-log-prob pass, which bypass mode skips: "
             "set algorithm.rollout_correction.bypass_mode=False"
+        )
+    attention, ranks = select(ATTENTION), sequence_ranks(config)
+    if options.reads_attention and ranks > 1 and attention is not None and "flash" not in attention:
+        raise ValueError(
+            f"the block {BLOCK} needs FlashAttention where {ranks} ranks share each sequence: set {ATTENTION} to "
+            f"flash_attention_2, got {attention}; verl's Ulysses wraps no other, and each rank would attend to its own "
+            "tokens alone"
         )
 
 

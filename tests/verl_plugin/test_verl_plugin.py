@@ -4,9 +4,12 @@ import itertools
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import asdict
+from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import verl
@@ -14,25 +17,33 @@ import verl_cases as cases
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
+from verl import DataProto
 from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl_cases import CONFIG
 
 import rhythm_kernels.integrations.verl as plugin
+import rhythm_kernels.integrations.verl_config as verl_config
 from rhythm_kernels import Rhythm, reference, shape_advantages, token_credit
 from rhythm_kernels.group_schedule import GroupSchedule
 from rhythm_kernels.options import CreditOptions
 
 
-def composed(*overrides: str):
+@cache
+def composed_once(*overrides: str):
     with initialize_config_dir(str(CONFIG), version_base=None):
         return compose("ppo_trainer", overrides=["algorithm.adv_estimator=grpo", *overrides])
+
+
+def composed(*overrides: str):
+    return deepcopy(composed_once(*overrides))
 
 
 def in_a_fresh_process(code: str, **environment: str) -> str:
@@ -70,7 +81,7 @@ def test_every_place_is_wrapped_once():
             for name in path.split("."):
                 found = getattr(found, name)
             assert found.__globals__ is vars(plugin) and found.__wrapped__.__globals__ is not vars(plugin), path
-    assert not plugin._missing
+    assert not verl_config.missing
 
 
 def read(*overrides: str):
@@ -109,15 +120,24 @@ REFUSED = {
     "a wrong value": (["+rhythm.top_fraction=1.5"], ValueError, "in the block rhythm: top_fraction must be"),
     "a wrong type": (["+rhythm.layers=five"], TypeError, "in the block rhythm: layers must be"),
     "no block but a word": (["+rhythm=coupled"], TypeError, "rhythm must be a block of options"),
-    "sequence parallelism": (
-        ["+rhythm.strategy=global", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"],
+    "attention that Ulysses does not reach": (
+        [
+            "+rhythm.strategy=global",
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2",
+            "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+        ],
         ValueError,
-        "set actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1, got 2",
+        "needs FlashAttention where 2 ranks share each sequence: set "
+        "actor_rollout_ref.model.override_config.attn_implementation to flash_attention_2, got sdpa",
     ),
-    "its older name": (
-        ["+rhythm.strategy=global", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4"],
+    "the same under Ulysses' older name": (
+        [
+            "+rhythm.strategy=coupled",
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4",
+            "+actor_rollout_ref.model.override_config.attn_implementation=flex_attention",
+        ],
         ValueError,
-        "set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1, got 4",
+        "where 4 ranks share each sequence.*got flex_attention",
     ),
     "bypass mode": (
         ["+rhythm.strategy=coupled", "algorithm.rollout_correction.bypass_mode=True"],
@@ -176,7 +196,22 @@ def test_refused_configs(case):
 
 def test_settings_that_keep_only_the_statistics_away_leave_random_credit():
     assert read("+rhythm.strategy=random", "algorithm.rollout_correction.bypass_mode=True").strategy == "random"
-    assert read("+rhythm.strategy=entropy", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2") is not None
+    ulysses = [
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+    ]
+    assert read("+rhythm.strategy=entropy", *ulysses) is not None
+
+
+@pytest.mark.parametrize("name", verl_config.SEQUENCE_PARALLEL)
+@pytest.mark.parametrize("attention", [None, "flash_attention_2", "flash_attention_3"])
+def test_ranks_may_share_sequences(name, attention):
+    overrides = [] if attention is None else [f"+{verl_config.ATTENTION}={attention}"]
+    config = composed("+rhythm.strategy=coupled", f"{name}=4", *overrides)
+    assert plugin.read_options(config).strategy == "coupled"
+    OmegaConf.update(config, "actor_rollout_ref.actor.use_dynamic_bsz", True)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert plugin.sequence_ranks(config) == actor.engine.ulysses_sequence_parallel_size == 4
 
 
 def test_a_block_without_credit_leaves_every_loss_alone():
@@ -215,8 +250,55 @@ def test_the_list_of_losses_is_right(loss_mode, sign):
     rest = loss_gradient(loss_mode, 0 * ones)
     each = loss_gradient(loss_mode, ones) - rest
     found = loss_gradient(loss_mode, weights * ones) - rest
-    assert torch.allclose(found, weights * each, atol=1e-12) == (loss_mode in plugin.TOKEN_LOSSES)
+    assert torch.allclose(found, weights * each, atol=1e-12) == (loss_mode in verl_config.TOKEN_LOSSES)
     assert each.any()
+
+
+ORDER = [4, 1, 5, 0, 3, 2]
+
+
+def advantages_of(estimator: str, order: list[int], **algorithm) -> torch.Tensor:
+    """Returns verl's advantages of six answers, [6, 5], that come in this order, in the order in which they came."""
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([5, 3, 4, 2, 5, 1])
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    ends = torch.nn.functional.one_hot(lengths - 1, 5)
+    scores, values = torch.rand(6, generator=draw), torch.rand(6, 5, generator=draw)
+    fields = {
+        "response_mask": mask,
+        "token_level_scores": ends * scores[:, None],
+        "token_level_rewards": ends * scores[:, None],
+        "values": values,
+        **({"reward_baselines": scores / 2} if estimator == "remax" else {}),
+        "old_log_probs": -values,
+        "sum_pi_squared": values,
+        "prompts": torch.zeros(6, 1, dtype=torch.long),
+        "attention_mask": torch.cat([torch.ones(6, 1, dtype=torch.long), mask], 1),
+    }
+    uids = np.array(["a", "a", "b", "b", "b", "a"], dtype=object)
+    data = DataProto.from_single_dict({name: value[order] for name, value in fields.items()} | {"uid": uids[order]})
+    data.non_tensor_batch["score"] = scores.numpy()[order]
+    config = composed("+algorithm.gdpo_reward_keys=[score]", *(f"algorithm.{k}={v}" for k, v in algorithm.items()))
+    keys = [f"{uids[row]}_{row}_0" for row in order]
+    torch.manual_seed(0)  # preference feedback draws
+    return compute_advantage_for_multi_trajectories(data, keys, estimator, num_repeat=3, config=config.algorithm).batch[
+        "advantages"
+    ]
+
+
+@pytest.mark.parametrize("estimator", sorted(core_algos.ADV_ESTIMATOR_REGISTRY))
+def test_every_estimator_keeps_the_rows_in_their_order(estimator):
+    """The plug-in multiplies row by row."""
+    in_order = advantages_of(estimator, list(range(6)))
+    assert len(set(in_order.sum(1).tolist())) > 2
+    torch.testing.assert_close(advantages_of(estimator, ORDER), in_order[ORDER])
+
+
+def test_preference_feedback_does_not():
+    """The plug-in refuses it; verl's V1 trainer would write these advantages to the rows in their first order."""
+    drawn, in_order = (advantages_of("gae", list(range(6)), use_pf_ppo=drawn) for drawn in (True, False))
+    assert all(any(torch.equal(row, other) for other in in_order) for row in drawn)
+    assert not torch.equal(drawn, in_order)
 
 
 def test_another_verl_is_refused_but_not_without_a_block(monkeypatch):
@@ -227,7 +309,9 @@ def test_another_verl_is_refused_but_not_without_a_block(monkeypatch):
 
 
 def test_a_verl_without_what_is_wrapped_is_refused(monkeypatch):
-    monkeypatch.setattr(plugin, "_missing", [])
+    lacking = []
+    monkeypatch.setattr(plugin, "missing", lacking)
+    monkeypatch.setattr(verl_config, "missing", lacking)
     monkeypatch.setitem(plugin.WRAPPED, "verl.utils.config", {"validate_all.deep": plugin.wrap_validate})
     plugin._wrap(sys.modules["verl.utils.config"])
     with pytest.raises(RuntimeError, match="this one has no verl.utils.config.validate_all.deep"):
@@ -427,7 +511,7 @@ def test_head_groups_that_serve_two_steps(run, model_folder):
 
 
 def test_padding_rows_of_verl_do_not_count():
-    credit = plugin.TrainerCredit(plugin._make_options({"groups_every": 2}))
+    credit = plugin.TrainerCredit(verl_config.make_options({"groups_every": 2}))
     spans = torch.rand(3, 30)
     spans[2] = float("nan")
     credit.end_pass(spans, torch.tensor([4, 2, 0]))
@@ -436,7 +520,7 @@ def test_padding_rows_of_verl_do_not_count():
 
 
 def test_random_draws_differ_from_step_to_step():
-    credit = plugin.TrainerCredit(plugin._make_options({"strategy": "random"}))
+    credit = plugin.TrainerCredit(verl_config.make_options({"strategy": "random"}))
     mask = torch.ones(2, 50, dtype=torch.bool)
     first, again = (credit.shape(torch.ones(2, 50), mask, {})[0] for _ in range(2))
     assert not torch.equal(first, again)
@@ -450,3 +534,11 @@ def test_it_says_once_that_it_is_on(capsys, monkeypatch):
     assert len(lines) == 1 and lines[0].startswith(
         "[rhythm_kernels] rhythm credit is on: strategy local, top_fraction 0.4"
     )
+    assert lines[0].endswith("groups_every 1, seed 0")
+
+
+def test_it_says_what_is_shared(capsys, monkeypatch):
+    monkeypatch.setattr(plugin, "_said", set())
+    config = composed("+rhythm.strategy=local", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=4")
+    plugin.credit_of(SimpleNamespace(config=config))
+    assert capsys.readouterr().out.endswith("; 4 ranks share each sequence (Ulysses)\n")

@@ -51,18 +51,41 @@ class Run(NamedTuple):
     text: str  # what was printed
 
 
-@pytest.fixture(scope="module")
-def run(model_folder, tmp_path_factory) -> Run:
+SHARING = [
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+    "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2",
+]
+"""Lets the two workers share each sequence."""
+
+
+def three_steps(model_folder, make_folder, *sharing: str) -> Run:
     """Runs three steps with the flags of the example's script that TINY does not change."""
-    folder, data = tmp_path_factory.mktemp("run"), cases.write_countdown(tmp_path_factory.mktemp("data"))
+    folder, data = make_folder("run"), cases.write_countdown(make_folder("data"))
     env = {"MODEL": str(model_folder), "DATA": str(data), "GPUS": "2", "RUNS": str(data)}
-    flags = cases.script_flags(data, "one_node.sh", **env)[2:]
-    command = [sys.executable, "-W", "ignore", "-m", "cpu_run", str(folder), *flags, *TINY]
+    flags = [*cases.script_flags(data, "one_node.sh", **env)[2:], *TINY, *sharing]
+    command = [sys.executable, "-W", "ignore", "-m", "cpu_run", str(folder), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
-    ended = subprocess.run(command, env=env, text=True, capture_output=True, timeout=240)
+    if sharing:
+        env["VERL_USE_EXTERNAL_MODULES"] += ",cpu_flash"
+    ended = subprocess.run(command, env=env, text=True, capture_output=True, timeout=480)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     steps = [torch.load(folder / f"step{step}.pt", weights_only=False) for step in (1, 2, 3)]
     return Run(steps, ended.stdout + ended.stderr)
+
+
+@pytest.fixture(scope="module")
+def whole_run(model_folder, tmp_path_factory) -> Run:
+    return three_steps(model_folder, tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="module")
+def shared_run(model_folder, tmp_path_factory) -> Run:
+    return three_steps(model_folder, tmp_path_factory.mktemp, *SHARING)
+
+
+@pytest.fixture(params=["whole_run", "shared_run"])
+def run(request) -> Run:
+    return request.getfixturevalue(request.param)
 
 
 def fields_of(step: dict) -> dict[str, torch.Tensor]:
@@ -108,10 +131,26 @@ def test_what_the_actor_is_trained_on(run, index):
     assert metrics["rhythm/gamma_mean"] == pytest.approx(gamma[mask].mean().item())
 
 
+def test_workers_that_share_sequences_give_the_same_advantages(whole_run, shared_run):
+    """The first step's; later ones have other weights, by rounding. The order of the answers is another."""
+    whole, shared = (
+        {tuple(ids.tolist()): row for ids, row in zip(batch["input_ids"], batch["advantages"])}
+        for batch in (run.steps[0]["batch"] for run in (whole_run, shared_run))
+    )
+    assert whole.keys() == shared.keys()
+    for ids, advantages in whole.items():
+        torch.testing.assert_close(shared[ids], advantages)
+
+
 def test_the_batch_had_a_row_of_padding(run):
     """Seven answers for two workers: verl adds a row without a response token."""
     tokens = [int(mask.sum()) for mask in run.steps[0]["batch"]["response_mask"]]
     assert len(tokens) == 8 and tokens.count(0) == 1
+
+
+def test_the_lines_say_that_workers_share_sequences(whole_run, shared_run):
+    line = "; 2 ranks share each sequence (Ulysses)"
+    assert [run.text.count(line) for run in (whole_run, shared_run)] == [0, 3]  # the trainer, two workers
 
 
 def test_metrics_and_banners(run):

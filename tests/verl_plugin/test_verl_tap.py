@@ -149,17 +149,12 @@ def test_an_update_is_not_read(engines, monkeypatch):
         engine.optimizer_zero_grad()
 
 
-def test_what_the_pass_refuses(engines, monkeypatch):
+def test_what_the_pass_refuses(engines):
     engine, fields = engines(), cases.make_fields()
     with pytest.raises(ValueError, match="unknown keys in the block rhythm: stratgey; there are strategy"):
         cases.log_prob_pass(engine, cases.make_batch(fields, {"options": {"stratgey": "local"}}))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="ulysses_sequence_parallel_size=1, got 2"):
-        patch.setattr(engine, "ulysses_sequence_parallel_size", 2)
-        patch.setattr(engine, "use_ulysses_sp", True)
-        plugin._check_pass(engine, cases.make_batch(fields, {}))
-    images = fields | {"position_ids": torch.zeros(len(cases.LENGTHS), 4, 9)}
     with pytest.raises(ValueError, match="needs text, got position ids with 3 dimensions"):
-        plugin._check_pass(engine, cases.make_batch(images, {}))
+        plugin._check_text(torch.zeros(len(cases.LENGTHS), 4, 9))
 
 
 def test_two_ranks_that_shard_the_model(model_folder, tmp_path):
