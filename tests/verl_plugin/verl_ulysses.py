@@ -87,27 +87,30 @@ def one_pass(folder: Path, name: str, ranks: int, place: int | None = None) -> d
     }
 
 
-def failures(folder: Path) -> dict[str, Raised | None]:
-    """Returns what this rank of two that share each sequence has raised in each pass where one of them cannot go on."""
+def failures(folder: Path) -> dict[str, Raised | list]:
+    """Returns what this rank of two that share each sequence has raised in each pass where one of them cannot go on.
+
+    Of a pass that was not refused it returns the log-probs.
+    """
     engine = cases.make_engine(folder, ulysses_sequence_parallel_size=2, attention="flash_attention_2")
     mine, fields = dist.get_rank() == 1, cases.make_fields(LENGTHS[0])
     raised = {}
 
-    def attempt(name: str, options: dict | None = None, engine=engine) -> None:
+    def attempt(name: str, request: dict | None, engine=engine) -> None:
         try:
-            cases.log_prob_pass(engine, cases.make_batch(fields, request_of(options or {})))
+            log_probs = cases.log_prob_pass(engine, cases.make_batch(fields, request))["log_probs"]
+            raised[name] = [row.clone() for row in log_probs.unbind()]
         except Exception as error:
             raised[name] = Raised(type(error).__name__, str(error))
-            return
-        raised[name] = None
 
     with patch.object(plugin, "_response_tokens", refusing if mine else plugin._response_tokens):
-        attempt("before the pass")
-    attempt("other options", {"window": 10 + mine})
-    attempt("an unknown option", {"stratgey": "local"} if mine else {})
-    attempt("nothing")
+        attempt("before the pass", {})
+    attempt("other options", request_of({"window": 10 + mine}))
+    attempt("an unknown option", request_of({"stratgey": "local"} if mine else {}))
+    attempt("nothing", {})
     sdpa = cases.make_engine(folder, ulysses_sequence_parallel_size=2)
-    attempt("without FlashAttention", engine=sdpa)
+    attempt("without FlashAttention and block", None, sdpa)
+    attempt("without FlashAttention", {}, sdpa)
     return raised
 
 
