@@ -37,6 +37,7 @@ PASSES: dict[str, dict] = {
     "known groups": {"request": request_of({"groups_every": 2}, known_groups())},
     "packed lengths rounded up": {"engine": {"pad_to_length": True, "pad_to_length_bucket": 33}},
     "FSDP1": {"engine": {"strategy": "fsdp"}},
+    "16 bits": {"engine": {"precision": "bf16"}, "settings": FIXED},
     "without the block": {"request": None},
     "fewer key heads than ranks": {"ranks": 4, "settings": FIXED},
 }
