@@ -341,15 +341,27 @@ def test_the_trainers_refuse_too():
 class Store:
     """verl's transfer queue in this process, as far as the trainer's methods call it."""
 
-    def __init__(self, fields: dict):
-        self.fields = fields
+    def __init__(self, fields: dict, keys: list[str]):
+        self.fields, self.keys = fields, keys
 
     def kv_batch_get(self, keys, partition_id, select_fields):
-        return tu.get_tensordict({name: self.fields[name] for name in select_fields if name in self.fields})
+        places = [self.keys.index(key) for key in keys]
+        fields = {name: self.fields[name] for name in select_fields if name in self.fields}
+        return tu.get_tensordict({name: rows_of(field, places) for name, field in fields.items()})
 
     def kv_batch_put(self, keys, partition_id, fields):
-        self.fields |= dict(fields.items())
+        for name, field in fields.items():
+            rows = dict(zip(self.keys, self.fields[name].unbind())) if name in self.fields else {}
+            rows |= zip(keys, field.unbind(), strict=True)
+            self.fields[name] = cases.nested(rows[key] for key in self.keys)
         return KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id=partition_id)
+
+
+def rows_of(field: torch.Tensor | list, places: list[int]) -> torch.Tensor | list:
+    if isinstance(field, list):
+        return [field[place] for place in places]
+    rows = field.unbind()
+    return cases.nested(rows[place] for place in places)
 
 
 class Workers:
@@ -380,13 +392,13 @@ def run(model_folder, monkeypatch):
             row[-1] = score
         fields["rm_scores"] = cases.nested(scores)
         fields["rollout_log_probs"] = cases.nested(-torch.rand(len(row)) for row in scores)
-        store = Store(fields | {"uid": UIDS})
+        keys = [f"{uid}_{place}_0" for place, uid in enumerate(UIDS)]
+        store = Store(fields | {"uid": UIDS}, keys)
         monkeypatch.setattr(trainer_base, "tq", store)
         monkeypatch.setitem(sys.modules, "transfer_queue", store)
         trainer = object.__new__(PPOTrainerSync)
         trainer.config = composed(*overrides)
         trainer.actor_rollout_wg, trainer.ref_in_actor = Workers(engine, store), True
-        keys = [f"{uid}_{place}_0" for place, uid in enumerate(UIDS)]
         return trainer, store, KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id="train")
 
     return start
@@ -428,6 +440,20 @@ def test_advantages_of_a_step(run, model_folder, strategy):
         rises = (reference.rises(rhythm.waad, mask) & preplan).sum() / preplan.sum()
         assert 0 < metrics["rhythm/preplan_rises"] == pytest.approx(rises.item())
     assert all(isinstance(value, float) for name, value in metrics.items() if name.startswith("rhythm/"))
+
+
+def test_rows_that_are_dropped_and_reordered_after_the_pass_keep_their_credit(run):
+    """A row's key leads to its signals and its advantages. No part of verl 0.9.1 does this between the two."""
+    trainer, store, batch = run("+rhythm.strategy=coupled")
+    batch = trainer._compute_old_log_prob(batch, {})
+    trainer._compute_advantage(batch, {})
+    wanted = store.fields["advantages"].unbind()
+    trainer._compute_advantage(KVBatchMeta(keys=[batch.keys[row] for row in (5, 3, 4)], tags=[{}] * 3), {})
+    found = store.fields["advantages"].unbind()
+    assert any((row > 1.4 * row[row > 0].min()).any() for row in found[3:] if (row > 0).any())  # some are credited
+    for row in (3, 4, 5):
+        assert found[row] is not wanted[row]
+        torch.testing.assert_close(found[row], wanted[row])
 
 
 def test_thresholds_of_the_block_reach_the_credit(run):
