@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import verl
+from hydra import compose, initialize_config_dir
 from models import SIZES, eager_maps, qwen3
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -24,6 +27,17 @@ CONFIG = Path(verl.__file__).parent / "trainer" / "config"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "verl"
 LENGTHS = [(5, 30), (9, 41), (3, 12), (7, 1), (2, 26), (11, 33)]
 """Prompt and response tokens of each sequence."""
+
+
+@cache
+def _compose(*overrides: str):
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        return compose("ppo_trainer", overrides=["algorithm.adv_estimator=grpo", *overrides])
+
+
+def composed(*overrides: str):
+    """Returns verl's config with these overrides, a copy of one's own."""
+    return deepcopy(_compose(*overrides))
 
 
 def save_model(folder: Path, **sizes) -> Path:
