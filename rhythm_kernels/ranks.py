@@ -24,7 +24,7 @@ ORDERS = ("auto", "contiguous", "zigzag")
 
 
 class Parallel(NamedTuple):
-    """What the ranks of a model hold of its attention."""
+    """Names the ranks that share a model's attention, by heads or by tokens."""
 
     heads: "ProcessGroup | DeviceMesh | None" = None
     """The ranks that hold some heads of all tokens, in the order of the heads: tensor parallelism."""

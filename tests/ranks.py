@@ -33,7 +33,7 @@ preload()
 
 
 class Raised(Exception):
-    """What a rank has raised: its type's name, its message, and its traceback."""
+    """Holds an error that a rank has raised: its type's name, its message, and its traceback."""
 
 
 def on_ranks(size: int, function: Callable, *args) -> list:

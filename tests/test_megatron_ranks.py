@@ -150,7 +150,7 @@ def forward_of(arguments: dict):
 
 
 alone: dict[str, list] = {}
-"""What one rank returns, by the arguments."""
+"""Keeps what one rank returns, by the arguments."""
 
 
 def check(size: int, **arguments) -> None:

@@ -289,6 +289,10 @@ def one_is_wrong(what: str):
         del inputs["position_ids"]
     if what == "order":
         inputs["position_ids"] = inputs["position_ids"] + 5 * dist.get_rank()
+    if what == "NaN":
+        model.model.embed_tokens.weight.data.fill_(torch.nan)
+    if what == "no rows":
+        options["response_mask"] = torch.zeros_like(options["response_mask"])
     if what == "attention":
         whole = ALL_ATTENTION_FUNCTIONS["gathering"]
 
@@ -324,6 +328,7 @@ WRONG = {
     "positions": ("Disagreement", "position_ids: torch.int64 [2, 'T'], None", ""),
     "order": ("ValueError", "position_ids must show how the ranks of parallel.tokens share a row", "would follow"),
     "attention": ("ValueError", "layer 2 does not attend as collect assumes: the output of token", ""),
+    "NaN": ("ValueError", "spans must not hold NaN, got ", ""),
     "no heads": ("ValueError", "the model's 6 query heads, got 12 heads on parallel.heads together", ""),
     "response_mask": ("Disagreement", "the ranks of parallel.heads must agree, got response_mask: ", ""),
     "statistics": ("MemoryError", "no memory left", ""),
@@ -343,6 +348,12 @@ def test_ranks_that_disagree_raise_one_error(what):
     if what in BY_ONE:
         assert returned[0].args[0] == "Disagreement"
         assert returned[0].args[1].startswith(f"rank 1 of parallel.tokens: {kind}: "), returned[0].args[1]
+
+
+def test_no_rows_have_no_rhythm():
+    for rhythm in on_ranks(2, one_is_wrong, "no rows"):
+        assert not isinstance(rhythm, Raised), rhythm.args[2]
+        assert rhythm.waad.shape == (2, TOKENS) and not rhythm.waad.any() and not rhythm.fai.any()
 
 
 def fails_in_the_model():

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 CAUSAL = ("causal", "padding_causal")
 """Mask types under which each row sees the past of its own sequence, whatever mask is passed."""
 CORE_ARGUMENTS = ("query", "key", "value", "attention_mask")
-"""What a core is passed by position; all else is passed by name."""
+"""The arguments that a core is passed by position; all others are passed by name."""
 
 
 class collect(collect_from_transformers):  # called like a function, and named like one

@@ -33,7 +33,7 @@ TOKEN_LOSSES = (
 )
 """Policy losses that multiply each token's gradient by that token's own advantage."""
 missing: list[str] = []
-"""What the plug-in would have wrapped and this verl does not have."""
+"""The functions that the plug-in would have wrapped and this verl does not have."""
 
 
 def read_options(config: Mapping) -> CreditOptions | None:

@@ -67,7 +67,7 @@ class Collector:
     """Arguments of `rhythm_of`, without the groups."""
     _lse: str
     _shards: Shards | None
-    """What this rank holds where several share the attention; None where it has all."""
+    """The shards of this rank where several share the attention; None where it has whole sequences and all heads."""
 
     def __init__(self, model: nn.Module):
         self.stats: dict[int, AttentionStats] | dict[int, GroupStats] = {}

@@ -1,4 +1,4 @@
-"""What one rank sees of a forward whose tokens or heads lie on several, and how it comes to whole rows of some heads.
+"""Turns what one rank sees of a forward, some heads or some tokens, into whole rows of some heads.
 
 The statistics are those of heads, so a rank that has all tokens of some heads needs no other rank before the sums over
 the head groups. Where a rank has some tokens of all heads, a swap turns tokens into heads in the sampled layers.
@@ -18,7 +18,7 @@ from rhythm_kernels.ranks import HeadShards, Parallel, Ranks
 
 
 class Shards:
-    """What this rank holds of one forward's attention.
+    """The part of one forward's attention that this rank holds.
 
     Args:
         parallel: checked.

@@ -27,7 +27,7 @@ SHARDING = ("deepspeed", "ring_flash_attn", "torch.distributed")
 """Packages that replace the attention function by one that computes a sequence on several ranks."""
 
 ELSEWHERE = "PipelineIdentityLayer"
-"""What transformers' pipeline parallelism puts in place of a layer of another rank."""
+"""The class that transformers' pipeline parallelism puts in place of a layer of another rank."""
 
 
 class Call(NamedTuple):

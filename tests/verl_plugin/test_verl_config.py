@@ -1,4 +1,4 @@
-"""What the plug-in takes and refuses of verl's config, and the properties of verl that this rests on."""
+"""The plug-in takes or refuses settings of verl's config, and verl has the properties that this rests on."""
 
 import sys
 from dataclasses import asdict
