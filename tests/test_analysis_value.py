@@ -11,7 +11,7 @@ import pytest
 import torch
 from study_cases import cut_places, kept_batches, run, tiny_folder, tiny_model
 
-from rhythm_kernels.analysis import value, value_report
+from rhythm_kernels.analysis import value, value_choices, value_judge, value_report
 from rhythm_kernels.analysis.decisions import Sampled, areas, by_tenth, ceiling, decide, largest, ranks, shares
 from rhythm_kernels.analysis.problems import Problem, is_right, load_problems
 from rhythm_kernels.analysis.rollouts import Row, continue_rows
@@ -271,7 +271,7 @@ def test_values_are_those_of_all_continuations(model):
             assert result["tries"][t] == max(2, round(3000 * other / 2))
         rates = np.array(result["wins"]) / result["tries"]
         assert abs(rates[0] - rates[1]).max() < 0.3 and (rates[0] != rates[1]).any(), "halves are two draws"
-        decisions = value_report.judge(result, answer.index, 0.4).decisions
+        decisions = value_judge.judge(result, answer.index, 0.4).decisions
         truth = [true_value(study, answer.prompt, answer.tokens[:t]) for t in range(len(answer.tokens) + 1)]
         np.testing.assert_allclose(decisions.value, truth, atol=0.035)
         np.testing.assert_allclose(decisions.decision, np.diff(truth), atol=0.05)
@@ -416,6 +416,22 @@ def test_another_top_fraction_needs_no_new_continuations(setting, tmp_path, monk
         assert numbers["tokens"]["value"] == numbers["decisions"]["value"] == numbers["chance"]["value"] == fraction
     message = run(value.main, [*arguments, "--out", str(tmp_path), "--continuations", "16"])
     assert "continuations was 8 and is 16" in message
+
+
+def test_choices_need_no_new_continuations(setting, tmp_path, monkeypatch):
+    arguments, out = setting
+    (tmp_path / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes())
+    monkeypatch.setattr(value, "measured", lambda *_: pytest.fail("continued again"))
+    assert run(value.main, [*arguments, "--out", str(tmp_path), "--choices"]) is None
+    before, after = data_of(out), data_of(tmp_path)
+    rows = after.pop("choices")
+    assert before.pop("choices") == [] and len(rows) > 40 and before == after
+    for row in rows:
+        if row["choice"] == "defaults":
+            judged = after["strategies"]["all answers"][row["strategy"]]
+            for name in value_choices.RATIOS:
+                assert row[name] == judged[name], "the defaults are what the first table has"
+    assert "| coupled | horizon 1 to the end |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

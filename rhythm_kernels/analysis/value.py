@@ -19,7 +19,9 @@ from rhythm_kernels.analysis.reading import read
 from rhythm_kernels.analysis.rollouts import Row, continue_rows
 from rhythm_kernels.analysis.sources import token_texts
 from rhythm_kernels.analysis.study import Answer, Study, check_flags, parser_of, write_report
-from rhythm_kernels.analysis.value_report import draw, judge, page, report
+from rhythm_kernels.analysis.value_choices import choices_of, compare_choices, gammas_of
+from rhythm_kernels.analysis.value_judge import judge
+from rhythm_kernels.analysis.value_report import draw, page, report
 from rhythm_kernels.checks import check_float, check_int
 
 LEAST = 1e-5
@@ -124,6 +126,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--top-fraction", type=float, default=0.4, help="fraction of an answer's tokens that a strategy selects"
     )
+    parser.add_argument(
+        "--choices",
+        action="store_true",
+        help="also compare other choices of the options of credit (window, horizon, layers and so on) on these answers",
+    )
     args = parser.parse_args(arguments)
     check_flags(args, "value")
     check_int("--continuations", args.continuations, 4)
@@ -137,7 +144,11 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"--task must give the right answer to every problem, got none to problem {unknown[0]}")
         generated, results = study.measured(partial(measured, study))
     answers = [judge(result, index, args.top_fraction) for index, result in enumerate(results)]
-    text, data = report(answers, generated, study, arguments)
+    rows = []
+    if args.choices:
+        choices = choices_of(study)
+        rows = compare_choices(answers, choices, gammas_of(study, generated, choices), args.seed)
+    text, data = report(answers, generated, study, arguments, rows)
     draw(answers, study, args.out / "figure.png")
     (args.out / "answers.html").write_text(page(answers, study), encoding="utf-8")
     write_report(args.out, text, data)

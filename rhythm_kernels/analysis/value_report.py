@@ -1,34 +1,21 @@
 """The report of `rhythm value`: which strategies and signals find the tokens that decide, and where they are."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
-from rhythm_kernels.analysis.decisions import (
-    TENTHS,
-    TOP,
-    Decisions,
-    Sampled,
-    areas,
-    by_tenth,
-    ceiling,
-    columns,
-    decide,
-    shares,
-)
+from rhythm_kernels.analysis.decisions import TENTHS, TOP, areas, by_tenth, ceiling, columns, shares
 from rhythm_kernels.analysis.study import INTERVALS, Answer, Study, report_of, shown, table
 from rhythm_kernels.analysis.style import COLORS, hide_frame
+from rhythm_kernels.analysis.value_choices import paragraphs_of
+from rhythm_kernels.analysis.value_judge import STRATEGIES, Judged
 from rhythm_kernels.analysis.value_page import render
-from rhythm_kernels.credit.tokens import token_credit
-from rhythm_kernels.options import CreditOptions
-from rhythm_kernels.types import Rhythm
 
-STRATEGIES = ("coupled", "global", "local", "entropy", "random")
 CEILING = "ceiling"
 """The tokens that decide most, as far as half of the continuations tells."""
 SIGNALS = {
@@ -52,41 +39,6 @@ COLOR_OF = {
     "random": COLORS["soft"],
     CEILING: COLORS["grid"],
 }
-
-
-class Judged(NamedTuple):
-    """One answer with its decisions, signals and credit; fields are [n] by name."""
-
-    index: int
-    sampled: Sampled
-    decisions: Decisions
-    signals: dict[str, np.ndarray]
-    gammas: dict[str, np.ndarray]
-    """The factor of each token's advantage under each strategy."""
-    texts: list[str]
-
-
-def judge(result: dict[str, Any], index: int, top_fraction: float) -> Judged:
-    """Estimates the decisions of one of the results of `measured`, and computes the credit of each strategy."""
-    signals = {name: np.array(result[name], dtype=np.float32) for name in ("waad", "fai", "entropy")}
-    waad, fai, entropy = (torch.tensor(signal)[None] for signal in signals.values())
-    response = torch.ones_like(waad, dtype=torch.bool)
-    gammas = {}
-    for strategy in STRATEGIES:
-        options = CreditOptions(strategy=strategy, top_fraction=top_fraction)
-        gamma = token_credit(
-            strategy,
-            response,
-            Rhythm(waad, fai),
-            entropy=entropy,
-            seed=options.draw_seed(index),
-            **options.credit_arguments,
-        )
-        gammas[strategy] = gamma[0].double().numpy()
-    delta = np.append(abs(np.diff(signals["waad"])), 0.0)
-    sampled = Sampled(*(np.array(result[name]) for name in ("solved", "other", "wins", "tries")))
-    signals |= {"delta": delta, "surprise": sampled.other, "gamma": gammas["coupled"]}
-    return Judged(index, sampled, decide(sampled), signals, gammas, result["text"])
 
 
 def share_table(answers: list[Judged], top_fraction: float, seed: int) -> dict[str, dict[str, Estimate]]:
@@ -201,9 +153,13 @@ ALL, CREDITED = "all answers", "solved answers"
 
 
 def report(
-    answers: list[Judged], generated: list[Answer], study: Study, arguments: list[str]
+    answers: list[Judged],
+    generated: list[Answer],
+    study: Study,
+    arguments: list[str],
+    choices: Sequence[dict[str, Any]] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """Returns (report.md, the data of report.json)."""
+    """Returns (report.md, the data of report.json); `choices` are the rows of `compare_choices`, if any."""
     args = study.args
     of_solved = [answer for answer in answers if answer.sampled.solved]
     kinds = {ALL: answers, CREDITED: of_solved}
@@ -276,6 +232,7 @@ def report(
         "By tenth of the answer: the share of all decisions in it, then for each strategy the share of its tokens that "
         "are selected → the share of its decisions on them.",
         table(["tenth", "decisions", *STRATEGIES[:-1]], places),
+        *(paragraphs_of(choices) if choices else ()),
         *EXPLAINED,
         "![Share of the decisions on the selected tokens; decisions along the answer](figure.png)",
         "[Answers tinted by their decisions](answers.html)",
@@ -290,6 +247,7 @@ def report(
         "strategies": tables,
         "signals": signals,
         "tenths": by_place,
+        "choices": choices,
     }
     return report_of(study, arguments, "Does credit land where the answer is decided?", paragraphs, numbers)
 
