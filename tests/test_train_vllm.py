@@ -284,6 +284,12 @@ def test_a_prompt_and_its_completion_may_fill_the_context(synced):
     assert len(made.ids) == 4
 
 
+def test_more_prompts_than_one_step_takes(synced):
+    """vLLM splits a prompt over two steps where it may, and on a CPU such a prompt with a seed ends the engine."""
+    made = synced.generate([[5 + place % 7] * (MAX_MODEL_LEN - 10) for place in range(50)], 1, Sampling(1, 1.0, seed=1))
+    assert [len(one.ids) for one in made] == [1] * 50
+
+
 def test_no_prompts_no_answers(synced):
     assert synced.generate([], 4, Sampling(4)) == []
 

@@ -79,6 +79,7 @@ class VLLMEngine:
                 kv_cache_memory_bytes=CPU_CACHE if is_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE") else None,
                 enforce_eager=is_cpu,  # where compiling takes longer than it saves
                 enable_sleep_mode=sleep_mode and not is_cpu,
+                enable_chunked_prefill=False if is_cpu else None,  # there a part of a seeded prompt raises an error
                 # "external_launcher" takes the process's LOCAL_RANK for its GPU and joins the process groups that are
                 # there; with tensor_parallel_size 1 its engines share nothing after the start.
                 distributed_executor_backend="external_launcher" if ranks > 1 else "uni",

@@ -35,6 +35,7 @@ from rhythm_kernels.analysis.sources import (
     load,
     parse_layers,
 )
+from rhythm_kernels.analysis.vllm_engine import VLLM
 from rhythm_kernels.checks import check_choice, check_float, check_int
 
 PROMPT_FORMATS = ("paper", "chat")
@@ -160,6 +161,7 @@ class Study:
             "device": self.model.device.type,
         }
         self.log = Log(args.out / "log.jsonl", f"rhythm {name}", self.settings)
+        self._vllm: VLLM | None = None
 
     def _encode(self, problem: Problem) -> list[int]:
         chat = self.args.prompt_format == "chat"
@@ -171,7 +173,24 @@ class Study:
         return self
 
     def __exit__(self, *_) -> None:
+        if self._vllm is not None:
+            self._vllm.close()
         self.log.close()
+
+    @property
+    def vllm(self) -> VLLM | None:
+        """vLLM with the study's model, loaded when it is first needed; None where transformers samples."""
+        args = self.args
+        if self._vllm is None and getattr(args, "engine", None) == "vllm":
+            self._vllm = VLLM(
+                args.model,
+                ends=sorted(self.ends),
+                max_model_len=max(map(len, self.prompts)) + args.max_new_tokens,
+                dtype=self.model.dtype,
+                memory=args.vllm_memory,
+                seed=args.seed,
+            )
+        return self._vllm
 
     def measured(self, measure: Callable[[list[Answer]], list[dict[str, Any]]]) -> tuple[list[Answer], list[dict]]:
         """Returns the answers, and what `measure` returns for each batch of them, both from the log where it has them.
@@ -195,6 +214,9 @@ class Study:
 
     def _generate(self, prompts: list[list[int]], begin: int) -> list[list[int]]:
         args = self.args
+        if self.vllm is not None:
+            rooms = [args.max_new_tokens] * len(prompts)
+            return self.vllm.complete(prompts, rooms, temperature=args.temperature, work=f"answers from {begin}")
         with (
             self.seeded(begin),
             tqdm(total=args.max_new_tokens, desc="answers", unit="token", leave=False) as bar,

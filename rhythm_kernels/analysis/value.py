@@ -22,8 +22,10 @@ from rhythm_kernels.analysis.study import Answer, Study, check_flags, parser_of,
 from rhythm_kernels.analysis.value_choices import choices_of, compare_choices, gammas_of
 from rhythm_kernels.analysis.value_judge import judge
 from rhythm_kernels.analysis.value_report import draw, page, report
-from rhythm_kernels.checks import check_float, check_int
+from rhythm_kernels.analysis.vllm_engine import check_vllm
+from rhythm_kernels.checks import check_choice, check_float, check_int
 
+ENGINES = ("transformers", "vllm")
 LEAST = 1e-5
 """A token whose alternatives have a smaller probability gets no continuation: it decides less than that."""
 
@@ -43,7 +45,7 @@ def _measured(study: Study, answers: list[Answer]) -> list[dict[str, Any]]:
         ids = torch.tensor(answer.prompt + answer.tokens, device=model.device)
         reading = read(model, ids, torch.arange(len(ids), device=ids.device) >= begin, layers=args.layers)
         output = model(ids[None, :-1], use_cache=True, logits_to_keep=count)
-        caches.append(output.past_key_values)
+        caches.append(output.past_key_values if study.vllm is None else None)
         logits = output.logits[0].float() / args.temperature
         other, alternatives = draw_others(logits, ids[begin:], args.continuations)
         for t, tokens in enumerate(alternatives):
@@ -61,8 +63,9 @@ def _measured(study: Study, answers: list[Answer]) -> list[dict[str, Any]]:
             }
         )
     sequences = [answer.prompt + answer.tokens for answer in answers]
+    continued = _continued(study, sequences, caches, rows, answers[0].index)
     verdicts: dict[tuple[int, ...], bool] = {}
-    for row, half, tokens in zip(rows, halves, _continued(study, sequences, caches, rows), strict=True):
+    for row, half, tokens in zip(rows, halves, continued, strict=True):
         answer = answers[row.sequence]
         t = row.position - len(answer.prompt)
         whole = (answer.index, *answer.tokens[:t], row.token, *tokens)
@@ -93,8 +96,16 @@ def draw_others(logits: Tensor, own: Tensor, most: int) -> tuple[list[float], li
     return [one if drawn else 0.0 for one, drawn in zip(others, tokens, strict=True)], tokens
 
 
-def _continued(study: Study, sequences: list[list[int]], caches: list, rows: list[Row]) -> Iterator[list[int]]:
+def _continued(
+    study: Study, sequences: list[list[int]], caches: list, rows: list[Row], first: int
+) -> Iterator[list[int]]:
     """Yields the continuation of each row."""
+    if study.vllm is not None:
+        prompts = [[*sequences[row.sequence][: row.position], row.token] for row in rows]
+        rooms = [0 if row.token in study.ends else row.new_tokens for row in rows]
+        work = f"continuations from {first}"
+        yield from study.vllm.complete(prompts, rooms, temperature=study.args.temperature, work=work)
+        return
     size = study.args.rollout_batch_size
     with tqdm(total=len(rows), desc="continuations", unit="continuation", leave=False) as bar:
         for begin in range(0, len(rows), size):
@@ -131,14 +142,30 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="also compare other choices of the options of credit (window, horizon, layers and so on) on these answers",
     )
+    parser.add_argument(
+        "--engine",
+        default=ENGINES[0],
+        choices=ENGINES,
+        help="what samples; vllm takes a folder or a name on the hub, and batches all continuations itself",
+    )
+    parser.add_argument(
+        "--vllm-memory",
+        type=float,
+        default=0.5,
+        help="fraction of a GPU's memory for vLLM; the model that reads the signals needs some beside it",
+    )
     args = parser.parse_args(arguments)
     check_flags(args, "value")
+    check_choice("--engine", args.engine, ENGINES)
+    check_float("--vllm-memory", args.vllm_memory, 0.0, 1.0)
     check_int("--continuations", args.continuations, 4)
     check_int("--rollout-batch-size", args.rollout_batch_size, 1)
     check_float("--top-fraction", args.top_fraction, 0.0, 1.0)
     if args.temperature == 0:
         raise ValueError("--temperature must be above 0, since continuations are sampled, got 0.0")
-    with Study("value", args, also=["continuations", "rollout_batch_size"]) as study:
+    if args.engine == "vllm":
+        check_vllm(args.model, args.temperature)
+    with Study("value", args, also=["continuations", "rollout_batch_size", "engine"]) as study:
         unknown = [number for number, one in enumerate(study.problems, 1) if is_right(one, "") is None]
         if unknown:
             raise ValueError(f"--task must give the right answer to every problem, got none to problem {unknown[0]}")

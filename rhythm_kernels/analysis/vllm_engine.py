@@ -1,0 +1,127 @@
+"""Samples tokens with vLLM, which computes the keys and values of a prefix once for all its continuations.
+
+The names below are those of vLLM 0.32.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+LEAST_TEMPERATURE = 0.01  # vLLM samples at this one where a lower one is asked for
+
+CPU_CACHE = 2**30  # bytes of keys and values on a CPU
+
+
+class VLLM:
+    """Samples from one model, in this process."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        ends: Sequence[int],
+        max_model_len: int,
+        dtype: torch.dtype,
+        memory: float,
+        seed: int,
+    ):
+        """Loads the model.
+
+        Args:
+            model: a folder, or a name on the Hugging Face hub.
+            ends: the tokens that end an answer.
+            max_model_len: the most tokens of a sequence with its continuation.
+            memory: the share of a GPU's memory for the weights and the cache.
+            seed: that of the study.
+
+        Raises:
+            ImportError: vLLM is not installed.
+        """
+        vllm = _import_vllm()
+        from vllm.platforms import current_platform
+
+        is_cpu = current_platform.is_cpu()
+        self.ends, self.seed = list(ends), seed
+        with _own_draws():
+            self.llm = vllm.LLM(
+                model,
+                skip_tokenizer_init=True,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=max_model_len,
+                gpu_memory_utilization=memory,
+                kv_cache_memory_bytes=CPU_CACHE if is_cpu else None,
+                enforce_eager=is_cpu,  # where compiling takes longer than it saves
+                enable_prefix_caching=True,
+                enable_chunked_prefill=False if is_cpu else None,  # there a part of a seeded prompt raises an error
+                generation_config="vllm",  # not the model's own top_k, top_p, penalties
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+            )
+
+    def complete(
+        self, prompts: list[list[int]], new_tokens: Sequence[int], *, temperature: float, work: str
+    ) -> list[list[int]]:
+        """Returns the tokens after each prompt, up to the end of the answer (included) or its number of new tokens.
+
+        Nothing follows where that number is 0. Each prompt has a seed of its own, from the study's, the name of the
+        work and its place; two batches may still round differently.
+        """
+        from vllm import SamplingParams
+
+        going = [place for place, count in enumerate(new_tokens) if count > 0]
+        params = [
+            SamplingParams(
+                max_tokens=new_tokens[place],
+                temperature=temperature,
+                seed=_seed_of(self.seed, work, place),
+                stop_token_ids=self.ends,
+                detokenize=False,
+            )
+            for place in going
+        ]
+        with _own_draws():
+            outputs = self.llm.generate([{"prompt_token_ids": prompts[place]} for place in going], params)
+        grown: list[list[int]] = [[] for _ in prompts]
+        for place, output in zip(going, outputs, strict=True):
+            (one,) = output.outputs
+            if one.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended a text after {len(one.token_ids)} tokens with {one.finish_reason!r}")
+            grown[place] = list(one.token_ids)
+        return grown
+
+    def close(self) -> None:
+        """Frees its memory."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def check_vllm(model: str, temperature: float) -> None:
+    """Raises ValueError where vLLM cannot sample what a study asks for, ImportError where it is not installed."""
+    if not (Path(model).is_dir() or "/" in model) or Path(model).suffix == ".gguf":
+        raise ValueError(f"--engine vllm needs a folder or a name on the Hugging Face hub as the model, got {model!r}")
+    if temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"--temperature must be at least {LEAST_TEMPERATURE} with --engine vllm, got {temperature}")
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError("--engine vllm needs the package vllm: pip install vllm", name="vllm")
+
+
+def _own_draws():
+    """Returns a context after which torch's generators are as before: vLLM seeds them."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
+def _seed_of(seed: int, work: str, place: int) -> int:
+    digest = hashlib.sha256(f"{seed} {work} {place}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # vLLM takes 63 bits
+
+
+def _import_vllm():
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, which owns the model's device
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm
+
+    return vllm
