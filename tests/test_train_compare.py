@@ -64,6 +64,37 @@ def make_grid(out: Path, gains: dict[str, list[float]], **changes) -> list[Path]
 GAINS = [0.02, -0.01, 0.03, 0.04, 0.0, 0.01]
 
 
+def test_kept_runs_give_the_same_report(tmp_path):
+    make_grid(tmp_path / "grid", {"none": [0.0, 0.0], "coupled": [0.02, 0.03]})
+    wide = tmp_path / "grid" / "none" / "seed-0" / FILE
+    wide.write_text(wide.read_text().replace('"reward": 0.2', '"reward": 0.2, "grad_norm": 0.125'))
+    kept = tmp_path / "kept"
+    one, two = (str(tmp_path / "grid" / "none" / f"seed-{seed}") for seed in (0, 1))
+    assert main([one, "--keep", str(kept)]) == 0
+    assert main([str(tmp_path / "grid"), "--keep", str(kept)]) == 0, "more runs come beside what is there"
+    assert main([str(kept)]) == 0
+    for name in ("report.md", "report.json"):
+        assert (kept / name).read_text() == (tmp_path / "grid" / name).read_text().replace("/grid/", "/kept/")
+    files = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file() and path.parent != kept}
+    assert files == {
+        f"{cell}/seed-{n}/{name}" for cell in ("none", "coupled") for n in (0, 1) for name in (FILE, "config.json")
+    }
+    assert str(tmp_path) not in "".join((kept / name).read_text() for name in files)
+    assert "grad_norm" not in (kept / "none" / "seed-0" / FILE).read_text()
+
+
+def test_what_is_kept_is_not_replaced_by_another_run(tmp_path, capsys):
+    make_grid(tmp_path / "grid", {"none": [0.0, 0.0]})
+    make_grid(tmp_path / "other", {"none": [0.1, 0.1]})
+    assert main([str(tmp_path / "grid"), "--keep", str(tmp_path / "kept")]) == 0
+    before = (tmp_path / "kept" / "none" / "seed-0" / FILE).read_text()
+    assert main([str(tmp_path / "other"), "--keep", str(tmp_path / "kept")]) == 2
+    assert "--keep must name a folder without another run of none, seed 0" in capsys.readouterr().err
+    assert (tmp_path / "kept" / "none" / "seed-0" / FILE).read_text() == before
+    assert main(["--out", str(tmp_path / "new"), "--keep", str(tmp_path / "kept")]) == 2
+    assert "--keep is for finished runs" in capsys.readouterr().err
+
+
 def test_the_interval_is_that_of_scipys_paired_t_test():
     base = [0.2 + 0.01 * seed for seed in range(len(GAINS))]
     test = stats.ttest_rel([a + b for a, b in zip(base, GAINS)], base)

@@ -1,7 +1,7 @@
 """Compares strategies of credit over seeds, from the command line.
 
     python -m train.compare --out OUT [--preset NAME] [--seeds N ...] [--cells NAME ...] [--jobs N] [flags]
-    python -m train.compare RUN [RUN ...] [--out OUT]
+    python -m train.compare RUN [RUN ...] [--out OUT] [--keep FOLDER]
 
 The first form runs a grid: a run of one seed for each cell and seed, side by side. A cell is a strategy, or an ablation
 of the paper's Table 5. Other flags are those of python -m train, and hold for all runs. Where runs in OUT were stopped,
@@ -37,6 +37,8 @@ def compare(arguments: list[str] | None) -> int:
     places, out = given.pop("places"), given.pop("out", None)
     if places:
         return compare_finished([Path(place) for place in places], out, given)
+    if "keep" in given:
+        raise BadSetting("--keep is for finished runs: name them as RUN")
     if out is None:
         raise BadSetting("--out must name the folder of the grid, or RUN finished runs to read")
     names, jobs, ranks = given.pop("cells", STRATEGIES), given.pop("jobs", None), given.pop("ranks", None)
@@ -51,16 +53,18 @@ def compare(arguments: list[str] | None) -> int:
 
 
 def compare_finished(places: list[Path], out: str | None, given: dict[str, str]) -> int:
-    peak_weight = given.pop("peak_weight", None)
+    peak_weight, kept = given.pop("peak_weight", None), given.pop("keep", None)
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise BadSetting(f"finished runs are read as they are, but also got {flags}")
     if out is None and len(places) > 1:
         raise BadSetting("--out must name a folder for the report where several are read")
     from train.compare.report import write_report
-    from train.compare.runs import find_runs
+    from train.compare.runs import find_runs, keep
 
     runs = find_runs(places)
+    if kept is not None:
+        keep(runs, Path(kept))
     weight = None if peak_weight is None else Config().change(peak_weight=peak_weight).run.peak_weight
     write_report(runs, Path(out or places[0]), weight)
     return 0
@@ -80,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         "places", metavar="RUN", nargs="*", default=[], help="a finished run, or a folder of finished runs"
     )
     parser.add_argument("--out", metavar="OUT", help="folder of the grid and of the report; by default the one RUN")
+    text = "folder to keep a hundredth of each RUN in, from which they can be compared again"
+    parser.add_argument("--keep", metavar="FOLDER", help=text)
     parser.add_argument("--preset", help=f"settings of all runs: a preset of python -m train [{PRESETS[0]}]")
     text = f"what is compared, among {', '.join(CELLS)} [the strategies]"
     parser.add_argument("--cells", nargs="+", metavar="NAME", help=text)

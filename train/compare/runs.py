@@ -1,4 +1,4 @@
-"""Reads finished runs, and refuses those that cannot be compared."""
+"""Reads finished runs, refuses those that cannot be compared, and keeps what a comparison reads of them."""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +8,16 @@ from typing import NamedTuple
 from rhythm_kernels.options import PREFIX
 from train.compare.cells import name_cells
 from train.config import BadSetting, Config, flag_name
-from train.launch import CONFIG
+from train.launch import CONFIG, write_config
 from train.metrics import FILE, whole_lines
 from train.solve_rates import Evaluation
+
+STEP_METRICS = {
+    "reward": "reward",
+    "length": "completions/mean_length",
+    "cut_off": "completions/clipped_ratio",
+}
+"""What a comparison reads of each step of the training: its own name, and that in the metrics."""
 
 
 class Run(NamedTuple):
@@ -77,6 +84,33 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         if (other := places.setdefault((run.cell, run.seed), run.folder)) != run.folder:
             raise BadSetting(f"{run.folder} has the credit and the seed of {other}: {run.cell}, seed {run.seed}")
     return runs
+
+
+def keep(runs: Sequence[Run], out: Path) -> None:
+    """Writes what a comparison reads of each run to out/CELL/seed-N, from where it can be compared again.
+
+    This is a hundredth of a run: its configuration, its evaluations and `STEP_METRICS`. What is there already stays.
+
+    Raises:
+        BadSetting: `out` holds another run of this cell and seed, or cannot be written.
+    """
+    kept = ["step", *STEP_METRICS.values()]
+    for run in runs:
+        folder = out / run.cell / f"seed-{run.seed}"
+        slim = [one if is_evaluation(one) else {name: one[name] for name in kept} for one in run.records]
+        config, text = run.config.change(output=""), "".join(json.dumps(record) + "\n" for record in slim)
+        try:
+            if (folder / CONFIG).exists() and (Config.load(folder / CONFIG), (folder / FILE).read_text()) != (
+                config,
+                text,
+            ):
+                raise BadSetting(
+                    f"--keep must name a folder without another run of {run.cell}, seed {run.seed}, got {out}"
+                )
+            write_config(config, folder)
+            (folder / FILE).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise BadSetting(f"--keep must be a folder to write in, got {str(out)!r}: {error.strerror}") from error
 
 
 def read_whole(folder: Path) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ import pandas
 from scipy import optimize, stats
 
 from train.compare.cells import BASELINE
-from train.compare.runs import Run
+from train.compare.runs import STEP_METRICS, Run
 from train.solve_rates import peak_average
 
 CONFIDENCE, POWER = 0.95, 0.8
@@ -110,10 +110,9 @@ def differences_of(ends: pandas.DataFrame, measure: str) -> dict[str, dict[str, 
 
 def training_of(runs: Sequence[Run]) -> pandas.DataFrame:
     """Returns the means over the last tenth of each run's steps: reward, mean length, share of answers cut off."""
-    columns = {"reward": "reward", "length": "completions/mean_length", "cut_off": "completions/clipped_ratio"}
     rows = []
     for run in runs:
         steps = run.steps[-max(1, len(run.steps) // 10) :]
         if steps:
-            rows.append((run.cell, run.seed, *(mean(step[name] for step in steps) for name in columns.values())))
-    return pandas.DataFrame(rows, columns=["cell", "seed", *columns])
+            rows.append((run.cell, run.seed, *(mean(step[name] for step in steps) for name in STEP_METRICS.values())))
+    return pandas.DataFrame(rows, columns=["cell", "seed", *STEP_METRICS])
