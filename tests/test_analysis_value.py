@@ -344,6 +344,19 @@ def test_tasks_of_reasoning_gym_have_their_own_score():
         load_problems("gym:chess", 3, 0)
 
 
+def test_tasks_of_reasoning_gym_take_options():
+    pytest.importorskip("reasoning_gym")
+    problems = load_problems("gym:chain_sum,min_terms=2,max_terms=2,max_digits=1", 20, 0)
+    sums = [re.search(r"(\d+) ([+-]) (\d+) =$", one.text.strip()) for one in problems]
+    assert all(sums) and all(int(one[1]) < 10 and int(one[3]) < 10 for one in sums)
+    with pytest.raises(ValueError, match="gym:chain_sum takes OPTION=VALUE, one of allow_negation, .*, got 'terms=2'"):
+        load_problems("gym:chain_sum,terms=2", 3, 0)
+    with pytest.raises(ValueError, match="got 'seed=2'"):
+        load_problems("gym:chain_sum,seed=2", 3, 0)
+    with pytest.raises(ValueError, match="gym:chain_sum,max_terms=1 is refused by reasoning-gym: "):
+        load_problems("gym:chain_sum,max_terms=1", 3, 0)
+
+
 def test_sets_of_the_trainer_are_tasks(tmp_path):
     (tmp_path / "maths.jsonl").write_text(json.dumps({"problem": "One half?", "answer": "1/2"}) + "\n")
     (one,) = load_problems(f"maths:{tmp_path / 'maths.jsonl'}", 3, 0)

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -87,13 +88,13 @@ def load_problems(task: str, count: int, seed: int) -> list[Problem]:
 
     Args:
         task: "gsm" for GSM-Symbolic of reasoning-gym, grade-school word problems from templates; gym:NAME for another
-            of its tasks; a set of the trainer, or SET:FILE.jsonl, as in `load_set`; else the path of a JSONL file with
-            a "prompt" or a "question" in each line, and the right answer in "answer" if it is known, as in GSM8K's
-            files.
+            of its tasks, with its options behind commas (gym:chain_sum,max_terms=3); a set of the trainer, or
+            SET:FILE.jsonl, as in `load_set`; else the path of a JSONL file with a "prompt" or a "question" in each
+            line, and the right answer in "answer" if it is known, as in GSM8K's files.
 
     Raises:
         ValueError: a line of the file is no problem (the message has its number), the file is empty, the task has
-            another name, or reasoning-gym is not installed.
+            another name or other options, or reasoning-gym is not installed.
         OSError: the file cannot be read.
     """
     check_int("problems", count, 1)
@@ -113,8 +114,8 @@ def load_problems(task: str, count: int, seed: int) -> list[Problem]:
     return problems[:count]
 
 
-def _gym(name: str, count: int, seed: int):
-    """Returns `count` rows of a task of reasoning-gym, with its score function."""
+def _gym(task: str, count: int, seed: int):
+    """Returns `count` rows of a task of reasoning-gym, NAME or NAME,OPTION=VALUE,..., with its score function."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -122,10 +123,30 @@ def _gym(name: str, count: int, seed: int):
         raise ValueError(
             f"this task needs the package reasoning-gym ({error}): pip install reasoning-gym, or give --task FILE.jsonl"
         ) from error
+    name, *parts = task.split(",")
     if name not in DATASETS:
         raise ValueError(f"--task gym:NAME must name a task of reasoning-gym, such as gym:chain_sum, got {name!r}")
+    known = sorted({option.name for option in fields(DATASETS[name][1])} - {"seed", "size"})
+    options = {}
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if not equals or option not in known:
+            raise ValueError(f"--task gym:{name} takes OPTION=VALUE, one of {', '.join(known)}, got {part!r}")
+        options[option] = _option_value(value)
     # reasoning-gym draws each problem from seed + index, so consecutive seeds would share all problems but one
-    return reasoning_gym.create_dataset(name, seed=random.Random(seed).getrandbits(31), size=count)
+    draw = random.Random(seed).getrandbits(31)
+    try:
+        return reasoning_gym.create_dataset(name, seed=draw, size=count, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"--task gym:{task} is refused by reasoning-gym: {error}") from error
+
+
+def _option_value(text: str) -> object:
+    """Returns the number, truth value or list that a text is in JSON, else the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _score(rows, row: dict, text: str) -> float:

@@ -76,9 +76,9 @@ def parser_of(study: str, description: str, *, temperature: float, batch_size: i
     parser.add_argument(
         "--task",
         default=GSM,
-        help='"gsm"; gym:NAME for a task of reasoning-gym; a set of python -m train or SET:FILE.jsonl, such as '
-        'countdown-test; or the path of a JSONL file with a "prompt" or a "question" in each line, and the right '
-        '"answer" if it is known; GSM8K\'s files are such',
+        help='"gsm"; gym:NAME or gym:NAME,OPTION=VALUE,... for a task of reasoning-gym; a set of python -m train or '
+        'SET:FILE.jsonl, such as countdown-test; or the path of a JSONL file with a "prompt" or a "question" in each '
+        'line, and the right "answer" if it is known; GSM8K\'s files are such',
     )
     parser.add_argument("--problems", type=int, default=70, help="number of problems, drawn at random from a file")
     parser.add_argument(
