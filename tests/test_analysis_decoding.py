@@ -1,11 +1,13 @@
-"""Decoding without copies of keys gives the logits of transformers' sdpa attention."""
+"""Decoding without copies: of keys for the heads of a group, and of a whole cache for a token."""
 
 import pytest
 import torch
 from study_cases import tiny_model
+from transformers import DynamicCache
 
 from rhythm_kernels.analysis import decoding
 from rhythm_kernels.analysis.decoding import grouped_decoding
+from rhythm_kernels.analysis.room import ROOM, roomy_cache
 
 
 @torch.no_grad()
@@ -54,3 +56,30 @@ def test_other_attention_stays_and_an_error_ends_it():
     with pytest.raises(KeyError), grouped_decoding(model):
         raise KeyError
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("selected", [[0, 2], [3, 1, 0]])
+def test_a_cache_with_room_holds_what_transformers_cache_holds(selected):
+    """It grows past its room, some rows leave it, and it grows again; new memory holds NaN."""
+    torch.manual_seed(0)
+    plain, roomy = DynamicCache(), roomy_cache()
+    sizes = [5, *[1] * (ROOM + 3), 7, 1]
+    for step, size in enumerate([*sizes, *sizes]):
+        if step == len(sizes):
+            for cache in (plain, roomy):
+                cache.batch_select_indices(torch.tensor(selected))
+        rows = 4 if step < len(sizes) else len(selected)
+        for layer in range(2):
+            keys, values = torch.randn(rows, 3, size, 8), torch.randn(rows, 3, size, 6)
+            for one, other in zip(plain.update(keys, values, layer), roomy.update(keys, values, layer)):
+                assert torch.equal(one, other)
+        assert plain.get_seq_length() == roomy.get_seq_length()
+    assert roomy.layers[0].rooms["keys"].shape[2] <= plain.get_seq_length() + ROOM
+
+
+def test_a_cache_with_room_copies_a_token_alone():
+    cache = roomy_cache()
+    cache.update(torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8), 0)
+    places = {cache.update(torch.zeros(2, 1, 1, 8), torch.zeros(2, 1, 1, 8), 0)[0].data_ptr() for _ in range(ROOM)}
+    assert len(places) == 1
+    assert cache.update(torch.zeros(2, 1, 1, 8), torch.zeros(2, 1, 1, 8), 0)[0].data_ptr() not in places

@@ -240,6 +240,7 @@ def study_of(model, **options) -> SimpleNamespace:
         args=SimpleNamespace(**args | options),
         problems=[problem, problem],
         ends=set(ENDS),
+        vllm=None,
         words_of=lambda tokens: TOKENIZER.decode([token for token in tokens if token not in ENDS]),
         seeded=lambda work: nullcontext(torch.manual_seed(0)),
     )

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rhythm_kernels.analysis.decoding import grouped_decoding
+from rhythm_kernels.analysis.room import roomy_cache
 from rhythm_kernels.analysis.sources import end_tokens, generate
 
 
@@ -255,11 +256,11 @@ def _choose(logits: Tensor, temperature: float) -> Tensor:
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
 
 
-def _joined(caches: list[DynamicCache], rows: list[Row]) -> DynamicCache:
+def _joined(caches: list[DynamicCache], rows: list[Row]) -> Cache:
     """Returns one cache with a row for each continuation; caches that are shorter than others end in zeros."""
     counts = Counter(row.sequence for row in rows)
     size = max(row.position for row in rows)
-    joined = DynamicCache()
+    joined = roomy_cache()
     for layer in range(len(caches[0].layers)):
 
         def parts(name: str, layer: int = layer) -> Iterator[Tensor]:
