@@ -111,8 +111,8 @@ def test_overlaps_by_hand():
     top = place("top", 4, "mn1", ["x 1 2 3 4", "y 1 2 3 5", "z 9"])  # letters that end a word
     bottom = place("bottom", 2, "$ e", ["1 2", "1 2", " 2"])
     (got,) = overlaps([{"tokens": 9, "places": [bottom, top]}, {"tokens": 2, "places": []}])
-    assert got["top"] == [Overlap(pytest.approx(0.3), 0.04, 0.5, 0.5, pytest.approx(0.2))]  # 3/5 and 0
-    assert got["bottom"] == [Overlap(0.75, 0.02, 0.5, 0.25, pytest.approx(0.2))]
+    assert got["top"] == [Overlap(pytest.approx(0.3), 0.04, 0.5, 0.5, pytest.approx(0.2), 9.0)]  # 3/5 and 0
+    assert got["bottom"] == [Overlap(0.75, 0.02, 0.5, 0.25, pytest.approx(0.2), 3.0)]
     (soon,) = overlaps([{"tokens": 9, "places": [bottom, top]}], horizon=3)
     assert soon["top"][0].jaccard == 0.5 and soon["bottom"][0].jaccard == 0.75  # {1} and {1}, {1} and {9}
     (by_list,) = overlaps(
@@ -139,7 +139,7 @@ def test_model_text_cannot_leave_its_block():
 def test_table_1_by_hand():
     def answer(top: list[float], bottom: list[float]) -> dict[str, list[Overlap]]:
         return {
-            kind: [Overlap(value, 0.0, 0.0, 0.0, 0.0) for value in values]
+            kind: [Overlap(value, 0.0, 0.0, 0.0, 0.0, 0.0) for value in values]
             for kind, values in (("top", top), ("bottom", bottom))
         }
 
@@ -164,7 +164,7 @@ def test_a_difference_in_entropy_is_told_from_one_in_fai(hangs_on, raw, equal):
         for kind, mean in (("top", 2.0), ("bottom", 0.5)):
             entropy, noise = mean + draw.normal(0, 0.5, 2), draw.normal(0, 0.05, 2)
             jaccard_of = 0.9 - 0.2 * (entropy if hangs_on == "entropy" else kind == "top") + noise
-            answer[kind] = [Overlap(*pair, draw.random(), 0.1) for pair in zip(jaccard_of, [0.0] * 2, entropy)]
+            answer[kind] = [Overlap(*pair, draw.random(), 0.1, 50.0) for pair in zip(jaccard_of, [0.0] * 2, entropy)]
         answers.append(answer)
     assert perturb.table_1(answers, 0)["top - bottom"].value == pytest.approx(raw, abs=0.03)
     held = perturb.held_equal(answers, 0)

@@ -59,6 +59,8 @@ class Overlap(NamedTuple):
     """The position in the answer, 0 at its first token and 1 at its last."""
     likelihood: float
     """The mean probability of the alternatives."""
+    left: float
+    """The tokens that follow the own token, to the end of its continuation."""
 
 
 # ---- one answer ------------------------------------------------------------------------------------------------------
@@ -145,6 +147,7 @@ def overlap_of(
         entropy=place["entropy"],
         where=place["place"] / max(1, tokens - 1),
         likelihood=float(np.mean(place["probabilities"][1:])),
+        left=float(len(place["continuations"][0])),
     )
 
 
@@ -272,6 +275,7 @@ def report(
         "entropy": ("entropy, nats", ".3f"),
         "where": ("position in the answer, 0 to 1", ".2f"),
         "likelihood": ("mean probability of an alternative", ".4f"),
+        "left": ("tokens that follow", ".0f"),
     }
     differing = {name: means(whole, name).mean(0).tolist() for name in beside}
     lower = [[label, *(f"{value:{form}}" for value in differing[name])] for name, (label, form) in beside.items()]
