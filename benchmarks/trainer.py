@@ -20,6 +20,8 @@ Nothing is timed before a check at --check-tokens, where maps are cheap. The old
 have the same bits. WAAD and FAI of `coupled` and `groups` must be the dense ones of `paper` to `EXACT` of the largest
 value (in bfloat16, where eager rounds scores, to `ROUNDED`).
 
+The collector's own clock says what the statistics take, which may be less than two rounds differ by.
+
 The files are written after each round. An interrupt (SIGINT) ends the run with exit code 130.
 
 benchmarks/trainer_against_trl.py compares the whole trainer with TRL's.
@@ -29,6 +31,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -212,13 +215,20 @@ def check(step: MicroStep, allowed: float) -> float:
     return worst
 
 
-def table(measured: dict[str, Measured]) -> str:
+def timed(run: Callable[[], TokenStats], seconds: list[float]) -> Callable[[], None]:
+    """Returns the variant, which then adds what the collector's own clock says of its statistics to `seconds`."""
+    return lambda: seconds.append(run().seconds)
+
+
+def table(measured: dict[str, Measured], seconds: dict[str, list[float]]) -> str:
     base, rows = measured["none"], []
     for name, m in measured.items():
         shares = ratios(m, base) if len(m.samples) == len(base.samples) else [m.seconds / base.seconds]
         memory = [f"{m.extra_bytes / 2**20:,.0f} MiB", f"{m.extra_bytes / base.extra_bytes:.3f}x"]
-        rows.append([name, f"{m.seconds:.1f} s", median_and_range(shares), *memory])
-    return markdown_table(["", "time", "of `none` (least, most)", "peak extra memory", "of `none`"], rows)
+        share = f"{median(seconds[name]) / m.seconds:.2%}" if any(seconds.get(name, ())) else "-"
+        rows.append([name, f"{m.seconds:.1f} s", median_and_range(shares), share, *memory])
+    head = ["", "time", "of `none` (least, most)", "statistics, by their clock", "peak extra memory", "of `none`"]
+    return markdown_table(head, rows)
 
 
 def report(
@@ -227,6 +237,7 @@ def report(
     weights: str,
     dtype: torch.dtype,
     error: float,
+    seconds: dict[str, list[float]],
     measured: dict[str, Measured],
 ) -> str:
     """Returns the report, after writing it where `--out` asks for it."""
@@ -234,8 +245,9 @@ def report(
     rounds = f"medians of {len(measured['none'].samples)} interleaved rounds, {paper_rounds} of the paper's way"
     what = f"{args.model}, {args.tokens:,} tokens ({weights}), {str(dtype).removeprefix('torch.')}"
     text = f"{heading(where)}\n\n{what}, gradient checkpointing; {rounds}; largest error of the rhythm "
-    text += f"{error:.1e} of its largest value, at {args.check_tokens:,} tokens\n\n{table(measured)}\n"
+    text += f"{error:.1e} of its largest value, at {args.check_tokens:,} tokens\n\n{table(measured, seconds)}\n"
     data = {**where, "model": args.model, "weights": weights, "tokens": args.tokens, "error": error}
+    data["statistics_seconds"] = seconds
     return publish(args.out, text, data | {name: m._asdict() for name, m in measured.items()})
 
 
@@ -262,13 +274,16 @@ def main(arguments: list[str] | None = None) -> None:
         # the dense formula takes all rows for its spans
         error = check(MicroStep(policy, args.check_tokens, device, credit_span_rows=None), allowed)
         step = MicroStep(policy, args.tokens, device)
-        report_so_far = partial(report, args, environment(device), weights, dtype, error)
+        runs = {"none": step.none, "coupled": step.with_spans, "groups": step.with_groups, "paper": step.paper}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        variants = {name: timed(run, seconds[name]) for name, run in runs.items()}
+        eager = {"paper": variants.pop("paper")}
+        report_so_far = partial(report, args, environment(device), weights, dtype, error, seconds)
         label = f"{args.model}, {args.tokens:,} tokens"
-        variants: dict[str, Callable] = {"none": step.none, "coupled": step.with_spans, "groups": step.with_groups}
         measured = interleave_long(variants, args.rounds, label, device, after_round=report_so_far)
         if args.paper_rounds:
             measured |= interleave_long(
-                {"paper": step.paper},
+                eager,
                 args.paper_rounds,
                 f"{label}, eager",
                 device,
