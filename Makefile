@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 ROUNDS ?= 5
 
-.PHONY: help build train test-fast test test-pretended test-verl test-oldest test-wheel test-gpu gpu-bundle lint format
+.PHONY: help build train test-fast test test-pretended test-verl test-trl test-oldest test-wheel test-gpu gpu-bundle lint format
 .PHONY: bench bench-trainer kernels extension host-work docs wheel
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make test             run everything that CI runs, test-pretended and test-verl included"
 	@echo "make test-pretended   run the tests of a GPU on a pretended one"
 	@echo "make test-verl        run the tests of the verl plug-in, in an environment of its own"
+	@echo "make test-trl         run the tests of the TRL plug-in with another TRL (TRL=1.8.0)"
 	@echo "make test-oldest      run the tests that need no GPU with the oldest torch and Triton that the package allows"
 	@echo "make test-wheel       test the wheel in a fresh environment with a newer torch (OTHER_TORCH=torch==...)"
 	@echo "make test-gpu         test and measure on a GPU, the most important half (ARGS=\"--half 2\" for the rest)"
@@ -72,6 +73,12 @@ test-pretended: build
 
 test-verl: $(VENV)/.verl
 	@if [ -x $(VERL) ]; then OMP_NUM_THREADS=1 $(VERL) -m pytest tests/verl_plugin; fi
+
+# Another TRL in front of the installed one, with the same transformers
+TRL ?= 1.8.0
+test-trl: build
+	$(PIP) --no-deps --upgrade --target build/trl-$(TRL) trl==$(TRL)
+	OMP_NUM_THREADS=1 PYTHONPATH=build/trl-$(TRL) $(PY) -m pytest -m "not gpu" -n 2 --dist loadgroup tests/test_trl*.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check $(CODE)

@@ -15,7 +15,8 @@ pass. Compared are:
               spot. The paper runs a third model, eager in every layer, beside the plain forward
 
 `collect` checks each sampled layer's output on a few rows. The time of this check is part of `groups` and `spans`. The
-report also gives it by itself, by the collector's own clock, and says where each log-sum-exp came from.
+report also gives it by itself, and all of the statistics, by the collector's own clock, which says more than the
+difference of two rounds where that is small. It says where each log-sum-exp came from, too.
 
 On a GPU the times are those between two CUDA events. Each run has a head start of 50 ms, in which the host queues its
 first launches: in a log-prob pass over several micro-batches the host is ahead of the device, too. What is measured is
@@ -231,12 +232,15 @@ def check(variants: dict[str, Callable[[], Result]], ids: Tensor, dtype: torch.d
     return worst
 
 
-def table(measured: dict[str, Measured]) -> str:
+def table(measured: dict[str, Measured], clocked: dict[str, float]) -> str:
     rows = []
     for name, m in measured.items():
         share = median_and_range(ratios(m, measured["plain"]))
-        rows.append([name, f"{m.seconds:.3f} s", share, f"{m.extra_bytes / 2**20:,.0f} MiB"])
-    return markdown_table(["", "time", "of plain (least, most)", "peak extra memory"], rows)
+        own = f"{clocked[name] / m.seconds:.2%}" if name in clocked else "-"
+        rows.append([name, f"{m.seconds:.3f} s", share, own, f"{m.extra_bytes / 2**20:,.0f} MiB"])
+    return markdown_table(
+        ["", "time", "of plain (least, most)", "statistics, by their clock", "peak extra memory"], rows
+    )
 
 
 def report(
@@ -251,13 +255,15 @@ def report(
     what = f"{args.model} ({weights}), {args.dtype}, {args.tokens:,} tokens"
     rounds = f"medians of {len(measured['plain'].samples)} interleaved rounds"
     text = f"{heading(where)}\n\n{what}; {rounds}; logits equal bit for bit, largest error of the rhythm {error:.1e}\n"
-    text += f"\n{table(measured)}\n"
+    clocked = {name: median(x.seconds for x in findings) for name, findings in notes.findings.items()}
+    text += f"\n{table(measured, clocked)}\n"
     checks = {name: median(x.check_seconds for x in findings) for name, findings in notes.findings.items()}
     shares = [f"{s * 1e3:.1f} ms of {name}, {s / measured['plain'].seconds:.2%} of plain" for name, s in checks.items()]
     text += f"\nthe check of five layers' outputs: {'; '.join(shares)} (medians)\n"
     text += f"\nthe log-sum-exp: {'; '.join(f'{name}: {source}' for name, source in notes.sources.items())}\n"
     data = {**where, "model": args.model, "weights": weights, "dtype": args.dtype, "tokens": args.tokens}
     data |= {"window": WINDOW, "horizon": HORIZON, "error": error, "check": checks, "lse_sources": notes.sources}
+    data["statistics_seconds"] = clocked
     return publish(args.out, text, data | {name: m._asdict() for name, m in measured.items()})
 
 

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_the_config_must_be_ours(tmp_path):
 def test_other_versions_of_trl_are_refused():
     check_trl("1.16.0", GRPOTrainer)
     for version in ("1.14.0", "1.17.0", "0.20.0"):
-        with pytest.raises(ImportError, match=f"needs trl >= 1.15, < 1.17, got {version}"):
+        with pytest.raises(ImportError, match=f"needs trl >= 1.8, < 1.17 and not 1.14, got {version}"):
             check_trl(version, GRPOTrainer)
 
     class Changed(GRPOTrainer):
@@ -131,6 +132,14 @@ def test_other_versions_of_trl_are_refused():
         check_trl("1.16.0", Changed)
     with pytest.raises(ImportError, match="is missing"):
         check_trl("1.16.0", object)
+
+
+def test_ligers_own_loss_of_older_versions_is_refused(tmp_path, monkeypatch):
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.8.0" if name == "trl" else real(name))
+    config = make_config(tmp_path, use_liger_kernel=True)
+    with pytest.raises(ValueError, match="use_liger_kernel must be False before trl 1.14, got True"):
+        RhythmGRPOTrainer(make_model(), reward_funcs=reward, args=config)
 
 
 # ---- the example -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from packaging.version import Version
@@ -42,7 +43,9 @@ from rhythm_kernels.integrations.virtual_tokens import virtual_tokens
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.options import CreditOptions
 
-FIRST, BEYOND = Version("1.15"), Version("1.17")  # the versions of TRL from FIRST to before BEYOND
+FIRST, BEYOND = Version("1.8"), Version("1.17")  # the versions of TRL from FIRST to before BEYOND
+LIGER = Version("1.14")  # before it, use_liger_kernel replaced TRL's loss
+WITHOUT = "1.14"  # its pass calls the layers of the model past the model's own forward
 USED = {  # the methods that the mixin overrides, with the parameters that it relies on
     "_generate": ("self", "prompts"),
     "_generate_and_score_completions": ("self", "inputs"),
@@ -67,8 +70,8 @@ GAMMA = "rhythm_gamma"
 
 def check_trl(version: str, trainer: type) -> None:
     """Raises ImportError if the mixin does not support this TRL."""
-    fits = f"rhythm_kernels.integrations.trl needs trl >= {FIRST}, < {BEYOND}"
-    if not FIRST <= Version(version) < BEYOND:
+    fits = f"rhythm_kernels.integrations.trl needs trl >= {FIRST}, < {BEYOND} and not {WITHOUT}"
+    if not FIRST <= Version(version) < BEYOND or Version(version).release[:2] == Version(WITHOUT).release:
         raise ImportError(f"{fits}, got {version}")
     for name, needed in USED.items():
         method = getattr(trainer, name, None)
@@ -127,6 +130,11 @@ class RhythmMixin:
         if not isinstance(args, RhythmGRPOConfig):
             raise TypeError(f"args must be a RhythmGRPOConfig, which has the credit options, got {type(args).__name__}")
         self._credit = args.credit_options
+        if args.use_liger_kernel and self._credit.strategy != "none" and Version(metadata.version("trl")) < LIGER:
+            raise ValueError(
+                f"use_liger_kernel must be False before trl {LIGER}, got True: Liger's loss there has one advantage a "
+                "sequence and no log-prob pass"
+            )
         self._schedule = GroupSchedule(**self._credit.schedule_arguments)
         self._start_pool()
         super().__init__(model, reward_funcs, args, *others, **named)
@@ -299,7 +307,7 @@ class RhythmMixin:
                 gamma = leaf.detach() if GAMMA in inputs else None  # with gamma, advantages are known before the pass
                 stand_in = StandIn(model, ids_of(inputs), reads=False, gamma=gamma, leaf=leaf)
                 devices = [device] if device.type == "cuda" else []
-                with torch.random.fork_rng(devices), torch.enable_grad(), trainer._reading(stand_in):
+                with torch.random.fork_rng(devices), torch.enable_grad(), trainer._reading(stand_in), without_model():
                     loss = trainer._loss_with(model, inputs, stand_in, lambda: advantages)
                     (of_leaf,) = torch.autograd.grad(loss, leaf, allow_unused=True)
                 return torch.zeros_like(leaf) if of_leaf is None else of_leaf
@@ -383,6 +391,18 @@ class RhythmMixin:
 
 class RhythmGRPOTrainer(RhythmMixin, GRPOTrainer):
     """TRL's GRPOTrainer with rhythm credit; takes the same arguments, with a RhythmGRPOConfig as `args`."""
+
+
+@contextmanager
+def without_model() -> Iterator[None]:
+    """Lets TRL's pass take what a `StandIn` returns in place of a model, which differs between versions of TRL."""
+
+    def run(trainer, model, input_ids, *_, **__):
+        found = model(input_ids)
+        return found.log_probs, found.entropy, found.aux_loss
+
+    with patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", run):
+        yield
 
 
 def _owner(name: str, cls: type) -> type:
