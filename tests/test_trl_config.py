@@ -134,11 +134,23 @@ def test_other_versions_of_trl_are_refused():
         check_trl("1.16.0", object)
 
 
-def test_ligers_own_loss_of_older_versions_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"use_liger_kernel": True}, "use_liger_kernel must be False before trl 1.14, got True"),
+        ({"loss_type": "luspo", "importance_sampling_level": "sequence_token"}, "loss_type must not be luspo before"),
+        (
+            {"loss_type": "luspo", "importance_sampling_level": "sequence_token", "credit": "none"},
+            "loss_type must not be luspo before trl 1.14, whose mean over tokens counts padding",
+        ),
+    ],
+    ids=range(3),
+)
+def test_losses_of_older_versions_are_refused(tmp_path, monkeypatch, options, message):
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "1.8.0" if name == "trl" else real(name))
-    config = make_config(tmp_path, use_liger_kernel=True)
-    with pytest.raises(ValueError, match="use_liger_kernel must be False before trl 1.14, got True"):
+    config = make_config(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
         RhythmGRPOTrainer(make_model(), reward_funcs=reward, args=config)
 
 

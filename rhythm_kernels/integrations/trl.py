@@ -44,7 +44,7 @@ from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.options import CreditOptions
 
 FIRST, BEYOND = Version("1.8"), Version("1.17")  # the versions of TRL from FIRST to before BEYOND
-LIGER = Version("1.14")  # before it, use_liger_kernel replaced TRL's loss
+OLD = Version("1.14")  # before it, two losses did not take the advantages of tokens
 WITHOUT = "1.14"  # its pass calls the layers of the model past the model's own forward
 USED = {  # the methods that the mixin overrides, with the parameters that it relies on
     "_generate": ("self", "prompts"),
@@ -130,11 +130,8 @@ class RhythmMixin:
         if not isinstance(args, RhythmGRPOConfig):
             raise TypeError(f"args must be a RhythmGRPOConfig, which has the credit options, got {type(args).__name__}")
         self._credit = args.credit_options
-        if args.use_liger_kernel and self._credit.strategy != "none" and Version(metadata.version("trl")) < LIGER:
-            raise ValueError(
-                f"use_liger_kernel must be False before trl {LIGER}, got True: Liger's loss there has one advantage a "
-                "sequence and no log-prob pass"
-            )
+        if Version(metadata.version("trl")) < OLD:
+            _check_old_losses(args)
         self._schedule = GroupSchedule(**self._credit.schedule_arguments)
         self._start_pool()
         super().__init__(model, reward_funcs, args, *others, **named)
@@ -391,6 +388,19 @@ class RhythmMixin:
 
 class RhythmGRPOTrainer(RhythmMixin, GRPOTrainer):
     """TRL's GRPOTrainer with rhythm credit; takes the same arguments, with a RhythmGRPOConfig as `args`."""
+
+
+def _check_old_losses(args: RhythmGRPOConfig) -> None:
+    """Raises ValueError for a loss that did not take the advantages of tokens before `OLD`."""
+    if args.loss_type == "luspo" and (
+        args.importance_sampling_level == SEQUENCE_TOKEN or args.credit_options.strategy != "none"
+    ):
+        raise ValueError(f"loss_type must not be luspo before trl {OLD}, whose mean over tokens counts padding")
+    if args.use_liger_kernel and args.credit_options.strategy != "none":
+        raise ValueError(
+            f"use_liger_kernel must be False before trl {OLD}, got True: Liger's loss there has one advantage a "
+            "sequence and no log-prob pass"
+        )
 
 
 @contextmanager
