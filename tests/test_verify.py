@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 from models import SIZES, llama, qwen3
-from stats_cases import tensors
+from stats_cases import make_case, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from verify_cases import CASES, assumed, damaged, exact
 
 from benchmarks import weakest_mismatch
 from benchmarks.weakest_mismatch import (
@@ -114,6 +115,36 @@ def test_a_call_whose_factors_were_rounded_passes_as_such_alone():
         rounding = rounding_of(torch.float32, lowered=lowered, fused=True)
         [(_, deviation)] = probe_output(q, k, v, out, None, answer(), options_of(q, k), rounding)
         assert (deviation.excess < 1) == passes
+
+
+# ---- what is surely right --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_only_what_is_right_is_left_out(name, with_lse):
+    """A brief check leaves out sound calls, and nothing whose deviation the whole check would find or cannot know."""
+    shape, key_heads, values, options = CASES[name]
+    case = make_case(shape, key_heads, **options)
+    v = torch.randn(shape[0], key_heads, shape[2], values, generator=torch.Generator().manual_seed(1))
+    out, lse = exact(case, v)
+    layout, assumed_options = assumed(case)
+    left_out, found = 0, 0
+    for seed, error in enumerate([0.0, *[10.0**-power for power in range(1, 8)], math.nan, math.inf] * 2):
+        wrong_out, wrong_lse = damaged(out, lse, layout, seed, error)
+        lse_given = wrong_lse if with_lse else None
+        inputs = case.q, case.k, v, wrong_out, lse_given, layout, assumed_options, rounding_of(torch.float32)
+        whole, brief = probe_output(*inputs), probe_output(*inputs, brief=True)
+        left_out += not brief
+        found += any(deviation.excess > 1 for _, deviation in whole)
+        for (kind, one), (brief_kind, other) in zip(whole, brief or whole, strict=True):
+            assert kind == brief_kind
+            assert not one.excess > 1 or (brief and torch.equal(one.place, other.place))
+    rows = layout.rows.any()
+    assert left_out == 20 if not rows else left_out >= 6, "sound calls are left out"
+    assert found >= 8 or not rows
+    coarse = rounding_of(torch.float32, lowered=torch.bfloat16)
+    assert not rows or probe_output(*inputs[:3], out, inputs[4], *inputs[5:7], coarse, brief=True)
 
 
 # ---- the weakest mismatch that is found ------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 Shapes: B batch rows, T tokens, HQ query heads, H key heads, Dv the head size of v.
 """
 
+import math
+
 import torch
 from stats_cases import StatsCase, segments_of
 from torch import Tensor
@@ -18,6 +20,66 @@ from rhythm_kernels.statistics.verify import probe_lse, probe_output
 MASKS = ("response_mask", "attention_mask", "cu_seqlens")
 MAP = ("scale", "sliding_window", "softcap", "sinks")
 Deviations = list[tuple[str, Deviation]]
+
+
+def packed(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def padded(tokens: int, *spans: tuple[int, int]) -> torch.Tensor:
+    position = torch.arange(tokens)
+    return torch.stack([(position >= begin) & (position < end) for begin, end in spans])
+
+
+def since(tokens: int, begin: int) -> torch.Tensor:
+    return (torch.arange(tokens) >= begin)[None]
+
+
+# (q [B, HQ, T, D], H, Dv, options)
+CASES = {
+    "plain": ((1, 2, 90, 32), 2, 32, {}),
+    "one token": ((1, 2, 1, 16), 1, 16, {}),
+    "no token": ((2, 2, 0, 16), 1, 16, {}),
+    "several chunks": ((1, 1, 600, 16), 1, 16, {"response_mask": since(600, 200)}),
+    "more rows than a tile has": ((1, 10, 40, 16), 2, 16, {}),
+    "head size 5, values of 40": ((1, 2, 50, 5), 1, 40, {}),
+    "head size 80": ((1, 2, 50, 80), 1, 24, {}),
+    "window": ((1, 2, 300, 16), 1, 16, {"sliding_window": 7, "response_mask": since(300, 250)}),
+    "window 1": ((1, 2, 40, 16), 1, 16, {"sliding_window": 1}),
+    "soft cap": ((1, 2, 60, 16), 1, 16, {"softcap": 2.0, "scale": 2.0}),
+    "soft cap far above the scores": ((1, 2, 60, 16), 1, 16, {"softcap": 50.0, "scale": 0.01}),
+    "sinks": ((1, 3, 60, 16), 1, 16, {"sinks": torch.tensor([-2.0, 3.0, 12.0])}),
+    "strided sinks": ((1, 2, 40, 16), 1, 16, {"sinks": torch.tensor([1.5, 9.0, -3.0, 9.0])[::2]}),
+    "sinks of no weight": ((1, 2, 40, 16), 1, 16, {"sinks": torch.full((2,), -math.inf)}),
+    "sinks of no weight, eager": ((1, 2, 40, 16), 1, 16, {"sinks": torch.full((2,), -math.inf)}),
+    "padding": ((3, 2, 60, 16), 1, 16, {"attention_mask": padded(60, (25, 60), (0, 33), (0, 60))}),
+    "a row of padding": ((2, 2, 40, 16), 1, 16, {"attention_mask": padded(40, (0, 0), (0, 40))}),
+    "packed, some empty": ((1, 2, 90, 16), 1, 16, {"cu_seqlens": packed(0, 33, 1, 0, 56)}),
+    "packed, one without a row": (
+        (1, 2, 90, 16),
+        1,
+        16,
+        {"cu_seqlens": packed(30, 30, 30), "response_mask": padded(90, (20, 70)) & ~padded(90, (30, 60))},
+    ),
+    "packed, longer than a chunk": ((1, 2, 600, 8), 1, 8, {"cu_seqlens": packed(270, 60, 270), "sliding_window": 260}),
+    "many short": ((1, 1, 50, 16), 1, 16, {"cu_seqlens": packed(*[3, 8, 1, 6, 7] * 2)}),
+    "no row": ((1, 2, 50, 16), 1, 16, {"response_mask": torch.zeros(1, 50, dtype=torch.bool)}),
+    "scale 0": ((1, 2, 50, 16), 1, 16, {"scale": 0.0}),
+    "negative scale": ((1, 2, 50, 16), 1, 16, {"scale": -0.5}),
+    "large scores": ((1, 2, 50, 16), 1, 16, {"scale": 30.0}),
+    "everything": (
+        (1, 4, 300, 24),
+        2,
+        40,
+        {
+            "sliding_window": 130,
+            "softcap": 5.0,
+            "sinks": torch.arange(4.0),
+            "cu_seqlens": packed(280, 20),
+            "response_mask": since(300, 100),
+        },
+    ),
+}
 
 
 def assumed(case: StatsCase) -> tuple[Layout, Options]:

@@ -382,7 +382,8 @@ class Collector:
             options = with_more(options, layout=self.layout, **self._more)
             lse, self.lse_sources[layer] = self._lse_of(call, q, options)
             with self.findings.check_clock:
-                probed = probe_output(q, k, call.value, out, lse, self.layout, options, rounding, self.backend)
+                inputs = q, k, call.value, out, lse, self.layout, options, rounding, self.backend
+                probed = probe_output(*inputs, brief=True)
                 self.findings.add(layer, probed, hints_of(call, self.layout))
             self.stats[layer] = self.measure(layer, q, k, lse, options)
 
