@@ -97,7 +97,7 @@ def count(decoder: nn.Module, inputs: dict, layers: list[int], groups: HeadGroup
         decoder(**inputs)
     uncounted, checks = collector.probe_output, []
 
-    def probe_output(*args):
+    def probe_output(*args, **_):
         with counted() as work:
             deviations = uncounted(*args)
         checks.append(work.launches.total())
