@@ -17,7 +17,7 @@ STEP_METRICS = {
     "length": "completions/mean_length",
     "cut_off": "completions/clipped_ratio",
 }
-"""What a comparison reads of each step of the training: its own name, and that in the metrics."""
+"""Names what a comparison reads of each step of the training, by its own name: the name in the metrics."""
 
 
 class Run(NamedTuple):
