@@ -52,6 +52,8 @@ def test_tokens_are_drawn_from_the_model(folder):
     for tokens, room in zip(grown, rooms):
         assert len(tokens) == room or tokens[-1] in ENDS
         assert not set(tokens[:-1]) & set(ENDS)
+    assert engine.complete([[5, 6], [7]], [0, 0], temperature=1.0, work="d") == [[], []]
+    assert engine.complete([], [], temperature=1.0, work="e") == []
     engine.close()
 
 

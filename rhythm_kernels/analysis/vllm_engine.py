@@ -72,7 +72,10 @@ class VLLM:
         """
         from vllm import SamplingParams
 
+        grown: list[list[int]] = [[] for _ in prompts]
         going = [place for place, count in enumerate(new_tokens) if count > 0]
+        if not going:
+            return grown
         params = [
             SamplingParams(
                 max_tokens=new_tokens[place],
@@ -85,7 +88,6 @@ class VLLM:
         ]
         with _own_draws():
             outputs = self.llm.generate([{"prompt_token_ids": prompts[place]} for place in going], params)
-        grown: list[list[int]] = [[] for _ in prompts]
         for place, output in zip(going, outputs, strict=True):
             (one,) = output.outputs
             if one.finish_reason not in ("stop", "length"):
