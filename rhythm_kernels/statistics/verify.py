@@ -304,10 +304,10 @@ class _MapRows(NamedTuple):
 
 
 def _is_surely_right(part: _Part, read: _Read, options: Options) -> bool:
-    """Returns whether the output and the log-sum-exp of a part differ from the map by less than any tolerance.
+    """Returns whether the output and the log-sum-exp of a part are within the least that any tolerance allows.
 
-    It takes a half of the time of the whole check. The differences are held against the parts of the tolerances that
-    need no sum over keys, and no length of a query or key. The rest of a tolerance can only add to them.
+    That least needs no further sum over keys, and no length of a query or key, so it takes less time than the whole
+    check. What a tolerance has beyond it can only add to it.
     """
     rows = _MapRows.of(read, part.bias, options, with_lse=read.lse is not None, with_reach=False)
     expected = _weighted(rows.weights, read.values)
