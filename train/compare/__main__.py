@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "places", metavar="RUN", nargs="*", default=[], help="a finished run, or a folder of finished runs"
     )
     parser.add_argument("--out", metavar="OUT", help="folder of the grid and of the report; by default the one RUN")
-    text = "folder to keep a hundredth of each RUN in, from which they can be compared again"
+    text = "folder to keep what a report reads of each RUN in, from which they can be compared again"
     parser.add_argument("--keep", metavar="FOLDER", help=text)
     parser.add_argument("--preset", help=f"settings of all runs: a preset of python -m train [{PRESETS[0]}]")
     text = f"what is compared, among {', '.join(CELLS)} [the strategies]"

@@ -89,7 +89,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def keep(runs: Sequence[Run], out: Path) -> None:
     """Writes what a comparison reads of each run to out/CELL/seed-N, from where it can be compared again.
 
-    This is a hundredth of a run: its configuration, its evaluations and `STEP_METRICS`. What is there already stays.
+    That is its configuration, its evaluations and `STEP_METRICS`. What is there already stays.
 
     Raises:
         BadSetting: `out` holds another run of this cell and seed, or cannot be written.
