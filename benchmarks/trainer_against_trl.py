@@ -201,7 +201,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps of each process; the first is not counted")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -219,16 +219,23 @@ def main(arguments: list[str] | None = None) -> None:
         for _ in progress(range(args.rounds), "against TRL"):
             for name in VARIANTS:
                 measured[name].append(measure(name, folder, args))
+            text = report(args, measured)
+    print(text)
+
+
+def report(args: argparse.Namespace, measured: dict[str, list[Steps]]) -> str:
+    """Returns the report of whole rounds, after writing it where `--out` asks for it."""
     if len({run.tokens for runs in measured.values() for run in runs}) != 1:
         tokens = {name: runs[0].tokens for name, runs in measured.items()}
         raise SystemExit(f"the variants saw different numbers of tokens: {tokens}")
     where = environment() | {"threads": str(args.threads), "trl": metadata.version("trl")}
+    rounds = len(measured["trl"])
     batch = f"{PROBLEMS} problems, {ANSWERS} answers each of {args.completion} tokens, micro-batches of {MICRO} answers"
-    text = f"{heading(where)}\n\nSmolLM2-135M, fp32, gradient checkpointing; {batch}; medians of {args.rounds} rounds "
+    text = f"{heading(where)}\n\nSmolLM2-135M, fp32, gradient checkpointing; {batch}; medians of {rounds} rounds "
     text += f"in turn, of {args.steps - 1} steps each\n\n{table(measured)}\n"
     data = {**where, "completion": args.completion}
     data |= {name: [run._asdict() for run in runs] for name, runs in measured.items()}
-    print(publish(args.out, text, data))
+    return publish(args.out, text, data)
 
 
 if __name__ == "__main__":
