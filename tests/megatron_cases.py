@@ -45,6 +45,7 @@ def without_cuda() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
 
         replace(torch.cuda, "current_device", lambda: "cpu")  # where buffers and rotary tables are made
+        replace(torch.cuda, "synchronize", lambda *_: None)  # after the exchange of shapes between stages
         for module in (tensor_parallel, layers):
             replace(module, "get_cuda_rng_tracker", lambda *args, **kwargs: NoRngTracker())
         replace(random, "_get_all_rng_states", lambda: (torch.get_rng_state(),))  # recomputation sets them back

@@ -25,6 +25,7 @@ from rhythm_kernels.host import fetch, send
 from rhythm_kernels.isolation import isolated
 from rhythm_kernels.listen.backend_lse import LseReader
 from rhythm_kernels.listen.collect import collect as collect_from_transformers
+from rhythm_kernels.listen.collector import digest_of
 from rhythm_kernels.listen.shards import places_of
 from rhythm_kernels.listen.taps import NOT_WHOLE, Call, Layers
 from rhythm_kernels.ranks import HeadShards, Parallel, Ranks, together
@@ -110,7 +111,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
 
     def _read_arguments(self, args: tuple, kwargs: dict) -> dict:
         given = inspect.signature(self.decoder.forward).bind_partial(*args, **kwargs).arguments
-        inputs = given.get("input_ids")
+        inputs = given.get("input_ids") if self.decoder.pre_process else None  # a later stage may get any
         if inputs is None:
             inputs = self._hidden_states(given.get("decoder_input"))
         positions, packed = given.get("position_ids"), given.get("packed_seq_params")
@@ -138,6 +139,16 @@ class collect(collect_from_transformers):  # called like a function, and named l
             given_mask = self._response_mask
             self._response_mask = real if given_mask is None or given_mask.shape != real.shape else given_mask & real
         return arguments | {"input_ids": inputs, "position_ids": positions}
+
+    @torch.compiler.disable(reason=NOT_WHOLE)
+    def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        try:
+            super()._before_forward(decoder, args, kwargs)
+        except Exception as error:
+            if self._stages is None:
+                raise
+            self._keep(error)
+            self._all_told = True  # the ranks of this stage have raised it together
 
     def _hidden_states(self, embeddings: Tensor | None) -> Tensor:
         """Returns what has the batch and the tokens of a forward without token ids in its shape, [B, T, 1].
@@ -202,7 +213,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
         except Exception as error:
             if self._stages is None:
                 raise
-            self._failure = self._failure or error  # a stage that left its forward would keep the next one waiting
+            self._keep(error)
 
     def _finish(self, poison: Tensor | None) -> None:
         if self._stages is None:
@@ -211,7 +222,11 @@ class collect(collect_from_transformers):  # called like a function, and named l
         try:
             self._settle(poison)
         except Exception as error:
-            self._failure = self._failure or error
+            self._keep(error)
+
+    def _keep(self, error: Exception) -> None:
+        """Keeps an error until `rhythm`: a stage that left its forward would keep the next one waiting."""
+        self._failure = self._failure or error
 
     def _over_stages(self) -> Rhythm:
         """Returns the rhythm of the layers of all stages, which all call it."""
@@ -224,6 +239,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
                 raise RuntimeError(f"no statistics of layers {missing}: no forward has finished inside the context")
             facts |= {"layers": self.layers, "sequences": self.layout.bounds, "options": self._options | self._grouping}
             facts |= {"tokens": tuple(self.layout.rows.shape), "groups": self.groups is not None}
+            facts["response_mask"] = digest_of(self.layout.rows)
         rows = self.layout.rows
         with self.findings.clock, isolated(rows.device):
             if rows.is_cuda:

@@ -6,11 +6,11 @@ verl imports this module in each of its processes: by the entry point of the gro
 VERL_USE_EXTERNAL_MODULES names it. The import wraps some functions of verl's modules, each once its module has been
 imported. If the config has no such block, they do as before.
 
-The block goes to the workers with the call that computes the old log-probs, in the batch's extra_info. There
-`FSDPEngineWithLMHead.forward_step` runs inside `collect`, which is told of the ranks that share each sequence (verl's
-Ulysses sequence parallelism). WAAD (windowed average attention distance), FAI (future attention influence) and the
-heads' spans join the log-probs in the model output, which verl puts in the batch's order and carries back. They are of
-whole sequences, and the same on all ranks that share them. The trainer multiplies the advantages.
+The block goes to the workers with the call that computes the old log-probs, in the batch's extra_info. There the
+engine's forward runs inside `collect` (`verl_engines.py`). WAAD (windowed average attention distance), FAI (future
+attention influence) and the heads' spans join the log-probs in the model output, which verl puts in the batch's order
+and carries back. They are of whole sequences, and the same on all ranks that share them. The trainer multiplies the
+advantages.
 """
 
 import functools
@@ -28,149 +28,20 @@ from torch import Tensor
 from rhythm_kernels.credit.tokens import shape_advantages, token_credit
 from rhythm_kernels.group_schedule import GroupSchedule
 from rhythm_kernels.integrations.metrics import credit_means, credit_sums
-from rhythm_kernels.integrations.verl_config import (
-    BLOCK,
-    make_options,
-    missing,
-    read_options,
-    sequence_ranks,
-    sharing,
+from rhythm_kernels.integrations.verl_config import BLOCK, missing, read_options, sequence_ranks, sharing
+from rhythm_kernels.integrations.verl_engines import (
+    FAI,
+    SPANS,
+    WAAD,
+    say_once,
+    wrap_fsdp_step,
+    wrap_megatron_step,
+    wrap_schedules,
 )
-from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.options import CreditOptions
-from rhythm_kernels.ranks import Parallel, Ranks, together
-from rhythm_kernels.types import HeadGroups, Rhythm
+from rhythm_kernels.types import Rhythm
 
-WAAD, FAI, SPANS = "rhythm_waad", "rhythm_fai", "rhythm_spans"
-"""Nested fields of the batch: WAAD [B, prompt + response] fp32, tokens; FAI of the same shape, a probability; spans
-[B, L HQ] fp32, tokens."""
 SIGNALS = (WAAD, FAI)
-
-_said: set[str] = set()
-
-
-def _say_once(text: str) -> None:
-    """Prints a line to stdout, where Ray collects it; verl's loggers hide other packages' lines."""
-    if text not in _said:
-        _said.add(text)
-        print(f"[rhythm_kernels] {text}", flush=True)
-
-
-def wrap_forward_step(forward_step: Callable) -> Callable:
-    """Wraps `FSDPEngineWithLMHead.forward_step`: it adds the statistics to the output if the batch requests them."""
-
-    @functools.wraps(forward_step)
-    def with_rhythm(engine, micro_batch, loss_function, forward_only):
-        from verl.utils.tensordict_utils import get_non_tensor_data
-        from verl.utils.ulysses import get_ulysses_sequence_parallel_group
-
-        request = get_non_tensor_data(micro_batch, BLOCK, None)
-        if request is None or not forward_only:
-            return forward_step(engine, micro_batch, loss_function, forward_only)
-        packed = get_non_tensor_data(micro_batch, "use_remove_padding", True)
-        group = get_ulysses_sequence_parallel_group()
-        with together([] if group is None else [Ranks("Ulysses", group)]) as facts:
-            facts["the block"] = request
-            micro_batch = micro_batch.to(engine_device())
-            arguments = _arguments(json.loads(request), engine, micro_batch, packed, group)
-        with collect(engine.module, **arguments) as collector:
-            loss, output = forward_step(engine, micro_batch, loss_function, forward_only)
-        collector.check()
-        offsets = micro_batch["input_ids"].offsets()
-        output["model_output"] |= _as_model_output(collector.rhythm(), offsets, packed)
-        return loss, output
-
-    return with_rhythm
-
-
-def engine_device() -> int | torch.device:
-    from verl.utils.device import get_device_id
-
-    return get_device_id()
-
-
-def _arguments(request: dict, engine, micro_batch, packed: bool, group) -> dict:
-    """Returns the arguments of `collect` for a micro-batch.
-
-    Args:
-        request: what the trainer asks for.
-        packed: whether the sequences are one row.
-        group: the process group of the ranks that share each sequence; None if each has whole ones.
-    """
-    _check_text(micro_batch["position_ids"])
-    options = make_options(request["options"])
-    ranks = engine.ulysses_sequence_parallel_size
-    _say_once(f"reads the attention rhythm in the old-log-prob pass, for {options.strategy} credit{sharing(ranks)}")
-    offsets = micro_batch["input_ids"].offsets()
-    response = _response_tokens(micro_batch["response_mask"], offsets)  # [nnz]
-    return options.collect_arguments | {
-        "response_mask": _packed_row(response, engine) if packed else _padded_rows(response, offsets),
-        "groups": _groups_of(request["groups"], engine),
-        "parallel": None if group is None else Parallel(tokens=group, order="contiguous"),
-    }
-
-
-def _check_text(position_ids: Tensor) -> None:
-    if position_ids.dim() != 2:
-        raise ValueError(
-            f"the block {BLOCK} needs text, got position ids with {position_ids.dim()} dimensions, as models of images "
-            "and text have"
-        )
-
-
-def _response_tokens(response_mask: Tensor, offsets: Tensor) -> Tensor:
-    """Returns R among the packed tokens, [nnz] bool, from nested response masks [B, response].
-
-    Each response ends its sequence.
-    """
-    ends, lengths = response_mask.offsets()[1:], response_mask.offsets().diff()
-    shift = torch.repeat_interleave(offsets[1:] - ends, lengths)
-    values = response_mask.values()
-    tokens = torch.zeros(int(offsets[-1]), dtype=torch.bool, device=values.device)
-    tokens[torch.arange(len(values), device=values.device) + shift] = values.bool()
-    return tokens
-
-
-def _packed_row(response: Tensor, engine) -> Tensor:
-    """Returns R as a row, [1, nnz + padding]: verl may round the packed length up, and then to the ranks' multiple."""
-    rounded = len(response) + engine._get_packed_pad_size(len(response))
-    rounded += -rounded % engine.ulysses_sequence_parallel_size
-    return torch.nn.functional.pad(response, (0, rounded - len(response)))[None]
-
-
-def _valid(offsets: Tensor) -> Tensor:
-    """Returns the mask of tokens in right-padded rows, [B, T] bool."""
-    lengths = offsets.diff()
-    return torch.arange(int(lengths.max()), device=offsets.device) < lengths[:, None]
-
-
-def _padded_rows(response: Tensor, offsets: Tensor) -> Tensor:
-    """Returns R in right-padded rows, [B, T] bool."""
-    valid = _valid(offsets)
-    return torch.zeros_like(valid).masked_scatter_(valid, response)
-
-
-def _groups_of(groups: list[list[bool]] | None, engine) -> HeadGroups | None:
-    """Returns the groups [L, HQ] of two flat lists, one item for each head of the sampled layers."""
-    if groups is None:
-        return None
-    heads = engine.model_config.hf_config.get_text_config().num_attention_heads
-    return HeadGroups(*(torch.tensor(group).view(-1, heads) for group in groups))
-
-
-def _as_model_output(rhythm: Rhythm, offsets: Tensor, packed: bool) -> dict[str, Tensor]:
-    """Returns the nested tensors that join verl's model output, a row for each sequence."""
-    sequences, tokens = len(offsets) - 1, int(offsets[-1])
-    places = (0, slice(tokens)) if packed else _valid(offsets)
-    output = {
-        name: torch.nested.nested_tensor_from_jagged(signal[places], offsets)
-        for name, signal in ((WAAD, rhythm.waad), (FAI, rhythm.fai))
-    }
-    if rhythm.spans is not None:
-        spans = rhythm.spans  # [B, L, HQ], verl's padding the last sequence; or [L, HQ] for the pass
-        spans = spans[:sequences] if spans.ndim == 3 else spans.expand(sequences, -1, -1)
-        output[SPANS] = torch.nested.as_nested_tensor(list(spans.flatten(1)), layout=torch.jagged)
-    return output
 
 
 class TrainerCredit:
@@ -178,15 +49,15 @@ class TrainerCredit:
 
     Args:
         options: read from the config.
-        ranks: the number of workers that share each sequence.
+        ranks: how many workers share each sequence, by the way in which they do.
     """
 
-    def __init__(self, options: CreditOptions, ranks: int = 1):
+    def __init__(self, options: CreditOptions, ranks: dict[str, int]):
         self.options = options
         self.schedule = GroupSchedule(**options.schedule_arguments)
         self.passes = 0
         settings = ", ".join(f"{name} {value}" for name, value in asdict(options).items())
-        _say_once(f"rhythm credit is on: {settings}{sharing(ranks)}")
+        say_once(f"rhythm credit is on: {settings}{sharing(ranks)}")
 
     def request(self) -> str:
         """Returns the text that tells the workers the options and the head groups."""
@@ -300,7 +171,7 @@ def _get(batch, names: list[str]) -> dict[str, Tensor]:
     if missing:
         raise RuntimeError(
             f"the batch has no {', '.join(sorted(missing))}: the plug-in must be installed where the workers run too, "
-            "and the old-log-prob pass must be the FSDP engine's"
+            "and the old-log-prob pass must be that of the FSDP or the Megatron engine"
         )
     return {name: fields[name] for name in names}
 
@@ -354,7 +225,11 @@ def wrap_other_trainer(start: Callable) -> Callable:
 
 WRAPPED = {
     "verl.utils.config": {"validate_config": wrap_validate},
-    "verl.workers.engine.fsdp.transformer_impl": {"FSDPEngineWithLMHead.forward_step": wrap_forward_step},
+    "verl.workers.engine.fsdp.transformer_impl": {"FSDPEngineWithLMHead.forward_step": wrap_fsdp_step},
+    "verl.workers.engine.megatron.transformer_impl": {
+        "MegatronEngineWithLMHead.forward_step": wrap_megatron_step,
+        "get_forward_backward_func": wrap_schedules,
+    },
     "verl.trainer.ppo.v1.trainer_base": {
         "PPOTrainer.__init__": wrap_trainer_init,
         "PPOTrainer._compute_old_log_prob": wrap_old_log_prob,

@@ -4,6 +4,7 @@ The functions import verl and omegaconf when they are called, since verl loads t
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 
@@ -11,12 +12,13 @@ from rhythm_kernels.options import CreditOptions
 
 VERSIONS = ("0.9.1",)
 BLOCK = "rhythm"
-STRATEGIES = ("fsdp", "fsdp2")
+STRATEGIES = ("fsdp", "fsdp2", "megatron")
 SEQUENCE_PARALLEL = (
     "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
     "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
 )
 """The settings of the number of ranks that share each sequence; verl takes the first that is above 1."""
+MEGATRON = "actor_rollout_ref.actor.megatron"
 ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 TOKEN_LOSSES = (
     "vanilla",
@@ -92,8 +94,8 @@ def _check_settings(config: Mapping, options: CreditOptions) -> None:
     strategy = select("actor_rollout_ref.actor.strategy")
     if strategy not in STRATEGIES:
         raise ValueError(
-            f"the block {BLOCK} needs the FSDP engine: set actor_rollout_ref.actor.strategy to fsdp or fsdp2, "
-            f"got {strategy}"
+            f"the block {BLOCK} needs the FSDP or the Megatron engine: set actor_rollout_ref.actor.strategy to "
+            f"{', '.join(STRATEGIES)}, got {strategy}"
         )
     if options.strategy != "none":
         _check_loss(select)
@@ -104,8 +106,29 @@ def _check_settings(config: Mapping, options: CreditOptions) -> None:
             f"{BLOCK}.strategy={options.strategy} is read in the old-log-prob pass, which bypass mode skips: "
             "set algorithm.rollout_correction.bypass_mode=False"
         )
-    attention, ranks = select(ATTENTION), sequence_ranks(config)
-    if options.reads_attention and ranks > 1 and attention is not None and "flash" not in attention:
+    if options.reads_attention and strategy == "megatron":
+        _check_megatron(select)
+    elif options.reads_attention:
+        _check_ulysses(select(ATTENTION), sequence_ranks(config)["Ulysses"])
+
+
+def _check_megatron(select: Callable) -> None:
+    """Raises ValueError for a run of the Megatron engine whose forward `collect` cannot read."""
+    parts = select(f"{MEGATRON}.virtual_pipeline_model_parallel_size")
+    if parts is not None:
+        raise ValueError(
+            f"the block {BLOCK} needs stages of one part each: set "
+            f"{MEGATRON}.virtual_pipeline_model_parallel_size=null, got {parts}"
+        )
+    if select(f"{MEGATRON}.dynamic_context_parallel"):
+        raise ValueError(
+            f"the block {BLOCK} needs the same ranks for each sequence: set {MEGATRON}.dynamic_context_parallel=False"
+        )
+
+
+def _check_ulysses(attention: str | None, ranks: int) -> None:
+    """Raises ValueError for attention that verl's Ulysses does not reach."""
+    if ranks > 1 and attention is not None and "flash" not in attention:
         raise ValueError(
             f"the block {BLOCK} needs FlashAttention where {ranks} ranks share each sequence: set {ATTENTION} to "
             f"flash_attention_2, got {attention}; verl's Ulysses wraps no other, and each rank would attend to its own "
@@ -133,14 +156,29 @@ def _check_loss(select: Callable) -> None:
         )
 
 
-def sequence_ranks(config: Mapping) -> int:
-    """Returns how many ranks share each sequence of the actor: verl's Ulysses sequence parallelism."""
+def sequence_ranks(config: Mapping) -> dict[str, int]:
+    """Returns how many ranks share each sequence of the actor, by the way in which they do."""
     from omegaconf import OmegaConf
 
+    if OmegaConf.select(config, "actor_rollout_ref.actor.strategy") == "megatron":
+        return megatron_ranks(OmegaConf.select(config, MEGATRON))
     sizes = [OmegaConf.select(config, name) or 1 for name in SEQUENCE_PARALLEL]
-    return next((size for size in sizes if size > 1), 1)
+    return {"Ulysses": next((size for size in sizes if size > 1), 1)}
 
 
-def sharing(ranks: int) -> str:
-    """Returns what the printed lines say of ranks that share a sequence."""
-    return f"; {ranks} ranks share each sequence (Ulysses)" if ranks > 1 else ""
+def megatron_ranks(engine_config: object) -> dict[str, int]:
+    """Returns how many ranks share each sequence in a Megatron engine, by the way in which they do."""
+    return {
+        "tensor": engine_config.tensor_model_parallel_size,
+        "context": engine_config.context_parallel_size,
+        "pipeline": engine_config.pipeline_model_parallel_size,
+    }
+
+
+def sharing(ranks: dict[str, int]) -> str:
+    """Returns what the printed lines say of ranks that share a sequence, by the way in which they do."""
+    ways = {way: size for way, size in ranks.items() if size > 1}
+    if not ways:
+        return ""
+    named = ", ".join(way if len(ways) == 1 else f"{way} {size}" for way, size in ways.items())
+    return f"; {math.prod(ways.values())} ranks share each sequence ({named})"

@@ -245,7 +245,7 @@ class Collector:
         with together(self._shards.groups) as facts:
             given = {name: x for name, x in values.items() if x is not None}
             self._find_layout(arguments | given, batch, whole, inputs.device)
-            facts |= {"tokens": whole, "sequences": self.layout.bounds, "response_mask": _digest(self.layout.rows)}
+            facts |= {"tokens": whole, "sequences": self.layout.bounds, "response_mask": digest_of(self.layout.rows)}
         self._shard = tokens, inputs.device
 
     def _values_of_tokens(self, arguments: dict) -> dict[str, Tensor | None]:
@@ -439,7 +439,7 @@ def _form_of(value: Tensor | None) -> str:
     return "None" if value is None else f"{value.dtype} {[*value.shape[:-1], 'T']}"
 
 
-def _digest(rows: Tensor) -> str:
+def digest_of(rows: Tensor) -> str:
     return hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()[:16]
 
 

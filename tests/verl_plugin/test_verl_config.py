@@ -89,9 +89,27 @@ REFUSED = {
         "which bypass mode skips",
     ),
     "another engine": (
-        ["+rhythm.strategy=coupled", "model_engine=megatron"],
+        ["+rhythm.strategy=coupled", "model_engine=veomni"],
         ValueError,
-        "needs the FSDP engine: set actor_rollout_ref.actor.strategy to fsdp or fsdp2, got megatron",
+        "needs the FSDP or the Megatron engine: set actor_rollout_ref.actor.strategy to fsdp, fsdp2, megatron, got veo",
+    ),
+    "stages of several parts": (
+        [
+            "+rhythm.strategy=coupled",
+            "model_engine=megatron",
+            "actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size=2",
+        ],
+        ValueError,
+        "set actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size=null, got 2",
+    ),
+    "other ranks for each sequence": (
+        [
+            "+rhythm.strategy=coupled",
+            "model_engine=megatron",
+            "actor_rollout_ref.actor.megatron.dynamic_context_parallel=True",
+        ],
+        ValueError,
+        "set actor_rollout_ref.actor.megatron.dynamic_context_parallel=False",
     ),
     "trajectories that are drawn anew": (
         ["+rhythm.strategy=random", "algorithm.use_pf_ppo=True", "algorithm.adv_estimator=gae"],
@@ -150,7 +168,15 @@ def test_ranks_may_share_sequences(name, attention):
     assert plugin.read_options(config).strategy == "coupled"
     OmegaConf.update(config, "actor_rollout_ref.actor.use_dynamic_bsz", True)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-    assert plugin.sequence_ranks(config) == actor.engine.ulysses_sequence_parallel_size == 4
+    assert plugin.sequence_ranks(config) == {"Ulysses": actor.engine.ulysses_sequence_parallel_size} == {"Ulysses": 4}
+
+
+def test_ranks_may_share_a_gpt_model():
+    sizes = {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "pipeline_model_parallel_size": 3}
+    overrides = [f"{verl_config.MEGATRON}.{name}={size}" for name, size in sizes.items()]
+    config = cases.composed("+rhythm.strategy=coupled", "model_engine=megatron", *overrides)
+    assert plugin.read_options(config).strategy == "coupled"
+    assert plugin.sequence_ranks(config) == {"tensor": 4, "context": 2, "pipeline": 3}
 
 
 def test_a_block_without_credit_leaves_every_loss_alone():

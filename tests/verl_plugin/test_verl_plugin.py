@@ -16,6 +16,7 @@ from verl.utils import tensordict_utils as tu
 
 import rhythm_kernels.integrations.verl as plugin
 import rhythm_kernels.integrations.verl_config as verl_config
+import rhythm_kernels.integrations.verl_engines as verl_engines
 from rhythm_kernels import Rhythm, reference, shape_advantages, token_credit
 from rhythm_kernels.group_schedule import GroupSchedule
 
@@ -54,7 +55,9 @@ def test_every_place_is_wrapped_once():
             found = sys.modules[module]
             for name in path.split("."):
                 found = getattr(found, name)
-            assert found.__globals__ is vars(plugin) and found.__wrapped__.__globals__ is not vars(plugin), path
+            wrappers = (vars(plugin), vars(verl_engines))
+            assert any(found.__globals__ is one for one in wrappers), path
+            assert not any(found.__wrapped__.__globals__ is one for one in wrappers), path
     assert not verl_config.missing
 
 
@@ -257,7 +260,7 @@ def test_head_groups_that_serve_two_steps(run, model_folder):
 
 
 def test_padding_rows_of_verl_do_not_count():
-    credit = plugin.TrainerCredit(verl_config.make_options({"groups_every": 2}))
+    credit = plugin.TrainerCredit(verl_config.make_options({"groups_every": 2}), {})
     spans = torch.rand(3, 30)
     spans[2] = float("nan")
     credit.end_pass(spans, torch.tensor([4, 2, 0]))
@@ -266,14 +269,14 @@ def test_padding_rows_of_verl_do_not_count():
 
 
 def test_random_draws_differ_from_step_to_step():
-    credit = plugin.TrainerCredit(verl_config.make_options({"strategy": "random"}))
+    credit = plugin.TrainerCredit(verl_config.make_options({"strategy": "random"}), {})
     mask = torch.ones(2, 50, dtype=torch.bool)
     first, again = (credit.shape(torch.ones(2, 50), mask, {})[0] for _ in range(2))
     assert not torch.equal(first, again)
 
 
 def test_it_says_once_that_it_is_on(capsys, monkeypatch):
-    monkeypatch.setattr(plugin, "_said", set())
+    monkeypatch.setattr(verl_engines, "_said", set())
     for _ in range(2):
         plugin.credit_of(SimpleNamespace(config=cases.composed("+rhythm.strategy=local")))
     lines = capsys.readouterr().out.splitlines()
@@ -283,10 +286,24 @@ def test_it_says_once_that_it_is_on(capsys, monkeypatch):
     assert lines[0].endswith("groups_every 1, seed 0")
 
 
-def test_it_says_what_is_shared(capsys, monkeypatch):
-    monkeypatch.setattr(plugin, "_said", set())
-    config = cases.composed(
-        "+rhythm.strategy=local", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=4"
-    )
-    plugin.credit_of(SimpleNamespace(config=config))
-    assert capsys.readouterr().out.endswith("; 4 ranks share each sequence (Ulysses)\n")
+@pytest.mark.parametrize(
+    ("overrides", "shared"),
+    [
+        (
+            ["actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=4"],
+            "4 ranks share each sequence (Ulysses)",
+        ),
+        (
+            [
+                "model_engine=megatron",
+                "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=4",
+                "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size=2",
+            ],
+            "8 ranks share each sequence (tensor 4, pipeline 2)",
+        ),
+    ],
+)
+def test_it_says_what_is_shared(capsys, monkeypatch, overrides, shared):
+    monkeypatch.setattr(verl_engines, "_said", set())
+    plugin.credit_of(SimpleNamespace(config=cases.composed("+rhythm.strategy=local", *overrides)))
+    assert capsys.readouterr().out.endswith(f"; {shared}\n")

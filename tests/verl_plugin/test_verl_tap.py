@@ -11,6 +11,7 @@ import verl_cases as cases
 from transformers import Qwen3ForCausalLM
 
 import rhythm_kernels.integrations.verl as plugin
+import rhythm_kernels.integrations.verl_engines as verl_engines
 from rhythm_kernels.heads import group_heads
 
 
@@ -131,13 +132,13 @@ def test_nothing_is_read_that_was_not_asked_for(engines, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("collect was opened")
 
-    monkeypatch.setattr(plugin, "collect", refuse)
+    monkeypatch.setattr(verl_engines, "collect", refuse)
     engine, fields = engines(), cases.make_fields()
     assert cases.log_prob_pass(engine, cases.make_batch(fields)).keys() == {"log_probs", "entropy"}
 
 
 def test_an_update_is_not_read(engines, monkeypatch):
-    monkeypatch.setattr(plugin, "collect", None)
+    monkeypatch.setattr(verl_engines, "collect", None)
     engine, batch = engines(), cases.make_batch(cases.make_fields(), {}, global_batch_size=6)
 
     def loss(model_output, data, dp_group):
@@ -154,7 +155,7 @@ def test_what_the_pass_refuses(engines):
     with pytest.raises(ValueError, match="unknown keys in the block rhythm: stratgey; there are strategy"):
         cases.log_prob_pass(engine, cases.make_batch(fields, {"options": {"stratgey": "local"}}))
     with pytest.raises(ValueError, match="needs text, got position ids with 3 dimensions"):
-        plugin._check_text(torch.zeros(len(cases.LENGTHS), 4, 9))
+        verl_engines._check_text(torch.zeros(len(cases.LENGTHS), 4, 9))
 
 
 def test_two_ranks_that_shard_the_model(model_folder, tmp_path):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import verl_cases as cases
 from ranks import Raised
 
-import rhythm_kernels.integrations.verl as plugin
+import rhythm_kernels.integrations.verl_engines as plugin
 from rhythm_kernels import HeadGroups, group_heads
 
 LENGTHS = [
@@ -104,7 +104,7 @@ def failures(folder: Path) -> dict[str, Raised | list]:
         except Exception as error:
             raised[name] = Raised(type(error).__name__, str(error))
 
-    with patch.object(plugin, "_response_tokens", refusing if mine else plugin._response_tokens):
+    with patch.object(plugin, "_response_rows", refusing if mine else plugin._response_rows):
         attempt("before the pass", {})
     attempt("other options", request_of({"window": 10 + mine}))
     attempt("an unknown option", request_of({"stratgey": "local"} if mine else {}))

@@ -1,0 +1,77 @@
+"""Reads a GPTModel's forward over a batch of rows that the trainer packs, or pads, on the way into the model.
+
+    from rhythm_kernels.integrations.megatron_rows import collect_rows
+
+    with collect_rows(model, response_mask, lengths) as c:
+        model(packed_ids, None, None, packed_seq_params=packed_seq_params)
+    gamma = token_credit("coupled", response_mask, c.rhythm_of_rows())  # [B, T]
+
+Shapes: B rows of T tokens, padded on the right, as the trainer keeps them.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rhythm_kernels.host import send
+from rhythm_kernels.integrations.megatron import collect
+from rhythm_kernels.tensor_checks import check_tensor
+from rhythm_kernels.types import Rhythm
+
+
+class collect_rows(collect):  # called like a function, and named like one
+    """Opens a context as `megatron.collect` does, for rows of a batch instead of those that the model gets.
+
+    Where each row lies is read from the forward: in a packed row, where `packed_seq_params` says that its sequence
+    begins; else in a row of its own. The forward may pad behind each row.
+
+    Args:
+        model: a GPTModel, or a wrapper of one.
+        response_mask: [B, T] bool, R. What is behind a row's length does not count.
+        lengths: [B] int32 or int64, the number of tokens of each row.
+        arguments: others of `megatron.collect`.
+
+    Raises:
+        TypeError, ValueError: as `megatron.collect`; also for a forward that has not B sequences, or less room for one
+            than its length.
+    """
+
+    def __init__(self, model: nn.Module, response_mask: Tensor, lengths: Tensor, **arguments):
+        super().__init__(model, **arguments)
+        check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
+        check_tensor("lengths", lengths, [len(response_mask)], [torch.int32, torch.int64], response_mask.device)
+        self._rows_mask, self.lengths = response_mask, lengths
+
+    def rhythm_of_rows(self) -> Rhythm:
+        """Returns `rhythm()` with WAAD and FAI of the batch's rows, [B, T]; 0 behind a row's length."""
+        rhythm = self.rhythm()
+        waad, fai = (
+            signal.new_zeros(self._rows_mask.shape).masked_scatter_(self._valid(), signal[self._token_places])
+            for signal in (rhythm.waad, rhythm.fai)
+        )
+        return rhythm._replace(waad=waad, fai=fai)
+
+    def _valid(self) -> Tensor:
+        """Returns which places of the batch's rows are tokens, [B, T] bool."""
+        return torch.arange(self._rows_mask.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def _read_arguments(self, args: tuple, kwargs: dict) -> dict:
+        arguments = super()._read_arguments(args, kwargs)
+        ranks, inputs = self._token_ranks(), arguments["input_ids"]
+        shape = len(inputs), inputs.shape[1] * (1 if ranks is None else ranks.size)
+        valid = self._valid()
+        rows, columns = valid.nonzero(as_tuple=True)
+        if self._cu_seqlens is None:
+            room = torch.full((shape[0],), shape[1])
+        else:
+            room, begins = self._cu_seqlens.diff(), send(self._cu_seqlens[:-1].long(), inputs.device)
+        lengths = self.lengths.cpu()
+        if len(room) != len(lengths) or (lengths > room).any():
+            raise ValueError(
+                f"the model must get {len(lengths)} rows of lengths {lengths.tolist()}, got room for {room.tolist()}"
+            )
+        if self._cu_seqlens is not None:
+            rows, columns = torch.zeros_like(rows), columns + begins[rows]
+        self._token_places = rows, columns
+        mask = torch.zeros(shape, dtype=torch.bool, device=inputs.device)
+        self._response_mask = mask.index_put_(self._token_places, self._rows_mask[valid])
+        return arguments
