@@ -182,11 +182,15 @@ def test_an_interpreting_process_is_refused():
     assert torch.zeros(1).is_cuda is False
 
 
+def run_column_sums(*flags: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.column_sums", "--size", "64", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
 @pytest.mark.slow
 def test_column_sums_are_read_from_machine_code_beside_another_package():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.column_sums", "--size", "64"]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT).stdout
+    out = run_column_sums().stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
     ways = [("log-sum-exp known", "columns"), ("not known", "rows"), ("not known", "columns")]
     if column_sums.installed():
@@ -194,6 +198,59 @@ def test_column_sums_are_read_from_machine_code_beside_another_package():
     assert [(way, loop) for way, loop, *_ in rows] == ways
     assert all(float(score) > 5 and atomics == "0" for _, _, score, *_, atomics, _, _ in rows[:3])
     assert ("flash_colreduce is not installed" in out) == (not column_sums.installed())
+
+
+FLAG_ATTENTION = """
+import triton
+import triton.language as tl
+
+
+def get_fwd_config(B, H, M, N, D, causal):
+    return 32, 32, 1, 4
+
+
+@triton.jit
+def _total_attention_kernel(
+    Q, K, L, S, scale, qz, qh, qm, qk, kz, kh, kn, kk, Z, H, M, N, P, G,
+    BLOCK_M: tl.constexpr, BLOCK_DMODEL: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, DIVISIBLE_M: tl.constexpr, DIVISIBLE_N: tl.constexpr,
+):
+    head, own, d = tl.program_id(1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DMODEL)
+    k = tl.load(K + head // G * kh + own[:, None] * kn + d[None, :] * kk, mask=own[:, None] < N, other=0.0)
+    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_N, M, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q = tl.load(Q + head * qh + rows[:, None] * qm + d[None, :] * qk, mask=rows[:, None] < M, other=0.0)
+        lse = tl.load(L + head * M + rows, mask=rows < M, other=0.0)
+        weights = tl.exp(tl.dot(q, tl.trans(k)) * scale - lse[:, None])
+        sums += tl.sum(tl.where((rows[:, None] >= own[None, :]) & (rows[:, None] < M), weights, 0.0), 0)
+    tl.store(S + head * N + own, sums FACTOR, mask=own < N)
+"""
+
+
+def beside_flag_attention(folder: Path, factor: str = "") -> subprocess.CompletedProcess:
+    """Runs the benchmark with a stand-in for FlagAttention's checkout, whose sums are wrong by a factor."""
+    path = folder / "src" / "flag_attn" / "total.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(FLAG_ATTENTION.replace("FACTOR", factor))
+    return run_column_sums("--flag-attention", str(folder))
+
+
+@pytest.mark.slow
+def test_column_sums_are_read_beside_a_checkout_of_flag_attention(tmp_path):
+    out = beside_flag_attention(tmp_path).stdout
+    assert re.search(r"^\| *FlagAttention \| columns \| +\d", out, re.MULTILINE) and "FlagAttention 1" in out
+
+
+@pytest.mark.slow
+def test_wrong_sums_of_flag_attention_are_not_reported(tmp_path):
+    run = beside_flag_attention(tmp_path, "* 1.01")
+    assert run.returncode == 1 and "FlagAttention is off by" in run.stderr and "columns" not in run.stdout
+
+
+def test_a_folder_without_flag_attention_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=rf"^--flag-attention must be a checkout .*, '{tmp_path}' has no"):
+        column_sums.main(["--flag-attention", str(tmp_path)])
 
 
 def test_wrong_column_sums_are_not_reported(monkeypatch):
