@@ -4,10 +4,6 @@ Each head's statistics have the bits that one rank computes from the same querie
 """
 
 import re
-import sys
-from pathlib import Path
-from types import ModuleType
-from unittest import mock
 
 import pytest
 import torch
@@ -260,44 +256,6 @@ def test_a_context_for_each_micro_batch_of_a_schedule():
             torch.testing.assert_close(waad, waad_alone, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(fai, fai_alone, rtol=1e-5, atol=1e-6)
             assert all(map(torch.equal, groups, groups_alone))
-
-
-def factors_of_slimes_page() -> list[torch.Tensor]:
-    """Runs the file of slime's page on a micro-batch of this rank; returns the factors of each answer."""
-    world = dist.get_world_size()
-    with megatron_groups(context_parallel_size=world):
-        from megatron.core.packed_seq_params import PackedSeqParams
-
-        text = (Path(__file__).parents[1] / "docs" / "frameworks" / "slime.md").read_text()
-        page: dict = {}
-        exec(re.search(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[1], page)
-        cuts = [0, 32, 72, 96]  # the last one is padding
-        order = places(cuts, world)
-        ids = torch.randint(0, 61, (1, 96), generator=torch.Generator().manual_seed(5))
-        bounds = torch.tensor(cuts, dtype=torch.int32)
-        batch = {
-            "tokens": ids[:, order[dist.get_rank()]],
-            "packed_seq_params": PackedSeqParams("thd", bounds, bounds, max_seqlen_q=40, max_seqlen_kv=40),
-            "total_lengths": [30, 39],
-            "response_lengths": [20, 25],
-            "loss_masks": [torch.ones(20), torch.ones(25).index_fill_(0, torch.tensor([3, 4]), 0)],
-        }
-        model = gpt(core=FusedCore)
-        with torch.no_grad(), page["collect"](model, batch) as c:
-            model(batch["tokens"], None, None, packed_seq_params=batch["packed_seq_params"])
-        cp_utils = ModuleType("slime.backends.megatron_utils.cp_utils")
-        cp_utils.slice_log_prob_with_cp = lambda x, total, length: x  # slime's keeps a rank's part
-        with mock.patch.dict(sys.modules, {cp_utils.__name__: cp_utils}):
-            return page["gammas"](c, batch)
-
-
-def test_the_file_of_slimes_page_gives_an_answer_the_same_factors_on_any_ranks():
-    [alone] = on_ranks(1, factors_of_slimes_page)
-    for gammas in (alone, *on_ranks(2, factors_of_slimes_page)):
-        assert not isinstance(gammas, Raised), gammas.args[2]
-        assert [len(gamma) for gamma in gammas] == [20, 25]
-        assert all(map(torch.equal, gammas, alone))
-    assert alone[1][3:5].eq(1).all() and all(gamma.ne(1).any() for gamma in alone)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

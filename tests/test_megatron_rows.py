@@ -1,13 +1,15 @@
-"""`collect_rows`, and the files of the pages of ROLL and NeMo-RL, on tiny GPTModels in Megatron's own schedule.
+"""`collect_rows`, and the files of the pages of ROLL, NeMo-RL and slime, on tiny GPTModels in Megatron's own schedule.
 
-A stand-in packs each micro-batch as both frameworks do: every sequence is padded to a multiple, the last one up to the
-end of the row, and with context parallelism every rank has its two runs of each.
+A stand-in packs each micro-batch as the frameworks do: every sequence is padded to a multiple, the last one up to the
+end of the row, and with context parallelism every rank has its two runs of each. slime's last one is padding alone.
 """
 
 import contextlib
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -33,13 +35,16 @@ WAYS = {
 
 
 class MicroBatch:
-    """Rows of 40 tokens, padded on the right; the last tokens of each prompt's answer are R, but for a hole."""
+    """Rows of 40 tokens, padded on the right; what is behind each prompt is R, but for a hole."""
+
+    padding_apart = False
+    """Whether the padding behind a packed row is a sequence of its own."""
 
     def __init__(self, index: int):
-        self.lengths, prompts = torch.tensor(LENGTHS[index]), torch.tensor(PROMPTS[index])
+        self.lengths, self.prompts = torch.tensor(LENGTHS[index]), torch.tensor(PROMPTS[index])
         place = torch.arange(40)
         self.valid = place < self.lengths[:, None]
-        self.response = self.valid & (place >= prompts[:, None]) & (place != 15)
+        self.response = self.valid & (place >= self.prompts[:, None]) & (place != 15)
         drawn = torch.randint(0, 61, (3, 40), generator=torch.Generator().manual_seed(index))
         self.ids = drawn.masked_fill(~self.valid, 0)
 
@@ -53,9 +58,13 @@ class MicroBatch:
             own = places([0, 40], ranks)[rank]
             return {"input_ids": self.ids[:, own], "position_ids": positions(self.ids)[:, own], "attention_mask": None}
         room = (self.lengths + 7) // 8 * 8
-        room[-1] += 16
+        if self.padding_apart:
+            room = torch.cat([room, torch.tensor([16])])
+        else:
+            room[-1] += 16
         cuts = torch.nn.functional.pad(room.cumsum(0), (1, 0)).int()
-        row = torch.cat([torch.nn.functional.pad(row, (0, 32))[:n] for row, n in zip(self.ids, room, strict=True)])
+        row = torch.cat([torch.nn.functional.pad(row, (0, 32))[:n] for row, n in zip(self.ids, room)])
+        row = torch.nn.functional.pad(row, (0, int(cuts[-1]) - len(row)))
         params = PackedSeqParams("thd", cuts, cuts, cuts, cuts, max_seqlen_q=64, max_seqlen_kv=64)
         own = places(cuts.tolist(), ranks)[rank]
         ids, position_ids = row[None, own], torch.zeros(1, len(own), dtype=torch.long)
@@ -121,7 +130,42 @@ class Nemo:
     first = 0
 
 
-FRAMEWORKS = {"roll": Roll, "nemo-rl": Nemo}
+class Slime:
+    """What the file of slime's page reads of a micro-batch, whose answers keep the order of the rows."""
+
+    def __init__(self):
+        self.page, self.batches = of_page("slime.md"), []
+
+    def collect(self, model, batch: MicroBatch):
+        batch.padding_apart = True
+        inputs = batch.inputs(packed=True)
+        kept = [row[start:end] for row, start, end in zip(batch.response, batch.prompts, batch.lengths, strict=True)]
+        fields = {
+            "tokens": inputs["input_ids"],
+            "packed_seq_params": inputs["packed_seq_params"],
+            "total_lengths": batch.lengths.tolist(),
+            "response_lengths": [len(row) for row in kept],
+            "loss_masks": [row.float() for row in kept],
+        }
+        self.batches.append(batch)
+        return self.page["collect"](model, fields, SimpleNamespace(__name__="get_log_probs_and_entropy"), "")
+
+    def add_gamma(self, results) -> None:
+        cp_utils = ModuleType("slime.backends.megatron_utils.cp_utils")
+        cp_utils.slice_log_prob_with_cp = lambda x, total, length: x  # slime's keeps a rank's part
+        with mock.patch.dict(sys.modules, {cp_utils.__name__: cp_utils}):
+            assert self.page["with_gamma"](results) is results
+        for batch, result in zip(self.batches, results):
+            rows = torch.ones(batch.ids.shape)
+            for row, gamma, start in zip(rows, result["gamma"], batch.prompts, strict=True):
+                row[start : start + len(gamma)] = gamma
+            result["gamma"] = rows
+        self.batches.clear()
+
+    first = 0
+
+
+FRAMEWORKS = {"roll": Roll, "nemo-rl": Nemo, "slime": Slime}
 
 
 def gammas(framework: str, way: str, packed: bool) -> list[torch.Tensor]:
@@ -168,9 +212,12 @@ def wanted():
     return returned
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    ("framework", "packed"),
+    [("roll", True), ("roll", False), ("nemo-rl", True), ("nemo-rl", False), ("slime", True)],
+    ids=["ROLL, packed", "ROLL, padded", "NeMo-RL, packed", "NeMo-RL, padded", "slime"],
+)
 def test_the_file_of_a_page_gives_each_row_the_factors_that_it_has_alone(wanted, framework, way, packed):
     returned = on_ranks(2 if WAYS[way] else 1, gammas, framework, way, packed)
     for rank, result in enumerate(returned):
@@ -184,11 +231,13 @@ def test_the_file_of_a_page_gives_each_row_the_factors_that_it_has_alone(wanted,
 
 
 def test_other_passes_are_not_read():
-    roll, batch = Roll(), MicroBatch(0)
+    roll, batch, slime = Roll(), MicroBatch(0), of_page("slime.md")["collect"]
     for context in (
         roll.collect(None, batch, name="forward_func_train"),
         roll.collect(None, batch, disable_adapter=True),
         Nemo().collect(None, batch, post_processing_fn=SimpleNamespace),
+        slime(None, {}, SimpleNamespace(__name__="get_values"), ""),
+        slime(None, {}, SimpleNamespace(__name__="get_log_probs_and_entropy"), "ref_"),
     ):
         assert isinstance(context, contextlib.nullcontext)
     roll.strategy.worker_config.name = "reference"
