@@ -6,7 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-import verl_cases as cases
 import verl_megatron as engines
 from ranks import Raised, on_ranks, preload
 from test_verl_ulysses import credit
@@ -18,9 +17,9 @@ preload("verl_megatron", "megatron.core.models.gpt", "verl.workers.engine.megatr
 
 
 @cache
-def whole(name: str) -> dict[str, list]:
-    """Returns a pass of one rank."""
-    [output] = on_ranks(1, engines.one_pass, name, {})
+def whole(name: str, replica: int = 0) -> dict[str, list]:
+    """Returns a pass of one rank, over the sequences of a replica."""
+    [output] = on_ranks(1, engines.one_pass, name, {}, replica)
     assert not isinstance(output, Raised), output.args[2]
     return output
 
@@ -72,7 +71,7 @@ def test_the_log_probs_keep_their_bits():
 
 def test_the_micro_batches_are_several_and_reordered():
     """The tests above need this: in one micro-batch, in order, they would not see a wrong order."""
-    lengths, seen = [sum(pair) for pair in engines.LENGTHS], whole("packed")["micro-batches"]
+    lengths, seen = [sum(pair) for pair in engines.LENGTHS[0]], whole("packed")["micro-batches"]
     order = list(itertools.chain.from_iterable(seen))
     assert len(seen) > 2 and order != lengths and sorted(order) == sorted(lengths)
 
@@ -80,21 +79,28 @@ def test_the_micro_batches_are_several_and_reordered():
 @pytest.mark.parametrize("way", engines.SHARED)
 def test_ranks_that_share_a_model_have_the_credit_of_one(way):
     name, sizes = engines.SHARED[way]
-    fields, wanted = cases.make_fields(engines.LENGTHS), whole(name)
     outputs = [rank[way] for rank in shared(engines.ranks_of(sizes))]
+    stages, replicas = (sizes.get(f"{name}_parallel_size", 1) for name in ("pipeline_model", "data"))
     with_output = [output for output in outputs if output is not None]
-    assert len(with_output) == len(outputs) // sizes.get("pipeline_model_parallel_size", 1)
-    for output in with_output:
-        assert output.keys() == wanted.keys()
-        for field in output.keys() - {"said", "micro-batches"}:
-            last = -1 if field == "log_probs" else None  # that of a row's end is of whatever verl has put behind it
-            for row, expected in zip(output[field], wanted[field], strict=True):
-                row, expected = row[:last], expected[:last]
-                torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
-        for field in output.keys() & {*plugin.SIGNALS, plugin.SPANS}:
-            assert all(map(torch.equal, output[field], with_output[0][field]))  # the same bits on every rank
-        if "rhythm_waad" in output:
-            assert all(map(torch.equal, credit(output, fields), credit(wanted, fields)))
+    assert len(with_output) == len(outputs) // stages
+    for replica in range(replicas):  # Megatron's ranks of a replica follow each other, but for its stages
+        first, *others = with_output[replica * len(with_output) // replicas :][: len(with_output) // replicas]
+        check_output(first, whole(name, replica), engines.fields_of(replica))
+        for output in others:
+            check_output(output, first, engines.fields_of(replica))
+            for field in output.keys() & {*plugin.SIGNALS, plugin.SPANS}:
+                assert all(map(torch.equal, output[field], first[field]))  # the same bits on every rank
+
+
+def check_output(output: dict[str, list], wanted: dict[str, list], fields: dict) -> None:
+    """Holds a pass to another one of the same sequences."""
+    assert output.keys() == wanted.keys()
+    for field in output.keys() - {"said", "micro-batches"}:
+        last = -1 if field == "log_probs" else None  # that of a row's end is of whatever verl has put behind it
+        for row, expected in zip(output[field], wanted[field], strict=True):
+            torch.testing.assert_close(row[:last], expected[:last], rtol=1e-5, atol=1e-5)
+    if "rhythm_waad" in output:
+        assert all(map(torch.equal, credit(output, fields), credit(wanted, fields)))
 
 
 def test_the_workers_say_how_they_share_sequences():

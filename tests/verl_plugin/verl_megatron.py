@@ -17,8 +17,11 @@ from rhythm_kernels import HeadGroups, group_heads
 from rhythm_kernels.heads import sampled_layers
 from rhythm_kernels.integrations.megatron import collect
 
-LENGTHS = [(5, 30), (9, 41), (3, 12), (7, 1), (2, 26), (11, 33), (4, 18), (6, 22)]
-"""Prompt and response tokens of each sequence."""
+LENGTHS = [
+    [(5, 30), (9, 41), (3, 12), (7, 1), (2, 26), (11, 33), (4, 18), (6, 22)],
+    [(13, 50), (4, 17), (8, 3), (1, 22), (6, 6), (2, 9), (30, 40), (3, 5)],
+]
+"""Prompt and response tokens of each sequence, of the first and the second replica of the model."""
 LAYERS = 6
 
 
@@ -36,6 +39,7 @@ ROWS = {"use_remove_padding": False}
 BUCKET = {"pad_to_length": True, "pad_to_length_bucket": 40}
 TWO, FOUR = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}
 CONTEXT, STAGES = {"context_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+REPLICAS = {"data_parallel_size": 2}
 PASSES: dict[str, dict] = {
     "packed": {},
     "rows": {"engine": ROWS},
@@ -64,6 +68,8 @@ SHARED: dict[str, tuple[str, dict]] = {
     "tensor and context": ("packed", TWO | CONTEXT),
     "context and pipeline": ("rows", CONTEXT | STAGES),
     "tensor and pipeline": ("known groups", TWO | STAGES),
+    "tensor, two replicas": ("packed", TWO | REPLICAS),
+    "pipeline, two replicas": ("packed", STAGES | REPLICAS),
 }
 """The pass that ranks share, and how."""
 
@@ -91,7 +97,8 @@ def make_engine(sizes: dict[str, int], **config):
     if stages > 1:
         megatron.fill_stage(model, megatron.gpt(pipeline_model_parallel_size=1, **made))
     engine = MegatronEngineWithLMHead.__new__(MegatronEngineWithLMHead)
-    engine.engine_config = McoreEngineConfig(**sizes, **config)
+    parallel = {name: size for name, size in sizes.items() if name not in REPLICAS}
+    engine.engine_config = McoreEngineConfig(**parallel, **config)
     text = SimpleNamespace(num_attention_heads=megatron.HEADS)
     engine.model_config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"], get_text_config=lambda: text),
@@ -111,24 +118,36 @@ def cross_entropy(hidden, weight, labels, temperature, *_) -> tuple[torch.Tensor
     return log_probs.gather(1, labels.flatten()[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(1)
 
 
-def one_pass(name: str, sizes: dict[str, int]) -> dict[str, list] | None:
+def groups_of(sizes: dict[str, int]):
+    """Sets up Megatron's groups of these sizes; it makes replicas of the model of the ranks that are left."""
+    return megatron.megatron_groups(**{name: size for name, size in sizes.items() if name not in REPLICAS})
+
+
+def fields_of(replica: int) -> dict[str, torch.Tensor]:
+    return cases.make_fields(LENGTHS[replica], seed=1 + replica)
+
+
+def one_pass(name: str, sizes: dict[str, int], replica: int | None = None) -> dict[str, list] | None:
     """Returns a pass's nested fields as lists of rows, what was printed, and the lengths in each micro-batch.
 
     Stages before the last have None.
+
+    Args:
+        replica: that whose sequences it takes; None for this rank's.
     """
     from megatron.core import parallel_state
     from verl.models.mcore import model_forward_fused as fused
 
     form = PASSES[name]
     with (
-        megatron.megatron_groups(**sizes),
+        groups_of(sizes),
         megatron.cpu_for_cuda(),
         patch.object(plugin, "_said", set()),
         patch.object(fused, "linear_cross_entropy", cross_entropy),
     ):
         engine = make_engine(sizes, **form.get("engine", {}))
         batch = cases.make_batch(
-            cases.make_fields(LENGTHS),
+            fields_of(parallel_state.get_data_parallel_rank() if replica is None else replica),
             form.get("request", {}),
             **{"max_token_len_per_gpu": 90} | form.get("settings", {}),
         )
@@ -156,7 +175,7 @@ def shared_passes(names: list[str]) -> dict[str, dict[str, list] | None]:
 
 def alone(groups: HeadGroups | None) -> dict[str, list]:
     """Returns the rhythm of each sequence alone, in a row without padding, by `megatron.collect`."""
-    fields, rhythms = cases.make_fields(LENGTHS), []
+    fields, rhythms = fields_of(0), []
     with megatron.megatron_groups():
         model = make_engine({}).module[0].eval()
         for ids, response in zip(fields["input_ids"].unbind(), cases.response_rows(fields), strict=True):
@@ -171,7 +190,7 @@ def failing(sizes: dict[str, int], how: str) -> None:
     """Runs a pass in which the last rank cannot go on, and then one without the block."""
     with megatron.megatron_groups(**sizes), megatron.cpu_for_cuda():
         engine, broken = make_engine(sizes), dist.get_rank() == dist.get_world_size() - 1
-        fields = cases.make_fields(LENGTHS)
+        fields = fields_of(0)
         options = {"window": 10 + (broken and how == "options")}
         if broken and how == "mask":
             fields |= {"response_mask": cases.nested(torch.zeros_like(row) for row in fields["response_mask"].unbind())}
