@@ -248,19 +248,38 @@ def test_other_passes_are_not_read():
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def of_wrong_rows(packed: bool, lengths: list[int]) -> None:
+def of_wrong_rows(packed: bool, lengths: list[int], real: list[int] | None = None) -> None:
     with megatron_groups(), torch.no_grad():
         model, batch = model_of_stage(), MicroBatch(0)
-        with collect_rows(model, torch.ones(len(lengths), 40).bool(), torch.tensor(lengths)):
-            model(**batch.inputs(packed))
+        inputs = batch.inputs(packed)
+        if real is not None:
+            inputs["packed_seq_params"].cu_seqlens_q = torch.tensor([0, *real]).cumsum(0).int()
+        with collect_rows(model, torch.zeros(len(lengths), 40).bool(), torch.tensor(lengths)):
+            model(**inputs)
+
+
+def test_lengths_that_reach_into_known_padding_are_refused():
+    [raised] = on_ranks(1, of_wrong_rows, True, [22, 40, 33], [21, 40, 33])
+    assert raised.args[1] == "the model must get 3 rows of lengths [22, 40, 33], got room for [21, 40, 33]"
+
+
+def of_one_rank(lengths: torch.Tensor) -> None:
+    with megatron_groups(tensor_model_parallel_size=2):
+        import torch.distributed as dist
+
+        collect_rows(model_of_stage(), torch.zeros(3, 40).bool(), lengths[dist.get_rank() :])
+
+
+def test_wrong_arguments_of_one_rank_are_raised_on_all():
+    own, other = on_ranks(2, of_one_rank, torch.tensor([1, 2, 3]))[::-1]
+    assert own.args[0] == "ValueError" and other.args[0] == "Disagreement" and "lengths must" in other.args[1]
 
 
 @pytest.mark.parametrize(
     ("packed", "lengths", "got"),
     [
-        (True, [21, 40, 57], [24, 40, 56]),
+        (True, [25, 40, 33], [24, 40, 56]),
         (True, [21, 40], [24, 40, 56]),
-        (False, [21, 40, 41], [40, 40, 40]),
         (False, [21, 40, 33, 5], [40, 40, 40]),
     ],
 )
@@ -284,6 +303,9 @@ def of_wrong_arguments(mask: torch.Tensor, lengths: torch.Tensor) -> None:
         (torch.ones(40).bool(), torch.tensor([1]), "response_mask must"),
         (torch.ones(3, 40).bool(), torch.tensor([1, 2]), "lengths must"),
         (torch.ones(3, 40).bool(), torch.tensor([1.0, 2.0, 3.0]), "lengths must"),
+        (torch.ones(2, 40).bool(), torch.tensor([40, 41]), "lengths must be from 0 to 40, got [40, 41]"),
+        (torch.zeros(2, 40).bool(), torch.tensor([40, -1]), "lengths must be from 0 to 40, got [40, -1]"),
+        (torch.ones(2, 40).bool(), torch.tensor([40, 33]), "response_mask must be False behind a row's length, got R"),
     ],
 )
 def test_wrong_arguments_are_named(mask, lengths, message):

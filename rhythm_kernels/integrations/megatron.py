@@ -67,6 +67,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
 
     def __init__(self, model: nn.Module, **arguments):
         super().__init__(model, **arguments)
+        self._real_lengths: Tensor | None = None  # of the packed sequences, without their padding
         self._outer = []  # modules around a GPTModel build no masks for it
 
     def rhythm(self) -> Rhythm:
@@ -173,8 +174,10 @@ class collect(collect_from_transformers):  # called like a function, and named l
         Args:
             mask: [B or 1, 1, 1 or T, T] bool, True where a key is hidden.
         """
+        if mask is None or not self._cores:
+            return None
         layer, core = next(iter(self._cores.items()))
-        if mask is None or not _obeys_mask(core, _name(self._attentions[layer].attn_mask_type)):
+        if not _obeys_mask(core, _name(self._attentions[layer].attn_mask_type)):
             return None
         hidden = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=-2, dim2=-1)
         return ~hidden.expand(batch, -1)
@@ -191,6 +194,7 @@ class collect(collect_from_transformers):  # called like a function, and named l
         bounds, padded = fetch([bounds, bounds if padded is None else padded])
         if self._cu_seqlens is None:
             self._cu_seqlens = padded
+        self._real_lengths = bounds.diff()
         if torch.equal(bounds, padded):
             return None
         position = torch.arange(int(padded[-1]), device="cpu")

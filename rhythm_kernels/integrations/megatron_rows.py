@@ -12,8 +12,9 @@ Shapes: B rows of T tokens, padded on the right, as the trainer keeps them.
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels.host import send
+from rhythm_kernels.host import fetch, send
 from rhythm_kernels.integrations.megatron import collect
+from rhythm_kernels.ranks import together
 from rhythm_kernels.tensor_checks import check_tensor
 from rhythm_kernels.types import Rhythm
 
@@ -26,20 +27,31 @@ class collect_rows(collect):  # called like a function, and named like one
 
     Args:
         model: a GPTModel, or a wrapper of one.
-        response_mask: [B, T] bool, R. What is behind a row's length does not count.
-        lengths: [B] int32 or int64, the number of tokens of each row.
-        arguments: others of `megatron.collect`.
+        response_mask: [B, T] bool, R, on the model's device; of whole rows with context parallelism too.
+        lengths: [B] int32 or int64, the number of tokens of each row, its prompt's included; on the same device.
+        arguments: others of `megatron.collect`. `stats` have the layout of the forward, not that of the rows.
 
     Raises:
-        TypeError, ValueError: as `megatron.collect`; also for a forward that has not B sequences, or less room for one
-            than its length.
+        TypeError, ValueError: as `megatron.collect`; also for lengths outside 0..T, R behind a row's length (as in rows
+            that are padded on the left), and a forward that has not B sequences, or fewer tokens of one than its
+            length.
     """
 
     def __init__(self, model: nn.Module, response_mask: Tensor, lengths: Tensor, **arguments):
         super().__init__(model, **arguments)
-        check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
-        check_tensor("lengths", lengths, [len(response_mask)], [torch.int32, torch.int64], response_mask.device)
-        self._rows_mask, self.lengths = response_mask, lengths
+        with together(self._shards.groups if self._shards else ()):
+            check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
+            check_tensor("lengths", lengths, [len(response_mask)], [torch.int32, torch.int64], response_mask.device)
+            self._rows_mask, self.lengths = response_mask, lengths
+            given, behind = fetch([lengths, (response_mask & ~self._valid()).any(1)])
+            if ((given < 0) | (given > response_mask.shape[1])).any():
+                raise ValueError(f"lengths must be from 0 to {response_mask.shape[1]}, got {given.tolist()}")
+            if behind.any():
+                row = int(behind.nonzero()[0])
+                raise ValueError(
+                    f"response_mask must be False behind a row's length, got R behind the {given[row]} tokens of row "
+                    f"{row}: lengths count the prompt too, and rows must be padded on the right"
+                )
 
     def rhythm_of_rows(self) -> Rhythm:
         """Returns `rhythm()` with WAAD and FAI of the batch's rows, [B, T]; 0 behind a row's length."""
@@ -58,12 +70,14 @@ class collect_rows(collect):  # called like a function, and named like one
         arguments = super()._read_arguments(args, kwargs)
         ranks, inputs = self._token_ranks(), arguments["input_ids"]
         shape = len(inputs), inputs.shape[1] * (1 if ranks is None else ranks.size)
+        check_tensor("response_mask", self._rows_mask, ["B", "T"], [torch.bool], inputs.device)
         valid = self._valid()
         rows, columns = valid.nonzero(as_tuple=True)
         if self._cu_seqlens is None:
             room = torch.full((shape[0],), shape[1])
         else:
-            room, begins = self._cu_seqlens.diff(), send(self._cu_seqlens[:-1].long(), inputs.device)
+            room = self._cu_seqlens.diff() if self._real_lengths is None else self._real_lengths
+            begins = send(self._cu_seqlens[:-1].long(), inputs.device)
         lengths = self.lengths.cpu()
         if len(room) != len(lengths) or (lengths > room).any():
             raise ValueError(

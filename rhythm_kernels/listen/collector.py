@@ -296,8 +296,11 @@ class Collector:
             if self._failure is not None:
                 raise self._failure
             facts["layers whose attention was called"] = sorted(self.stats)
-        for ranks in self._shards.groups if poison is not None else ():
-            self.findings.add_ranks(ranks.name, ranks.gather(poison))
+        # a rank without heads has no finding of its own, and takes part; each group hears what the one before has told
+        for ranks in self._shards.groups if self.layout.rows.is_cuda else ():
+            poison = self.findings.poison()
+            own = torch.ones((), device=self.layout.rows.device) if poison is None else poison
+            self.findings.add_ranks(ranks.name, ranks.gather(own))
         if self.groups is not None and self.stats:
             self.stats = _total(self.stats, self._shards.heads)
 

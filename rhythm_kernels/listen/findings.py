@@ -44,11 +44,14 @@ class Findings:
             self._deviations += deviations
 
     def poison(self) -> Tensor | None:
-        """Returns NaN if a layer does not attend as assumed, else 1, 0-dim fp32; None if `add` has checked all."""
-        if not self._deviations:
-            return None
-        worst = torch.stack([deviation.excess for _, _, deviation, _ in self._deviations]).amax()
-        return factor_of(worst)
+        """Returns NaN if a layer does not attend as assumed, here or on a rank that told so, else 1, 0-dim fp32.
+
+        None if `add` has checked all, and no rank has told anything.
+        """
+        factors = [told.prod() for _, told in self._ranks]
+        if self._deviations:
+            factors.append(factor_of(torch.stack([deviation.excess for _, _, deviation, _ in self._deviations]).amax()))
+        return torch.stack(factors).prod() if factors else None
 
     def add_ranks(self, name: str, factors: list[Tensor]) -> None:
         """Keeps what `poison` gave on each rank of a group, so that `check` raises on all of them.
