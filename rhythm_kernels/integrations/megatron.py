@@ -219,12 +219,12 @@ class collect(collect_from_transformers):  # called like a function, and named l
                 raise
             self._keep(error)
 
-    def _finish(self, poison: Tensor | None) -> None:
+    def _finish(self) -> None:
         if self._stages is None:
-            super()._finish(poison)
+            super()._finish()
             return
         try:
-            self._settle(poison)
+            self._settle()
         except Exception as error:
             self._keep(error)
 

@@ -277,21 +277,17 @@ class Collector:
         # a forward that failed says so itself: the other ranks may still be in the model, which this one has left
         if self._shards is not None and not self._all_told and output is not None:
             with self.findings.clock, isolated(self.layout.rows.device):
-                self._finish(poison)
+                self._finish()
 
-    def _finish(self, poison: Tensor | None) -> None:
-        """Makes the rhythm of the heads of all ranks, which all call it once; `poison` is that of `_settle`."""
-        self._settle(poison)
+    def _finish(self) -> None:
+        """Makes the rhythm of the heads of all ranks, which all call it once."""
+        self._settle()
         if sorted(self.stats) == self.layers:  # else `rhythm` says which are missing
             groups, heads = self.groups, self._shards.heads
             self._rhythm = rhythm_of(self.stats, self.layout, groups=groups, heads=heads, **self._grouping)
 
-    def _settle(self, poison: Tensor | None) -> None:
-        """Raises an error of this forward on all ranks, and makes sums over known groups of the heads of all ranks.
-
-        Args:
-            poison: what this rank's statistics were multiplied with on a GPU, else None.
-        """
+    def _settle(self) -> None:
+        """Raises an error of this forward on all ranks, and makes sums over known groups of the heads of all ranks."""
         with together(self._shards.groups) as facts:
             if self._failure is not None:
                 raise self._failure
