@@ -16,6 +16,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -55,10 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"a result is wrong, so that nothing is reported:\n{checked.stderr}")
     where = environment()
     head = ", ".join(f"{name} {where[name]}" for name in ("triton", "torch", "commit"))
-    show(
-        f"{head}\n\n{report(args.size, folder)}\n\nLargest errors in the interpreter: {checked.stdout.strip()}.",
-        args.out,
-    )
+    errors = textwrap.fill(f"Largest errors in the interpreter: {checked.stdout.strip()}.", 120)
+    show(f"{head}\n\n{report(args.size, folder)}\n\n{errors}", args.out)
 
 
 def installed() -> bool:

@@ -4,6 +4,7 @@ Each head's statistics have the bits that one rank computes from the same querie
 """
 
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from megatron_cases import (
 )
 from ranks import Raised, on_ranks, preload
 
-from rhythm_kernels import HeadGroups, attention_stats, group_heads
+from rhythm_kernels import HeadGroups, attention_stats, group_heads, signals
 from rhythm_kernels.integrations import megatron
+from rhythm_kernels.listen import findings
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -274,8 +276,13 @@ def failing(sizes: dict, broken: int, how: str) -> None:
                 layer.self_attention.attn_mask_type = AttnMaskType.no_mask
             elif how == "scale":
                 layer.self_attention.config.softmax_scale = 0.7  # not that of the core, which exists already
-        window = 11 if how == "window" and is_broken else 10
-        with torch.no_grad(), megatron.collect(model, window=window, response_mask=case.response) as c:
+        options = {"response_mask": case.response}
+        if is_broken:
+            options |= {"window": {"window": 11}, "mask": {"response_mask": case.response[:, 1:]}}.get(how, {})
+        if how == "groups":
+            torch.manual_seed(3 + is_broken)
+            options |= {"groups": group_heads(torch.rand(3, HEADS))}
+        with torch.no_grad(), megatron.collect(model, **options) as c:
             case.forward(model)
         c.rhythm()
 
@@ -295,12 +302,50 @@ WAYS = {
         (1, "mask type", "got attn_mask_type no_mask without a mask in layer"),
         (1, "scale", "does not attend as collect assumes|must agree, got scaling"),
         (0, "window", "must agree, got options"),
+        (1, "groups", "must agree, got groups"),
+        (0, "mask", "response_mask must (have shape|be of the 48 tokens)|must agree, got response_mask"),
     ],
 )
 def test_an_error_on_one_rank_is_raised_on_all(way, broken, how, message):
     for raised in on_ranks(2, failing, WAYS[way], broken, how):
         assert isinstance(raised, Raised)
         assert re.search(message, raised.args[1]), raised.args[2]
+
+
+def where_the_host_may_not_look(sizes: dict, broken: int | None, made: dict) -> None:
+    """Runs a forward as on a GPU, in which one rank's layers have an output that is not that of their maps."""
+    blind = (mock.patch.object(module, "can_look", return_value=False) for module in (findings, signals))
+    with megatron_groups(**sizes), next(blind), next(blind):
+        case = Case("rows")
+        model = case.model(core=FusedCore, **made)
+        for layer in model.decoder.layers if dist.get_rank() == broken else ():
+            layer.self_attention.core_attention.register_forward_hook(lambda core, args, out: out * 1.1)
+        with torch.no_grad(), megatron.collect(model, response_mask=case.response) as c:
+            case.forward(model)
+        rhythm = c.rhythm()
+        assert broken is not None or rhythm.waad.isfinite().all()
+        c.check()
+
+
+PAIRS = [("tensor", "pipeline"), ("tensor", "context"), ("context", "pipeline")]
+
+
+@pytest.mark.parametrize("ways", [*((way,) for way in WAYS), *PAIRS], ids="-".join)
+@pytest.mark.parametrize("broken", [0, "last"])
+def test_what_a_gpu_finds_on_one_rank_is_raised_on_all(ways, broken):
+    sizes = {name: size for way in ways for name, size in WAYS[way].items()}
+    ranks = 2 ** len(ways)
+    for raised in on_ranks(ranks, where_the_host_may_not_look, sizes, ranks - 1 if broken == "last" else 0, {}):
+        assert isinstance(raised, Raised) and raised.args[0] == "ValueError", raised
+        assert "does not attend as collect assumes" in raised.args[1]
+
+
+def test_a_rank_without_heads_takes_part_in_the_check_of_a_gpu():
+    one_head = {"num_attention_heads": 1, "num_query_groups": 1}
+    returned = on_ranks(2, where_the_host_may_not_look, WAYS["context"], None, one_head)
+    assert returned == [None, None], returned
+    for raised in on_ranks(2, where_the_host_may_not_look, WAYS["context"], 1, one_head):
+        assert "does not attend as collect assumes" in raised.args[1]
 
 
 def bounds_of_a_part() -> None:

@@ -91,7 +91,7 @@ def of_page(name: str) -> dict:
 
 
 class Roll:
-    """What the file of ROLL's page reads of the strategy and of a micro-batch."""
+    """Gives the file of ROLL's page what it reads of the strategy and of a micro-batch."""
 
     def __init__(self):
         self.page = of_page("roll.md")
@@ -114,7 +114,7 @@ class LogprobsPostProcessor:
 
 
 class Nemo:
-    """What the file of NeMo-RL's page reads of a micro-batch."""
+    """Gives the file of NeMo-RL's page what it reads of a micro-batch."""
 
     def __init__(self):
         self.page = of_page("nemo-rl.md")
@@ -131,7 +131,7 @@ class Nemo:
 
 
 class Slime:
-    """What the file of slime's page reads of a micro-batch, whose answers keep the order of the rows."""
+    """Gives the file of slime's page what it reads of a micro-batch, whose answers keep the order of the rows."""
 
     def __init__(self):
         self.page, self.batches = of_page("slime.md"), []

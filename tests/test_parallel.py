@@ -438,7 +438,8 @@ def test_what_travels(grouped):
         spans = 0 if grouped else sequences * layers * (heads // ranks) * 4 * (ranks - 1)
         sums = 2 * (layers if grouped else 1) * TOKENS * 4 * 2 * (ranks - 1) // ranks
         assert sent == swapped + positions + spans + sums
-        assert messages == 5 + layers  # before, around and behind the forward, and one for each sampled layer
+        # before the forward, of its arguments, sizes, extents and layout, and behind it; one for each sampled layer
+        assert messages == 6 + layers
 
 
 def test_orders_of_tokens():

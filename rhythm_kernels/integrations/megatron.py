@@ -242,14 +242,11 @@ class collect(collect_from_transformers):  # called like a function, and named l
             if self.layout is None or missing:
                 raise RuntimeError(f"no statistics of layers {missing}: no forward has finished inside the context")
             facts |= {"layers": self.layers, "sequences": self.layout.bounds, "options": self._options | self._grouping}
-            facts |= {"tokens": tuple(self.layout.rows.shape), "groups": self.groups is not None}
-            facts["response_mask"] = digest_of(self.layout.rows)
+            facts |= {"tokens": tuple(self.layout.rows.shape), "response_mask": digest_of(self.layout.rows)}
+            facts["groups"] = digest_of(*(self.groups or ()))
         rows = self.layout.rows
         with self.findings.clock, isolated(rows.device):
-            if rows.is_cuda:
-                poison = self.findings.poison()
-                factors = self._stages.gather(torch.ones((), device=rows.device) if poison is None else poison)
-                self.findings.add_ranks(self._stages.name, factors)
+            self.findings.tell(self._stages, rows.device)
             stats = self.stats
             if not own:  # a layer without heads
                 empty = rows.new_zeros(len(rows), 0, rows.shape[1], dtype=torch.float32)

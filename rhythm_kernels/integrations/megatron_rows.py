@@ -38,12 +38,17 @@ class collect_rows(collect):  # called like a function, and named like one
     """
 
     def __init__(self, model: nn.Module, response_mask: Tensor, lengths: Tensor, **arguments):
+        if "cu_seqlens" in arguments:
+            raise TypeError("cu_seqlens must be left out: collect_rows reads them from packed_seq_params")
         super().__init__(model, **arguments)
         with together(self._shards.groups if self._shards else ()):
             check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
             check_tensor("lengths", lengths, [len(response_mask)], [torch.int32, torch.int64], response_mask.device)
-            self._rows_mask, self.lengths = response_mask, lengths
-            given, behind = fetch([lengths, (response_mask & ~self._valid()).any(1)])
+            self._rows_mask = response_mask
+            self.valid = valid_places(lengths, response_mask.shape[1])
+            """Which places of the batch's rows are tokens, [B, T] bool."""
+            given, behind = fetch([lengths, (response_mask & ~self.valid).any(1)])
+            self._lengths = given  # on the CPU
             if ((given < 0) | (given > response_mask.shape[1])).any():
                 raise ValueError(f"lengths must be from 0 to {response_mask.shape[1]}, got {given.tolist()}")
             if behind.any():
@@ -57,35 +62,32 @@ class collect_rows(collect):  # called like a function, and named like one
         """Returns `rhythm()` with WAAD and FAI of the batch's rows, [B, T]; 0 behind a row's length."""
         rhythm = self.rhythm()
         waad, fai = (
-            signal.new_zeros(self._rows_mask.shape).masked_scatter_(self._valid(), signal[self._token_places])
+            signal.new_zeros(self._rows_mask.shape).masked_scatter_(self.valid, signal[self._token_places])
             for signal in (rhythm.waad, rhythm.fai)
         )
         return rhythm._replace(waad=waad, fai=fai)
-
-    def _valid(self) -> Tensor:
-        """Returns which places of the batch's rows are tokens, [B, T] bool."""
-        return torch.arange(self._rows_mask.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def _read_arguments(self, args: tuple, kwargs: dict) -> dict:
         arguments = super()._read_arguments(args, kwargs)
         ranks, inputs = self._token_ranks(), arguments["input_ids"]
         shape = len(inputs), inputs.shape[1] * (1 if ranks is None else ranks.size)
         check_tensor("response_mask", self._rows_mask, ["B", "T"], [torch.bool], inputs.device)
-        valid = self._valid()
-        rows, columns = valid.nonzero(as_tuple=True)
-        if self._cu_seqlens is None:
-            room = torch.full((shape[0],), shape[1])
-        else:
-            room = self._cu_seqlens.diff() if self._real_lengths is None else self._real_lengths
-            begins = send(self._cu_seqlens[:-1].long(), inputs.device)
-        lengths = self.lengths.cpu()
-        if len(room) != len(lengths) or (lengths > room).any():
+        room = torch.full((shape[0],), shape[1]) if self._real_lengths is None else self._real_lengths
+        if len(room) != len(self._lengths) or (self._lengths > room).any():
             raise ValueError(
-                f"the model must get {len(lengths)} rows of lengths {lengths.tolist()}, got room for {room.tolist()}"
+                f"the model must get {len(self._lengths)} rows of lengths {self._lengths.tolist()}, "
+                f"got room for {room.tolist()}"
             )
+        rows, columns = self.valid.nonzero(as_tuple=True)
         if self._cu_seqlens is not None:
+            begins = send(self._cu_seqlens[:-1].long(), inputs.device)
             rows, columns = torch.zeros_like(rows), columns + begins[rows]
         self._token_places = rows, columns
         mask = torch.zeros(shape, dtype=torch.bool, device=inputs.device)
-        self._response_mask = mask.index_put_(self._token_places, self._rows_mask[valid])
+        self._response_mask = mask.index_put_(self._token_places, self._rows_mask[self.valid])
         return arguments
+
+
+def valid_places(lengths: Tensor, tokens: int) -> Tensor:
+    """Returns which places of rows of so many tokens, padded on the right, are tokens, [B, T] bool; lengths: [B]."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]

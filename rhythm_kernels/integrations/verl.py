@@ -35,6 +35,7 @@ from rhythm_kernels.integrations.verl_engines import (
     WAAD,
     say_once,
     wrap_fsdp_step,
+    wrap_megatron_pass,
     wrap_megatron_step,
     wrap_schedules,
 )
@@ -227,6 +228,7 @@ WRAPPED = {
     "verl.utils.config": {"validate_config": wrap_validate},
     "verl.workers.engine.fsdp.transformer_impl": {"FSDPEngineWithLMHead.forward_step": wrap_fsdp_step},
     "verl.workers.engine.megatron.transformer_impl": {
+        "MegatronEngine.forward_backward_batch": wrap_megatron_pass,
         "MegatronEngineWithLMHead.forward_step": wrap_megatron_step,
         "get_forward_backward_func": wrap_schedules,
     },

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from rhythm_kernels.integrations.megatron_rows import collect_rows
+from rhythm_kernels.integrations.megatron_rows import collect_rows, valid_places
 from rhythm_kernels.integrations.verl_config import BLOCK, make_options, megatron_ranks, sharing
 from rhythm_kernels.listen.collect import collect
+from rhythm_kernels.options import CreditOptions
 from rhythm_kernels.ranks import Parallel, Ranks, together
 from rhythm_kernels.types import HeadGroups, Rhythm
 
@@ -53,8 +54,9 @@ def wrap_fsdp_step(forward_step: Callable) -> Callable:
             facts["the block"] = request
             micro_batch = micro_batch.to(engine_device())
             arguments = _arguments(request, engine, micro_batch, {"Ulysses": engine.ulysses_sequence_parallel_size})
-            lengths, rows = micro_batch["input_ids"].offsets().diff(), _response_rows(micro_batch)
-            valid = _valid(lengths)
+            lengths = micro_batch["input_ids"].offsets().diff()
+            valid = valid_places(lengths, int(lengths.max()))
+            rows = _response_rows(micro_batch, valid)
             arguments["response_mask"] = _packed_row(rows[valid], engine) if packed else rows
             if group is not None:
                 arguments["parallel"] = Parallel(tokens=group, order="contiguous")
@@ -78,9 +80,55 @@ def _packed_row(response: Tensor, engine) -> Tensor:
 # ---- the Megatron engine ---------------------------------------------------------------------------------------------
 
 
-_waiting: list[tuple[collect_rows, list[dict]]] = []
-"""In a stage of a pipeline, what the forwards of the schedule that runs have read; in the last one with the output of
-each. A process runs one schedule at a time."""
+_waiting: list[tuple[collect_rows, Tensor, list[dict]]] = []
+"""In a stage of a pipeline, for each forward of the running schedule, in their order: what has read it, the lengths of
+its sequences [B], and the model output that the statistics join, which only the last stage has. A process runs one
+schedule at a time."""
+
+
+def wrap_megatron_pass(forward_backward_batch: Callable) -> Callable:
+    """Wraps `MegatronEngine.forward_backward_batch`: the ranks that share a model agree on the block before the pass.
+
+    Later a rank that raises would leave the others waiting in the model. Nodes may have other versions of the package.
+    """
+
+    @functools.wraps(forward_backward_batch)
+    def agreed(engine, data, loss_function, forward_only=False):
+        from verl.utils.tensordict_utils import get_non_tensor_data
+
+        request = get_non_tensor_data(data, BLOCK, None)
+        if request is not None:
+            with together(_ranks_of_model(engine)) as facts:
+                facts["the block"] = request
+                _read_request(request, engine)
+                _check_order(engine)
+        return forward_backward_batch(engine, data, loss_function, forward_only=forward_only)
+
+    return agreed
+
+
+def _ranks_of_model(engine) -> list[Ranks]:
+    from megatron.core import parallel_state
+
+    groups = {
+        "tensor": parallel_state.get_tensor_model_parallel_group,
+        "context": parallel_state.get_context_parallel_group,
+        "pipeline": parallel_state.get_pipeline_model_parallel_group,
+    }
+    sizes = megatron_ranks(engine.engine_config)
+    return [Ranks(f"{way} parallelism", group()) for way, group in groups.items() if sizes[way] > 1]
+
+
+def _check_order(engine) -> None:
+    """Raises ValueError for models whose tokens verl deals out to context parallel ranks in another order."""
+    from verl.utils.megatron_utils import unwrap_model
+
+    orders = {engine._get_context_parallel_layout(unwrap_model(part)) for part in engine.module}
+    if engine.engine_config.context_parallel_size > 1 and orders != {"zigzag"}:
+        raise ValueError(
+            f"the block {BLOCK} needs tokens in zigzag order on the ranks of context parallelism, got "
+            f"{', '.join(sorted(orders))}: set actor_rollout_ref.actor.megatron.context_parallel_size=1"
+        )
 
 
 def wrap_megatron_step(forward_step: Callable) -> Callable:
@@ -98,13 +146,14 @@ def wrap_megatron_step(forward_step: Callable) -> Callable:
         micro_batch = micro_batch.to(engine_device())
         ranks, lengths = megatron_ranks(engine.engine_config), micro_batch["input_ids"].offsets().diff()
         options = _arguments(request, engine, micro_batch, ranks)
-        with collect_rows(model, _response_rows(micro_batch), lengths, **options) as collector:
+        response = _response_rows(micro_batch, valid_places(lengths, int(lengths.max())))
+        with collect_rows(model, response, lengths, **options) as collector:
             out, postprocess = forward_step(engine, *arguments)
         if ranks["pipeline"] == 1:
-            added = _megatron_output(collector)
+            added = _megatron_output(collector, lengths)
             return out, _followed(postprocess, lambda model_output: model_output.update(added))
-        _waiting.append((collector, []))
-        return out, _followed(postprocess, _waiting[-1][1].append)
+        _waiting.append((collector, lengths, []))
+        return out, _followed(postprocess, _waiting[-1][2].append)
 
     return with_rhythm
 
@@ -135,8 +184,8 @@ def wrap_schedules(get_schedule: Callable) -> Callable:
             _waiting.clear()
             try:
                 outputs = schedule(*args, **kwargs)
-                for collector, model_outputs in _waiting:
-                    added = _megatron_output(collector)  # all stages make it together
+                for collector, lengths, model_outputs in _waiting:
+                    added = _megatron_output(collector, lengths)  # all stages make it together
                     for model_output in model_outputs:
                         model_output |= added
                 return outputs
@@ -148,10 +197,10 @@ def wrap_schedules(get_schedule: Callable) -> Callable:
     return get
 
 
-def _megatron_output(collector: collect_rows) -> dict[str, Tensor]:
+def _megatron_output(collector: collect_rows, lengths: Tensor) -> dict[str, Tensor]:
     rhythm = collector.rhythm_of_rows()
     collector.check()
-    return _as_model_output(rhythm, _valid(collector.lengths), collector.lengths)
+    return _as_model_output(rhythm, collector.valid, lengths)
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
@@ -170,11 +219,15 @@ def _arguments(request: str, engine, micro_batch: Mapping, ranks: dict[str, int]
         request: what the trainer asks for.
         ranks: how many ranks share each sequence, by the way in which they do.
     """
-    asked = json.loads(request)
     _check_text(micro_batch["position_ids"])
-    options = make_options(asked["options"])
+    options, groups = _read_request(request, engine)
     say_once(f"reads the attention rhythm in the old-log-prob pass, for {options.strategy} credit{sharing(ranks)}")
-    return options.collect_arguments | {"groups": _groups_of(asked["groups"], engine)}
+    return options.collect_arguments | {"groups": groups}
+
+
+def _read_request(request: str, engine) -> tuple[CreditOptions, HeadGroups | None]:
+    asked = json.loads(request)
+    return make_options(asked["options"]), _groups_of(asked["groups"], engine)
 
 
 def _check_text(position_ids: Tensor) -> None:
@@ -185,16 +238,14 @@ def _check_text(position_ids: Tensor) -> None:
         )
 
 
-def _valid(lengths: Tensor) -> Tensor:
-    """Returns which places of right-padded rows are tokens, [B, T] bool."""
-    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+def _response_rows(micro_batch: Mapping, valid: Tensor) -> Tensor:
+    """Returns R in right-padded rows, [B, T] bool, from nested response masks, each at the end of its sequence.
 
-
-def _response_rows(micro_batch: Mapping) -> Tensor:
-    """Returns R in right-padded rows, [B, T] bool, from nested response masks, each at the end of its sequence."""
+    Args:
+        valid: which places of the rows are tokens, of that shape.
+    """
     lengths, mask = micro_batch["input_ids"].offsets().diff(), micro_batch["response_mask"]
-    places = torch.arange(int(lengths.max()), device=lengths.device)
-    behind = _valid(lengths) & (places >= (lengths - mask.offsets().diff())[:, None])
+    behind = valid & ~valid_places(lengths - mask.offsets().diff(), valid.shape[1])
     return torch.zeros_like(behind).masked_scatter_(behind, mask.values().bool())
 
 

@@ -215,7 +215,8 @@ class Collector:
             inputs = embeddings if ids is None else ids
             check_device("the model's inputs", inputs.device)
             facts |= {"the batch's rows": len(inputs), "layers": self.layers, "options": self._options | self._grouping}
-            facts |= {"more": (self._more["more"], self._more["first_keys"]), "groups": self.groups is not None}
+            facts |= {"more": (self._more["more"], self._more["first_keys"])}
+            facts["groups"] = None if self._shards is None else digest_of(*(self.groups or ()))
             facts |= {name: _form_of(value) for name, value in self._values_of_tokens(arguments).items()}
         with isolated(inputs.device):
             self._prepare(arguments, inputs)
@@ -292,11 +293,8 @@ class Collector:
             if self._failure is not None:
                 raise self._failure
             facts["layers whose attention was called"] = sorted(self.stats)
-        # a rank without heads has no finding of its own, and takes part; each group hears what the one before has told
-        for ranks in self._shards.groups if self.layout.rows.is_cuda else ():
-            poison = self.findings.poison()
-            own = torch.ones((), device=self.layout.rows.device) if poison is None else poison
-            self.findings.add_ranks(ranks.name, ranks.gather(own))
+        for ranks in self._shards.groups:  # each group hears what the one before has told
+            self.findings.tell(ranks, self.layout.rows.device)
         if self.groups is not None and self.stats:
             self.stats = _total(self.stats, self._shards.heads)
 
@@ -438,8 +436,12 @@ def _form_of(value: Tensor | None) -> str:
     return "None" if value is None else f"{value.dtype} {[*value.shape[:-1], 'T']}"
 
 
-def digest_of(rows: Tensor) -> str:
-    return hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()[:16]
+def digest_of(*tensors: Tensor) -> str:
+    """Returns a text that differs where values differ, by which ranks compare them; waits for a GPU."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _total(stats: dict[int, GroupStats], heads: HeadShards) -> dict[int, GroupStats]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rhythm_kernels.host import fetch
 from rhythm_kernels.listen.clock import Clock
+from rhythm_kernels.ranks import Ranks
 from rhythm_kernels.statistics.poison import factor_of
 from rhythm_kernels.statistics.probes import Deviation
 from rhythm_kernels.tensor_checks import can_look
@@ -53,13 +54,19 @@ class Findings:
             factors.append(factor_of(torch.stack([deviation.excess for _, _, deviation, _ in self._deviations]).amax()))
         return torch.stack(factors).prod() if factors else None
 
-    def add_ranks(self, name: str, factors: list[Tensor]) -> None:
-        """Keeps what `poison` gave on each rank of a group, so that `check` raises on all of them.
+    def tell(self, ranks: Ranks, device: torch.device) -> None:
+        """Tells the ranks of a group what this rank knows, and keeps what they tell, so that `check` raises on all.
+
+        All of them call it, one without heads too. Nothing is told on a CPU, where `add` has raised.
 
         Args:
-            name: the group's, for the error.
+            device: that of the model.
         """
-        self._ranks.append((name, torch.stack(factors)))
+        known = torch.ones((), device=device)
+        if can_look(known):
+            return
+        poison = self.poison()
+        self._ranks.append((ranks.name, torch.stack(ranks.gather(known if poison is None else poison))))
 
     def check(self) -> None:
         """Raises if a layer's output or log-sum-exp is not that of the map that its statistics assume.

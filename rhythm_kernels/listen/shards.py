@@ -14,7 +14,7 @@ from rhythm_kernels.host import fetch, send
 from rhythm_kernels.isolation import isolated
 from rhythm_kernels.listen.masks import is_mask
 from rhythm_kernels.listen.taps import Call
-from rhythm_kernels.ranks import HeadShards, Parallel, Ranks
+from rhythm_kernels.ranks import HeadShards, Parallel, Ranks, together
 
 
 class Shards:
@@ -67,13 +67,16 @@ class Shards:
             cu_seqlens: [S + 1] on the CPU, bounds of the packed sequences in the whole row, if they are known.
 
         Raises:
-            ValueError: the positions are missing, or show another order than the given one, or none; the number of
-                tokens does not allow a zigzag. All ranks raise it.
+            ValueError: a value has another number of tokens; the positions are missing, or show another order than the
+                given one, or none; the number of tokens does not allow a zigzag. All ranks raise an error.
         """
         if self._tokens is None:
             return tokens, values
         sizes = [size for [size] in self._tokens.numbers(tokens)]
         whole = sum(sizes)
+        with together(self.groups) as facts:
+            for name, value in values.items():
+                facts[name] = _extent(name, value, tokens, whole)
         parts = {
             name: [value] if value is None or value.shape[-1] == whole else self._gathered(value, sizes)
             for name, value in values.items()
@@ -269,6 +272,21 @@ def _misplaced(positions: Tensor, cuts: Sequence[int] | None) -> str | None:
         before, after = (positions[..., place].flatten()[0].item() for place in (t, t + 1))
         return f"position {after} would follow position {before}"
     return None
+
+
+def _extent(name: str, value: Tensor | None, tokens: int, whole: int) -> str:
+    """Returns what a value is of: nothing, the whole row or this rank's part of it; which ranks must have alike.
+
+    Raises:
+        ValueError: it is of another number of tokens.
+    """
+    if value is None:
+        return "None"
+    if value.shape[-1] not in (tokens, whole):
+        raise ValueError(
+            f"{name} must be of the {tokens} tokens of this rank or of all {whole}, got shape {list(value.shape)}"
+        )
+    return "of the whole row" if value.shape[-1] == whole else "of each rank's tokens"
 
 
 def _starts(positions: Tensor) -> Tensor:

@@ -114,12 +114,20 @@ def test_the_workers_say_how_they_share_sequences():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("options", "must agree, got options"),
+        ("options", "must agree, got the block: "),
+        ("key", "unknown keys in the block rhythm: widnow"),
         ("mask", "must agree, got"),
         ("scale", "does not attend as collect assumes|must agree, got scaling"),
     ],
 )
 def test_an_error_on_one_rank_ends_the_pass_of_all(sizes, how, message):
+    """Before the pass, in it, and after it, so that no rank waits for another."""
     for raised in on_ranks(2, engines.failing, sizes, how):
         assert isinstance(raised, Raised)
         assert re.search(message, raised.args[1]), raised.args[2]
+
+
+def test_another_order_of_tokens_is_refused():
+    for raised in on_ranks(2, engines.failing, engines.CONTEXT, "order"):
+        assert raised.args[0] == "ValueError"
+        assert "needs tokens in zigzag order on the ranks of context parallelism, got contiguous" in raised.args[1]

@@ -191,7 +191,9 @@ def failing(sizes: dict[str, int], how: str) -> None:
     with megatron.megatron_groups(**sizes), megatron.cpu_for_cuda():
         engine, broken = make_engine(sizes), dist.get_rank() == dist.get_world_size() - 1
         fields = fields_of(0)
-        options = {"window": 10 + (broken and how == "options")}
+        options = {"window": 10 + (broken and how == "options")} | ({"widnow": 3} if broken and how == "key" else {})
+        if how == "order":
+            engine._get_context_parallel_layout = lambda model: "contiguous"
         if broken and how == "mask":
             fields |= {"response_mask": cases.nested(torch.zeros_like(row) for row in fields["response_mask"].unbind())}
         if broken and how == "scale":
