@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ranks import Raised, on_ranks
 from sharded import TOKENS, Row, build, sharded_model, split_over_heads, watch_inputs
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -211,6 +212,25 @@ def tokens_and_heads():
 
 def test_two_ranks_share_the_heads_of_two_others_by_tokens():
     check(on_ranks(4, tokens_and_heads))
+
+
+def heads_of_a_sharded_model():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    row = Row(cuts=PACKED, group=dist.new_subgroups(1)[0])
+    model, whole = build("llama"), build("llama")
+    model.set_attn_implementation("sdpa")
+    split_over_heads(model, mesh["tp"])
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh["dp"])
+    options, seen = options_of(grouped=False), watch_inputs()
+    with torch.no_grad(), collect(model, response_mask=row.response, **options) as c:
+        model(row.ids, attention_mask=row.mask, position_ids=row.positions, use_cache=False)
+    assert seen[0][0].shape[1] == model.config.num_attention_heads // 2
+    return compare(c, row, list(seen), whole, options, ranks=mesh["tp"].mesh.tolist())
+
+
+def test_heads_of_a_model_that_fsdp_shards_are_found():
+    check(on_ranks(4, heads_of_a_sharded_model))
 
 
 def gradients_of_ranks(collected: bool):

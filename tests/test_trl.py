@@ -20,6 +20,7 @@ from rhythm_kernels.analysis.sources import load
 pytest.importorskip("trl", reason="TRL is not installed", exc_type=ImportError)
 import datasets
 import trl
+from accelerate import ParallelismConfig
 from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 from trl_cases import (
@@ -464,6 +465,20 @@ def test_the_decoder_of_the_text_is_read(tmp_path):
 def test_layers_that_the_model_lacks_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="layers"):
         make_trainer(tmp_path, credit_layers=[7])
+
+
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_ranks_that_share_a_batch_are_refused(tmp_path, name):
+    class Shared(GRPOTrainer):
+        def __init__(self, *args, **named):
+            super().__init__(*args, **named)
+            shared = {"parallelism_config": ParallelismConfig(**{name: 2})}
+            self.accelerator.__class__ = type("Shared", (type(self.accelerator),), shared)
+
+    kind = type("Mixed", (RhythmMixin, Shared), {})
+    with pytest.raises(ValueError, match=f"at 1, got {name}=2: TRL's GRPO samples"):
+        make_trainer(tmp_path, kind, **ONE_STEP)
+    make_trainer(tmp_path, kind, credit="none", **ONE_STEP)
 
 
 # ---- several processes, a real model ---------------------------------------------------------------------------------

@@ -135,6 +135,8 @@ class RhythmMixin:
         self._schedule = GroupSchedule(**self._credit.schedule_arguments)
         self._start_pool()
         super().__init__(model, reward_funcs, args, *others, **named)
+        if self._credit.strategy != "none":
+            _check_ranks(getattr(self.accelerator, "parallelism_config", None))
         if args.importance_sampling_level == SEQUENCE_TOKEN:
             self._sequence_ratios = True
             self.importance_sampling_level = "token"  # TRL's loss then takes ratios to the old log-probs it is given
@@ -400,6 +402,17 @@ def _check_old_losses(args: RhythmGRPOConfig) -> None:
         raise ValueError(
             f"use_liger_kernel must be False before trl {OLD}, got True: Liger's loss there has one advantage a "
             "sequence and no log-prob pass"
+        )
+
+
+def _check_ranks(config) -> None:
+    """Raises ValueError if accelerate gives several ranks the same batch: its `ParallelismConfig`, or None."""
+    sizes = {name: getattr(config, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
+    shared = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    if shared:
+        raise ValueError(
+            f"parallelism_config must leave tp_size, cp_size and sp_size at 1, got {', '.join(shared)}: TRL's GRPO "
+            "samples answers of its own on every rank, and takes them for answers to different prompts"
         )
 
 
