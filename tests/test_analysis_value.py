@@ -180,6 +180,16 @@ def test_areas_by_hand():
     assert ranks(np.array([5.0, 1.0, 5.0, 7.0])).tolist() == [0.5, 0.125, 0.5, 0.875]
 
 
+def test_tokens_that_decide_alike_are_no_earlier_ones():
+    nothing = areas(np.arange(20), decisions_of([0.0] * 20))
+    assert nothing["pairs"] == nothing["pairs right"] == 0
+    alike = [areas(signal, decisions_of([1.0] * 20)) for signal in (np.arange(20), -np.arange(20))]
+    assert all(one["pairs"] == 36 and one["pairs right"] == pytest.approx(18) for one in alike)
+    one_and_ties = decisions_of([1.0, *[0.0] * 19])  # one of the two is any of the nineteen
+    assert areas(-np.arange(20), one_and_ties)["pairs right"] == pytest.approx(18 + 9)
+    assert areas(np.arange(20), one_and_ties)["pairs right"] == pytest.approx(9)
+
+
 def test_noise_moves_the_area_of_the_top_tenth_and_not_that_of_the_decisions():
     """The signal is the certainty of a token. Planted decisions have nothing to do with it, and noise has."""
     draw, count = np.random.default_rng(4), 40

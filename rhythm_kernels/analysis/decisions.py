@@ -191,19 +191,26 @@ def areas(signal: np.ndarray, decisions: Decisions) -> dict[str, float]:
     The first is the area under the share of the decisions (d_t^2) that the tokens with the largest signal hold, drawn
     over the share of the tokens. It is linear in d_t^2, so noise does not bias it. The second is the area under the ROC
     for the tenth of the tokens with the largest |d_t|. Noise puts wrong tokens into that tenth, the more the less a
-    token was certain.
+    token was certain. An answer in which nothing is decided has no such tenth.
     """
-    top, position = largest(abs(decisions.decision), TOP), ranks(signal)
-    count, most = len(top), int(top.sum())
-    pairs = most * (count - most)
-    # Mann and Whitney: the pairs of a deciding token and another in which the deciding one has the larger signal
-    right = count * position[top].sum() - most * most / 2
-    return {
+    size, position = abs(decisions.decision), ranks(signal)
+    found = {
         "square": decisions.square.sum(),
         "square ranked": decisions.square @ position,
-        "pairs": float(pairs),
-        "pairs right": right if pairs else 0.0,
+        "pairs": 0.0,
+        "pairs right": 0.0,
     }
+    if not size.any():
+        return found
+    count, most = len(size), int(largest(size, TOP).sum())
+    # the mean over all ways to choose among tokens of the same |d_t|, of which the first would else be chosen
+    least = np.sort(size)[-most]
+    above, tied = size > least, size == least
+    top = above + tied * (most - above.sum()) / tied.sum()
+    pairs = most * (count - most)
+    # Mann and Whitney: the pairs of a deciding token and another in which the deciding one has the larger signal
+    right = count * (top @ position) - most * most / 2
+    return found | {"pairs": float(pairs), "pairs right": right if pairs else 0.0}
 
 
 def columns(rows: Sequence[dict[str, float]], *names: str) -> np.ndarray:
