@@ -376,6 +376,12 @@ def test_other_settings_are_refused(setting, tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes() == (out / "log.jsonl").read_bytes()
 
 
+def test_no_horizon_is_longer_than_the_continuations(setting, tmp_path):
+    assert run(perturb.main, [*setting[0], "--rollout-tokens", "34", "--out", str(tmp_path)]) is None
+    assert set(data_of(tmp_path)["estimates"]) == {"32 tokens", "34 tokens", "34 tokens, content words"}
+    assert "to the end" not in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

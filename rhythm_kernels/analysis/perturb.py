@@ -42,8 +42,8 @@ PAPER = {"top": 0.534, "bottom": 0.631, "top below bottom": 0.8714}
 """The numbers for Qwen3-4B-Base in the paper's Table 1."""
 KINDS = ("top", "bottom")
 """The tokens with the highest and with the lowest FAI."""
-HORIZONS = (32, 64, 128, 256, None)
-"""Continuations are compared up to so many tokens; None is the end."""
+HORIZONS = (32, 64, 128, 256)
+"""Continuations are compared up to so many tokens, where they are longer, and whole."""
 LONGEST_QUOTE = 600  # characters of a continuation in the report's examples
 
 
@@ -251,17 +251,18 @@ def report(
 ) -> tuple[str, dict]:
     """Returns (report.md, the data of report.json)."""
     args = study.args
-    left_out = sum(not result["places"] for result in results)
+    longest, left_out = args.rollout_tokens, sum(not result["places"] for result in results)
+    horizons = [*(n for n in HORIZONS if longest is None or n < longest), None]
     by_horizon = {
-        horizon: overlaps(results, partial(overlap_of, text_of=study.text_of, horizon=horizon)) for horizon in HORIZONS
+        horizon: overlaps(results, partial(overlap_of, text_of=study.text_of, horizon=horizon)) for horizon in horizons
     }
-    whole = by_horizon[None]
+    whole, whole_name = by_horizon[None], "to the end" if longest is None else f"{longest} tokens"
     by_content = overlaps(results, partial(overlap_of, text_of=study.text_of, words=content_words))
     estimates = {
-        f"{horizon} tokens" if horizon else "to the end": table_1(found, args.seed)
+        f"{horizon} tokens" if horizon else whole_name: table_1(found, args.seed)
         for horizon, found in by_horizon.items()
     }
-    estimates["to the end, content words"] = table_1(by_content, args.seed)
+    estimates[f"{whole_name}, content words"] = table_1(by_content, args.seed)
     equal = held_equal(whole, args.seed)
     changed = flips(results, study.text_of, args.seed)
 
@@ -283,14 +284,14 @@ def report(
     positions = sum(len(answer[kind]) for answer in whole for kind in KINDS)
     ended = [end for result in results for place in result["places"] for end in place["ended"]]
     skipped = f"; {left_out} shorter answers left out" if left_out else ""
-    reach = "up to the limit of an answer" if args.rollout_tokens is None else f"for {args.rollout_tokens} tokens"
+    reach = "up to the limit of an answer" if longest is None else f"for {longest} tokens"
     paragraphs = [
         f"{args.model}, {len(whole)} answers{skipped}; {positions:,} positions with {args.alternatives} alternatives "
         f"each, continued {reach}; {1 - np.mean(ended):.1%} of the continuations were cut off. "
         f"{study.described(answers)}",
         table(["horizon", "top", "bottom", "top - bottom", "answers with top < bottom", "tied"], rows),
         table(["on average", "top", "bottom"], lower),
-        f"Top - bottom to the end, entropy and position held equal: {shown(equal, '+.3f')}. Changed final answers, "
+        f"Top - bottom, {whole_name}, entropy and position held equal: {shown(equal, '+.3f')}. Changed final answers, "
         f"top - bottom: {shown(changed['top - bottom'], '+.1%')}.",
         *EXPLAINED,
         *examples(results, whole, study),
