@@ -19,7 +19,7 @@ from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
 from rhythm_kernels.analysis.profile import correlations, profile, tables
 from rhythm_kernels.analysis.reading import read
 from rhythm_kernels.analysis.receivers import FEWEST_ROWS
-from rhythm_kernels.analysis.sources import token_texts
+from rhythm_kernels.analysis.sources import RECEIVERS, token_texts
 from rhythm_kernels.analysis.study import (
     INTERVALS,
     Answer,
@@ -74,7 +74,7 @@ class Row(NamedTuple):
     lift: Estimate
     """(observed - random) / random, as the other lifts."""
     p: float
-    """The share of shuffles to random places that reach the observed number."""
+    """The share of shuffles to random places that reach the observed number; NaN where no peak is counted."""
     shifted_lift: Estimate
     """The lift over peaks that are moved along the answer together."""
     nearby_lift: Estimate
@@ -221,7 +221,7 @@ def row_of(name: str, kind: str, answers: list[Peaks], *, within: int, shuffles:
         observed=bootstrap(hits, share, seed=seed),
         random=bootstrap(base, share, seed=seed).value,
         lift=lift_over(base),
-        p=float(1 + reached) / (1 + shuffles),
+        p=float(1 + reached) / (1 + shuffles) if hits[:, 1].sum() else np.nan,
         shifted_lift=lift_over(anywhere),
         nearby_lift=lift_over(nearby),
         paper=paper,
@@ -268,11 +268,11 @@ def table_of(rows: list[Row]) -> str:
         form = ".3f" if "entropy" in row.name else ".1%"
         lifts = [
             shown(row.lift, "+.1%"),
-            f"{row.p:.3f}",
+            shown(row.p),
             shown(row.shifted_lift, "+.1%"),
             shown(row.nearby_lift, "+.1%"),
         ]
-        lines.append([row.name, f"{row.random:{form}}", shown(row.observed, form), *lifts])
+        lines.append([row.name, shown(row.random, form), shown(row.observed, form), *lifts])
         if row.paper:
             observed, random = row.paper
             paper = [f"{random:{form}}", f"{observed:{form}}", f"{observed / random - 1:+.1%}", "", "", ""]
@@ -281,12 +281,19 @@ def table_of(rows: list[Row]) -> str:
 
 
 def report(
-    rows: list[Row], fewer: list[Row], measured: list[dict], answers: list[Answer], study: Study, arguments: list[str]
+    rows: list[Row],
+    fewer: list[Row],
+    long_enough: int,
+    measured: list[dict],
+    answers: list[Answer],
+    study: Study,
+    arguments: list[str],
 ) -> tuple[str, dict]:
     """Returns (report.md, the data of report.json).
 
     Args:
         rows, fewer: Table 2 of all tokens, and without the last ones of each answer.
+        long_enough: the number of answers in `fewer`.
         measured: what `signals` returned for the answers that count.
         answers: all answers.
     """
@@ -296,6 +303,14 @@ def report(
     counts = {name: sum(int(getattr(answer, name).sum()) for answer in peaks) for name in ("waad", "fai", "receiver")}
     left_out = len(answers) - len(measured)
     skipped = f"; {left_out} shorter answers left out" if left_out else ""
+    without = [
+        f"Without the last {args.without_last} tokens of each answer, whose FAI is the attention of few others, "
+        f"{long_enough} answers:",
+        table_of(fewer),
+    ]
+    if not long_enough:
+        least = FEWEST_TOKENS + args.without_last
+        without = [f"No answer has the {least} tokens that a table without the last {args.without_last} needs."]
     pearson, spearman = correlations(measured, args.seed)
     profiles = profile(measured, peaks, args.seed)
     paragraphs = [
@@ -304,8 +319,7 @@ def report(
         f"attention influence), {counts['receiver']:,} of the receiver heads' FAI; {args.shuffles:,} shuffles. "
         f"{study.described(answers)}",
         table_of(rows),
-        f"Without the last {args.without_last} tokens of each answer, whose FAI is the attention of few others:",
-        table_of(fewer),
+        *without,
         *EXPLAINED,
         f"FAI of the receiver heads and of the global heads correlate along an answer with {shown(pearson, '.2f')} "
         f"(Pearson) and {shown(spearman, '.2f')} (Spearman), as means over the answers.",
@@ -322,7 +336,11 @@ def report(
         "tokens": tokens,
         "peaks": counts,
         "rows": [row._asdict() for row in rows],
-        "without_last": {"tokens": args.without_last, "rows": [row._asdict() for row in fewer]},
+        "without_last": {
+            "tokens": args.without_last,
+            "answers": long_enough,
+            "rows": [row._asdict() for row in fewer],
+        },
         "pearson": pearson,
         "spearman": spearman,
         "profiles": {name: [line._asdict() for line in lines] for name, lines in profiles.items()},
@@ -370,8 +388,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--receivers",
         type=int,
-        default=16,
-        help="number of receiver heads: those whose attention falls on the fewest tokens",
+        help=f"number of receiver heads: those whose attention falls on the fewest tokens ({RECEIVERS}, or all heads "
+        "of a model with fewer)",
     )
     parser.add_argument(
         "--peak-quantile",
@@ -393,7 +411,8 @@ def main(arguments: list[str]) -> None:
     )
     args = parser.parse_args(arguments)
     check_flags(args, "couple")
-    check_int("--receivers", args.receivers, 1)
+    if args.receivers is not None:
+        check_int("--receivers", args.receivers, 1)
     check_float("--peak-quantile", args.peak_quantile, 0.0, 1.0)
     check_int("--within", args.within, 0)
     check_int("--shuffles", args.shuffles, 1)
@@ -410,7 +429,7 @@ def main(arguments: list[str]) -> None:
         return peaks, table_2(peaks, within=args.within, shuffles=args.shuffles, seed=args.seed)
 
     peaks, rows = table_without(0)
-    _, fewer = table_without(args.without_last)
-    text, data = report(rows, fewer, measured, answers, study, arguments)
+    remaining, fewer = table_without(args.without_last)
+    text, data = report(rows, fewer, len(remaining), measured, answers, study, arguments)
     draw(rows, peaks, args.within, args.out / "figure.png")
     write_report(args.out, text, data)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rhythm_kernels.analysis.maps import MeanMaps
 from rhythm_kernels.analysis.reading import Reading
+from rhythm_kernels.analysis.sources import layer_names
 
 WEB = Path(__file__).parent / "web"
 SCRIPTS = ("base.js", "curves.js", "pointer.js", "text.js", "maps.js", "heads.js", "start.js")
@@ -59,7 +60,7 @@ def render(answer: ShownAnswer) -> str:
         heads=reading.spans.shape[1],
         prompt_tokens=answer.prompt_tokens,
         answer_tokens=reading.tokens - answer.prompt_tokens,
-        sampled=layer_names(reading),
+        sampled=layer_names(reading.sampled, reading.layers),
         receivers=int(reading.receivers.sum()),
         peak_quantile=answer.peak_quantile,
         settings=answer.settings,
@@ -69,13 +70,6 @@ def render(answer: ShownAnswer) -> str:
         script_hash=f"sha256-{digest}",
         data=as_json(page_data(answer)),
     )
-
-
-def layer_names(reading: Reading) -> str:
-    """Returns the layers that WAAD and FAI are read in, such as "layer 3", "layers 3, 5" or "all 24 layers"."""
-    if reading.sampled == reading.layers:
-        return f"all {len(reading.layers)} layers"
-    return f"layer{'s' * (len(reading.sampled) > 1)} {', '.join(map(str, reading.sampled))}"
 
 
 def as_json(data: dict) -> str:

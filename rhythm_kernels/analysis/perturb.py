@@ -279,7 +279,7 @@ def report(
         "left": ("tokens that follow", ".0f"),
     }
     differing = {name: means(whole, name).mean(0).tolist() for name in beside}
-    lower = [[label, *(f"{value:{form}}" for value in differing[name])] for name, (label, form) in beside.items()]
+    lower = [[label, *(shown(value, form) for value in differing[name])] for name, (label, form) in beside.items()]
     lower.append(["alternatives that change the final answer", *(shown(changed[kind], ".1%") for kind in KINDS)])
     positions = sum(len(answer[kind]) for answer in whole for kind in KINDS)
     ended = [end for result in results for place in result["places"] for end in place["ended"]]

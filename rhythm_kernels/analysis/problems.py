@@ -1,6 +1,7 @@
 """The problems of a study: generated from a seed, of the trainer's sets, or of a file; and which answers are right."""
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -121,24 +122,24 @@ def _gym(task: str, count: int, seed: int):
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise ValueError(
-            f"this task needs the package reasoning-gym ({error}): pip install reasoning-gym, or give --task FILE.jsonl"
+            f"{task} needs the package reasoning-gym ({error}): pip install reasoning-gym, or give --task FILE.jsonl"
         ) from error
     name, *parts = task.split(",")
     if name not in DATASETS:
-        raise ValueError(f"--task gym:NAME must name a task of reasoning-gym, such as gym:chain_sum, got {name!r}")
+        raise ValueError(f"gym:NAME must name a task of reasoning-gym, such as gym:chain_sum, got {name!r}")
     known = sorted({option.name for option in fields(DATASETS[name][1])} - {"seed", "size"})
     options = {}
     for part in parts:
         option, equals, value = part.partition("=")
         if not equals or option not in known:
-            raise ValueError(f"--task gym:{name} takes OPTION=VALUE, one of {', '.join(known)}, got {part!r}")
+            raise ValueError(f"gym:{name} takes OPTION=VALUE, one of {', '.join(known)}, got {part!r}")
         options[option] = _option_value(value)
     # reasoning-gym draws each problem from seed + index, so consecutive seeds would share all problems but one
     draw = random.Random(seed).getrandbits(31)
     try:
         return reasoning_gym.create_dataset(name, seed=draw, size=count, **options)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"--task gym:{task} is refused by reasoning-gym: {error}") from error
+        raise ValueError(f"gym:{task} is refused by reasoning-gym: {error}") from error
 
 
 def _option_value(text: str) -> object:
@@ -194,6 +195,8 @@ def _problem(line: bytes, where: str) -> Problem:
         return Problem(text, None)
     if isinstance(gold, bool) or not isinstance(gold, str | int | float):
         raise ValueError(f"{where}: answer must be text or a number, got {gold!r}"[:300])
+    if isinstance(gold, float) and not math.isfinite(gold):
+        raise ValueError(f"{where}: answer must be finite, got {gold!r}")
     return Problem(text, _text(str(gold), "answer", where).rpartition(FINAL)[2].strip() or None)
 
 

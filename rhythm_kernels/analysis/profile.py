@@ -101,8 +101,8 @@ def tables(profiles: dict[str, list[Line]]) -> list[str]:
                 shown(line.waad, ".2f"),
                 shown(line.fai, ".2f"),
                 shown(line.entropy, ".2f"),
-                f"{line.waad_peaks.value:.1%}",
-                f"{line.fai_peaks.value:.1%}",
+                shown(line.waad_peaks.value, ".1%"),
+                shown(line.fai_peaks.value, ".1%"),
             ]
             for line in lines
         ]

@@ -32,27 +32,28 @@ from rhythm_kernels.analysis.reading import Reading, read
 from rhythm_kernels.analysis.receivers import FEWEST_ROWS
 from rhythm_kernels.analysis.sources import (
     DTYPES,
+    RECEIVERS,
     SMOLLM2,
     check_device,
     check_folder,
     check_ids,
+    check_layers,
     check_length,
+    check_receivers,
     encode_prompt,
     end_tokens,
     generate,
+    layer_names,
     load,
     parse_layers,
     sequence_of,
 )
 from rhythm_kernels.checks import check_float, check_int
-from rhythm_kernels.listen.collect import collect
-from rhythm_kernels.listen.taps import decoder_of, softmax_layers
 from rhythm_kernels.options import CreditOptions
 
 MOST_WINDOW = 1024  # tokens of a map without bins: the two maps take 6 MB of the page
 PEAK_QUANTILE = 0.6
 """Only peaks among the largest 40 % of the answer's values are shown, the fraction that credit selects."""
-RECEIVERS = 16
 EXAMPLES = ("paper",)
 EXAMPLE_ANSWERS = 8
 """The answers of the paper's example; the shortest right one is shown (A.1)."""
@@ -123,7 +124,9 @@ def parse(arguments: list[str] | None = None) -> Request:
         "reads), or a list such as 10,13,15 (all)",
     )
     parser.add_argument(
-        "--receivers", type=int, help="number of receiver heads: those whose attention falls on the fewest tokens (16)"
+        "--receivers",
+        type=int,
+        help=f"number of receiver heads: those whose attention falls on the fewest tokens ({RECEIVERS})",
     )
     parser.add_argument(
         "--window",
@@ -175,7 +178,8 @@ def show(request: Request) -> ShownAnswer:
     _check_length(model, len(prompt), request, given)
     check_ids(model, tokenizer, prompt, "--prompt")
     check_ids(model, tokenizer, given or [], "--response")
-    receivers = _check_heads(model, request)
+    check_layers(model, request.layers)
+    receivers = check_receivers(model, request.receivers)
     with times("answer"):
         answer = given if given is not None else _answer(model, tokenizer, prompt, request)
     window = request.window or (len(prompt), len(prompt) + min(MOST_WINDOW, len(answer)))
@@ -247,7 +251,7 @@ def summary(shown: ShownAnswer) -> list[str]:
     answer = reading.tokens - shown.prompt_tokens
     lines = [
         f"model     {shown.model}, {len(reading.layers)} layers of {reading.spans.shape[1]} heads",
-        f"layers    {page.layer_names(reading)}: WAAD, FAI and the sets are read in these",
+        f"layers    {layer_names(reading.sampled, reading.layers)}: WAAD, FAI and the sets are read in these",
         f"tokens    {shown.prompt_tokens} of prompt, {answer} of answer",
         f"spans     local heads look {local_span:.1f} tokens back, global heads {global_span:.1f}",
     ]
@@ -309,20 +313,6 @@ def _check_length(model: nn.Module, prompt: int, request: Request, given: list[i
     check_length(model, prompt + answer, name, f"{answer} tokens after {prompt} of prompt")
     if request.window is not None and request.window[1] > prompt + answer:
         raise ValueError(f"--window must end at most at {prompt + answer} tokens, got {request.window[1]}")
-
-
-def _check_heads(model: nn.Module, request: Request) -> int:
-    """Returns the number of receiver heads; checks --layers and --receivers before the model answers."""
-    decoder = decoder_of(model)
-    try:
-        collect(model, layers=request.layers)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--layers or the model does not fit: {error}") from None
-    layers = [layer for layer in softmax_layers(decoder) if layer < decoder.config.num_hidden_layers]
-    heads = len(layers) * decoder.config.num_attention_heads
-    if request.receivers is None:
-        return min(RECEIVERS, heads)
-    return check_int("--receivers", request.receivers, 1, heads)
 
 
 # ---- the answer ------------------------------------------------------------------------------------------------------

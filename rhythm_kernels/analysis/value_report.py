@@ -183,7 +183,7 @@ def report(
 
     def rows_of(kind: str, forms: list[tuple[str, str]]) -> list[list[str]]:
         return [
-            [strategy, f"{numbers['tokens'].value:.1%}", *(shown(numbers[name], form) for name, form in forms)]
+            [strategy, shown(numbers["tokens"].value, ".1%"), *(shown(numbers[name], form) for name, form in forms)]
             for strategy, numbers in tables[kind].items()
         ]
 
@@ -198,6 +198,13 @@ def report(
             ),
         ]
         for place, row in enumerate(by_place, 1)
+    ]
+    of_solved_paragraphs = [
+        f"The {len(of_solved)} solved answers, whose positive advantages the credit raises:",
+        table(
+            ["strategy", "tokens", "decisions", "over chance", "gain", "positive", "negative"],
+            rows_of(CREDITED, positive),
+        ),
     ]
     paragraphs = [
         f"{args.model}, task {args.task}, temperature {args.temperature}: {len(answers)} answers, {tokens:,} tokens, "
@@ -219,11 +226,7 @@ def report(
             ],
             rows_of(ALL, over),
         ),
-        f"The {len(of_solved)} solved answers, whose positive advantages the credit raises:",
-        table(
-            ["strategy", "tokens", "decisions", "over chance", "gain", "positive", "negative"],
-            rows_of(CREDITED, positive),
-        ),
+        *(of_solved_paragraphs if of_solved else ["No answer is solved, so nothing is said of solved answers."]),
         "Which signal finds the decisions, by its rank in the answer:",
         table(
             ["signal", "area, decisions", "area, top tenth"],

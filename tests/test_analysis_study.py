@@ -1,0 +1,135 @@
+"""Tests what the studies `rhythm couple`, `perturb` and `value` share: bad input is named before the model answers."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from study_cases import run, tiny_folder
+
+from rhythm_kernels.analysis import couple, perturb, study, value
+from rhythm_kernels.analysis.bootstrap import Estimate
+from rhythm_kernels.analysis.sources import layer_names, load
+from rhythm_kernels.analysis.study import shown
+
+STUDIES = {"couple": couple.main, "perturb": perturb.main, "value": value.main}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Arguments of a study of three problems, whose right answers are never given."""
+    folder = tmp_path_factory.mktemp("study")
+    task = folder / "task.jsonl"
+    task.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": "none"}) + "\n" for n in range(3)))
+    return [str(tiny_folder(folder / "model")), "--task", str(task), "--max-new-tokens", "40"]
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """Fails where the model is asked for an answer."""
+    monkeypatch.setattr(study, "answer_prompts", lambda *_, **__: pytest.fail("the model was asked"))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "a file to read, got '{path}': No such file or directory"),
+        ("folder", "a file to read, got '{path}': Is a directory"),
+        ("", "--task {path} has no problem"),
+        ("no JSON", "--task {path}, line 1: not JSON in UTF-8"),
+        ('{"question": "a"}\n{"question": 7}', "--task {path}, line 2: question must be a text, got 7"),
+        ('{"question": "a", "answer": NaN}', "--task {path}, line 1: answer must be finite, got nan"),
+        ('{"question": "a", "answer": -Infinity}', "--task {path}, line 1: answer must be finite, got -inf"),
+    ],
+    ids=["missing", "a folder", "empty", "no JSON", "no text", "NaN", "infinity"],
+)
+def test_the_error_of_a_task_file_names_the_flag_and_the_place(setting, unasked, tmp_path, name, content, message):
+    path = tmp_path / "problems.jsonl"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+    said = run(STUDIES[name], [*setting, "--task", str(path), "--out", str(tmp_path / "out")])
+    assert said.startswith("--task ") and message.format(path=path) in said
+
+
+@pytest.mark.parametrize("task", ["gym:chess", "gym:chain_sum,terms=2", "gym:chain_sum,max_terms=1", "maths:absent"])
+def test_the_error_of_a_named_task_names_the_flag(setting, unasked, tmp_path, task):
+    pytest.importorskip("reasoning_gym")
+    said = run(couple.main, [*setting, "--task", task, "--out", str(tmp_path / "out")])
+    assert said.startswith("--task ") and re.split("[:,]", task)[1] in said
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("layers", ["0,9", "-5,1", "1,1"])
+def test_layers_that_the_model_lacks_are_named_before_it_answers(setting, unasked, tmp_path, name, layers):
+    said = run(STUDIES[name], [*setting, f"--layers={layers}", "--out", str(tmp_path / "out")])
+    assert said.startswith("--layers ") and not (tmp_path / "out").exists()
+
+
+def test_more_receivers_than_heads_are_named_before_the_model_answers(setting, unasked, tmp_path):
+    said = run(couple.main, [*setting, "--receivers", "17", "--out", str(tmp_path / "out")])
+    assert said == "--receivers must be between 1 and 16, got 17" and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch):
+    (tmp_path / "damaged.gguf").write_bytes(b"no model")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("./absent", "a/b/c", "", "absent.gguf", "damaged.gguf", "./empty"):
+        with pytest.raises(ValueError, match=f"the model must be smollm2, a folder, .* got '{re.escape(name)}': "):
+            load(name)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layers, read, words",
+    [
+        ("all", [0, 1, 2, 3], "all 4 layers."),
+        ("0,2", [0, 2], "layers 0, 2 of 4."),
+        ("99", [1, 2], "layers 1, 2 of 4."),
+        ("1", [1], "layer 1 of 4."),
+    ],
+)
+def test_the_report_names_the_layers_that_were_read(setting, tmp_path, layers, read, words):
+    flags = ["--layers", layers, "--problems", "1", "--shuffles", "5", "--out", str(tmp_path)]
+    assert run(couple.main, [*setting, *flags]) is None
+    assert json.loads((tmp_path / "report.json").read_text())["layers"] == read
+    assert f"WAAD and FAI are those of {words}" in " ".join((tmp_path / "report.md").read_text().split())
+
+
+def test_layers_have_names():
+    assert layer_names([0, 1], [0, 1]) == "all 2 layers" and layer_names([3], [0, 3]) == "layer 3"
+    assert layer_names([1, 3], [1, 2, 3]) == "layers 1, 3"
+
+
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("couple", ["--without-last", "30", "--shuffles", "5"], "No answer has the 46 tokens that a table without"),
+        ("couple", ["--without-last", "8", "--shuffles", "5"], "few others, 3 answers:"),
+        ("perturb", ["--positions", "1", "--rollout-tokens", "3"], "are cut off"),
+        ("value", ["--continuations", "4"], "No answer is solved, so nothing is said of solved answers."),
+    ],
+)
+def test_no_report_shows_a_number_that_is_not_defined(setting, tmp_path, name, flags, words):
+    flags = ["--seed", "1", *flags, "--out", str(tmp_path)]
+    assert run(STUDIES[name], [*setting, *flags]) is None
+    text = " ".join((tmp_path / "report.md").read_text().split())
+    assert words in text.replace("were cut off", "are cut off") and not re.search(r"\b(nan|inf)\b", text)
+
+
+def test_answers_without_peaks_give_dashes():
+    none = np.zeros(20, dtype=bool)
+    rows = couple.table_2([couple.Peaks(np.ones(20), np.ones(20), none, none, none)], within=1, shuffles=3, seed=0)
+    lines = [line for line in couple.table_of(rows).splitlines()[2:] if "*paper" not in line]
+    assert len(lines) == len(rows) and all(line.endswith("| – | – | – | – | – |") for line in lines)
+
+
+def test_what_is_not_defined_is_a_dash():
+    nothing = float("nan")
+    assert shown(nothing, ".1%") == shown(Estimate(nothing, nothing, nothing)) == "–"
+    assert shown(0.25, ".1%") == "25.0%" and shown(Estimate(0.5, 0.25, 0.75), ".2f") == "0.50 [0.25, 0.75]"
