@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rhythm_kernels.analysis.profile import TENTHS, classes_of, correlations, profile, tenths_of
+from rhythm_kernels.analysis.profile import FIFTHS, TENTHS, classes_of, correlations, fifths_of, profile, tenths_of
 
 
 def test_classes_by_hand():
@@ -42,6 +42,12 @@ def test_tenths_cover_an_answer_evenly():
     assert tenths_of(3) == ["1", "4", "7"] and tenths_of(0) == []
 
 
+def test_fifths_are_ranks_of_waad():
+    assert fifths_of([3.0, 1.0, 9.0, 2.0, 4.0]) == ["third", "lowest", "highest", "second", "fourth"]
+    assert fifths_of([1.0] * 10) == [name for name in FIFTHS for _ in range(2)]
+    assert fifths_of([2.0, 1.0]) == ["third", "lowest"] and fifths_of([]) == []
+
+
 def answer(texts: list[str], waad: list[float], fai: list[float]) -> dict:
     return {"text": texts, "waad": waad, "fai": fai, "entropy": [0.5] * len(texts), "receiver_fai": fai[::-1]}
 
@@ -60,6 +66,9 @@ def test_lines_are_means_of_multiples_of_the_answers_own_mean():
     assert lines["other"].fai.value == pytest.approx((0 + 3 + 0) / 3)  # an answer without any FAI has 0
     assert lines["number"].waad_peaks.value == 1 / 2 and lines["other"].fai_peaks.value == pytest.approx(2 / 3)
     assert lines["number"].entropy.value == 0.5 and np.isnan(lines["punctuation"].waad.value)
+    fifths = {line.name: line for line in profile(measured, peaks, 0)["fifth"]}
+    assert fifths["lowest"].waad.value == pytest.approx((0 + 0.5) / 2)  # the least of each answer
+    assert fifths["fourth"].waad.value == pytest.approx(2) and np.isnan(fifths["highest"].waad.value)
     tenths = profile(measured, peaks, 0)["tenth"]
     assert len(tenths) == TENTHS and sum(line.tokens for line in tenths) == pytest.approx(1)
     assert tenths[0].waad.value == pytest.approx((2 + 1.5) / 2)

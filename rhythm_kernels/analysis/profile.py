@@ -1,4 +1,6 @@
-"""Describes which tokens have a high WAAD or FAI: by their class, and by tenths of the answer (the paper's 4.1, B.2).
+"""Describes which tokens have a high WAAD or FAI (the paper's 4.1, 4.2 and B.2).
+
+They are told apart by their class, by tenths of the answer, and by fifths of its tokens in the order of their WAAD.
 
 WAAD is the windowed average attention distance of a token, FAI its future attention influence.
 """
@@ -14,11 +16,12 @@ from rhythm_kernels.analysis.study import shown, table
 
 CLASSES = ("line break", "number", "punctuation", "first word of a sentence", "other")
 TENTHS = 10
+FIFTHS = ("lowest", "second", "third", "fourth", "highest")
 SENTENCE_END = re.compile(r"[.!?:][\s\"')\]*]*$|\n\s*$")
 
 
 class Line(NamedTuple):
-    """The tokens of one class, or of one tenth of the answers."""
+    """The tokens of one class, of one tenth of the answers, or of one fifth by their WAAD."""
 
     name: str
     tokens: float
@@ -57,8 +60,16 @@ def tenths_of(count: int) -> list[str]:
     return [str(1 + place * TENTHS // count) for place in range(count)]
 
 
+def fifths_of(waad: Sequence[float]) -> list[str]:
+    """Returns the fifth that each token of an answer is in by its WAAD, one of FIFTHS; ties in the order of tokens."""
+    order = np.argsort(waad, kind="stable")
+    fifths = np.empty(len(order), dtype=int)
+    fifths[order] = np.arange(len(order)) * len(FIFTHS) // max(1, len(order))
+    return [FIFTHS[fifth] for fifth in fifths]
+
+
 def profile(measured: list[dict], peaks: list, seed: int) -> dict[str, list[Line]]:
-    """Returns the lines of the table by class and of that by tenth.
+    """Returns the lines of the tables by class, by tenth and by fifth.
 
     Args:
         measured: the text, WAAD, FAI and entropy of the tokens of each answer.
@@ -66,10 +77,12 @@ def profile(measured: list[dict], peaks: list, seed: int) -> dict[str, list[Line
     """
     of_class = [classes_of(answer["text"]) for answer in measured]
     of_tenth = [tenths_of(len(answer["text"])) for answer in measured]
+    of_fifth = [fifths_of(answer["waad"]) for answer in measured]
     tenths = [str(1 + place) for place in range(TENTHS)]
     return {
         "class": _lines(measured, peaks, of_class, CLASSES, seed),
         "tenth": _lines(measured, peaks, of_tenth, tenths, seed),
+        "fifth": _lines(measured, peaks, of_fifth, FIFTHS, seed),
     }
 
 
@@ -90,7 +103,7 @@ def _lines(measured: list[dict], peaks: list, names: list[list[str]], groups: Se
 
 
 def tables(profiles: dict[str, list[Line]]) -> list[str]:
-    """Returns the paragraphs of a report that show both tables."""
+    """Returns the paragraphs of a report that show the tables."""
     head = ["tokens", "WAAD", "FAI", "entropy, nats", "WAAD peaks", "FAI peaks"]
 
     def rows(lines: list[Line]) -> list[list[str]]:
@@ -113,6 +126,7 @@ def tables(profiles: dict[str, list[Line]]) -> list[str]:
         "last ones.",
         table(["class", *head], rows(profiles["class"])),
         table(["tenth of the answer", *head], rows(profiles["tenth"])),
+        table(["fifth by WAAD", *head], rows(profiles["fifth"])),
     ]
 
 
