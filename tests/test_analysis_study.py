@@ -73,6 +73,26 @@ def test_more_receivers_than_heads_are_named_before_the_model_answers(setting, u
     assert said == "--receivers must be between 1 and 16, got 17" and not (tmp_path / "out").exists()
 
 
+def test_the_end_of_a_prompt_is_the_callers_and_is_refused_where_nothing_reads_it(setting, unasked, tmp_path):
+    flags = [*setting, "--prompt-end", " Be brief.", "--out", str(tmp_path / "out")]
+    said = run(couple.main, [*flags, "--prompt-format", "paper"])
+    assert said == "--prompt-end is read with --prompt-format chat alone, got ' Be brief.'"
+    path = tmp_path / "maths.jsonl"
+    path.write_text('{"problem": "What is 2 + 2?", "answer": "4"}\n')
+    said = run(value.main, [*flags, "--task", f"maths:{path}"])
+    assert said == f"--prompt-end is not read with --task maths:{path}, whose problems say how to answer"
+
+
+@pytest.mark.parametrize("flags, end", [([], " Explain step by step."), (["--prompt-end", " Be brief."], " Be brief.")])
+def test_a_problem_in_the_chat_template_ends_as_the_caller_says(setting, tmp_path, flags, end):
+    args = study.parser_of("value", "", temperature=1.0, batch_size=1).parse_args(
+        [*setting, "--prompt-format", "chat", "--out", str(tmp_path), *flags]
+    )
+    study.check_flags(args, "value")
+    with study.Study("value", args) as opened:
+        assert sorted(map(opened.text_of, opened.prompts)) == [f"What is {n}?{end}" for n in range(3)]
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch):
     (tmp_path / "damaged.gguf").write_bytes(b"no model")
     (tmp_path / "empty").mkdir()

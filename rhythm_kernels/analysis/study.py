@@ -91,6 +91,11 @@ def parser_of(study: str, description: str, *, temperature: float, batch_size: i
         choices=PROMPT_FORMATS,
         help="paper: the paper's plain text for a base model; chat: the model's chat template",
     )
+    parser.add_argument(
+        "--prompt-end",
+        help=f'what a problem in the chat template ends with ("{STEPS}"); "" for nothing. Problems of a set of python '
+        "-m train stay as they are",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of problems, sampling, shuffles and intervals")
     parser.add_argument(
         "--batch-size", type=int, default=batch_size, help="number of problems that are computed together"
@@ -123,6 +128,10 @@ def check_flags(args: argparse.Namespace, study: str) -> None:
         check_int(f"--{name.replace('_', '-')}", getattr(args, name), 1)
     args.layers = parse_layers(args.layers)
     check_choice("--prompt-format", args.prompt_format, PROMPT_FORMATS)
+    if args.prompt_end is None:
+        args.prompt_end = STEPS if args.prompt_format == "chat" else ""
+    elif args.prompt_format != "chat":
+        raise ValueError(f"--prompt-end is read with --prompt-format chat alone, got {args.prompt_end!r}")
     check_int("--seed", args.seed, 0, 2**63 - 1)
     check_float("--temperature", args.temperature, 0.0)
     check_choice("--dtype", args.dtype, list(DTYPES))
@@ -153,6 +162,8 @@ class Study:
         self.name, self.args = name, args
         check_folder(args.out)
         self.problems = _problems_of(args)
+        if args.prompt_end not in ("", STEPS) and all(problem.is_whole for problem in self.problems):
+            raise ValueError(f"--prompt-end is not read with --task {args.task}, whose problems say how to answer")
         self.model, self.tokenizer = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
         self.layers = check_layers(self.model, args.layers)
         if "receivers" in args:
@@ -161,7 +172,8 @@ class Study:
         self.silent = self.ends | {getattr(self.tokenizer, f"{name}_token_id") for name in SILENT}
         self.prompts = [self._encode(problem) for problem in self.problems]
         _check_prompts(self.model, self.tokenizer, self.prompts, args.max_new_tokens)
-        common = ("model", "task", "seed", "prompt_format", "batch_size", "max_new_tokens", "temperature", "layers")
+        common = ("model", "task", "seed", "prompt_format", "prompt_end", "batch_size")
+        common += ("max_new_tokens", "temperature", "layers")
         self.settings = {name: getattr(args, name) for name in (*common, *also)} | {
             "weights": weights_digest(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -174,7 +186,8 @@ class Study:
         chat = self.args.prompt_format == "chat"
         if problem.is_whole:
             return encode_prompt(self.tokenizer, problem.text, chat=chat)
-        return encode_prompt(self.tokenizer, problem.text + STEPS if chat else paper_prompt(problem.text), chat=chat)
+        text = problem.text + self.args.prompt_end if chat else paper_prompt(problem.text)
+        return encode_prompt(self.tokenizer, text, chat=chat)
 
     def __enter__(self) -> "Study":
         return self
