@@ -1,7 +1,6 @@
-"""`rhythm couple`: its statistics on signals by hand, the log that a killed run continues from, and task files."""
+"""`rhythm couple`: its statistics on signals by hand, and its command."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,16 +10,7 @@ from study_cases import cut_places, kept_batches, problem_file, run, tiny_folder
 from rhythm_kernels.analysis import couple, study
 from rhythm_kernels.analysis.bootstrap import bootstrap, share
 from rhythm_kernels.analysis.couple import Peaks
-from rhythm_kernels.analysis.problems import (
-    Problem,
-    final_answer,
-    is_right,
-    load_problems,
-    paper_prompt,
-    read_problems,
-)
 from rhythm_kernels.analysis.profile import CLASSES
-from rhythm_kernels.analysis.resume import Log
 
 
 def marks(text: str) -> np.ndarray:
@@ -170,145 +160,6 @@ def test_an_interval_covers_what_it_should():
     for nothing in (columns[2:], np.zeros((0, 2))):
         assert np.isnan(bootstrap(nothing, share, seed=0)).all()
     assert study.shown(bootstrap(columns[2:], share, seed=0)) == "–"
-
-
-# ---- the log ---------------------------------------------------------------------------------------------------------
-
-
-def open_log(path, **settings) -> Log:
-    return Log(path, "rhythm couple", {"seed": 0, "model": "m"} | settings)
-
-
-def test_a_log_gives_back_what_it_was_given(tmp_path):
-    path = tmp_path / "new" / "log.jsonl"
-    with open_log(path) as log:
-        first = log.once("a", lambda: {"x": [0.1, 1e-300], "text": "ü\n"})
-        with pytest.raises(OSError, match="another process"):
-            open_log(path)
-        with pytest.raises(ValueError, match="Out of range"):
-            log.once("b", lambda: float("nan"))
-    with open_log(path) as log:
-        assert log.once("a", lambda: 1 / 0) == first and "b" not in log
-    content = path.read_bytes()
-    for cut in range(len(content)):  # whatever a kill leaves is a beginning
-        path.write_bytes(content[:cut])
-        with open_log(path) as log:
-            assert log.once("a", lambda: {"x": [0.1, 1e-300], "text": "ü\n"}) == first
-        assert path.read_bytes() == content
-
-
-def test_what_is_not_this_log_is_refused(tmp_path):
-    path = tmp_path / "log.jsonl"
-    with open_log(path) as log:
-        log.once("a", lambda: 1)
-        log.once("b", lambda: 2)
-    content = path.read_text()
-    with pytest.raises(ValueError, match=r"seed was 0 and is 1; layers was 'absent' and is 5. Give another --out"):
-        open_log(path, seed=1, layers=5)
-    with pytest.raises(ValueError, match="the log of rhythm couple, not of rhythm perturb"):
-        Log(path, "rhythm perturb", {})
-    path.write_text(content.replace('"value": 1', '"value": 3'))
-    with pytest.raises(ValueError, match="line 2: damaged, or not of this run"):
-        open_log(path)
-    path.write_text(content.replace('"value": 2', '"value": 3'))
-    with open_log(path) as log:  # the last line may be torn
-        assert "a" in log and "b" not in log
-    for other in ("notes of mine", "notes\nof mine\n", "[]\n", '{"study": 1}\n'):
-        path.write_text(other)
-        with pytest.raises(ValueError, match="not the log of a study"):
-            open_log(path)
-        assert path.read_text() == other
-
-
-# ---- problems --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (b"{", "line 3: not JSON in UTF-8"),
-        (b"\xff", "line 3: not JSON in UTF-8"),
-        (b"[" * 100_000, "line 3: not JSON in UTF-8"),
-        (b"[1]", "line 3: must be an object, got list"),
-        (b'{"text": "a"}', 'line 3: must have a "prompt" or a "question", got \'text\''),
-        (b'{"prompt": "a", "question": "b"}', "line 3: must have"),
-        (b'{"prompt": 7}', "line 3: prompt must be a text, got 7"),
-        (b'{"question": " "}', "line 3: question must be a text"),
-        (b'{"question": "\\ud800"}', "line 3: question is not Unicode text"),
-        (b'{"question": "a", "answer": [1]}', "line 3: answer must be text or a number, got [1]"),
-        (b'{"question": "a", "answer": "\\ud800"}', "line 3: answer is not Unicode text"),
-        (b'{"question": "' + b"a" * 2**20 + b'"}', "line 3: longer than 1,048,576 bytes"),
-    ],
-    ids=range(12),
-)
-def test_a_bad_line_is_refused_by_its_number(tmp_path, line, message):
-    path = tmp_path / "task.jsonl"
-    path.write_bytes(b'{"prompt": "one"}\n\n' + line + b'\n{"question": "two"}\n')
-    with pytest.raises(ValueError) as caught:
-        read_problems(path)
-    assert message in str(caught.value) and len(str(caught.value)) < 500
-
-
-def test_files_with_fewer_and_without_problems(tmp_path):
-    path = tmp_path / "task.jsonl"
-    path.write_text('{"prompt": "one", "answer": 1}\n{"question": "two"}')
-    assert sorted(load_problems(str(path), 70, 0)) == [Problem("one", "1"), Problem("two", None)]
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="has no problem"):
-        load_problems(str(path), 70, 0)
-    with pytest.raises(FileNotFoundError):
-        load_problems(str(tmp_path / "absent"), 70, 0)
-
-
-def test_gsm_problems_are_seeded():
-    pytest.importorskip("reasoning_gym")
-    problems = load_problems("gsm", 12, 0)
-    assert problems == load_problems("gsm", 12, 0) and problems[:5] == load_problems("gsm", 5, 0)
-    assert len(set(problems)) == 12 and not set(problems) & set(load_problems("gsm", 12, 1))
-    assert all(problem.text.endswith("?") and is_right(problem, f"It is {problem.gold}.") for problem in problems)
-
-
-def test_a_file_gives_a_seeded_draw_with_its_right_answers(tmp_path):
-    path = tmp_path / "gsm8k.jsonl"
-    rows = [{"question": f"What is {n}?", "answer": f"It is <<{n}+0={n}>>{n}.\n#### {n:,}"} for n in range(995, 1045)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = load_problems(str(path), 20, 3)
-    assert problems[:7] == load_problems(str(path), 7, 3) and problems != load_problems(str(path), 20, 4)
-    assert len(set(problems)) == 20 and [p.text for p in problems] != sorted(p.text for p in problems)
-    for problem in problems:
-        number = int(problem.text[8:-1])
-        assert problem.gold == f"{number:,}" and is_right(problem, rf"so \boxed{{{number}}}")
-        assert not is_right(problem, f"{number + 1}") and not is_right(problem, "none")
-    assert is_right(Problem("a", None), "1") is None
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        (r"12 and \boxed{7} of 9", "7"),
-        ("She pays $1,250.50.", "1,250.50"),
-        ("from -3 to -4", "-4"),
-        ("no number", None),
-        (r"an open \boxed{5", "5"),
-    ],
-)
-def test_the_final_answer_is_the_last_box_or_the_last_number(text, answer):
-    assert final_answer(text) == answer
-
-
-def test_a_prompt_of_the_papers_form():
-    text = 'Tom has 3.5 kg. Ann has "two more"!  He has few? How many have both?'
-    assert paper_prompt(text) == (
-        "System: Please reason step by step, and put your final answer within \\boxed{}.\n"
-        'Context: Tom has 3.5 kg. Ann has "two more"! He has few?\nQuestion: How many have both?\n'
-    )
-    assert paper_prompt("What is 2 + 2?").splitlines()[1:] == ["Question: What is 2 + 2?"]
-
-
-def test_without_reasoning_gym_the_message_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match="pip install reasoning-gym, or give --task FILE.jsonl"):
-        load_problems("gsm", 1, 0)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

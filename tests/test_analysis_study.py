@@ -1,4 +1,4 @@
-"""Tests what the studies `rhythm couple`, `perturb` and `value` share: bad input is named before the model answers."""
+"""What the studies `rhythm couple`, `perturb` and `value` share: bad input, reports, and the log of a killed run."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from study_cases import run, tiny_folder
 
 from rhythm_kernels.analysis import couple, perturb, study, value
 from rhythm_kernels.analysis.bootstrap import Estimate
+from rhythm_kernels.analysis.resume import Log
 from rhythm_kernels.analysis.sources import layer_names, load
 from rhythm_kernels.analysis.study import shown
 
@@ -153,3 +154,51 @@ def test_what_is_not_defined_is_a_dash():
     nothing = float("nan")
     assert shown(nothing, ".1%") == shown(Estimate(nothing, nothing, nothing)) == "–"
     assert shown(0.25, ".1%") == "25.0%" and shown(Estimate(0.5, 0.25, 0.75), ".2f") == "0.50 [0.25, 0.75]"
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def open_log(path, **settings) -> Log:
+    return Log(path, "rhythm couple", {"seed": 0, "model": "m"} | settings)
+
+
+def test_a_log_gives_back_what_it_was_given(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    with open_log(path) as log:
+        first = log.once("a", lambda: {"x": [0.1, 1e-300], "text": "ü\n"})
+        with pytest.raises(OSError, match="another process"):
+            open_log(path)
+        with pytest.raises(ValueError, match="Out of range"):
+            log.once("b", lambda: float("nan"))
+    with open_log(path) as log:
+        assert log.once("a", lambda: 1 / 0) == first and "b" not in log
+    content = path.read_bytes()
+    for cut in range(len(content)):  # whatever a kill leaves is a beginning
+        path.write_bytes(content[:cut])
+        with open_log(path) as log:
+            assert log.once("a", lambda: {"x": [0.1, 1e-300], "text": "ü\n"}) == first
+        assert path.read_bytes() == content
+
+
+def test_what_is_not_this_log_is_refused(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with open_log(path) as log:
+        log.once("a", lambda: 1)
+        log.once("b", lambda: 2)
+    content = path.read_text()
+    with pytest.raises(ValueError, match=r"seed was 0 and is 1; layers was 'absent' and is 5. Give another --out"):
+        open_log(path, seed=1, layers=5)
+    with pytest.raises(ValueError, match="the log of rhythm couple, not of rhythm perturb"):
+        Log(path, "rhythm perturb", {})
+    path.write_text(content.replace('"value": 1', '"value": 3'))
+    with pytest.raises(ValueError, match="line 2: damaged, or not of this run"):
+        open_log(path)
+    path.write_text(content.replace('"value": 2', '"value": 3'))
+    with open_log(path) as log:  # the last line may be torn
+        assert "a" in log and "b" not in log
+    for other in ("notes of mine", "notes\nof mine\n", "[]\n", '{"study": 1}\n'):
+        path.write_text(other)
+        with pytest.raises(ValueError, match="not the log of a study"):
+            open_log(path)
+        assert path.read_text() == other

@@ -13,9 +13,9 @@ from study_cases import cut_places, kept_batches, run, tiny_folder, tiny_model
 
 from rhythm_kernels.analysis import value, value_choices, value_judge, value_report
 from rhythm_kernels.analysis.decisions import Sampled, areas, by_tenth, ceiling, decide, largest, ranks, shares
-from rhythm_kernels.analysis.problems import Problem, is_right, load_problems
+from rhythm_kernels.analysis.problems import Problem
 from rhythm_kernels.analysis.rollouts import Row, continue_rows
-from rhythm_kernels.analysis.study import Answer, Study
+from rhythm_kernels.analysis.study import Answer
 from rhythm_kernels.analysis.value_page import render
 from train.words import build_tokenizer
 
@@ -313,68 +313,6 @@ def test_other_tokens_are_drawn_without_the_own_one():
     np.testing.assert_allclose(np.bincount(tokens[0])[1:] / len(tokens[0]), rest, atol=0.03)
     _, few = value.draw_others(logits, torch.tensor([0, 3]), 4)
     assert len(few[0]) == 4
-
-
-# ---- tasks -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_tiny_countdown_is_asked_and_verified_as_in_its_training(tmp_path):
-    from train.config import Config
-    from train.problems import Prompts
-    from train.rollout import Completion
-    from train.words import split_problems
-
-    problems = split_problems(Config().words).held_out[:50]
-    path = tmp_path / "held-out.jsonl"
-    path.write_text("".join(problem.answer + "\n" for problem in problems))
-    loaded = load_problems(f"words:{path}", 50, 0)
-    assert {one.text for one in loaded} == {problem.prompt for problem in problems}
-    assert [one.text for one in load_problems(f"words:{path}", 5, 0)] == [one.text for one in loaded[:5]]
-    study = object.__new__(Study)
-    study.args, study.tokenizer = SimpleNamespace(prompt_format="chat"), TOKENIZER
-    prompts = Prompts(TOKENIZER, Config())
-    for one in loaded:
-        (problem,) = (problem for problem in problems if problem.prompt == one.text)
-        assert study._encode(one) == prompts.encode(problem)
-    study.silent = prompts.silent
-    ids = [*TOKENIZER.encode("5 + 3 = 8 ! A 5 + 3"), TOKENIZER.eos_token_id]
-    assert [study.words_of(ids)] == prompts.decode([Completion(ids, [], "stop")])
-    path.write_text('{"numbers": [5, 3], "target": 8}')
-    (small,) = load_problems(f"words:{path}", 1, 0)
-    assert is_right(small, study.words_of(ids)) and not is_right(small, "A 5 - 3") and not is_right(small, "")
-
-
-def test_tasks_of_reasoning_gym_have_their_own_score():
-    pytest.importorskip("reasoning_gym")
-    problems = load_problems("gym:chain_sum", 6, 0)
-    assert [one.text for one in problems[:3]] == [one.text for one in load_problems("gym:chain_sum", 3, 0)]
-    for one in problems:
-        assert is_right(one, f"so it is \\boxed{{{one.gold}}}.") and is_right(one, f"the result is {one.gold}")
-        assert not is_right(one, f"the result is {int(one.gold) + 1}") and not is_right(one, "")
-    with pytest.raises(ValueError, match="gym:NAME must name a task of reasoning-gym, .* got 'chess'"):
-        load_problems("gym:chess", 3, 0)
-
-
-def test_tasks_of_reasoning_gym_take_options():
-    pytest.importorskip("reasoning_gym")
-    problems = load_problems("gym:chain_sum,min_terms=2,max_terms=2,max_digits=1", 20, 0)
-    sums = [re.search(r"(\d+) ([+-]) (\d+) =$", one.text.strip()) for one in problems]
-    assert all(sums) and all(int(one[1]) < 10 and int(one[3]) < 10 for one in sums)
-    with pytest.raises(ValueError, match="gym:chain_sum takes OPTION=VALUE, one of allow_negation, .*, got 'terms=2'"):
-        load_problems("gym:chain_sum,terms=2", 3, 0)
-    with pytest.raises(ValueError, match="got 'seed=2'"):
-        load_problems("gym:chain_sum,seed=2", 3, 0)
-    with pytest.raises(ValueError, match="gym:chain_sum,max_terms=1 is refused by reasoning-gym: "):
-        load_problems("gym:chain_sum,max_terms=1", 3, 0)
-
-
-def test_sets_of_the_trainer_are_tasks(tmp_path):
-    (tmp_path / "maths.jsonl").write_text(json.dumps({"problem": "One half?", "answer": "1/2"}) + "\n")
-    (one,) = load_problems(f"maths:{tmp_path / 'maths.jsonl'}", 3, 0)
-    assert one.is_whole and is_right(one, r"\boxed{\frac{1}{2}}") and not is_right(one, r"\boxed{2}")
-    with pytest.raises(ValueError, match="line 1: numbers must be two or more integers from 0 up, got 7"):
-        (tmp_path / "bad.jsonl").write_text('{"numbers": 7, "target": 8}\n')
-        load_problems(f"words:{tmp_path / 'bad.jsonl'}", 3, 0)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
