@@ -1,5 +1,7 @@
 """The embedded engine: what it samples, and the log-probabilities that it says it had."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from train_cases import ALONE, PROMPTS, TOKENIZER, all_micros, encode, engine_of, make_policy, sample
@@ -109,3 +111,18 @@ def test_a_copy_takes_the_policys_weights(policy):
     engine.sync((name, parameter.detach().clone()) for name, parameter in policy.model.named_parameters())
     after = engine.generate(encode(PROMPTS), 2, Sampling(20, 1.0, 1))
     assert before != after == engine_of(policy).generate(encode(PROMPTS), 2, Sampling(20, 1.0, 1))
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_attention_without_copies_gives_the_answers_of_sdpa(policy, monkeypatch, temperature):
+    used = set()
+    watch = policy.model.register_forward_pre_hook(lambda model, _: used.add(model.config._attn_implementation))
+    made = sample(policy, temperature=temperature)
+    assert used == {"rhythm_grouped"} and policy.model.config._attn_implementation == "packed"
+    monkeypatch.setattr(rollout, "grouped_decoding", lambda model: nullcontext())
+    expected = sample(policy, temperature=temperature)
+    watch.remove()
+    assert used == {"rhythm_grouped", "sdpa"}
+    assert [each.ids for each in made] == [each.ids for each in expected]
+    for each, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(each.log_probs), torch.tensor(other.log_probs), rtol=0, atol=2e-5)

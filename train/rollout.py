@@ -5,12 +5,14 @@ The other engine is vLLM, in vllm_engine.py.
 
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from rhythm_kernels.analysis.decoding import grouped_decoding
 
 STAGE = 24  # tokens; shorter stages drop finished answers sooner, and cut the cache more often
 
@@ -192,12 +194,16 @@ class ChosenLogProbs(LogitsProcessor):
 
 @contextmanager
 def _generating(model: PreTrainedModel):
-    """Switches to transformers' attention, for left-padded batches, and to evaluation, for a key-value cache."""
+    """Switches to transformers' attention, for left-padded batches, and to evaluation, for a key-value cache.
+
+    On a CPU a new token attends without copies of the keys and values for each query head.
+    """
     attention, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("sdpa")
     model.eval()
     try:
-        yield
+        with grouped_decoding(model) if model.device.type == "cpu" else nullcontext():
+            yield
     finally:
         model.set_attn_implementation(attention)
         model.train(training)
