@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 
 from rhythm_kernels.analysis import perturb, rollouts
 from rhythm_kernels.analysis.perturb import Overlap
-from rhythm_kernels.analysis.rollouts import Start, answer_prompts, roll_out
+from rhythm_kernels.analysis.rollouts import Start, _choose, answer_prompts, roll_out
 from rhythm_kernels.analysis.sources import generate
 from rhythm_kernels.analysis.study import quoted
 from rhythm_kernels.analysis.words import STOP_WORDS, all_words, content_words, jaccard
@@ -300,6 +300,23 @@ def test_sampled_answers_follow_the_seed_and_the_temperature(model, ids):
     share = torch.bincount(drawn, minlength=259) / 400
     expected = logits.softmax(-1).detach()
     assert (share - expected).abs().max() < 4 * (expected * (1 - expected) / 400).max().sqrt()
+
+
+def test_words_of_a_large_vocabulary_are_drawn_by_their_probability():
+    words, rows, rounds = 2**16, 64, 60
+    logits = torch.zeros(words)
+    logits[1000] = np.log(words - 2)  # as likely as all others but the two below
+    logits[[0, -1]] = -torch.inf
+    torch.manual_seed(0)
+    drawn = torch.cat([_choose(2 * logits.expand(rows, -1), 2.0) for _ in range(rounds)])
+    count = rows * rounds
+    assert abs((drawn == 1000).sum() - count / 2) < 4 * (count / 4) ** 0.5
+    assert not ((drawn == 0) | (drawn == words - 1)).any()
+    others = drawn[drawn != 1000]
+    by_eighth = torch.bincount(others * 8 // words, minlength=8)
+    assert ((by_eighth - len(others) / 8) ** 2 / (len(others) / 8)).sum() < 7 + 5 * 14**0.5  # chi-squared of 7 degrees
+    assert len(others.unique()) > 0.97 * len(others)
+    assert _choose(logits.expand(3, -1), 0.0).tolist() == [1000] * 3
 
 
 def test_more_alternatives_than_tokens_are_refused(model, ids):

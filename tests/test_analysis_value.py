@@ -330,7 +330,7 @@ def setting(tmp_path_factory):
     task = folder / "task.jsonl"
     task.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": "1"}) + "\n" for n in range(4)))
     arguments = [str(saved), "--task", str(task), "--batch-size", "2", "--max-new-tokens", "24"]
-    arguments += ["--continuations", "8", "--layers", "all", "--temperature", "1.5"]
+    arguments += ["--continuations", "8", "--layers", "all", "--temperature", "1.5", "--seed", "3"]
     assert run(value.main, [*arguments, "--out", str(folder / "out")]) is None
     return arguments, folder / "out"
 
