@@ -253,8 +253,8 @@ def _choose(logits: Tensor, temperature: float) -> Tensor:
     """Returns a token for each row of logits [n, V], [n]."""
     if temperature == 0:
         return logits.argmax(-1)
-    # torch.multinomial would draw a number for each word, which takes longer on a CPU than a large model's own products;
-    # in fp64, since a sum in fp32 would lose the many words whose probability is below its rounding
+    # torch.multinomial would draw a number for each word, which on a CPU takes longer than a model's own products.
+    # The sum is in fp64: in fp32 it would lose the many words whose probability is below its rounding.
     sums = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     drawn = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device) * sums[:, -1:]
     return torch.searchsorted(sums, drawn, right=True)[:, 0].clamp(max=sums.shape[1] - 1)
