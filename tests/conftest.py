@@ -5,6 +5,7 @@ Fuzz tests draw new cases in each run. The header prints the seed, and --hypothe
 
 import os
 import random
+import signal
 from contextlib import ExitStack, nullcontext
 
 import pytest
@@ -13,6 +14,10 @@ import torch
 UNMARKED_SECONDS = 5.0
 LEFT_OUT_OF_FAST = ("gpu", "hypothesis", "xdist_group", "slow")
 """The marks of tests that `make test-fast` leaves out."""
+
+# A shell starts a background job with SIGINT ignored, and its processes inherit that: tests send each other SIGINT.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton decides at its import whether it interprets kernels on the CPU.
 if not torch.cuda.is_available():

@@ -278,7 +278,7 @@ def test_steps_side_by_side_have_limits_and_outputs_of_their_own(tmp_path):
     ]
     done = gpu_run.run_together(steps, [30, 2], tmp_path)
     assert (done[0].name, done[0].status, done[0].tail.splitlines()[:1]) == ("a", "passed", ["done"])
-    assert done[1].status == "out of time" and done[1].seconds < 20
+    assert done[1].status == "out of time" and done[1].seconds < 60  # which b would take
 
 
 def test_a_long_log_keeps_its_ends(tmp_path, monkeypatch):
