@@ -72,7 +72,7 @@ test-pretended: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest --pretended-cuda -m gpu -n 2 $(shell grep -l mark.gpu tests/test_*.py) $(ARGS)
 
 test-verl: $(VENV)/.verl
-	@if [ -x $(VERL) ]; then OMP_NUM_THREADS=1 $(VERL) -m pytest tests/verl_plugin; fi
+	@if [ -x $(VERL) ]; then OMP_NUM_THREADS=1 $(VERL) -m pytest -n 2 --dist loadfile tests/verl_plugin; fi
 
 # Another TRL in front of the installed one, with the same transformers
 TRL ?= 1.8.0
