@@ -420,5 +420,5 @@ def test_a_gguf_file_says_whether_texts_begin_with_a_token(tmp_path, kind, flag,
 
 def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
     pytest.importorskip("gguf")
-    with pytest.raises(ValueError, match="the model must be smollm2, a folder, a .gguf file .* got '.*absent.gguf': there"):
+    with pytest.raises(ValueError, match=r"got '.*absent.gguf': there is no file"):
         load(str(tmp_path / "absent.gguf"))
