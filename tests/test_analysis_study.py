@@ -1,4 +1,4 @@
-"""What the studies `rhythm couple`, `perturb` and `value` share: bad input, reports, and the log of a killed run."""
+"""Tests what `rhythm couple`, `perturb` and `value` share: bad input, reports, and the log of a killed run."""
 
 import json
 import re

@@ -288,7 +288,8 @@ def _problems_of(args: argparse.Namespace) -> list[Problem]:
         return load_problems(args.task, args.problems, args.seed)
     except OSError as error:
         raise ValueError(
-            f"--task must be {GSM}, gym:NAME, a set of problems or a file to read, got {args.task!r}: {error.strerror}"
+            f"--task must be {GSM}, gym:NAME, a set of problems or a file to read, got {args.task!r}: "
+            f"{error.strerror or error}"
         ) from error
     except ValueError as error:
         raise ValueError(f"--task {error}") from error
