@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -148,6 +149,17 @@ def test_answers_without_peaks_give_dashes():
     rows = couple.table_2([couple.Peaks(np.ones(20), np.ones(20), none, none, none)], within=1, shuffles=3, seed=0)
     lines = [line for line in couple.table_of(rows).splitlines()[2:] if "*paper" not in line]
     assert len(lines) == len(rows) and all(line.endswith("| – | – | – | – | – |") for line in lines)
+
+
+def test_a_long_command_is_folded_so_that_a_shell_still_reads_it():
+    command = shlex.join(
+        ["rhythm", "value", "a" * 130, "--prompt-end", "", *["--task", "gym:chain_sum,max_terms=3"] * 9]
+    )
+    lines = study.folded(command).split("\n")
+    assert len(lines) > 3 and all(line.startswith("    ") and "\\" not in line[:-1] for line in lines)
+    assert all(len(line) <= 120 or "aaa" in line for line in lines)
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
+    assert study.folded("rhythm couple") == "    rhythm couple"
 
 
 def test_what_is_not_defined_is_a_dash():

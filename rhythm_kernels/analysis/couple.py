@@ -308,7 +308,7 @@ def report(
         f"{long_enough} answers:",
         table_of(fewer),
     ]
-    if not long_enough:
+    if not fewer:
         least = FEWEST_TOKENS + args.without_last
         without = [f"No answer has the {least} tokens that a table without the last {args.without_last} needs."]
     pearson, spearman = correlations(measured, args.seed)
@@ -426,7 +426,8 @@ def main(arguments: list[str]) -> None:
     def table_without(last: int) -> tuple[list[Peaks], list[Row]]:
         peaks = [peaks_of(signal, args.peak_quantile, last) for signal in measured]
         peaks = [one for one in peaks if one is not None]
-        return peaks, table_2(peaks, within=args.within, shuffles=args.shuffles, seed=args.seed)
+        rows = table_2(peaks, within=args.within, shuffles=args.shuffles, seed=args.seed) if peaks else []
+        return peaks, rows
 
     peaks, rows = table_without(0)
     remaining, fewer = table_without(args.without_last)

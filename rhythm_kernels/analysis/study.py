@@ -340,8 +340,21 @@ def report_of(
     command = shlex.join(["rhythm", study.name, *arguments])
     where = environment(study.model.device)
     described = ", ".join(f"{name} {value}" for name, value in where.items())
-    text = "\n".join(f"{part}\n" for part in (f"# {title}", f"    {command}", *map(_fold, (described, *paragraphs))))
+    text = "\n".join(f"{part}\n" for part in (f"# {title}", folded(command), *map(_fold, (described, *paragraphs))))
     return text, {"command": command, "versions": where, "settings": study.settings, "layers": study.layers, **numbers}
+
+
+def folded(command: str) -> str:
+    """Returns a shell command as a block of code in Markdown, broken between its words into lines of 120 columns."""
+    first, *words = map(shlex.quote, shlex.split(command))
+    lines = [f"    {first}"]
+    for word in words:
+        if len(lines[-1]) + len(word) > 117:  # with a space before the word, and " \\" after it
+            lines[-1] += " \\"
+            lines.append(f"        {word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)
 
 
 def _fold(paragraph: str) -> str:

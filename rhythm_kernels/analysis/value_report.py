@@ -275,7 +275,8 @@ def draw(answers: list[Judged], study: Study, path: Path) -> None:
         label="chance",
     )
     left.set_xticks(x, numbers)
-    left.set(ylabel="share of the decisions on selected tokens", ylim=(0, 1))
+    top = np.nanmax([1.0, *(one.high for one in found)])  # noise may take an estimate above 1
+    left.set(ylabel="share of the decisions on selected tokens", ylim=(0, top))
     left.legend(frameon=False, fontsize=8)
     tenth = np.arange(1, TENTHS + 1)
     right.bar(tenth, [row["decisions"].value for row in by_place], 0.8, color="#c9cdd4", label="decisions")
