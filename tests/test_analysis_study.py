@@ -152,9 +152,7 @@ def test_answers_without_peaks_give_dashes():
 
 
 def test_a_long_command_is_folded_so_that_a_shell_still_reads_it():
-    command = shlex.join(
-        ["rhythm", "value", "a" * 130, "--prompt-end", "", *["--task", "gym:chain_sum,max_terms=3"] * 9]
-    )
+    command = shlex.join(["rhythm", "value", "a" * 130, "--prompt-end", "", *["--prompt", "it is  one"] * 20])
     lines = study.folded(command).split("\n")
     assert len(lines) > 3 and all(line.startswith("    ") and "\\" not in line[:-1] for line in lines)
     assert all(len(line) <= 120 or "aaa" in line for line in lines)
