@@ -254,6 +254,7 @@ def test_all_layers_are_read_unless_some_are_named(tiny, tmp_path):
         (["--prompt", "a", "--temperature", "nan"], "--temperature must be"),
         (["--prompt", "a", "--seed", "-1"], "--seed must be"),
         (["--prompt", "a", "--layers", "some"], "--layers must be all, a number or a list.*'some'"),
+        (["--prompt", "a", "--layers", ""], "--layers must be all, a number or a list.*''"),
         (["--prompt", "a", "--layers", "0"], "--layers must be at least 1"),
         (["--prompt", "a", "--receivers", "0"], "--receivers must be at least 1"),
         (["--prompt", "a", "--window", "7"], "--window must be BEGIN:END"),

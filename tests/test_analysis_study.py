@@ -79,6 +79,8 @@ def test_the_end_of_a_prompt_is_the_callers_and_is_refused_where_nothing_reads_i
     flags = [*setting, "--prompt-end", " Be brief.", "--out", str(tmp_path / "out")]
     said = run(couple.main, [*flags, "--prompt-format", "paper"])
     assert said == "--prompt-end is read with --prompt-format chat alone, got ' Be brief.'"
+    said = run(couple.main, [*setting, "--prompt-format", "chat", "--prompt-end", "\udcff"])
+    assert said == "--prompt-end must be valid text, got '\\udcff'"
     path = tmp_path / "maths.jsonl"
     path.write_text('{"problem": "What is 2 + 2?", "answer": "4"}\n')
     said = run(value.main, [*flags, "--task", f"maths:{path}"])

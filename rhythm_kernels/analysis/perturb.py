@@ -358,7 +358,7 @@ def draw(estimates: dict[str, Estimate], answers: list[dict[str, list[Overlap]]]
     left.plot(*paper, "D", color=COLORS["fai"], label="paper, Qwen3-4B-Base")
     left.set(xlabel="Jaccard at bottom FAI", ylabel="Jaccard at top FAI", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     left.set_aspect("equal")
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="best")
     left.set_title(f"top below bottom in {estimates['top below bottom'].value:.0%} of the answers", fontsize=9)
     bins = np.linspace(0, 1, 21)
     for kind, color in zip(KINDS, (COLORS["fai"], COLORS["waad"]), strict=True):

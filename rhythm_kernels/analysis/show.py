@@ -40,6 +40,7 @@ from rhythm_kernels.analysis.sources import (
     check_layers,
     check_length,
     check_receivers,
+    check_text,
     encode_prompt,
     end_tokens,
     generate,
@@ -284,11 +285,7 @@ def _text(name: str, given: str | None, file: Path | None) -> str | None:
         return None
     if not given:
         raise ValueError(f"--{name} must not be empty")
-    try:
-        given.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"--{name} must be valid text, got {given[:80]!r}") from None
-    return given
+    return check_text(f"--{name}", given)
 
 
 def _window(given: str) -> tuple[int, int]:

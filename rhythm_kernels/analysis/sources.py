@@ -130,10 +130,19 @@ def parse_layers(given: str) -> int | str | list[int]:
     try:
         numbers = [int(part) for part in given.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"--layers must be all, a number or a list such as 10,13,15, got {given!r}") from None
-    if "," in given and numbers:
-        return numbers
-    return check_int("--layers", numbers[0] if numbers else 0, 1)
+        numbers = []
+    if not numbers:
+        raise ValueError(f"--layers must be all, a number or a list such as 10,13,15, got {given!r}")
+    return numbers if "," in given else check_int("--layers", numbers[0], 1)
+
+
+def check_text(name: str, given: str) -> str:
+    """Returns a text that a tokenizer can read; raises ValueError for one with bytes that are not UTF-8."""
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be valid text, got {given[:80]!r}") from None
+    return given
 
 
 def check_layers(model: PreTrainedModel, layers: int | str | list[int]) -> list[int]:

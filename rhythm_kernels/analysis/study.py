@@ -32,6 +32,7 @@ from rhythm_kernels.analysis.sources import (
     check_layers,
     check_length,
     check_receivers,
+    check_text,
     encode_prompt,
     end_tokens,
     layer_names,
@@ -132,6 +133,7 @@ def check_flags(args: argparse.Namespace, study: str) -> None:
         args.prompt_end = STEPS if args.prompt_format == "chat" else ""
     elif args.prompt_format != "chat":
         raise ValueError(f"--prompt-end is read with --prompt-format chat alone, got {args.prompt_end!r}")
+    check_text("--prompt-end", args.prompt_end)
     check_int("--seed", args.seed, 0, 2**63 - 1)
     check_float("--temperature", args.temperature, 0.0)
     check_choice("--dtype", args.dtype, list(DTYPES))
