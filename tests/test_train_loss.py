@@ -8,7 +8,7 @@ from train_cases import ALONE
 
 from train.batch import pack
 from train.distributed import World
-from train.loss import group_advantages, grpo_loss, sampler_correction, token_weights
+from train.loss import equal_rewards, group_advantages, grpo_loss, sampler_correction, token_weights
 from train.rollout import Completion
 
 
@@ -25,8 +25,8 @@ def test_clipped_loss_by_hand():
     ratio, advantages = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
     loss, metrics = grpo_loss(ratio.log(), torch.zeros(4), advantages, torch.full((4,), 0.25), **CLIP)
     assert loss.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) / 4)
-    assert metrics["clip_ratio/high_mean"].item() == metrics["clip_ratio/low_mean"].item() == 0.25
-    assert metrics["loss"] == loss
+    assert metrics["clip_ratio/high_mean"] == metrics["clip_ratio/low_mean"] == 1
+    assert metrics["approx_kl"].item() == pytest.approx(2 * (1.5 + 0.5 - 2 - math.log(1.5) - math.log(0.5)))
 
 
 def test_upper_clip_is_its_own():
@@ -89,6 +89,17 @@ def test_advantages_by_hand():
     assert centred.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
     assert torch.allclose(group_advantages(rewards, 4, "group", ALONE), centred / (0.5 + 1e-4))
     assert torch.allclose(group_advantages(rewards, 4, "batch", ALONE), centred / (rewards.std() + 1e-4))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage(scale):
+    """Eight rewards of 0.9 have a mean of 0.90000004, and a deviation."""
+    rewards = torch.tensor([0.9] * 8 + [0.9] * 7 + [0.1])
+    assert rewards[:8].mean() != rewards[0]
+    advantages = group_advantages(rewards, 8, scale, ALONE)
+    assert advantages[:8].eq(0).all() and advantages[8:].ne(0).all()
+    assert group_advantages(rewards[:8], 8, scale, ALONE).eq(0).all()
+    assert equal_rewards(rewards, 8).tolist() == [True, False]
 
 
 def test_the_deviation_of_the_batch_is_that_of_all_ranks():

@@ -41,6 +41,14 @@ def test_metrics_are_means_over_what_is_known():
     assert "completions/mean_terminated_length" not in none
 
 
+def test_equal_fractions_are_equal_rewards():
+    batch = make_batch(make_policy())
+    rewards = torch.tensor([0.9] * 4 + [0.1] * 4 + [0.9] * 3 + [0.1])
+    old = TokenStats(batch.log_probs, batch.log_probs.exp())
+    metrics = rollout_metrics(batch, rewards, 4, old, torch.ones(len(batch.ids)), settings().credit, ALONE)
+    assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is there need not be pretended")
 def test_the_metrics_of_a_step_are_read_at_once():
     batch = make_batch(make_policy())

@@ -1,5 +1,7 @@
 """The optimizer steps: their gradient is that of the plain loss, whatever the micro-batches."""
 
+import math
+
 import pytest
 import torch
 from train_cases import ALONE, all_micros, make_batch, make_policy, on_device, settings
@@ -144,6 +146,22 @@ def test_divergence_and_sampler_correction_reach_the_gradient(policy, batch, old
     check_gradient(policy, recorder.taken[0], -(weight * ratio)[mask].sum() / count)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_metrics_of_tokens_are_means_over_the_tokens_that_ran(policy, batch, old, loss_type):
+    """Whatever the loss weighs: all are clipped. The answers to the second problem have no advantage, and do not run."""
+    config = settings(micro_batch_tokens=60, loss_type=loss_type, num_iterations=2)
+    advantages = spread(batch, torch.tensor([1.0] * 4 + [0.0] * 4 + [-1.0] * 4))
+    shift = torch.where(batch.sequence_of < 4, -1.0, 1.0) * batch.response_mask  # ratios of e and of 1 / e
+    reader = Reader(policy, batch, settings(credit="none"), GroupSchedule())
+    reader.log_probs = old.log_probs + shift
+    metrics = update_policy(policy, torch.optim.SGD(policy.parameters(), lr=0.0), batch, reader, advantages, config, ALONE)
+    tokens = batch.per_sequence(batch.response_mask.double())
+    high = (tokens[:4].sum() / (tokens[:4].sum() + tokens[8:].sum())).item()
+    assert metrics["clip_ratio/high_mean"] == pytest.approx(high)
+    assert metrics["clip_ratio/low_mean"] == pytest.approx(1 - high)
+    assert metrics["approx_kl"] == pytest.approx(high * (math.e - 2) + (1 - high) * math.exp(-1), rel=1e-4)
+
+
 def test_no_advantage_no_step(policy, batch, old):
     class Refuses(torch.optim.SGD):
         def step(self):
@@ -151,7 +169,7 @@ def test_no_advantage_no_step(policy, batch, old):
 
     zeros, optimizer = torch.zeros(len(batch.ids)), Refuses(policy.parameters(), lr=1.0)
     metrics = update_policy(policy, optimizer, batch, old, zeros, settings(), ALONE)
-    assert set(metrics.values()) == {0.0}
+    assert metrics == {"loss": 0.0, "grad_norm": 0.0}
 
 
 def test_nan_never_reaches_the_weights(policy, batch, old):

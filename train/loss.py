@@ -10,8 +10,19 @@ from train.batch import Rollouts
 from train.distributed import World
 
 
+def equal_rewards(rewards: Tensor, num_generations: int) -> Tensor:
+    """Returns which groups have equal rewards throughout: [B] -> [groups] bool.
+
+    Deviations do not tell: the mean of equal fractions is rounded, and may differ from each of them.
+    """
+    groups = rewards.view(-1, num_generations)
+    return (groups == groups[:, :1]).all(-1)
+
+
 def group_advantages(rewards: Tensor, num_generations: int, scale: str, world: World) -> Tensor:
     """Returns each reward minus its group's mean, [B], divided by the standard deviation over `scale`.
+
+    Equal rewards have advantages of 0.
 
     Args:
         rewards: [B], the answers to one problem adjacent.
@@ -19,6 +30,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str, world: W
     """
     groups = rewards.view(-1, num_generations)
     advantages = groups - groups.mean(-1, keepdim=True)
+    advantages = advantages.masked_fill(equal_rewards(rewards, num_generations)[:, None], 0.0)
     if scale == "group":
         advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
     elif scale == "batch":
@@ -63,7 +75,7 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the clipped surrogate, -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), and its metrics.
 
-    Losses and metrics add up over micro-batches and ranks.
+    Losses are weighted sums over the m tokens, metrics plain ones. Both add up over micro-batches and ranks.
 
     Args:
         log_probs, old_log_probs, advantages, weights: [m], see `token_weights`.
@@ -78,17 +90,16 @@ def grpo_loss(
         token_loss = token_loss * correction
     with torch.no_grad():
         metrics = {
-            "clip_ratio/low_mean": (((ratio < 1 - epsilon) & (advantages < 0)) * weights).sum(),
-            "clip_ratio/high_mean": (((ratio > 1 + epsilon_high) & (advantages > 0)) * weights).sum(),
-            "approx_kl": ((ratio - 1 - (log_probs - old_log_probs)) * weights).sum(),
+            "clip_ratio/low_mean": ((ratio < 1 - epsilon) & (advantages < 0)).sum(),
+            "clip_ratio/high_mean": ((ratio > 1 + epsilon_high) & (advantages > 0)).sum(),
+            "approx_kl": (ratio - 1 - (log_probs - old_log_probs)).sum(),
         }
     if reference_log_probs is not None:
         difference = reference_log_probs - log_probs
         divergence = difference.exp() - difference - 1
         token_loss = token_loss + beta * divergence
-        metrics["kl"] = (divergence.detach() * weights).sum()
-    loss = (token_loss * weights).sum()
-    return loss, metrics | {"loss": loss.detach()}
+        metrics["kl"] = divergence.detach().sum()
+    return (token_loss * weights).sum(), metrics
 
 
 def sampler_correction(log_probs: Tensor, sampler_log_probs: Tensor, cap: float) -> Tensor:

@@ -12,6 +12,7 @@ from rhythm_kernels import CreditOptions, coupled_sets, find_peaks
 from rhythm_kernels.integrations.metrics import rises
 from train.batch import Rollouts
 from train.distributed import World
+from train.loss import equal_rewards
 from train.reading import TokenStats
 
 FILE = "metrics.jsonl"
@@ -133,7 +134,7 @@ def rollout_metrics(
     deviations = rewards.view(-1, num_generations).std(-1)
     gathered.mean("reward", rewards)
     gathered.mean("reward_std", deviations)
-    gathered.mean("frac_reward_zero_std", deviations == 0)
+    gathered.mean("frac_reward_zero_std", equal_rewards(rewards, num_generations))
     gathered.mean("completions/mean_length", lengths)
     gathered.mean("completions/mean_terminated_length", lengths, batch.finished)
     gathered.mean("completions/clipped_ratio", ~batch.finished)

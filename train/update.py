@@ -20,7 +20,7 @@ from train.loss import grpo_loss, sampler_correction, token_weights
 from train.policy import Policy
 from train.reading import Reader
 
-SUMS = ("loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")  # metrics that `grpo_loss` always returns
+OF_TOKENS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "approx_kl")  # metrics that `grpo_loss` always returns
 
 
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
@@ -54,16 +54,17 @@ def update_policy(
         reference_log_probs: [N].
 
     Returns:
-        Mean metrics over all ranks.
+        Metrics of all ranks: loss and gradient norm are means over the optimizer steps, the others over the tokens that
+        ran. Where none ran these are left out.
     """
     grpo = config.grpo
     steps = _split(batch, advantages, config, world) * grpo.num_iterations
-    names = (*SUMS, "kl") if grpo.beta else SUMS
-    metrics, norm = torch.zeros(len(names), dtype=torch.float64, device=batch.ids.device), 0.0
+    names = (*OF_TOKENS, "kl") if grpo.beta else OF_TOKENS
+    sums = torch.zeros(1 + len(names), dtype=torch.float64, device=batch.ids.device)  # of the loss and of the metrics
+    norms, tokens_run = 0.0, 0
     with _training(policy):
         for counted, micros in steps:
             weights = token_weights(batch, counted, grpo.loss_type, config.rollout.max_completion_length, world)
-            step_metrics = torch.zeros_like(metrics)
             for micro in micros:
                 log_probs = reader.forward(micro)
                 if micro.is_surplus:
@@ -73,16 +74,18 @@ def update_policy(
                 shaped = advantages[tokens]
                 if reader.credits_in_loss:
                     shaped = shape_advantages(shaped[None], reader.credit(micro)[micro.answers][None])[0]
-                loss, parts = _loss(log_probs, tokens, batch, reader, shaped, weights, reference_log_probs, grpo)
+                loss, metrics = _loss(log_probs, tokens, batch, reader, shaped, weights, reference_log_probs, grpo)
                 (loss * world.size).backward()  # gradients are averaged over the ranks
-                step_metrics += torch.stack([parts[name] for name in names]).double()
+                sums += torch.stack([loss.detach(), *(metrics[name] for name in names)]).double()
+                tokens_run += len(tokens)
                 progress(len(micro.place))
-            metrics += step_metrics / len(steps)
             if micros:
                 reader.check()
-                norm += _step(policy, optimizer, grpo.max_grad_norm) / world.size / len(steps)
-    means = world.sum(torch.cat([metrics, metrics.new_full((1,), norm)])).tolist()
-    return dict(zip((*names, "grad_norm"), means, strict=True))
+                norms += _step(policy, optimizer, grpo.max_grad_norm) / world.size
+    known_here = [sums.new_full((1,), value) for value in (norms, tokens_run)]
+    loss, *of_tokens, norms, tokens_run = world.sum(torch.cat([sums, *known_here])).tolist()
+    means = {name: value / tokens_run for name, value in zip(names, of_tokens, strict=True)} if tokens_run else {}
+    return {"loss": loss / len(steps), **means, "grad_norm": norms / len(steps)}
 
 
 def answers_run(batch: Rollouts, advantages: Tensor, grpo: GRPO) -> list[bool]:
