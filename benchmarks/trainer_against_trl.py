@@ -171,7 +171,7 @@ def run_ours(model: str, completion: int, steps: int, threads: int, credit: str)
                 seconds.append(time.perf_counter() - began)
 
         extra = extra_bytes(all_steps, torch.device("cpu"))
-    return Steps(seconds[1:], int(sum(tokens[1:])), extra)
+    return Steps(seconds[1:], int(tokens[-1] - tokens[0]), extra)
 
 
 def measure(variant: str, model: str, args: argparse.Namespace) -> Steps:

@@ -1,6 +1,7 @@
 """Whole runs of the smallest preset: they repeat a golden record, survive a kill, and run with every credit."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -109,6 +110,9 @@ def test_run_folder_holds_everything(smoke, tmp_path, capsys):
     assert all(trl | own <= set(record) for record in steps_of(records))
     assert all(0 < record["rhythm/statistics_share"] < 1 for record in steps_of(records))
     assert all(record["sampling/sampling_logp_difference/max"] < 1e-4 for record in steps_of(records))
+    tokens = [record["num_tokens"] for record in steps_of(records)]
+    of_steps = [record["tokens_per_second"] * record["step_time"] for record in steps_of(records)]
+    assert tokens == pytest.approx([*itertools.accumulate(of_steps)]) and tokens[0] > 32 * 5  # as TRL counts them
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events*"))
     checkpoint = list_checkpoints(run)[-1]

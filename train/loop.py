@@ -123,6 +123,8 @@ def train_step(run: TrainingRun, number: int) -> Step:
     metrics |= {"rewards/errors": int(errors), "rewards/error_share": errors / answers}
     metrics |= {"learning_rate": run.optimizer.param_groups[0]["lr"]}
     metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
+    run.num_tokens += int(metrics["num_tokens"])
+    metrics["num_tokens"] = run.num_tokens  # of all steps, as in TRL
     return Step(metrics, scores)
 
 
@@ -173,7 +175,10 @@ def describe(step: int, metrics: dict[str, float], config: Config) -> str:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Config):
-    """Warms up linearly, then decays linearly to the final share; `step` counts from 1."""
+    """Warms up linearly, then decays linearly towards the final share, which the step after the last would have.
+
+    `step` counts from 1.
+    """
     grpo = config.grpo
     left = 1 - (step - 1) / max(1, grpo.max_steps)
     decay = grpo.final_learning_rate + (1 - grpo.final_learning_rate) * left

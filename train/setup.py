@@ -46,6 +46,8 @@ class TrainingRun:
     step: int
     """The step of the checkpoint from which the run continues, or 0."""
     is_new: bool
+    num_tokens: int
+    """Tokens of all answers so far and of their prompts, over all ranks."""
 
     @property
     def label(self) -> str:
@@ -68,7 +70,11 @@ class TrainingRun:
             self.policy.model,
             self.optimizer,
             self.tokenizer,
-            shared={"stream": self.stream.state_dict(), "metrics_bytes": self.log.flush()},
+            shared={
+                "stream": self.stream.state_dict(),
+                "metrics_bytes": self.log.flush(),
+                "num_tokens": self.num_tokens,
+            },
             own={"age": torch.tensor(schedule["age"]), **spans},
             config=self.config.settings(),
             keep=self.config.run.save_total_limit,
@@ -106,7 +112,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     optimizer = make_optimizer(policy, config)
     stream = ProblemStream(train, seed)
     schedule = GroupSchedule(**config.credit.schedule_arguments)
-    step, metrics_bytes = 0, 0
+    step, metrics_bytes, num_tokens = 0, 0, 0
     checkpoints = list_checkpoints(folder)
     if checkpoints:
         saved = restore(checkpoints[-1], policy.model, optimizer, config=config.settings())
@@ -114,6 +120,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         if saved.own is not None:
             schedule.load_state_dict({"age": int(saved.own["age"]), "spans": saved.own.get("spans")})
         step, metrics_bytes = saved.step, saved.shared["metrics_bytes"]
+        num_tokens = saved.shared.get("num_tokens", 0)  # older checkpoints do not have it
 
     log = MetricsLog(folder, step, metrics_bytes, world)
     with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
@@ -134,6 +141,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             log=log,
             step=step,
             is_new=not checkpoints,
+            num_tokens=num_tokens,
         )
         if log.missing:
             run.say(log.missing)
