@@ -116,14 +116,20 @@ class GRPO:
     adam_beta2: float = flag(0.999, "AdamW's decay of the mean squared gradient", least=0, below=1)
     adam_epsilon: float = flag(1e-8, "AdamW's term beside the root of the mean square", above=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", least=0)
-    final_learning_rate: float = flag(0.1, "share of the learning rate left at the last step", least=0, most=1)
+    final_learning_rate: float = flag(
+        0.1,
+        "the learning rate falls linearly towards this share, which the step after the last would have",
+        least=0,
+        most=1,
+    )
     max_grad_norm: float = flag(1.0, "the gradient is scaled down to this norm", above=0)
     epsilon: float = flag(0.2, "lower clip of the probability ratio: 1 - epsilon", above=0, most=1)
     epsilon_high: float = flag(0.2, "upper clip of the probability ratio: 1 + epsilon_high", above=0)
     beta: float = flag(0.0, "weight of the KL divergence from the first policy; above 0 keeps a copy of it", least=0)
     loss_type: str = flag(
         "dapo",
-        "dapo: mean over all tokens; grpo: mean over answers of their tokens' mean; dr_grpo: sum over a constant",
+        "what the sum over the tokens of an optimizer step is divided by; dapo: the number of tokens; grpo: the number "
+        "of answers, after a mean over each answer; dr_grpo: the number of answers times --max-completion-length",
         choices=("dapo", "grpo", "dr_grpo"),
     )
     scale_rewards: str = flag(
@@ -131,13 +137,17 @@ class GRPO:
         "divide advantages by the standard deviation of the group, of the batch, or by nothing",
         choices=("group", "batch", "none"),
     )
-    mask_truncated_completions: bool = flag(False, "leave answers that were cut off out of the loss")
-    vllm_importance_sampling_correction: bool = flag(
-        False, "weight each token by the trainer's over the sampler's probability, with either engine"
+    mask_truncated_completions: bool = flag(
+        False, "leave answers that were cut off out of the loss; their reward is 0 and counts in their group's mean"
     )
-    vllm_importance_sampling_cap: float = flag(2.0, "largest weight of that correction", above=0)
+    vllm_importance_sampling_correction: bool = flag(
+        False, "weight each token by min(cap, p_trainer / p_sampler), its probabilities, with either engine"
+    )
+    vllm_importance_sampling_cap: float = flag(2.0, "the cap of that correction", above=0)
     num_iterations: int = flag(1, "passes over a rollout batch", least=1)
-    gradient_steps: int = flag(2, "optimizer steps in a pass; they divide --prompts-per-step", least=1)
+    gradient_steps: int = flag(
+        2, "optimizer steps in a pass; --prompts-per-step is a multiple of them times the ranks", least=1
+    )
     micro_batch_tokens: int = flag(
         4096, "most tokens in one forward, prompts included; a longer sequence goes alone", least=1
     )
