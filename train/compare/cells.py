@@ -9,7 +9,7 @@ from train.config import BadSetting, Config, flag_name
 from train.flags import check_given
 from train.presets import PREFIXES, PRESETS, load_preset, read_changes
 
-BASELINE = "none"
+BASELINE, RANDOM = "none", "random"
 ABLATION = PREFIXES["the paper's ablations"]
 CELLS: dict[str, dict[str, object]] = {
     **{strategy: {"credit": strategy} for strategy in STRATEGIES},

@@ -8,6 +8,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from train.compare.cells import Groups, label
+from train.compare.scores import of_shared_seeds
 
 matplotlib.use("Agg")  # files only
 ROWS = {"peak": "moving average of the peak", "solved": "solve rate"}
@@ -25,7 +26,13 @@ def draw_figures(evaluations: pandas.DataFrame, out: Path, peak_weight: float) -
         figures["top.png"] = ("Coupled credit for other top fractions (the paper's Figure 7)", cells)
     for name, (title, cells) in figures.items():
         is_ablation = name != "strategies.png"
-        draw_curves(evaluations, cells, out / name, f"{title}, a = {peak_weight:g}", is_ablation=is_ablation)
+        draw_curves(
+            of_shared_seeds(evaluations, cells),
+            cells,
+            out / name,
+            f"{title}, a = {peak_weight:g}",
+            is_ablation=is_ablation,
+        )
     return list(figures)
 
 

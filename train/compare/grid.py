@@ -110,7 +110,7 @@ def open_grid(out: Path, cells: dict[str, Config], jobs: int | None, ranks: int 
     with claim(out):
         check_same(out, grid.cells)
         for cell in grid.cells:
-            if not has_begun(cell.folder):
+            if not holds_run(cell.folder):
                 write_config(cell.config, cell.folder)
         yield grid
 
@@ -118,6 +118,13 @@ def open_grid(out: Path, cells: dict[str, Config], jobs: int | None, ranks: int 
 def make_cell(out: Path, name: str, config: Config, seed: int, share: Share) -> Cell:
     folder = out / name / f"seed-{seed}"
     return Cell(f"{name}, seed {seed}", folder, config.change(seeds=(seed,), threads=share.threads, output=str(folder)))
+
+
+def holds_run(folder: Path) -> bool:
+    """Returns whether a run in this folder has a checkpoint, or is finished: kept runs have no checkpoints."""
+    if has_begun(folder):
+        return True
+    return (folder / CONFIG).exists() and is_finished(Config.load(folder / CONFIG), read_whole(folder))
 
 
 def check_same(out: Path, cells: list[Cell]) -> None:
@@ -128,7 +135,7 @@ def check_same(out: Path, cells: list[Cell]) -> None:
     own, any_cell = {cell.folder: cell.config for cell in cells}, cells[0].config
     of_cells = [name for name in any_cell.flat() if name.startswith(PREFIX)] + ["seeds"]
     texts: dict[str, None] = {}
-    for folder in filter(has_begun, sorted(out.glob("*/seed-*"))):
+    for folder in filter(holds_run, sorted(out.glob("*/seed-*"))):
         but = MAY_DIFFER if folder in own else [*MAY_DIFFER, *of_cells]
         texts |= dict.fromkeys(differences(Config.load(folder / CONFIG), own.get(folder, any_cell), but))
     if texts:

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pandas
 
-from train.compare.cells import BASELINE, Groups, label
+from train.compare.cells import BASELINE, RANDOM, Groups, label
 from train.compare.figures import draw_figures
 from train.compare.runs import Run
 from train.compare.scores import (
     CONFIDENCE,
+    FEWEST_PAIRS,
     MEASURES,
     POWER,
     Difference,
     at_end,
     differences_of,
     evaluations_of,
+    of_shared_seeds,
     training_of,
+    unpaired_seeds,
 )
 from train.config import BadSetting
 from train.console import say
@@ -42,7 +45,7 @@ def write_report(runs: Sequence[Run], out: Path, peak_weight: float | None = Non
         raise BadSetting(f"--out must be a folder to write in, got {str(out)!r}: {error.strerror}") from error
     evaluations = evaluations_of(runs, weight)
     ends, training = at_end(evaluations), training_of(runs)
-    sections = _sections(runs, ends, training, weight)
+    sections = _sections(runs, evaluations, training, weight)
     text = "\n\n".join(part if part.startswith("|") else textwrap.fill(part, WIDTH) for part in sections)
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
     (out / "report.json").write_text(json.dumps(_numbers(runs, evaluations, ends, training, weight), indent=1) + "\n")
@@ -51,26 +54,36 @@ def write_report(runs: Sequence[Run], out: Path, peak_weight: float | None = Non
     say(f"\nin {out}: report.md, report.json, {', '.join(figures)}")
 
 
-def _sections(runs: Sequence[Run], ends: pandas.DataFrame, training: pandas.DataFrame, weight: float) -> list[str]:
+def _sections(
+    runs: Sequence[Run], evaluations: pandas.DataFrame, training: pandas.DataFrame, weight: float
+) -> list[str]:
     """Returns the parts of the report: tables, and sentences that say what their numbers are."""
+    ends = at_end(evaluations)
     first, seeds = runs[0].config, sorted({run.seed for run in runs})
     groups = Groups.of(list(dict.fromkeys(run.cell for run in runs)))
     present = [*groups.strategies, *groups.bottom, *groups.top]
+    evaluated = len({step for step, _ in runs[0].evaluations})
     parts = [
         f"# Credit compared: {first.preset}",
         f"{len(runs)} runs of {first.grpo.max_steps} steps, seeds {', '.join(map(str, seeds))}. Solve rates are in "
-        f"per cent of {_problems(runs)} held-out problems, means over seeds. {_explain(ends, weight)}",
+        f"per cent of {_problems(runs)} held-out problems, means over seeds. {_explain(ends)}",
+        *_notes(evaluations),
         "## Strategies, as in the paper's Tables 3 and 4",
-        *_score_tables(ends, groups.strategies),
+        *_score_tables(ends, groups.strategies, weight, evaluated),
     ]
+    if chosen := [cell for cell in groups.strategies if cell not in (BASELINE, RANDOM)]:
+        parts += _against_random(ends, chosen)
     if groups.bottom or groups.top:
         cells = [*groups.baseline, *groups.bottom, *groups.largest, *groups.top]
-        parts += ["## Ablations, as in the paper's Table 5", *_score_tables(ends, cells, is_ablation=True)]
+        parts += [
+            "## Ablations, as in the paper's Table 5",
+            *_score_tables(ends, cells, weight, evaluated, is_ablation=True),
+        ]
     parts += ["## What these seeds can show", _power_text(), _power_table(ends, present)]
     parts += [
         "## Beside the scores",
         "Reward, length and cut-off answers of the training are means over the last tenth of the steps; cut-off "
-        "answers of the evaluations are those after the last step. All are means over seeds.",
+        "answers of the evaluations are those after the last step. All are means over the seeds that all rows have.",
         _beside_table(ends, training, present),
     ]
     return parts
@@ -85,16 +98,16 @@ def _problems(runs: Sequence[Run]) -> str:
     return ", ".join(f"{count:,} ({name})" for name, count in counts.items())
 
 
-def _explain(ends: pandas.DataFrame, weight: float) -> str:
+def _explain(ends: pandas.DataFrame) -> str:
     seeds = ends.groupby("cell")["seed"].nunique()
     if BASELINE not in seeds:
         return f"No run is GRPO (--credit {BASELINE}), so there are no differences against it."
     text = (
         f"A difference is against GRPO, within each seed that both have, and its interval is Student's t over "
-        f"these differences ({CONFIDENCE:.0%}). It says what other seeds would give on these problems. The standard "
-        f"error that the problems alone give a row's last score stands behind ±: all seeds and rows answer the same "
-        f"problems, so more seeds do not lower it, and most of it cancels in a difference. No correction is made for "
-        f"the number of comparisons. The moving average has the weight {weight:g}."
+        f"these differences ({CONFIDENCE:.0%}). The interval says what other seeds would give on these problems. "
+        "Behind ± stands the standard error of a single run's score, from the problems and from the answers that were "
+        "sampled to them. Seeds share the problems and not the samples, so the mean of S seeds is off by less than "
+        "that, and by at least 1 / sqrt(S) of it. No correction is made for the number of comparisons."
     )
     pairs = {cell: pair.seeds for cells in differences_of(ends, "last").values() for cell, pair in cells.items()}
     if alone := [cell for cell, count in pairs.items() if count < 2]:
@@ -104,22 +117,84 @@ def _explain(ends: pandas.DataFrame, weight: float) -> str:
     return text
 
 
-def _score_tables(ends: pandas.DataFrame, cells: Sequence[str], is_ablation: bool = False) -> Iterator[str]:
-    """Yields for each measure a sentence and its table: scores, and differences against GRPO."""
-    sets, seeds = list(dict.fromkeys(ends["set"])), ends.groupby("cell")["seed"].nunique()
+def _notes(evaluations: pandas.DataFrame) -> Iterator[str]:
+    """Yields sentences on runs that are no pair or were not verified."""
+    if unpaired := unpaired_seeds(evaluations):
+        yield (
+            f"The runs of seed {', '.join(map(str, unpaired))} do not begin with the same solve rates, so they began "
+            "with other policies or other samples: pairing them takes nothing out of a difference."
+        )
+    unverified = evaluations[evaluations["unverified"] > 0]
+    if len(unverified):
+        worst = unverified.loc[unverified["unverified"].idxmax()]
+        yield (
+            f"Answers that could not be verified count as wrong. There are up to {worst['unverified']:.1%} in an "
+            f"evaluation: {worst['cell']}, seed {worst['seed']}, {worst['set']}, step {worst['step']}."
+        )
+
+
+def _which_seeds(ends: pandas.DataFrame, cells: Sequence[str]) -> str:
+    """Returns a sentence on the seeds that are left out since not all of the cells have them; else nothing."""
+    of_cells = [set(ends.loc[ends["cell"] == cell, "seed"]) for cell in cells]
+    shared, all_seeds = set.intersection(*of_cells), set.union(*of_cells)
+    if not shared:
+        return " No seed is common to all rows: the scores of two rows are of different seeds."
+    if shared == all_seeds:
+        return ""
+    kept, left = (", ".join(map(str, sorted(seeds))) for seeds in (shared, all_seeds - shared))
+    return f" Rows are of the seeds that all of them have, {kept}, without {left}."
+
+
+def _score_tables(
+    ends: pandas.DataFrame, cells: Sequence[str], weight: float, evaluated: int, *, is_ablation: bool = False
+) -> Iterator[str]:
+    """Yields for each measure a sentence and its table: scores, and differences against GRPO.
+
+    Args:
+        weight: of the moving average of the peak.
+        evaluated: how many evaluations a run has.
+    """
+    shared = of_shared_seeds(ends, cells)
+    sets, seeds = list(dict.fromkeys(shared["set"])), shared.groupby("cell")["seed"].nunique()
     for measure, what in MEASURES.items():
-        differences = differences_of(ends, measure)
-        means = 100 * ends.groupby(["cell", "set"])[[measure, "error"]].mean()
+        differences = differences_of(shared, measure)
+        means = 100 * shared.groupby(["cell", "set"])[[measure, "error"]].mean()
         rows = []
         for cell in cells:
-            scores = [
-                f"{means.loc[(cell, name), measure]:.1f} ± {means.loc[(cell, name), 'error']:.1f}" for name in sets
-            ]
+            scores = [f"{means.loc[(cell, name), measure]:.1f}" for name in sets]
+            if measure == "last":
+                scores = [f"{score} ± {means.loc[(cell, name), 'error']:.1f}" for score, name in zip(scores, sets)]
             pairs = [differences.get(name, {}).get(cell) for name in sets]
             texts = [f"{score} {_show(pair)}" if pair else score for score, pair in zip(scores, pairs, strict=True)]
             rows.append([label(cell, is_ablation), str(seeds[cell]), *texts])
-        yield f"Scores are {what}."
+        text = f"Scores are {what}.{_which_seeds(ends, cells)}"
+        if measure == "peak":
+            text += (
+                f" Its weight is {weight:g}. It begins at the solve rate before the training, which has at least "
+                f"{(1 - weight) ** (evaluated - 1):.0%} of the weight in the end."
+            )
+        yield text
         yield markdown(["method", "seeds", *sets], rows)
+
+
+def _against_random(ends: pandas.DataFrame, cells: Sequence[str]) -> Iterator[str]:
+    """Yields a sentence and a table of differences against random credit, if there is such a run."""
+    of_measure = {measure: differences_of(ends, measure, RANDOM) for measure in MEASURES}
+    sets, rows = list(dict.fromkeys(ends["set"])), []
+    for cell in cells:
+        pairs = [of_measure[measure].get(name, {}).get(cell) for measure in MEASURES for name in sets]
+        if any(pairs):
+            rows.append([label(cell), str(pairs[0].seeds), *map(_show, pairs)])
+    if rows:
+        yield (
+            "Random credit raises the advantages of as many tokens, whichever they are. Differences against it say "
+            "what the choice of the tokens adds."
+        )
+        yield markdown(["method", "pairs", *_heads(sets)], rows)
+
+
+def _heads(sets: Sequence[str]) -> list[str]:
+    return [f"{name}, {'peak average' if measure == 'peak' else 'last'}" for measure in MEASURES for name in sets]
 
 
 def _show(difference: Difference) -> str:
@@ -134,7 +209,8 @@ def _power_text() -> str:
     return (
         f"The smallest true difference against GRPO, in points, that a two-sided paired t test at "
         f"{1 - CONFIDENCE:.0%} finds with a probability of {POWER:.0%}, from the standard deviation (sd) of the "
-        f"differences that was found, in points. A difference that is smaller may be there and not show."
+        f"differences that was found, in points. A difference that is smaller may be there and not show. The deviation "
+        f"of few pairs is itself uncertain, so there is no number for fewer than {FEWEST_PAIRS} pairs."
     )
 
 
@@ -145,20 +221,20 @@ def _power_table(ends: pandas.DataFrame, cells: Sequence[str]) -> str:
         pairs = [of_measure[measure].get(name, {}).get(cell) for measure in MEASURES for name in sets]
         if any(pairs):
             rows.append([label(cell), str(pairs[0].seeds), *map(_show_power, pairs)])
-    heads = [f"{name}, {'peak average' if measure == 'peak' else 'last'}" for measure in MEASURES for name in sets]
-    return markdown(["method", "pairs", *heads], rows) if rows else "There are no differences."
+    return markdown(["method", "pairs", *_heads(sets)], rows) if rows else "There are no differences."
 
 
 def _show_power(difference: Difference) -> str:
     if difference.detectable is None:
-        return "one seed"
+        return "-"
     return f"{100 * difference.detectable:.1f} (sd {100 * difference.deviation:.1f})"
 
 
 def _beside_table(ends: pandas.DataFrame, training: pandas.DataFrame, cells: Sequence[str]) -> str:
-    sets, rows = list(dict.fromkeys(ends["set"])), []
+    shared, training = of_shared_seeds(ends, cells), of_shared_seeds(training, cells)
+    sets, rows = list(dict.fromkeys(shared["set"])), []
     trained = training.groupby("cell")[["reward", "length", "cut_off"]].mean()
-    finished = ends.groupby(["cell", "set"])["finished"].mean()
+    finished = shared.groupby(["cell", "set"])["finished"].mean()
     for cell in cells:
         texts = ["-", "-", "-"]
         if cell in trained.index:

@@ -1,6 +1,7 @@
 """Reads finished runs, refuses those that cannot be compared, and keeps what a comparison reads of them."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,20 +64,16 @@ def find_runs(places: Sequence[Path]) -> list[Run]:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Returns the finished runs in these folders, which differ in the options of the credit and in the seed alone.
 
+    A folder that is named twice is one run.
+
     Raises:
-        BadSetting: a run is not finished, lacks an evaluation that others have, differs in another setting, or two
-            runs have the same settings; the message names the run.
+        BadSetting: a run is not finished, lacks a step or an evaluation, has metrics that are none, differs in another
+            setting, or two runs have the same settings; the message names the run.
     """
+    folders = [*{folder.resolve(): folder for folder in folders}.values()]
     configs = [Config.load(folder / CONFIG) for folder in folders]
     known = zip(name_cells(configs), folders, configs, strict=True)
-    runs = [Run(cell, config.run.seeds[0], folder, config, read_whole(folder)) for cell, folder, config in known]
-    for run in runs:
-        if not is_finished(run.config, run.records):
-            last = run.records[-1]["step"] if run.records else "none"
-            raise BadSetting(
-                f"{run.folder} must be a finished run, but has no evaluation after step {run.config.grpo.max_steps}; "
-                f"the last step in its {FILE} is {last}. python -m train --resume {run.folder} continues it"
-            )
+    runs = [_read(cell, folder, config) for cell, folder, config in known]
     _check_settings(runs)
     _check_evaluations(runs)
     places: dict[tuple[str, int], Path] = {}
@@ -86,10 +83,50 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def _read(cell: str, folder: Path, config: Config) -> Run:
+    try:
+        run = Run(cell, config.run.seeds[0], folder, config, read_whole(folder))
+        if not is_finished(config, run.records):
+            last = run.records[-1]["step"] if run.records else "none"
+            raise BadSetting(
+                f"{folder} must be a finished run, but has no evaluation after step {config.grpo.max_steps}; "
+                f"the last step in its {FILE} is {last}. python -m train --resume {folder} continues it"
+            )
+        _check_numbers(run)
+    except BadSetting:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadSetting(
+            f"{folder / FILE} must hold the metrics of a run, got {type(error).__name__}: {error}"
+        ) from error
+    return run
+
+
+def _check_numbers(run: Run) -> None:
+    """Raises BadSetting if a step or an evaluation is lost or there twice, or a number cannot be one."""
+    last, every = run.config.grpo.max_steps, run.config.run.eval_steps
+    steps, evaluated = [line["step"] for line in run.steps], [step for step, _ in run.evaluations]
+    due = [0, *(range(every, last, every) if every else ()), last]
+    if steps != [*range(1, last + 1)] or evaluated != due:
+        raise BadSetting(
+            f"{run.folder} must have each of {last} steps once and evaluations after the steps {due}, "
+            f"got {len(steps)} steps and evaluations after {evaluated}"
+        )
+    for step, evaluation in run.evaluations:
+        for name, rate in evaluation.rates.items():
+            if not (0 <= rate.solved <= 1 and 0 <= rate.finished <= 1 and rate.standard_error >= 0):
+                raise BadSetting(f"{run.folder} must have shares as solve rates, got {rate} of {name} at step {step}")
+    for line in run.steps:
+        for name in STEP_METRICS.values():
+            if not math.isfinite(line[name]):
+                raise BadSetting(f"{run.folder} must have a finite {name}, got {line[name]} at step {line['step']}")
+
+
 def keep(runs: Sequence[Run], out: Path) -> None:
     """Writes what a comparison reads of each run to out/CELL/seed-N, from where it can be compared again.
 
-    That is its configuration, its evaluations and `STEP_METRICS`. What is there already stays.
+    That is its configuration, its evaluations and `STEP_METRICS`. What is there already stays. The configuration is
+    written last: a folder without it, which a kill left behind, is written anew.
 
     Raises:
         BadSetting: `out` holds another run of this cell and seed, or cannot be written.
@@ -98,17 +135,18 @@ def keep(runs: Sequence[Run], out: Path) -> None:
     for run in runs:
         folder = out / run.cell / f"seed-{run.seed}"
         slim = [one if is_evaluation(one) else {name: one[name] for name in kept} for one in run.records]
-        config, text = run.config.change(output=""), "".join(json.dumps(record) + "\n" for record in slim)
+        text = "".join(json.dumps(record) + "\n" for record in slim)
         try:
-            if (folder / CONFIG).exists() and (Config.load(folder / CONFIG), (folder / FILE).read_text()) != (
-                config,
-                text,
-            ):
-                raise BadSetting(
-                    f"--keep must name a folder without another run of {run.cell}, seed {run.seed}, got {out}"
-                )
-            write_config(config, folder)
+            if (folder / CONFIG).exists():
+                there = Config.load(folder / CONFIG).settings(), (folder / FILE).read_text(encoding="utf-8")
+                if there != (run.config.settings(), text):
+                    raise BadSetting(
+                        f"--keep must name a folder without another run of {run.cell}, seed {run.seed}, got {out}"
+                    )
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / FILE).write_text(text, encoding="utf-8")
+            write_config(run.config.change(output=""), folder)
         except OSError as error:
             raise BadSetting(f"--keep must be a folder to write in, got {str(out)!r}: {error.strerror}") from error
 
@@ -142,10 +180,14 @@ def _check_settings(runs: Sequence[Run]) -> None:
 
 
 def _check_evaluations(runs: Sequence[Run]) -> None:
-    """Raises BadSetting for a run that lacks an evaluation: a lost line of its metrics."""
-    made = [{(step, name) for step, evaluation in run.evaluations for name in evaluation.rates} for run in runs]
-    every = set().union(*made)
-    for run, evaluations in zip(runs, made, strict=True):
-        if missing := sorted(every - evaluations):
-            texts = ", ".join(f"{name} at step {step}" for step, name in missing)
-            raise BadSetting(f"{run.folder} lacks evaluations that other runs have: {texts}")
+    """Raises BadSetting for a run with other evaluation sets, or other numbers of problems, than the first."""
+    for run in runs:
+        for step, evaluation in run.evaluations:
+            sets, first = (
+                {name: rate.problems for name, rate in rates.items()}
+                for rates in (evaluation.rates, runs[0].evaluations[0][1].rates)
+            )
+            if sets != first:
+                raise BadSetting(
+                    f"{run.folder} must have the problems of {runs[0].folder}, {first}, got {sets} at step {step}"
+                )
