@@ -12,14 +12,16 @@ import pytest
 from test_train_run import command, environment, timeless
 from train_cases import ALONE, TOKENIZER
 
+import train.loop
 from rhythm_kernels.tasks import Problem
 from train import command as commands
 from train.checkpoint import list_checkpoints
 from train.config import BadSetting, Config, RunError
 from train.launch import launch, run_side_by_side
-from train.metrics import FILE, MetricsLog, whole_lines
+from train.metrics import FILE, MetricsLog, read_metrics, whole_lines
 from train.presets import load_preset
 from train.problems import Prompts, check_fit, load_evaluations
+from train.rewards import Rewards, Score
 from train.rollout import Completion
 from train.stop import Stopped, asked, heeded, held
 
@@ -61,6 +63,50 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_continues_bit_for_b
     said = run.communicate()[1].decode()
     assert run.returncode == 128 + number and number.name in said and "Traceback" not in said
     assert 3 <= int(list_checkpoints(tmp_path / "run")[-1].name[5:]) < 30
+    assert launch(Config.load(tmp_path / "run" / "config.json"), tmp_path / "run") == 0
+    assert launch(smoke(tmp_path / "whole", **changes)) == 0
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when, saved", [("scoring", 1), ("update", 2)])
+def test_a_step_that_is_stopped_after_its_scoring_is_kept_whatever_failed_in_it(tmp_path, monkeypatch, when, saved):
+    """A signal in the second step: before its scores are there it may be why they fail, and the first step is saved."""
+    config, run, calls = smoke(tmp_path / "run", max_steps=3, save_steps=100), tmp_path / "run", []
+
+    def stopping(original):
+        def wrapped(*arguments, **options):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments, **options)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rewards, "score", lambda self, texts, *rest: [Score(0.0, "worker died") for _ in texts])
+        if when == "scoring":
+            patch.setattr(train.loop, "pack", stopping(train.loop.pack))
+        else:
+            patch.setattr(train.loop, "update_policy", stopping(train.loop.update_policy))
+        assert commands.run("python -m train", lambda: launch(config)) == 143
+    assert list_checkpoints(run)[-1].name == f"step-00000{saved}"
+    assert [record["step"] for record in read_metrics(run)] == [0, *range(1, saved + 1)]
+
+
+def test_a_step_that_is_not_kept_is_made_again_bit_for_bit(tmp_path, monkeypatch):
+    changes = {"max_steps": 3, "save_steps": 100}
+    score = Rewards.score
+
+    def stopped(self, texts, *rest):
+        if len(read_metrics(tmp_path / "run")) == 2:  # the first evaluation and the first step
+            os.kill(os.getpid(), signal.SIGTERM)
+            return [Score(0.0, "worker died") for _ in texts]
+        return score(self, texts, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rewards, "score", stopped)
+        assert commands.run("python -m train", lambda: launch(smoke(tmp_path / "run", **changes))) == 143
+    assert list_checkpoints(tmp_path / "run")[-1].name == "step-000001"
     assert launch(Config.load(tmp_path / "run" / "config.json"), tmp_path / "run") == 0
     assert launch(smoke(tmp_path / "whole", **changes)) == 0
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")

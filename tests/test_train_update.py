@@ -148,13 +148,14 @@ def test_divergence_and_sampler_correction_reach_the_gradient(policy, batch, old
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_metrics_of_tokens_are_means_over_the_tokens_that_ran(policy, batch, old, loss_type):
-    """Whatever the loss weighs: all are clipped. The answers to the second problem have no advantage, and do not run."""
+    """Whatever the loss weighs: all are clipped. The answers to the second problem have no advantage and do not run."""
     config = settings(micro_batch_tokens=60, loss_type=loss_type, num_iterations=2)
     advantages = spread(batch, torch.tensor([1.0] * 4 + [0.0] * 4 + [-1.0] * 4))
     shift = torch.where(batch.sequence_of < 4, -1.0, 1.0) * batch.response_mask  # ratios of e and of 1 / e
     reader = Reader(policy, batch, settings(credit="none"), GroupSchedule())
     reader.log_probs = old.log_probs + shift
-    metrics = update_policy(policy, torch.optim.SGD(policy.parameters(), lr=0.0), batch, reader, advantages, config, ALONE)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    metrics = update_policy(policy, optimizer, batch, reader, advantages, config, ALONE)
     tokens = batch.per_sequence(batch.response_mask.double())
     high = (tokens[:4].sum() / (tokens[:4].sum() + tokens[8:].sum())).item()
     assert metrics["clip_ratio/high_mean"] == pytest.approx(high)

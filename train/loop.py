@@ -52,7 +52,11 @@ def train(config: Config, folder: Path):
         numbers = range(run.step + 1, grpo.max_steps + 1)
         with held():
             for number in (steps := bar(numbers, f"{run.label} GRPO", "step", disable=not run.world.is_first)):
-                step = train_step(run, number)
+                try:
+                    step = train_step(run, number)
+                except Stopped:
+                    run.save(number - 1)
+                    raise
                 run.log.write(number, step.metrics)
                 steps.set_postfix(reward=f"{step.metrics['reward']:.2f}", refresh=False)
                 warned = warn(run, number, step, warned)
@@ -61,8 +65,6 @@ def train(config: Config, folder: Path):
                 if is_due(report.eval_steps, number, grpo.max_steps):
                     assess(run, number, f"step {number}")
                 stop = run.world.most(asked())  # all ranks stop after the same step
-                if stop and run.world.most(step.metrics["rewards/errors"]):
-                    raise Stopped(stop)  # the signal may have ended verifications: this step is not kept
                 if number % report.save_steps == 0 or number == grpo.max_steps or stop:
                     run.save(number)
                 if stop:
@@ -71,16 +73,21 @@ def train(config: Config, folder: Path):
 
 
 def train_step(run: TrainingRun, number: int) -> Step:
-    """Makes one step, from problems to an updated policy; `number` counts from 1."""
+    """Makes one step, from problems to an updated policy; `number` counts from 1.
+
+    Raises:
+        Stopped: a signal may have ended verifications; the run is as it was before the step.
+    """
     config, world = run.config, run.world
     rollout, grpo = config.rollout, config.grpo
     phase = Phases(f"{run.label} step {number}", shown=world.is_first)
     draw, n = world.draw(config.run.seeds[0], number), rollout.num_generations
     set_learning_rate(run.optimizer, number, config)
 
+    cursor = run.stream.state_dict()
     problems = world.share(run.stream.take(rollout.prompts_per_step), grpo.gradient_steps)
-    asked = [problem for problem in problems for _ in range(n)]
-    with phase("rollout", len(asked), "answer") as advance:
+    copies = [problem for problem in problems for _ in range(n)]
+    with phase("rollout", len(copies), "answer") as advance:
         prompts = [run.prompts.encode(problem) for problem in problems]
         sampling = Sampling(rollout.max_completion_length, rollout.temperature, draw)
         run.engine.wake()
@@ -88,9 +95,12 @@ def train_step(run: TrainingRun, number: int) -> Step:
         run.engine.sleep()
         batch = pack(prompts, completions, n, world.device)  # B answers, N tokens in one row
 
-    with phase("reward", len(asked), "answer") as advance:
+    with phase("reward", len(copies), "answer") as advance:
         texts = run.prompts.decode(completions)
-        scores = run.rewards.score(texts, asked, advance)
+        scores = run.rewards.score(texts, copies, advance)
+        if (stop := world.most(asked())) and world.most(count_errors(scores)):
+            run.stream.load_state_dict(cursor)
+            raise Stopped(stop)
         rewards = torch.tensor([score.reward for score in scores], dtype=torch.float32, device=world.device)
         rewards = rewards * batch.finished
         advantages = group_advantages(rewards, n, grpo.scale_rewards, world)[batch.sequence_of]  # [N]
@@ -101,7 +111,7 @@ def train_step(run: TrainingRun, number: int) -> Step:
         reader.read(micro_batches(batch, before, grpo.micro_batch_tokens, world), advance)  # WAAD and FAI too
         reference = None
         if run.reference:
-            micros = micro_batches(batch, range(len(asked)), grpo.micro_batch_tokens, world)
+            micros = micro_batches(batch, range(len(copies)), grpo.micro_batch_tokens, world)
             reference = read_log_probs(run.reference, batch, micros)
 
     with phase("credit"):

@@ -43,7 +43,6 @@ def heeded() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _State.asked = 0
     try:
         for number in SIGNALS:
             if before[number] is not signal.SIG_IGN:
@@ -52,6 +51,7 @@ def heeded() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _State.asked = 0
 
 
 @contextmanager
