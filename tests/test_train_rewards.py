@@ -65,6 +65,14 @@ def torch_is_loaded(completion, answer):
     return float("torch" in sys.modules)
 
 
+def end_by_a_signal_once(completion, answer):
+    if not os.path.exists(answer):
+        Path(answer).touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    return 1.0
+
+
 @pytest.fixture(scope="module")
 def rewards():
     with Rewards(workers=2, timeout=2.0) as rewards:
@@ -92,6 +100,12 @@ def test_failure_costs_its_own_answer_only(rewards, monkeypatch, verifier, error
     assert scores == [Score(1.0), Score(0.0, error), Score(0.0), Score(1.0)]
     assert count_errors(scores) == 1 and describe_errors(scores) == f"{error} (1)"
     assert time.monotonic() - began < 30
+
+
+def test_a_signal_to_the_whole_job_costs_no_answer(rewards, monkeypatch, tmp_path):
+    monkeypatch.setitem(VERIFIERS, "ended", end_by_a_signal_once)
+    problems = [MATHS, Problem("", str(tmp_path / "there"), "ended"), MATHS]
+    assert rewards.score([r"\boxed{5}", "", r"\boxed{6}"], problems) == [Score(1.0), Score(1.0), Score(0.0)]
 
 
 def test_reasons_of_errors_are_counted():

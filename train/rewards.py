@@ -21,6 +21,7 @@ from typing import NamedTuple
 from pebble import ProcessExpired, ProcessPool
 
 from rhythm_kernels.tasks import VERIFIERS, Problem, maths
+from train.stop import SIGNALS
 
 BOUNDED = frozenset({"words", "countdown", "choice"})  # exact arithmetic or text comparison, limited in length
 PATIENCE = 120.0  # seconds beyond the timeout in which workers that start or are replaced must finish something
@@ -178,7 +179,7 @@ def describe_errors(scores: Sequence[Score]) -> str:
 
 
 def _score_of(future: Future) -> Score:
-    """Returns the score of a verification; raises BrokenProcessPool or CancelledError if the pool gave up on it."""
+    """Returns the score of a verification; raises BrokenProcessPool or CancelledError if it must be made again."""
     error = future.exception()
     if error is None:
         return future.result()
@@ -187,5 +188,7 @@ def _score_of(future: Future) -> Score:
     if isinstance(error, TimedOut):
         return Score(0.0, "timed out")
     if isinstance(error, ProcessExpired):
+        if error.exitcode in SIGNALS:  # without its sign; the signal was for the whole job, not for this answer
+            raise BrokenProcessPool from error
         return Score(0.0, f"worker died: exit code {error.exitcode}")
     return Score(0.0, describe(error))
