@@ -3,6 +3,7 @@
 Loads no torch, so that a command line can show its help at once.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 
@@ -16,6 +17,7 @@ MAX_WINDOW = 256  # tokens
 MOST_AMPLIFICATION = 1e37  # keeps every factor finite in fp32
 SPAN_ROWS = 512  # benchmarks/results/span-sample.md
 PREFIX = "credit"
+LIST = ","  # a word that marks a list, which may have one item
 
 
 def _option(default: object, help: str, **limits) -> Field:
@@ -28,7 +30,7 @@ class CreditOptions:
     """The options of a run's credit, with the defaults of `collect` and `token_credit`.
 
     Raises:
-        TypeError, ValueError: an option has the wrong type or value; the message starts with the option's name.
+        TypeError, ValueError: an option has the wrong type or value; the message begins with its name and "must".
     """
 
     strategy: str = _option("coupled", "what multiplies a token's positive advantage", choices=STRATEGIES)
@@ -144,15 +146,16 @@ def from_flat(settings: Mapping[str, object]) -> CreditOptions:
     """Makes the options from settings under their flat names; other settings are not read.
 
     Raises:
-        TypeError, ValueError: those of `CreditOptions`; the message starts with the flat name.
+        TypeError, ValueError: those of `CreditOptions`, with the flat name.
     """
     flat = {option.name: flat_name(option.name) for option in fields(CreditOptions)}
     options = {name: settings[setting] for name, setting in flat.items() if setting in settings}
     try:
         return CreditOptions(**options)
-    except (TypeError, ValueError) as error:  # its message starts with the option's name
-        name = str(error).partition(" ")[0]
-        raise type(error)(flat_name(name) + str(error).removeprefix(name)) from None
+    except (TypeError, ValueError) as error:
+        names, must, what = str(error).partition(" must ")
+        flat_names = re.sub(r"\w+", lambda word: flat.get(word[0], word[0]), names)
+        raise type(error)(flat_names + must + what) from None
 
 
 def read_text(option: Field, value: object) -> object:
@@ -163,9 +166,11 @@ def read_text(option: Field, value: object) -> object:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) for word in words):
         return value
-    words = [word for text in words for word in text.replace(",", " ").split()]
+    split = [word for text in words for word in text.replace(",", " ").split()]
+    if option.name == "layers" and any("," in text for text in words):
+        split.append(LIST)
     try:
-        return _READERS.get(option.name, _READERS.get(type(option.default), _read_word))(words)
+        return _READERS.get(option.name, _READERS.get(type(option.default), _read_word))(split)
     except (ValueError, KeyError):
         return value
 
@@ -192,9 +197,11 @@ def _read_count(words: list[str]) -> int | None:
 
 
 def _read_layers(words: list[str]) -> int | str | tuple[int, ...]:
+    """Reads "all", a count of layers, or a list of indices; a list of one has a comma: "10,"."""
     if words == ["all"]:
         return "all"
-    return int(words[0]) if len(words) == 1 else tuple(map(int, words))
+    numbers = [int(word) for word in words if word != LIST]
+    return numbers[0] if len(words) == 1 else tuple(numbers)
 
 
 def _read_horizon(words: list[str]) -> tuple[int | None, ...]:
@@ -236,7 +243,7 @@ def _check(option: Field, value: object, limits: dict) -> None:
 
 
 def _check_layers(layers: object) -> int | str | tuple[int, ...]:
-    if layers == "all":
+    if isinstance(layers, str) and layers == "all":
         return layers
     indices = [layers] if isinstance(layers, int) else layers
     is_list = isinstance(indices, Sequence) and not isinstance(indices, str)

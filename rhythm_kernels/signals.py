@@ -76,7 +76,7 @@ def rhythm_of(
     return rhythm._replace(waad=rhythm.waad.masked_fill_(unknown, nan), fai=rhythm.fai.masked_fill_(unknown, nan))
 
 
-def check_groups(groups: HeadGroups, layers: int | str, heads: int | str, sequences: int) -> None:
+def check_groups(groups: HeadGroups, layers: int | str, heads: int | str, sequences: int | str) -> None:
     """Raises TypeError or ValueError for groups that are not [L, HQ] or [sequences, L, HQ], bool."""
     if not isinstance(groups, HeadGroups):
         raise TypeError(f"groups must be HeadGroups, got {type(groups).__name__}")

@@ -58,7 +58,14 @@ def can_look(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is torch.Tensor
 
 
-def check_cu_seqlens(cu_seqlens: object, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+def check_binary(name: str, mask: torch.Tensor) -> None:
+    """Raises ValueError for a mask with a value that is neither 0 nor 1; waits for a GPU."""
+    strange = mask[(mask != 0) & (mask != 1)]
+    if len(strange):
+        raise ValueError(f"{name} must hold only 0 and 1, got {strange[0].item()}")
+
+
+def check_cu_seqlens(cu_seqlens: object, batch: int, device: torch.device) -> torch.Tensor:
     """Checks type, shape and device. To check the values, the host would have to wait for a GPU."""
     check_tensor("cu_seqlens", cu_seqlens, ["S + 1"], [torch.int32, torch.int64], device)
     if batch != 1:

@@ -1,5 +1,6 @@
 """`rhythm bench`: what it times is checked first, and the table has what was asked for."""
 
+import gc
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from models import dense_stats, eager_maps, llama
 
 from rhythm_kernels import reference
 from rhythm_kernels.analysis import bench, cli
+from rhythm_kernels.analysis.measure import interleave
 
 TOKENS = 96
 
@@ -40,6 +42,19 @@ def test_what_is_timed_agrees(model, ids):
     logits, c = variants["groups known"]()
     assert torch.equal(logits, variants["forward"]()) and c.rhythm().spans is None
     assert "paper's way" not in bench.make_variants(model, ids, eager=False)[0]
+
+
+def test_layers_are_places_where_some_were_removed(model, ids):
+    model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in (0, 3, 4, 4, 5))
+    model.config.num_hidden_layers = 5
+    assert bench.make_variants(model, ids, eager=True)[1] < bench.EXACT
+
+
+def test_a_run_that_fails_leaves_the_garbage_collector_as_it_was():
+    before = gc.get_freeze_count()
+    with pytest.raises(ZeroDivisionError):
+        interleave({"one": lambda: 1 / 0}, 3, "test")
+    assert gc.get_freeze_count() == before
 
 
 def test_wrong_statistics_are_not_timed(model, ids, monkeypatch):

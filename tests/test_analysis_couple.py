@@ -156,7 +156,9 @@ def test_an_interval_covers_what_it_should():
     estimate = bootstrap(columns, share, seed=0)
     assert estimate.value == 4 / 6 and (estimate.low, estimate.high) == (0.5, 0.75)
     assert estimate == bootstrap(columns, share, seed=0)
-    assert bootstrap(columns[:1], share, seed=0) == (0.5, 0.5, 0.5)
+    one = bootstrap(columns[:1], share, seed=0)
+    assert one.value == 0.5 and np.isnan(one[1:]).all(), "other problems may give anything"
+    assert np.isnan(bootstrap(columns * 1e-20, share, seed=0)).all(), "a share of rounding errors"
     for nothing in (columns[2:], np.zeros((0, 2))):
         assert np.isnan(bootstrap(nothing, share, seed=0)).all()
     assert study.shown(bootstrap(columns[2:], share, seed=0)) == "–"

@@ -11,8 +11,9 @@ from study_cases import run, tiny_folder
 from rhythm_kernels.analysis import couple, perturb, study, value
 from rhythm_kernels.analysis.bootstrap import Estimate
 from rhythm_kernels.analysis.resume import Log
-from rhythm_kernels.analysis.sources import layer_names, load
+from rhythm_kernels.analysis.sources import encode_prompt, layer_names, load
 from rhythm_kernels.analysis.study import shown
+from train.words import build_tokenizer
 
 STUDIES = {"couple": couple.main, "perturb": perturb.main, "value": value.main}
 
@@ -153,6 +154,11 @@ def test_answers_without_peaks_give_dashes():
     assert len(lines) == len(rows) and all(line.endswith("| – | – | – | – | – |") for line in lines)
 
 
+def test_a_word_that_the_tokenizer_lacks_is_named():
+    with pytest.raises(ValueError, match="the model's tokenizer does not read the prompt 'What is 2'"):
+        encode_prompt(build_tokenizer(), "What is 2")
+
+
 def test_a_long_command_is_folded_so_that_a_shell_still_reads_it():
     command = shlex.join(["rhythm", "value", "a" * 130, "--prompt-end", "", *["--prompt", "it is  one"] * 20])
     lines = study.folded(command).split("\n")
@@ -165,6 +171,7 @@ def test_a_long_command_is_folded_so_that_a_shell_still_reads_it():
 def test_what_is_not_defined_is_a_dash():
     nothing = float("nan")
     assert shown(nothing, ".1%") == shown(Estimate(nothing, nothing, nothing)) == "–"
+    assert shown(Estimate(0.5, nothing, nothing), ".2f") == "0.50"
     assert shown(0.25, ".1%") == "25.0%" and shown(Estimate(0.5, 0.25, 0.75), ".2f") == "0.50 [0.25, 0.75]"
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from rhythm_kernels.analysis import value, value_choices, value_judge, value_rep
 from rhythm_kernels.analysis.decisions import Sampled, areas, by_tenth, ceiling, decide, largest, ranks, shares
 from rhythm_kernels.analysis.problems import Problem
 from rhythm_kernels.analysis.rollouts import Row, continue_rows
-from rhythm_kernels.analysis.study import Answer
+from rhythm_kernels.analysis.study import Answer, Study
 from rhythm_kernels.analysis.value_page import render
 from train.words import build_tokenizer
 
@@ -377,6 +378,23 @@ def test_another_top_fraction_needs_no_new_continuations(setting, tmp_path, monk
     assert numbers["tokens"]["value"] == numbers["decisions"]["value"] == numbers["chance"]["value"] == 1
     message = run(value.main, [*arguments, "--out", str(tmp_path), "--continuations", "16"])
     assert "continuations was 8 and is 16" in message
+
+
+def test_corrected_answers_are_measured_anew(setting, tmp_path, monkeypatch):
+    """The answers that the model gave stay; which of them are right is another question."""
+    arguments, out = setting
+    (tmp_path / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes())
+    corrected = tmp_path / "corrected.jsonl"
+    task = Path(arguments[arguments.index("--task") + 1])
+    before = task.read_text()
+    corrected.write_text(before.replace('"answer": "1"', '"answer": "0"'))
+    monkeypatch.setattr(Study, "_generate", lambda *_: pytest.fail("answered again"))
+    try:
+        task.write_text(corrected.read_text())
+        assert run(value.main, [*arguments, "--out", str(tmp_path)]) is None
+    finally:
+        task.write_text(before)
+    assert data_of(tmp_path)["balance"]["value"] != data_of(out)["balance"]["value"]
 
 
 def test_choices_need_no_new_continuations(setting, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from rhythm_kernels.statistics.more import MORE
 from rhythm_kernels.statistics.spans import mean_over_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOO_LONG = "q must have at most 4194304 tokens in a row, got 4194305"
 SMALL_TILES = {  # one row or one item at a time, and tiles that reach over several packed sequences
     blockwise_rows: {"ROW_TILE": 7, "TILE_BYTES": 1, "SHORT": 0},
     blockwise_band: {"BAND_TILE": 5, "SHORT_TILE": 3, "BAND_BYTES": 1, "MASK_BYTES": 0},
@@ -378,6 +379,7 @@ HEADS = torch.ones(4, dtype=torch.bool)
         (Q[..., :0], K[..., :0], {}, ValueError, "head size of at least 1"),
         (Q[..., ::2], K[..., ::2], {}, ValueError, "q must be contiguous in its last dimension, got strides"),
         (Q, K.to("meta"), {}, ValueError, "k must be on cpu, got meta"),
+        (Q[:, :, :1].expand(2, 4, 2**22 + 1, 16), K[:, :, :1].expand(2, 2, 2**22 + 1, 16), {}, ValueError, TOO_LONG),
         (Q, K, {"scale": "1"}, TypeError, "scale must be a float, got str"),
         (Q, K, {"scale": float("inf")}, ValueError, "scale must be finite"),
         (Q, K, {"lse": torch.zeros(2, 4, 7)}, ValueError, r"lse must have shape \[2, 4, 8\], got \[2, 4, 7\]"),

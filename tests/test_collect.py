@@ -1,17 +1,19 @@
 """`collect` against transformers' own eager maps: every statistic, group and edge of the contract."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import SIZES, dense_rhythm, dense_stats, eager_maps, llama, qwen3
 from stats_cases import StatsCase, assert_close_to_reference, tensors
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import GPT2Config, GPT2LMHeadModel, Llama4ForCausalLM, Llama4TextConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import AttentionStats, GroupStats, HeadGroups, Rhythm, collect, reference
 from rhythm_kernels.listen import collector
+from rhythm_kernels.listen.clock import Clock
 from rhythm_kernels.listen.taps import layers_of
 from rhythm_kernels.signals import rhythm_of
 from rhythm_kernels.statistics.layout import make_layout
@@ -387,6 +389,27 @@ def test_a_stage_of_a_pipeline_is_refused():
         collect(model)
 
 
+def test_positions_of_one_row_may_come_without_a_batch():
+    model = GPT2LMHeadModel._from_config(GPT2Config(n_embd=24, n_layer=3, n_head=3, vocab_size=61)).eval()
+    ids = batch_inputs("left")[0][:1]
+    with torch.no_grad(), collect(model) as c:
+        model(ids, position_ids=torch.arange(TOKENS))
+    with torch.no_grad(), collect(model) as again:
+        model(ids, position_ids=torch.arange(TOKENS)[None])
+    assert torch.equal(c.rhythm().waad, again.rhythm().waad)
+
+
+def test_the_clock_is_that_of_the_models_gpu(monkeypatch):
+    streams = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=streams.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    clock = Clock()
+    clock.device = torch.device("cuda:1")
+    with clock:
+        pass
+    assert streams == ["the stream of cuda:1"] * 2
+
+
 def test_what_cannot_be_collected_is_refused():
     model = llama()
     ids, real, response = batch_inputs("left")
@@ -432,6 +455,14 @@ def test_what_cannot_be_collected_is_refused():
         collect(model, groups=groups)
     with pytest.raises(TypeError, match="groups must be HeadGroups, got tuple"):
         collect(model, groups=(1, 2))
+    with pytest.raises(TypeError, match="groups.local_heads must be a tensor, got NoneType"):
+        collect(model, groups=HeadGroups(None, None))
+    with pytest.raises(ValueError, match=r"groups.local_heads must have shape \[3, 6\], got \[\]"):
+        collect(model, groups=HeadGroups(torch.tensor(True), torch.tensor(True)))
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds, got neither"), collect(model):
+        model(attention_mask=torch.ones(3, TOKENS))
+    with pytest.raises(ValueError, match="attention_mask must hold only 0 and 1, got -1"), collect(model):
+        model(ids, attention_mask=torch.where(torch.arange(TOKENS) < 5, -1, 1).expand(3, -1))
     with pytest.raises(ValueError, match="window must be between 1 and 256, got 0"):
         collect(model, window=0)
     with pytest.raises(TypeError, match=r"horizon must be \(lo, hi\) in tokens, .* got 50"):

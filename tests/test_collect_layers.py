@@ -40,6 +40,15 @@ def test_layers_that_do_not_run_are_named_as_such():
         c.rhythm()
 
 
+def test_a_forward_that_fails_did_run():
+    model = llama("sdpa")
+    model.model.layers[0].forward = lambda hidden_states, **kwargs: 1 / 0
+    with torch.no_grad(), pytest.raises(ZeroDivisionError), collect(model) as c:
+        model(ids_of())
+    with pytest.raises(RuntimeError, match="the forward did not call their attention, or failed"):
+        c.rhythm()
+
+
 def test_a_subclass_of_an_attention_is_one():
     from transformers.models.llama.modeling_llama import LlamaAttention
 

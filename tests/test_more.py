@@ -18,6 +18,7 @@ LINEAR = (*MASSES, "column_sum")
 Q, K = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16)
 HEADS = torch.ones(4, dtype=torch.bool)
 LENGTHS = torch.tensor([3, 5])
+HUGE = (2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30)
 
 
 @pytest.mark.parametrize("lse_given", [False, True])
@@ -39,6 +40,31 @@ def test_all_of_them_with_every_option(kind, lse_given, monkeypatch):
     for per_sequence in (False, True):
         groups = torch.rand(len(options["prefix_lengths"]), 6) < 0.5 if per_sequence else torch.arange(6) < 2
         assert_groups_close(run_groups(case, groups, ~groups), case, groups, ~groups)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "name, large, whole",
+    [
+        *(("sliding_window", size, 40) for size in HUGE),
+        *(("horizon", (1, size), (1, 40)) for size in HUGE),
+        *(("horizon", (size, None), (40, None)) for size in HUGE),
+        *(("first_keys", size, 40) for size in HUGE),
+        ("prefix_lengths", torch.tensor([2**63 - 1, 2**31 + 5]), torch.tensor([40, 40])),
+        ("prefix_lengths", torch.tensor([2**31 - 1, 3], dtype=torch.int32), torch.tensor([40, 3])),
+    ],
+)
+def test_a_size_above_that_of_the_sequence_is_the_whole_sequence(name, large, whole, backend):
+    options = {"more": ("first_mass", "prefix_mass"), "prefix_lengths": LENGTHS, "backend": backend}
+    options |= {"cu_seqlens": torch.tensor([0, 15, 40]), "response_mask": torch.arange(40)[None] % 3 > 0}
+    generator = torch.Generator().manual_seed(1)
+    q, k = (triton_calls.on_device(torch.randn(1, heads, 40, 16, generator=generator)) for heads in (4, 2))
+    got, want = (
+        attention_stats(q, k, **{key: triton_calls.on_device(x) for key, x in (options | {name: size}).items()})
+        for size in (large, whole)
+    )
+    for x, y in zip((*got[:4], *got.more.values()), (*want[:4], *want.more.values()), strict=True):
+        assert x.isfinite().all() and torch.equal(x, y)
 
 
 def test_names_come_in_one_order_and_once():

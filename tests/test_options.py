@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from rhythm_kernels import CreditOptions, GroupSchedule, collect, coupled_sets, token_credit
@@ -53,6 +54,8 @@ def test_every_option_reaches_a_function():
         ("layers", "3", 3),
         ("layers", ["3", "-1"], (3, -1)),
         ("layers", "3,4", (3, 4)),
+        ("layers", "3,", (3,)),
+        ("layers", ["-1,"], (-1,)),
         ("span_rows", "128", 128),
         ("span_rows", ["none"], None),
         ("horizon", ["4", "20"], (4, 20)),
@@ -102,3 +105,10 @@ def test_bad_values_are_refused_under_the_name_that_they_were_given_by(name, val
 def test_groups_are_disjoint():
     with pytest.raises(ValueError, match="must leave disjoint groups, got 0.6 and 0.5"):
         CreditOptions(local_fraction=0.6, global_fraction=0.5)
+    with pytest.raises(ValueError, match="^credit_local_fraction and credit_global_fraction must leave"):
+        from_flat({"credit_local_fraction": 0.6, "credit_global_fraction": 0.5})
+
+
+def test_layers_may_not_be_an_array():
+    with pytest.raises(TypeError, match='^layers must be "all", an int or a list of layer indices, got array'):
+        CreditOptions(layers=np.array([1, 2]))

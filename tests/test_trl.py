@@ -50,6 +50,7 @@ from rhythm_kernels.integrations import trl_pass
 from rhythm_kernels.integrations.trl import OLD, RhythmGRPOConfig, RhythmGRPOTrainer, RhythmMixin
 
 ROOT = Path(__file__).parent.parent
+IN_A_STEP = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1}
 
 pytestmark = pytest.mark.xdist_group("trl")
 
@@ -91,7 +92,7 @@ def test_real_answers_and_their_padding(tmp_path, way):
     "changes",
     [
         {"num_iterations": 2, **OLD_PASS, "max_steps": 4},
-        {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1},  # both in one step
+        IN_A_STEP,
         {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
         {"steps_per_generation": 1, "gradient_accumulation_steps": 3, "max_steps": 1},
         {"gradient_checkpointing": False, **ONE_STEP},
@@ -242,7 +243,7 @@ def test_an_evaluation_is_left_alone(tmp_path):
 # ---- head groups, metrics, checkpoints -------------------------------------------------------------------------------
 
 
-@WAYS
+@pytest.mark.parametrize("way", [OLD_PASS, ONE_STEP, IN_A_STEP], ids=["old pass", "loss", "iterations in a step"])
 def test_groups_serve_several_generation_batches(tmp_path, monkeypatch, way):
     trainer = make_trainer(tmp_path, Recording, max_steps=1, credit_groups_every=3, **TWO_LAYERS, **way)
     given, collect = [], trl_pass.collect
@@ -255,12 +256,16 @@ def test_groups_serve_several_generation_batches(tmp_path, monkeypatch, way):
     trainer.args.max_steps = 4 * trainer._generate_every // trainer.args.gradient_accumulation_steps
     trainer.train()
     assert len(trainer.generations) == 4
-    assert [groups is None for groups in given] == [True, True, False, False, False, False, True, True]
+    forwards = trainer.args.steps_per_generation  # of a generation batch; a second iteration reads nothing
+    assert [groups is None for groups in given] == [
+        ranks for ranks in (True, False, False, True) for _ in range(forwards)
+    ]
     weights, batch = trainer.generations[0]
     maps, rows, segments = dense_parts(weights, batch)
     _, _, dense = dense_rhythm(maps, LAYERS, rows, segments, len(rows), per_batch=True, horizon=tuple(HORIZON))
-    assert torch.equal(given[2].local_heads, dense[0].local_heads) and torch.equal(
-        given[2].global_heads, dense[0].global_heads
+    later = given[forwards]
+    assert torch.equal(later.local_heads, dense[0].local_heads) and torch.equal(
+        later.global_heads, dense[0].global_heads
     )
     drifts = [record for record in trainer.state.log_history if "rhythm/groups_spearman" in record]
     assert len(drifts) == 1 and {"rhythm/groups_local_overlap", "rhythm/groups_global_overlap"} < drifts[0].keys()

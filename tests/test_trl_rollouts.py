@@ -36,6 +36,7 @@ from trl_cases import (
 
 from rhythm_kernels.integrations import trl as integration
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer, RhythmMixin
+from rhythm_kernels.integrations.virtual_tokens import VirtualTokensCollector
 
 pytestmark = pytest.mark.xdist_group("trl")
 
@@ -287,6 +288,21 @@ def test_virtual_tokens_are_counted(tmp_path, way, name, attention):
         for row in range(len(wanted)):
             for each in found[(generation, *key_of(batch, row))]:
                 torch.testing.assert_close(each, wanted[row])
+
+
+def test_no_mask_outlives_the_context():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), adapter("prompt tuning"))
+    real = torch.arange(30) >= torch.tensor([[0], [7]])
+    with torch.no_grad(), VirtualTokensCollector(model, 5, real, layers=TWO_LAYERS["credit_layers"]) as collector:
+        model(torch.full((2, 30), 5), attention_mask=real.long(), use_cache=False)
+    assert collector.rhythm().waad.shape == (2, 35)
+    held, seen = [vars(collector)], []
+    while held:
+        item = held.pop()
+        seen += [item] if isinstance(item, torch.Tensor) else []
+        held += [*item.values()] if isinstance(item, dict) else [*item] if isinstance(item, (list, tuple)) else []
+    assert seen and all(tensor.numel() < 35 * 35 for tensor in seen)
 
 
 def test_virtual_tokens_with_head_groups_of_an_earlier_batch(tmp_path):

@@ -28,7 +28,7 @@ from rhythm_kernels.analysis.sources import DTYPES, SMOLLM2, check_device, check
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.collector import Collector
-from rhythm_kernels.listen.taps import attention_modules
+from rhythm_kernels.listen.taps import layers_of, query_heads
 from rhythm_kernels.types import AttentionStats
 
 WINDOW, HORIZON = 10, (10, 50)
@@ -65,12 +65,17 @@ def eager_forward(model: nn.Module, decoder: nn.Module, layers: list[int], ids: 
     """Runs the paper's auxiliary forward, eager in every layer; returns the statistics of `layers`, summed at once."""
     sums, stats = EagerSums(ids.shape[1], ids.device), {}
 
+    places: dict[nn.Module, list[int]] = {}  # of the calls of a module that are still to come
+    for layer, module in layers_of(decoder).attention.items():
+        places.setdefault(module, []).append(layer)
+
     def sum_maps(module: nn.Module, _, output) -> None:
-        if module.layer_idx in layers:
-            stats.setdefault(module.layer_idx, sums(output[1]))
+        layer = places[module].pop(0)
+        if layer in layers:
+            stats[layer] = sums(output[1])
 
     implementation = decoder.config._attn_implementation
-    hooks = [module.register_forward_hook(sum_maps) for module in attention_modules(decoder)]
+    hooks = [module.register_forward_hook(sum_maps) for module in places]
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
@@ -125,7 +130,7 @@ def make_variants(model: nn.Module, ids: Tensor, *, eager: bool) -> tuple[dict[s
 
 def eager_bytes(decoder: nn.Module, tokens: int, dtype: torch.dtype) -> int:
     """Returns the fewest bytes that one layer's eager maps need: scores, softmax in fp32, and its cast."""
-    return decoder.config.num_attention_heads * tokens**2 * (2 * dtype.itemsize + 4)
+    return query_heads(decoder) * tokens**2 * (2 * dtype.itemsize + 4)
 
 
 def table(measured: dict[str, Measured]) -> str:
@@ -150,9 +155,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=600, help="seconds after which no further round starts, after 3 rounds (600)"
     )
-    parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where torch finds a GPU"
-    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto: cuda where torch finds a GPU")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved, float32 on a CPU"
     )

@@ -7,10 +7,11 @@ import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 2000
+ROUNDING = 1e-12  # a sum of decisions below it is one of rounding errors
 
 
 class Estimate(NamedTuple):
-    """A number and its bootstrap interval; NaN where it is not defined, such as a share of nothing."""
+    """A number and its bootstrap interval; NaN where one is not defined: a share of nothing, one problem's interval."""
 
     value: float
     low: float
@@ -38,11 +39,11 @@ def bootstrap(
         resampled = np.asarray(statistic(*(counts @ columns).T))
     resampled = resampled[np.isfinite(resampled)]  # a resample may hold no trial at all
     low, high = np.nan, np.nan
-    if len(resampled):
+    if len(columns) > 1 and len(resampled) and np.isfinite(value):
         low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
 
 
 def share(hits: np.ndarray, trials: np.ndarray) -> np.ndarray:
-    """Returns hits / trials: the statistic of most numbers in the reports."""
-    return hits / trials
+    """Returns hits / trials, the statistic of most numbers in the reports; NaN without trials."""
+    return np.where(np.abs(trials) > ROUNDING, hits / trials, np.nan)

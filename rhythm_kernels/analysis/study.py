@@ -228,7 +228,8 @@ class Study:
                 generated = self.log.once(key, partial(self._generate, prompts, begin))
                 indices = range(begin, begin + len(prompts))
                 batch = [Answer(*each) for each in zip(indices, prompts, generated, strict=True)]
-                key = f"measured from {begin} {digest_of(prompts, generated)}"
+                golds = [self.problems[index].gold for index in indices]  # of a file that may have been corrected
+                key = f"measured from {begin} {digest_of(prompts, generated, golds)}"
                 results += self.log.once(key, partial(measure, batch))
                 answers += batch
                 bar.update(len(batch))
@@ -379,10 +380,10 @@ def quoted(text: str) -> str:
 
 
 def shown(number: Estimate | float, spec: str = ".3f") -> str:
-    """Returns a number, an estimate with its interval in brackets, or a dash where the number is not defined."""
+    """Returns a number, an estimate with its interval in brackets if it has one, or a dash where it is not defined."""
     if isinstance(number, Estimate):
         interval = f" [{number.low:{spec}}, {number.high:{spec}}]"
-        return shown(number.value, spec) + interval * (not math.isnan(number.value))
+        return shown(number.value, spec) + interval * (not math.isnan(number.low))
     return "–" if math.isnan(number) else f"{number:{spec}}"
 
 

@@ -104,7 +104,7 @@ def check_packing(cu_seqlens: Tensor | None, response_mask: Tensor) -> Tensor | 
     """Returns cu_seqlens in int32. Checks its values if the host need not wait for them."""
     if cu_seqlens is None:
         return None
-    check_cu_seqlens(cu_seqlens, *response_mask.shape, response_mask.device)
+    check_cu_seqlens(cu_seqlens, len(response_mask), response_mask.device)
     if can_look(cu_seqlens):
         check_cuts(cu_seqlens.tolist(), response_mask.shape[1])
     # values that int32 does not hold stay wrong

@@ -264,8 +264,8 @@ class RhythmMixin:
         if GAMMA not in inputs:
             inputs[GAMMA] = read.gamma
             self._finish(read)
-            if (self._step + 1) % self._generate_every == 0:
-                self._end_generation_batch()
+        if not self._runs_old_pass() and (self._step + 1) % self._generate_every == 0:
+            self._end_generation_batch()
         return loss
 
     def _loss_with(self, model, inputs, read: Pass | None, advantages: Callable[[], Tensor] | None = None) -> Tensor:

@@ -56,7 +56,6 @@ class TrainerCredit:
     def __init__(self, options: CreditOptions, ranks: dict[str, int]):
         self.options = options
         self.schedule = GroupSchedule(**options.schedule_arguments)
-        self.passes = 0
         settings = ", ".join(f"{name} {value}" for name, value in asdict(options).items())
         say_once(f"rhythm credit is on: {settings}{sharing(ranks)}")
 
@@ -79,11 +78,12 @@ class TrainerCredit:
         return {f"rhythm/groups_{name}": value for name, value in drift._asdict().items()} if drift else {}
 
     def shape(
-        self, advantages: Tensor, response_mask: Tensor, signals: dict[str, Tensor]
+        self, advantages: Tensor, response_mask: Tensor, signals: dict[str, Tensor], step: int
     ) -> tuple[Tensor, dict[str, float]]:
         """Returns the shaped advantages [B, T], and metrics.
 
         Args:
+            step: the trainer's global step, from which random credit draws: a resumed run goes on with new draws.
             advantages: [B, T].
             response_mask: [B, T] bool, R.
             signals: the signals that the strategy reads, [B, T] each, by the name of their field.
@@ -94,10 +94,9 @@ class TrainerCredit:
             response_mask,
             rhythm,
             entropy=signals.get("entropy"),
-            seed=self.options.draw_seed(self.passes),
+            seed=self.options.draw_seed(step),
             **self.options.credit_arguments,
         )
-        self.passes += 1
         sums = credit_sums(gamma, response_mask, self.options, rhythm)
         return shape_advantages(advantages, gamma), credit_means({name: total.item() for name, total in sums.items()})
 
@@ -131,8 +130,10 @@ def wrap_old_log_prob(compute_old_log_prob: Callable) -> Callable:
             return compute_old_log_prob(trainer, batch, metrics)
         request_batch = batch
         request_batch.extra_info[BLOCK] = credit.request()
-        batch = compute_old_log_prob(trainer, request_batch, metrics)
-        del request_batch.extra_info[BLOCK]  # the reference's and the critic's passes must not be read
+        try:
+            batch = compute_old_log_prob(trainer, request_batch, metrics)
+        finally:
+            del request_batch.extra_info[BLOCK]  # the reference's and the critic's passes must not be read
         spans = tokens = None
         if credit.schedule.groups is None:
             fields = _get(batch, [SPANS, "response_mask"])
@@ -156,7 +157,8 @@ def wrap_advantage(compute_advantage: Callable) -> Callable:
         fields = _get(batch, ["advantages", "response_mask", *names])
         nested_mask = fields["response_mask"]
         signals = {name: _pad(_response_part(fields[name], nested_mask)) for name in names}
-        shaped, new_metrics = credit.shape(_pad(fields["advantages"]), _pad(nested_mask).bool(), signals)
+        advantages, response_mask = _pad(fields["advantages"]), _pad(nested_mask).bool()
+        shaped, new_metrics = credit.shape(advantages, response_mask, signals, trainer.global_steps)
         metrics.update(new_metrics)
         return _put(batch, {"advantages": shaped}, nested_mask)
 
@@ -168,10 +170,10 @@ def _get(batch, names: list[str]) -> dict[str, Tensor]:
     import transfer_queue
 
     fields = transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-    missing = set(names) - set(fields.keys())
-    if missing:
+    lacking = set(names) - set(fields.keys())
+    if lacking:
         raise RuntimeError(
-            f"the batch has no {', '.join(sorted(missing))}: the plug-in must be installed where the workers run too, "
+            f"the batch has no {', '.join(sorted(lacking))}: the plug-in must be installed where the workers run too, "
             "and the old-log-prob pass must be that of the FSDP or the Megatron engine"
         )
     return {name: fields[name] for name in names}

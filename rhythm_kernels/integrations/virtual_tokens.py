@@ -68,6 +68,11 @@ class VirtualTokensCollector(collect):
             arguments = arguments | {"attention_mask": mask.gather(1, self._order)}
         super()._prepare(arguments, inputs)
 
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._order = None
+        self._moved.clear()  # masks of T x T
+
     def record(self, layer: int, call: Call) -> None:
         if self._order is not None:
             with isolated(call.query.device):

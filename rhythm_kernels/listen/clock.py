@@ -6,25 +6,25 @@ import torch
 
 
 class Clock:
-    """Adds up the seconds inside its `with` blocks: wall time, or the stream's time if `on_gpu` is set."""
+    """Adds up the seconds inside its `with` blocks: wall time, or the time of a GPU's current stream."""
 
     def __init__(self):
-        self.on_gpu = False
+        self.device = torch.device("cpu")
         self.wall = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def _now(self):
-        if not self.on_gpu:
+        if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # the model's GPU need not be the current one
         return event
 
     def __enter__(self) -> None:
         self.begin = self._now()
 
     def __exit__(self, *_) -> None:
-        if self.on_gpu:
+        if self.device.type == "cuda":
             self.events.append((self.begin, self._now()))
         else:
             self.wall += self._now() - self.begin

@@ -57,7 +57,7 @@ class collect(Collector):  # called like a function, and named like one
             them of each head, or summed over `groups` as in `group_stats`. "row_entropy" and "largest_score" read every
             key of every row of R, and are refused with `groups`.
         groups: head groups of an earlier batch, [L, HQ] or, for each sequence of this one, [B, L, HQ], on any device.
-            Then spans are not computed and heads outside the groups are skipped.
+            Then spans are not computed, nor statistics of the heads outside the groups.
         group_by: "sequence": head groups from each sequence's own spans (the paper's reading); "batch": from the
             spans over the whole batch.
         local_fraction, global_fraction: fractions of local and global heads.
@@ -112,7 +112,7 @@ class collect(Collector):  # called like a function, and named like one
             if response_mask is not None:
                 check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
             if cu_seqlens is not None:
-                check_cu_seqlens(cu_seqlens, 1, "T", torch.device("cpu"))
+                check_cu_seqlens(cu_seqlens, 1, torch.device("cpu"))
             self._response_mask, self._cu_seqlens = response_mask, cu_seqlens
             self._options = {
                 "window": check_int("window", window, 1, MAX_WINDOW),
@@ -127,8 +127,7 @@ class collect(Collector):  # called like a function, and named like one
                 "global_fraction": check_float("global_fraction", global_fraction, 0.0, 1.0),
             }
             if groups is not None:
-                sequences = groups[0].shape[0] if isinstance(groups, HeadGroups) else 0
-                check_groups(groups, len(self.layers), self._query_heads(), sequences)
+                check_groups(groups, len(self.layers), self._query_heads(), "S")
             self.groups, self.backend = groups, check_choice("backend", backend, BACKENDS)
             self._lse = check_choice("lse", lse, LSE)
             self.asks_for_lse = lse == "model" and not (self._shards and self._shards.of_tokens)

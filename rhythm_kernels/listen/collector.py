@@ -136,11 +136,8 @@ class Collector:
         """
         missing = [layer for layer in self.layers if layer not in self.stats]
         if missing:
-            why = (
-                "no forward ran inside the context"
-                if not self.stats
-                else "the forward did not call their attention, or failed"
-            )
+            ran = self.layout is not None
+            why = "the forward did not call their attention, or failed" if ran else "no forward ran inside the context"
             raise RuntimeError(f"no statistics of layers {missing}: {why}")
         if self._rhythm is not None:
             return self._rhythm
@@ -213,6 +210,8 @@ class Collector:
             arguments = self._read_arguments(args, kwargs)
             ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
             inputs = embeddings if ids is None else ids
+            if not isinstance(inputs, Tensor):
+                raise ValueError(f"the model needs input_ids or inputs_embeds, got neither among {[*arguments]}")
             check_device("the model's inputs", inputs.device)
             facts |= {"the batch's rows": len(inputs), "layers": self.layers, "options": self._options | self._grouping}
             facts |= {"more": (self._more["more"], self._more["first_keys"])}
@@ -228,7 +227,7 @@ class Collector:
             arguments: the arguments of the decoder's forward, by name.
             inputs: the token ids or the embeddings, [B, T, ...].
         """
-        self.findings.clock.on_gpu = self.findings.check_clock.on_gpu = inputs.is_cuda
+        self.findings.clock.device = self.findings.check_clock.device = inputs.device
         batch, tokens = inputs.shape[:2]
         if self._shards is None:
             sharding = self._tap.sharding()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels.host import fetch
+from rhythm_kernels.tensor_checks import check_binary
 
 
 def find_sequences(
@@ -28,8 +29,7 @@ def find_sequences(
     fetched = iter(fetch([x for x in (mask, cu_seqlens, position_ids) if x is not None]))
     mask, cu_seqlens, position_ids = (None if x is None else next(fetched) for x in (mask, cu_seqlens, position_ids))
     if mask is not None and mask.is_floating_point():  # PEFT makes it one where it adds virtual tokens
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {mask.max().item()}")
+        check_binary("attention_mask", mask)
         mask = mask.bool()
     if position_ids is not None:
         position_ids = _text_positions(position_ids, mask is None)
@@ -66,8 +66,8 @@ def _text_positions(position_ids: Tensor, must_separate: bool) -> Tensor:
     Raises:
         ValueError: sequences must be told apart by the positions, and these are positions in images.
     """
-    if position_ids.ndim == 2:
-        return position_ids
+    if position_ids.ndim <= 2:
+        return position_ids.view(-1, position_ids.shape[-1]) if position_ids.ndim else position_ids.view(1, 1)
     if len(position_ids) == 3 and must_separate and (position_ids != position_ids[:1]).any():
         raise ValueError(
             "position_ids must be of text where there is no attention_mask to tell sequences apart, "

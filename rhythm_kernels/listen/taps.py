@@ -294,11 +294,6 @@ def query_heads(decoder: nn.Module) -> int:
     return config.num_attention_heads
 
 
-def attention_modules(decoder: nn.Module) -> list[nn.Module]:
-    """Returns the modules that call an attention function, one for each softmax layer."""
-    return list(layers_of(decoder).attention.values())
-
-
 def softmax_layers(decoder: nn.Module) -> list[int]:
     """Returns the places of the layers with causal softmax attention, ascending."""
     return list(layers_of(decoder).attention)

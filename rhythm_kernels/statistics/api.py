@@ -70,8 +70,8 @@ def attention_stats(
         sinks: [HQ] floating, a logit for each head that takes a share of every row and belongs to no token.
         need_span: False skips the span, which needs every key of every row of R.
         span_rows: reads the span of each head from so many rows of R at most in each sequence, a multiple of 64; None
-            for all rows of R. They are whole blocks of 64 tokens, spread evenly over R and offset from head to head, so
-            a sequence of up to `span_rows` tokens has all of them (DESIGN.md has the rule). With `lse` and a finite
+            for all rows of R. They are whole blocks of 64 tokens, spread evenly over R, the same for all heads, so a
+            sequence of up to `span_rows` tokens has all of them (DESIGN.md has the rule). With `lse` and a finite
             horizon no other row is read for the span.
         more: names of further statistics, which are computed only where they are named. Rows, 0 outside R:
             "row_entropy", -sum_s A[t,s] ln A[t,s] in nats; "largest_score", the largest score of a visible key, after
@@ -125,8 +125,9 @@ def group_stats(
 ) -> GroupStats:
     """Returns WAAD summed over a layer's local heads and FAI summed over its global heads (Eq. 8-10).
 
-    Heads in neither group are not computed. The groups come from an earlier batch. All other arguments are those of
-    `attention_stats`. Of `more`, "row_entropy" and "largest_score" are refused, since they are not linear in the map.
+    Heads in neither group are not computed, except their log-sum-exp on a GPU where `lse` is not given. The groups come
+    from an earlier batch. All other arguments are those of `attention_stats`. Of `more`, "row_entropy" and
+    "largest_score" are refused, since they are not linear in the map.
 
     Args:
         local_heads: bool [HQ], or [S, HQ] where each sequence has its own group.

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from rhythm_kernels.checks import check_cuts
 from rhythm_kernels.host import send
-from rhythm_kernels.tensor_checks import at_hand, check_cu_seqlens, check_tensor
+from rhythm_kernels.tensor_checks import at_hand, check_binary, check_cu_seqlens, check_tensor
 
 Kept = TypeVar("Kept")
 
@@ -179,14 +179,14 @@ def _padded_bounds(attention_mask: Tensor, batch: int, tokens: int, device: torc
     facts = torch.stack([first, end, binary.long(), gapless.long()], -1).tolist()  # the one synchronization
     for row, (_, _, is_binary, is_gapless) in enumerate(facts):
         if not is_binary:
-            raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {attention_mask.max().item()}")
+            check_binary("attention_mask", attention_mask)
         if not is_gapless:
             raise ValueError(f"attention_mask must be padded on the left or the right only, row {row} has a hole")
     return tuple((row, min(first, end), end) for row, (first, end, *_) in enumerate(facts))
 
 
 def _packed_bounds(cu_seqlens: Tensor, batch: int, tokens: int, device: torch.device) -> tuple:
-    cuts = check_cu_seqlens(cu_seqlens, batch, tokens, at_hand(cu_seqlens, device)).tolist()
+    cuts = check_cu_seqlens(cu_seqlens, batch, at_hand(cu_seqlens, device)).tolist()
     check_cuts(cuts, tokens)
     return tuple((0, begin, end) for begin, end in itertools.pairwise(cuts))
 

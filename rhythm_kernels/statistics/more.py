@@ -72,7 +72,7 @@ def with_more(
 ) -> Options:
     """Returns the options with what `check_more` returned; checks prefix_lengths against the layout."""
     lengths = check_prefix_lengths(prefix_lengths, layout)
-    return options._replace(more=more, first_keys=first_keys, prefix_lengths=lengths)
+    return options._replace(more=more, first_keys=min(first_keys, layout.rows.shape[1]), prefix_lengths=lengths)
 
 
 def needs_every_key(options: Options) -> bool:

@@ -13,6 +13,7 @@ from rhythm_kernels.options import MAX_WINDOW
 from rhythm_kernels.tensor_checks import check_tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_TOKENS = 2**22  # of a row: with more the sum of its spans, in units of 2^-20 tokens, may not fit int64
 
 
 class Options(NamedTuple):
@@ -23,12 +24,12 @@ class Options(NamedTuple):
     window: int
     """W of WAAD, in tokens."""
     horizon: tuple[int, int | None]
-    """(lo, hi) of FAI, in tokens; hi is None for the end of the sequence."""
+    """(lo, hi) of FAI, in tokens, each at most T; hi is None for the end of the sequence."""
     sliding_window: int | None
-    """Row t sees the keys s with t - s < sliding_window."""
+    """Row t sees the keys s with t - s < sliding_window; at most T."""
     softcap: float | None
     sinks: Tensor | None
-    """fp32 [HQ]."""
+    """fp32 [HQ]; the blockwise backend also has [B, HQ] here, where groups of heads differ between sequences."""
     need_span: bool
     span_rows: int | None = None
     """The rows of R that the span of each head is read from, in blocks (`span_sample`); None for all."""
@@ -60,6 +61,8 @@ def check_options(
     check_tensor("q", q, ["B", "HQ", "T", "D"], DTYPES)
     batch, query_heads, tokens, size = q.shape
     check_tensor("k", k, [batch, "H", tokens, size], [q.dtype], q.device)
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"q must have at most {MOST_TOKENS} tokens in a row, got {tokens}")
     if k.shape[1] == 0 or query_heads % k.shape[1]:
         raise ValueError(
             f"the query heads of q must be a multiple of the key heads of k, got {query_heads}, {k.shape[1]}"
@@ -70,13 +73,14 @@ def check_options(
         check_tensor("sinks", sinks, [query_heads], (*DTYPES, torch.float64), q.device)
     check_bool("need_span", need_span)
     if sliding_window is not None:
-        check_int("sliding_window", sliding_window, 1)
+        sliding_window = min(check_int("sliding_window", sliding_window, 1), max(tokens, 1))
+    lo, hi = check_horizon(horizon)
     if softcap is not None and check_float("softcap", softcap, 0.0) == 0.0:
         raise ValueError(f"softcap must be above 0, or None, got {softcap}")
     return Options(
         scale=size**-0.5 if scale is None else check_float("scale", scale),
         window=check_int("window", window, 1, MAX_WINDOW),
-        horizon=check_horizon(horizon),
+        horizon=(min(lo, tokens), None if hi is None else min(hi, tokens)),  # no distance is T: the kernels hold int32
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=None if sinks is None else sinks.detach().float(),

@@ -72,7 +72,7 @@ def mean_over_rows(values: Tensor, layout: Layout, span_rows: int | None = None)
     `SPAN_UNIT`. So a sequence has the same mean alone and in any batch.
 
     Args:
-        values: [B, HQ, T] below 2^20, 0 outside R.
+        values: [B, HQ, T] below 2^22, 0 outside R.
         span_rows: None for all rows of R.
     """
     units, broken = to_units(values)
@@ -86,7 +86,7 @@ def mean_over_rows(values: Tensor, layout: Layout, span_rows: int | None = None)
 
 
 def to_units(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns values below 2^20 as int64 multiples of `SPAN_UNIT`, 0 where they are not finite, and where that is."""
+    """Returns values below 2^22 as int64 multiples of `SPAN_UNIT`, 0 where they are not finite, and where that is."""
     finite = values.isfinite()
     return torch.where(finite, values.double() / SPAN_UNIT, 0.0).round().long(), ~finite
 

@@ -428,7 +428,7 @@ def forward_pass(
         largest_score=row_values.get("largest_score"),
         **score_arguments(q, k, options),
         **stride_arguments("v", v),
-        sliding_window=tokens if options.sliding_window is None else min(options.sliding_window, tokens),
+        sliding_window=options.sliding_window or tokens,
         slots=slots,
         BLOCK_D=block_d,
         REST_D=rest_d,

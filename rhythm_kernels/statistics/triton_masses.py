@@ -145,7 +145,7 @@ def _mass(
         **arguments,
         stride_gs=0 if group is None else group.stride(0),
         stride_gh=0 if group is None else group.stride(1),
-        sliding_window=tokens if options.sliding_window is None else min(options.sliding_window, tokens),
+        sliding_window=options.sliding_window or tokens,
         BLOCK_D=block_d,
         REST_D=rest_d,
         BLOCK_M=tile.block_m,
@@ -164,7 +164,7 @@ def _key_ends(name: str, layout: Layout, options: Options) -> Tensor:
     begin, end = layout.table[:, 1], layout.table[:, 2]
 
     def ends(lengths: Tensor | int) -> Tensor:
-        return torch.minimum(begin + lengths, end).int()
+        return (begin + (end - begin).clamp(max=lengths)).int()
 
     if name == "first_mass":
         return layout.keep(("first keys", options.first_keys), lambda: ends(options.first_keys))

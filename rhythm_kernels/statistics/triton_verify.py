@@ -74,7 +74,7 @@ def probe(
         "tokens": tokens,
         "heads": heads,
         "probes": per_sequence,
-        "sliding_window": tokens if options.sliding_window is None else min(options.sliding_window, tokens),
+        "sliding_window": options.sliding_window or tokens,
         "scale": options.scale,
         "GROUP": heads // key_heads,
         "SIZE": size,

@@ -66,8 +66,8 @@ def probe_output(
 
     Returns:
         [("output", Deviation), ("log-sum-exp", Deviation)] on the device of q, which is not waited for; an empty list
-        where R is empty or all is left out. Rows for which the map itself gives values that are not finite do not
-        count: their statistics are not finite either.
+        where all is left out. Where R is empty the excess is 0. Rows for which the map itself gives values that are
+        not finite do not count: their statistics are not finite either.
     """
     kernels = _kernels(backend, q=q, k=k, v=v)
     if kernels is not None:
@@ -100,7 +100,8 @@ def probe_lse(
         q, k, lse, layout, options, backend: as in `probe_output`.
 
     Returns:
-        The deviation on the device of q, which is not waited for; None where R is empty.
+        The deviation on the device of q, which is not waited for; its excess is 0 where R is empty. None
+        where nothing was read.
     """
     kernels = _kernels(backend, q=q, k=k)
     if kernels is not None:

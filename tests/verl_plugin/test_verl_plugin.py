@@ -123,6 +123,7 @@ def run(model_folder, monkeypatch):
         trainer = object.__new__(PPOTrainerSync)
         trainer.config = cases.composed(*overrides)
         trainer.actor_rollout_wg, trainer.ref_in_actor = Workers(engine, store), True
+        trainer.global_steps = 1
         return trainer, store, KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id="train")
 
     return start
@@ -154,7 +155,8 @@ def test_advantages_of_a_step(run, model_folder, strategy):
     if strategy in ("local", "global", "coupled"):
         cases.assert_rhythm(store.fields, model_folder, store.fields)
         rhythm = Rhythm(*(response_part(store.fields[name], store.fields["response_mask"]) for name in plugin.SIGNALS))
-    gamma = token_credit(strategy, mask, rhythm, entropy=padded(store.fields["entropy"]), top_fraction=0.3)
+    entropy, step = padded(store.fields["entropy"]), trainer.global_steps
+    gamma = token_credit(strategy, mask, rhythm, entropy=entropy, top_fraction=0.3, seed=step)
     torch.testing.assert_close(padded(store.fields["advantages"]), shape_advantages(grpo(mask), gamma))
     assert metrics["rhythm/gamma_mean"] == pytest.approx(gamma[mask].mean().item())
     assert metrics["rhythm/credited_share"] == pytest.approx((gamma[mask] != 1).double().mean().item())
@@ -232,6 +234,14 @@ def test_the_references_pass_is_not_read(run):
         assert "ref_log_prob" in store.fields and "rhythm_waad" not in store.fields
 
 
+def test_a_pass_that_fails_leaves_no_request(run, monkeypatch):
+    trainer, _, batch = run("+rhythm.strategy=coupled")
+    monkeypatch.setattr(trainer.actor_rollout_wg, "compute_log_prob", lambda batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer._compute_old_log_prob(batch, {})
+    assert plugin.BLOCK not in batch.extra_info
+
+
 def test_workers_without_the_plugin(run, monkeypatch):
     trainer, _, batch = run("+rhythm.strategy=coupled")
     engine = type(trainer.actor_rollout_wg.engine)
@@ -272,8 +282,9 @@ def test_padding_rows_of_verl_do_not_count():
 def test_random_draws_differ_from_step_to_step():
     credit = plugin.TrainerCredit(verl_config.make_options({"strategy": "random"}), {})
     mask = torch.ones(2, 50, dtype=torch.bool)
-    first, again = (credit.shape(torch.ones(2, 50), mask, {})[0] for _ in range(2))
-    assert not torch.equal(first, again)
+    first, second, again = (credit.shape(torch.ones(2, 50), mask, {}, step)[0] for step in (1, 2, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again), "a resumed run draws at a step what a whole run draws there"
 
 
 def test_it_says_once_that_it_is_on(capsys, monkeypatch):
