@@ -397,7 +397,7 @@ def test_other_settings_are_named(saved):
     with pytest.raises(CheckpointError) as caught:
         restore(list_checkpoints(saved)[-1], *build(1), config=now)
     assert str(caught.value).endswith(
-        "step-000050 is of other settings: learning_rate 0.1 there, 0.2 here; new absent there, True here"
+        "step-000050 is of other settings: --learning-rate 0.1 there, 0.2 here; --new absent there, True here"
     )
 
 

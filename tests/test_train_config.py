@@ -85,7 +85,7 @@ SOURCES = Path(train.__file__).parent
         ),
         (["--preset", "countdown-huge"], "--preset must be one of"),
         (["--resume", "nowhere"], "--resume must be a run's folder, got 'nowhere'"),
-        (["--resume", "nowhere", "--max-steps", "3"], "but also got --max-steps"),
+        (["--resume", "nowhere", "--preset", "countdown-tiny"], "but also got --preset countdown-tiny"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

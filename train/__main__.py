@@ -1,4 +1,4 @@
-"""The command line: `python -m train [--preset NAME] [flags]`, or `python -m train --resume FOLDER`."""
+"""The command line: `python -m train [--preset NAME] [flags]`, or `python -m train --resume FOLDER [flags]`."""
 
 import os
 import sys

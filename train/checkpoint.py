@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from train.config import RunError
+from train.config import RunError, flag_name
 from train.distributed import weights_of, whole_weights
 
 FORMAT = 1
@@ -110,13 +110,13 @@ def save_checkpoint(
 def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, config: dict) -> Checkpoint:
     """Restores parameters, optimizer state and random generators from a checkpoint; all ranks call it.
 
-    Each file's size and CRC32, `config` and the model's shapes and dtypes are checked before anything is changed.
+    Each file's size and CRC32, settings and the model's shapes and dtypes are checked before anything is changed.
     Tensors are copied into the model's own memory and into optimizer state created as by a first step, so that a
     resumed run repeats to the bit.
 
     Args:
         model, optimizer: built as at the run's start, on any number of ranks.
-        config: all settings that must match the saved run.
+        config: the settings that must be those of the saved run; it may have others.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or another run's.
@@ -125,7 +125,8 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
     record = _on_all_ranks(lambda: _verify(folder))[rank]
     tensors = {f"model/{name}": tensor for name, tensor in weights_of(model).items()}
     saved = {name: spec for name, spec in record["tensors"].items() if name.startswith("model/")}
-    _compare(folder, "other settings", _reprs(record["config"]), _reprs(config))
+    there = {name: value for name, value in record["config"].items() if name in config}
+    _compare(folder, "other settings", _reprs(there), _reprs(config))
     _compare(folder, "another model", saved, _specs(tensors))
     _make_optimizer_state(model, optimizer, record["tensors"])
     tensors = _state(model, optimizer)
@@ -388,4 +389,4 @@ def _sum_of(record: dict) -> int:
 
 
 def _reprs(settings: dict) -> dict[str, str]:
-    return {name: repr(value) for name, value in settings.items()}
+    return {flag_name(name): repr(value) for name, value in settings.items()}

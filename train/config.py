@@ -5,7 +5,7 @@ The field `prompts_per_step` is the flag `--prompts-per-step`. Its help and limi
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args, get_origin
@@ -14,6 +14,13 @@ from rhythm_kernels.options import CreditOptions, flat_name, from_flat, read_tex
 
 LEAST_VLLM_TEMPERATURE = 0.01  # vLLM replaces lower ones by this, and 0 by greedy
 MOST = 2**31 - 1  # for integers without their own limit: larger ones overflow in torch
+MAY_CHANGE = (
+    *("micro_batch_tokens", "gradient_checkpointing", "attention", "rollout_batch_size", "vllm_gpu_memory_utilization"),
+    *("vllm_logp_tolerance", "reward_workers", "reward_timeout", "device", "threads", "cache"),
+    *("save_steps", "save_total_limit", "logging_steps", "sample_answers", "peak_weight"),
+)
+"""Settings that may change when a run continues. They decide on memory, speed, waits and reports, and on what is
+learned only by rounding and by which answers are drawn from the same policy."""
 
 
 class BadSetting(ValueError):
@@ -234,9 +241,13 @@ class Config:
         return self
 
     def settings(self) -> dict[str, object]:
-        """Returns the settings on which a run's results depend, without those of its outputs and reports."""
-        reports = {f.name for f in fields(Run)} - {"seeds", "eval_steps"}
-        return json.loads(json.dumps({name: value for name, value in self.flat().items() if name not in reports}))
+        """Returns the settings on which a run's results depend: all but its folder and those of `MAY_CHANGE`."""
+        results = {name: value for name, value in self.flat().items() if name not in (*MAY_CHANGE, "output")}
+        return json.loads(json.dumps(results))
+
+    def may_change(self) -> tuple[str, ...]:
+        """Returns the settings that may change when this run continues; --max-steps where no learning rate has it."""
+        return (*MAY_CHANGE, "max_steps") if self.grpo.final_learning_rate == 1 else MAY_CHANGE
 
     def to_json(self) -> str:
         return json.dumps({"preset": self.preset, **self.flat()}, indent=2)
@@ -259,6 +270,16 @@ class Config:
 
 def flag_name(setting: str) -> str:
     return "--" + setting.replace("_", "-")
+
+
+def differences(there: Config, now: Config, but: Collection[str] = ()) -> list[str]:
+    """Returns a text for each setting in which a saved configuration differs, without those named in `but`."""
+    saved, given = there.flat(), now.flat()
+    return [
+        f"{flag_name(name)} {saved[name]!r} there, {given[name]!r} now"
+        for name in given
+        if name not in but and saved[name] != given[name]
+    ]
 
 
 def settings_of(group: object) -> dict[str, Field]:

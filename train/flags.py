@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from rhythm_kernels.options import CreditOptions
-from train.config import BadSetting, Config, Demonstrations, Words, flag_name, settings_of
+from train.config import MAY_CHANGE, BadSetting, Config, Demonstrations, Words, differences, flag_name, settings_of
 from train.presets import KINDS, PRESETS, load_preset
 
 OF_WORDS = [f.name for f in fields(Words)]
@@ -42,20 +42,27 @@ ACT_WHERE = (
 
 
 def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
-    """Returns the checked configuration of a run, and its folder if --resume names one."""
+    """Returns the checked configuration of a run, and its folder if --resume names one, whose settings are changed."""
     values = vars(build_parser().parse_args(arguments))
     preset, resume = values.pop("preset"), values.pop("resume")
     if resume is None:
         config = load_preset(preset or PRESETS[0]).change(**values)
         check_given(values, config)
         return config, None
-    if preset or values:
-        given = ", ".join(map(flag_name, [*(["preset"] if preset else []), *values]))
-        raise BadSetting(f"--resume continues a run as it was configured, but also got {given}")
+    if preset:
+        raise BadSetting(f"--resume continues a run with its own settings, but also got --preset {preset}")
     path = Path(resume) / "config.json"
     if not path.is_file():
         raise BadSetting(f"--resume must be a run's folder, got {resume!r}, which has no config.json")
-    return Config.load(path), Path(resume)
+    saved = Config.load(path)
+    config = saved.change(**values)
+    if wrong := differences(saved, config, saved.may_change()):
+        raise BadSetting(
+            f"--resume continues a run with its own settings, but got {'; '.join(wrong)}; these may change: "
+            f"{', '.join(map(flag_name, MAY_CHANGE))}, and --max-steps where --final-learning-rate is 1"
+        )
+    check_given(values, config)
+    return config, Path(resume)
 
 
 class WholeNames(argparse.HelpFormatter):
@@ -68,7 +75,7 @@ class WholeNames(argparse.HelpFormatter):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        usage="python -m train [--preset NAME] [flags] | --resume FOLDER",
+        usage="python -m train [--preset NAME | --resume FOLDER] [flags]",
         description="Trains a language model with group relative policy optimization (GRPO). The credit of a token "
         "follows the model's attention: WAAD is the windowed average attention distance of a token, FAI its future "
         "attention influence, Delta the change of WAAD to the next token. Brackets hold the value of a "
@@ -79,7 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in KINDS.items())
     parser.add_argument("--preset", default=None, help=f"{kinds}. The default is {PRESETS[0]}")
-    parser.add_argument("--resume", default=None, metavar="FOLDER", help="continue the run in this folder")
+    text = "continue the run in this folder, with other values of flags on which what is learned does not depend"
+    parser.add_argument("--resume", default=None, metavar="FOLDER", help=text)
     add_flags(parser, Config().flat())
     return parser
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from train.checkpoint import list_checkpoints
-from train.config import BadSetting, Config, flag_name
+from train.config import BadSetting, Config, differences
 from train.console import say
 from train.distributed import World, choose_device, is_torchrun
 from train.loop import train
@@ -80,9 +80,13 @@ def finish(config: Config, folder: Path, runs: dict[str, Path], began: float) ->
 
 @contextmanager
 def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
-    """Locks the run's folder for this process; without `folder`, a new one, or that of a run with the same settings."""
+    """Locks the run's folder for this process and writes the configuration to it.
+
+    Without `folder` it is a new one, or that of a run with the same settings but for those that may change.
+    """
     if folder is not None:
         with claim(folder):
+            write_config(config, folder)
             yield folder
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -96,8 +100,7 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
     with claim(folder):
         if has_begun(folder):
             check_same(config, folder)
-        else:
-            write_config(config, folder)
+        write_config(config, folder)
         yield folder
 
 
@@ -113,19 +116,10 @@ def has_begun(folder: Path) -> bool:
 
 
 def check_same(config: Config, folder: Path) -> None:
-    """Raises BadSetting if the run in this folder has other settings."""
-    if changed := differences(Config.load(folder / CONFIG), config):
+    """Raises BadSetting if the run in this folder has other settings, but for those that may change."""
+    there = Config.load(folder / CONFIG)
+    if changed := differences(there, config, there.may_change()):
         raise BadSetting(f"--output {str(folder)!r} holds a run with other settings: {'; '.join(changed)}")
-
-
-def differences(there: Config, now: Config, but: Collection[str] = ()) -> list[str]:
-    """Returns a text for each setting in which a saved configuration differs, without those named in `but`."""
-    saved, given = there.flat(), now.flat()
-    return [
-        f"{flag_name(name)} {saved[name]!r} there, {given[name]!r} now"
-        for name in given
-        if name not in but and saved[name] != given[name]
-    ]
 
 
 def write_config(config: Config, folder: Path) -> None:
@@ -162,8 +156,7 @@ def run_side_by_side(config: Config, folders: list[Path]) -> int:
     """
     threads = threads_per_seed(config)
     for seed, folder in zip(config.run.seeds, folders, strict=True):
-        if not has_begun(folder):
-            write_config(config.change(seeds=(seed,), threads=threads, output=str(folder)), folder)
+        write_config(config.change(seeds=(seed,), threads=threads, output=str(folder)), folder)
     processes = []
     try:
         for place, folder in enumerate(folders):

@@ -22,7 +22,7 @@ from train.batch import micro_batches, pack
 from train.config import Config, RunError
 from train.console import Phases, bar
 from train.loss import group_advantages
-from train.metrics import UNVERIFIED, learning_warnings, memory_metrics, rollout_metrics
+from train.metrics import UNVERIFIED, is_evaluated, learning_warnings, memory_metrics, rollout_metrics
 from train.reading import Reader, read_log_probs
 from train.rewards import Score, count_errors, describe_errors
 from train.rollout import Sampling
@@ -48,6 +48,10 @@ def train(config: Config, folder: Path):
         if run.is_new:
             assess(run, 0, "before")
             run.save(0)
+        elif is_due(report.eval_steps, run.step, grpo.max_steps) and not run.world.from_first(
+            lambda: is_evaluated(folder, run.step)
+        ):
+            assess(run, run.step, f"step {run.step}")  # it was the last step, whose evaluation follows its checkpoint
         warned: set[str] = set()
         numbers = range(run.step + 1, grpo.max_steps + 1)
         with held():

@@ -82,6 +82,15 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / FILE).read_text(encoding="utf-8").splitlines()]
 
 
+def is_evaluation(record: dict[str, float]) -> bool:
+    return "reward" not in record
+
+
+def is_evaluated(run: Path, step: int) -> bool:
+    """Returns whether a run's metrics have an evaluation after this step."""
+    return any(is_evaluation(record) and record["step"] == step for record in read_metrics(run))
+
+
 class Gathered:
     """Collects means and extremes over all ranks, with one read from the device; leaves out means of nothing."""
 

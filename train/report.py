@@ -7,7 +7,7 @@ from statistics import mean
 
 from train.config import Config
 from train.console import say
-from train.metrics import read_metrics
+from train.metrics import is_evaluation, read_metrics
 from train.solve_rates import Evaluation, SolveRate, peak_averages
 
 
@@ -16,9 +16,9 @@ def report(config: Config, folder: Path, runs: dict[str, Path], seconds: float) 
     records = {label: read_metrics(run) for label, run in runs.items()}
     is_words = config.data.train_data == "words" and not config.data.eval_data
     say("\nsolved of the held-out problems" + (", whose numbers were never trained on" if is_words else ""))
-    evaluations = {label: [line for line in lines if "reward" not in line] for label, lines in records.items()}
+    evaluations = {label: [line for line in lines if is_evaluation(line)] for label, lines in records.items()}
     _print_rates(evaluations, config.run.peak_weight)
-    steps = [line for lines in records.values() for line in lines if "reward" in line]
+    steps = [line for lines in records.values() for line in lines if not is_evaluation(line)]
     if steps:
         share = sum(step["time/statistics"] for step in steps) / sum(step["step_time"] for step in steps)
         say(f"\nstep time {mean(step['step_time'] for step in steps):.2f} s, statistics {share:.2%} of it")

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rhythm_kernels import GroupSchedule
 from rhythm_kernels.fit import embedding_rows, knows_words
-from train.checkpoint import list_checkpoints, restore, save_checkpoint
+from train.checkpoint import Checkpoint, list_checkpoints, restore, save_checkpoint
 from train.config import BadSetting, Config
 from train.console import say
-from train.data import ProblemStream
+from train.data import ProblemStream, fingerprint
 from train.distributed import World, whole_weights
 from train.loading import load_model, load_policy
 from train.metrics import MetricsLog
@@ -40,6 +40,8 @@ class TrainingRun:
     prompts: Prompts
     stream: ProblemStream
     evaluations: list[EvalSet]
+    fingerprints: dict[str, str]
+    """The number and a hash of the problems of each set, by the flag that names it."""
     schedule: GroupSchedule
     rewards: Rewards
     log: MetricsLog
@@ -74,6 +76,7 @@ class TrainingRun:
                 "stream": self.stream.state_dict(),
                 "metrics_bytes": self.log.flush(),
                 "num_tokens": self.num_tokens,
+                "problems": self.fingerprints,
             },
             own={"age": torch.tensor(schedule["age"]), **spans},
             config=self.config.settings(),
@@ -111,11 +114,15 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
     optimizer = make_optimizer(policy, config)
     stream = ProblemStream(train, seed)
+    fingerprints = {f"--train-data {config.data.train_data}": fingerprint(train)}
+    fingerprints |= {f"--eval-data {held_out.name}": fingerprint(held_out.problems) for held_out in evaluations}
     schedule = GroupSchedule(**config.credit.schedule_arguments)
     step, metrics_bytes, num_tokens = 0, 0, 0
     checkpoints = list_checkpoints(folder)
     if checkpoints:
-        saved = restore(checkpoints[-1], policy.model, optimizer, config=config.settings())
+        fixed = {name: value for name, value in config.settings().items() if name not in config.may_change()}
+        saved = restore(checkpoints[-1], policy.model, optimizer, config=fixed)
+        check_continues(saved, config, fingerprints)
         stream.load_state_dict(saved.shared["stream"])
         if saved.own is not None:
             schedule.load_state_dict({"age": int(saved.own["age"]), "spans": saved.own.get("spans")})
@@ -136,6 +143,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             prompts=prompts,
             stream=stream,
             evaluations=evaluations,
+            fingerprints=fingerprints,
             schedule=schedule,
             rewards=rewards,
             log=log,
@@ -151,6 +159,17 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         finally:
             log.close()
             run.engine.close()
+
+
+def check_continues(saved: Checkpoint, config: Config, fingerprints: dict[str, str]) -> None:
+    """Raises BadSetting if a set holds other problems than at the run's start, or the run has made more steps."""
+    before = saved.shared.get("problems", fingerprints)  # older checkpoints have none
+    for flag, now in fingerprints.items():
+        if (then := before.get(flag)) != now:
+            raise BadSetting(f"{flag} must hold the problems with which the run began, {then}, got {now}")
+    most = config.grpo.max_steps
+    if most < saved.step:
+        raise BadSetting(f"--max-steps must be at least the {saved.step} steps that the run has made, got {most}")
 
 
 def local_model(name: str, world: World) -> str:

@@ -13,14 +13,14 @@ import torch
 
 from rhythm_kernels.options import PREFIX
 from train.compare.runs import Run, is_finished, read_runs, read_whole
-from train.config import BadSetting, Config, RunError
+from train.config import MAY_CHANGE, BadSetting, Config, RunError, differences
 from train.console import say
 from train.distributed import choose_device, is_torchrun
-from train.launch import CONFIG, PARENT, claim, differences, end, has_begun, write_config
+from train.launch import CONFIG, PARENT, claim, end, has_begun, write_config
 from train.solve_rates import Evaluation
 from train.supervise import warm_start_path
 
-MAY_DIFFER = ("output", "threads")  # of a cell in a folder that was moved, or on a machine with other cores
+MAY_DIFFER = (*MAY_CHANGE, "output")  # --output of a cell in a folder that was moved
 
 
 class Cell(NamedTuple):
@@ -89,7 +89,7 @@ def default_ranks(config: Config, devices: int) -> int:
 
 @contextmanager
 def open_grid(out: Path, cells: dict[str, Config], jobs: int | None, ranks: int | None) -> Iterator["Grid"]:
-    """Locks the folder of a grid and writes the configuration of each run that has not begun.
+    """Locks the folder of a grid and writes the configuration of each run that is not finished.
 
     Raises:
         BadSetting: the folder cannot be written, is a run's or holds a grid with other settings, or `jobs` and `ranks`
@@ -110,7 +110,7 @@ def open_grid(out: Path, cells: dict[str, Config], jobs: int | None, ranks: int 
     with claim(out):
         check_same(out, grid.cells)
         for cell in grid.cells:
-            if not holds_run(cell.folder):
+            if not cell.is_finished:
                 write_config(cell.config, cell.folder)
         yield grid
 
@@ -128,7 +128,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_same(out: Path, cells: list[Cell]) -> None:
-    """Raises BadSetting if a run that has begun in the folder has other settings than this grid has.
+    """Raises BadSetting if a run that has begun in the folder has other settings than this grid, which it must keep.
 
     Runs of other cells and seeds may be there, which differ in the credit and the seed alone.
     """

@@ -10,7 +10,7 @@ from rhythm_kernels.options import PREFIX
 from train.compare.cells import name_cells
 from train.config import BadSetting, Config, flag_name
 from train.launch import CONFIG, write_config
-from train.metrics import FILE, whole_lines
+from train.metrics import FILE, is_evaluation, whole_lines
 from train.solve_rates import Evaluation
 
 STEP_METRICS = {
@@ -38,10 +38,6 @@ class Run(NamedTuple):
     @property
     def steps(self) -> list[dict[str, float]]:
         return [line for line in self.records if not is_evaluation(line)]
-
-
-def is_evaluation(record: dict[str, float]) -> bool:
-    return "reward" not in record
 
 
 def find_runs(places: Sequence[Path]) -> list[Run]:

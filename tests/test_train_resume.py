@@ -1,0 +1,145 @@
+"""Continued runs: which settings may change, more steps than before, and problems that must be the same."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from compare_cases import make_run
+from test_train_run import digit_share, steps_of, timeless
+from test_train_stop import smoke
+
+from rhythm_kernels.tasks import VERIFIERS
+from train.checkpoint import list_checkpoints
+from train.compare.cells import choose_cells
+from train.compare.grid import open_grid
+from train.config import MAY_CHANGE, BadSetting, Config, flag_name
+from train.flags import parse
+from train.launch import launch
+from train.metrics import FILE
+
+CONSTANT = {"final_learning_rate": 1.0, "warmup_steps": 1}
+
+
+@pytest.fixture(autouse=True)
+def dense_reward(monkeypatch):
+    """Lets a barely trained policy learn something."""
+    monkeypatch.setitem(VERIFIERS, "words", digit_share)
+
+
+def resume(run: Path, *flags: str) -> Config:
+    """Continues a run as the command line would, and returns its configuration."""
+    config, folder = parse(["--resume", str(run), *flags])
+    assert launch(config, folder) == 0
+    return Config.load(run / "config.json")
+
+
+def test_what_does_not_change_what_is_learned_may_change(tmp_path):
+    """A run that had too little memory goes on with less, and its configuration says so."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    changes = {"max_steps": 3, "save_steps": 1, **CONSTANT}
+    assert launch(smoke(whole, **changes)) == 0
+    assert launch(smoke(run, **{**changes, "max_steps": 1})) == 0
+    flags = ["--max-steps", "3", "--micro-batch-tokens", "60", "--gradient-checkpointing", "--save-steps", "2"]
+    config = resume(run, *flags)
+    assert (config.grpo.micro_batch_tokens, config.model.gradient_checkpointing, config.grpo.max_steps) == (60, True, 3)
+    for got, want in zip(steps_of(timeless(run)), steps_of(timeless(whole)), strict=True):
+        for name in ("step", "reward", "loss", "grad_norm", "num_tokens"):
+            assert got[name] == pytest.approx(want[name], rel=1e-3), (name, want["step"])
+    assert [path.name for path in list_checkpoints(run)] == ["step-000002", "step-000003"]
+
+
+def test_a_run_of_more_steps_is_the_run_that_had_them_from_the_start(tmp_path):
+    """Also its evaluations: one was due at the step that was the last."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert launch(smoke(whole, max_steps=3, eval_steps=2, **CONSTANT)) == 0
+    assert launch(smoke(run, max_steps=2, eval_steps=2, **CONSTANT)) == 0
+    resume(run, "--max-steps", "3")
+    assert timeless(run) == timeless(whole)
+    resume(run)
+    assert timeless(run) == timeless(whole)
+    with pytest.raises(BadSetting, match="--max-steps must be at least the 3 steps that the run has made, got 2"):
+        resume(run, "--max-steps", "2")
+
+
+def test_the_same_output_takes_what_may_change(tmp_path):
+    run = tmp_path / "run"
+    assert launch(smoke(run, max_steps=1)) == 0
+    assert launch(smoke(run, max_steps=1, micro_batch_tokens=60)) == 0
+    assert Config.load(run / "config.json").grpo.micro_batch_tokens == 60
+    with pytest.raises(BadSetting, match="holds a run with other settings: --beta 0.0 there, 0.5 now$"):
+        launch(smoke(run, max_steps=1, micro_batch_tokens=60, beta=0.5))
+
+
+def test_the_seeds_of_a_run_take_what_may_change(tmp_path, monkeypatch):
+    config, started = smoke(tmp_path / "run", seeds=(0, 1)), []
+    monkeypatch.setattr("train.launch.run_side_by_side", lambda config, folders: started.append(config) or 1)
+    assert launch(config) == 1 and Config.load(tmp_path / "run" / "config.json") == config
+    assert launch(*parse(["--resume", str(tmp_path / "run"), "--micro-batch-tokens", "60"])) == 1
+    assert started[1] == config.change(micro_batch_tokens=60) == Config.load(tmp_path / "run" / "config.json")
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--epsilon", "0.3", "--save-steps", "7"], "--epsilon 0.2 there, 0.3 now; these may change: --micro-batch"),
+        (["--max-steps", "9"], "--max-steps 4 there, 9 now; these may change: "),
+        (["--output", "elsewhere"], "there, 'elsewhere' now; "),
+        (["--preset", "countdown-tiny"], "but also got --preset countdown-tiny"),
+        (["--vllm-gpu-memory-utilization", "0.3"], "would have no effect: the answers do not come from --engine vllm"),
+        (["--micro-batch-tokens", "0"], "--micro-batch-tokens must be at least 1, got 0"),
+    ],
+)
+def test_other_settings_are_refused_with_those_that_may_change(tmp_path, flags, says):
+    (tmp_path / "config.json").write_text(smoke(tmp_path).to_json())
+    with pytest.raises(BadSetting, match=re.escape(says)) as refused:
+        parse(["--resume", str(tmp_path), *flags])
+    if "may change" in says:
+        assert all(flag_name(name) in str(refused.value) for name in (*MAY_CHANGE, "max_steps"))
+
+
+def test_settings_that_may_change_are_settings_and_are_told():
+    text = (Path(__file__).parent.parent / "docs" / "how-to" / "train.md").read_text(encoding="utf-8")
+    assert set(MAY_CHANGE) < set(Config().flat())
+    assert [name for name in MAY_CHANGE if f"`{flag_name(name)}`" not in text] == []
+
+
+def test_settings_of_the_present_value_are_no_change(tmp_path):
+    (tmp_path / "config.json").write_text(smoke(tmp_path).to_json())
+    assert parse(["--resume", str(tmp_path), "--epsilon", "0.2", "--max-steps", "4"])[0] == smoke(tmp_path)
+
+
+def write_problems(path: Path, targets) -> Path:
+    path.write_text("".join(json.dumps({"numbers": [n, 2], "target": n + 2}) + "\n" for n in targets))
+    return path
+
+
+@pytest.mark.parametrize("name, targets", [("train", range(1, 9)), ("train", range(20, 0, -1)), ("held", [50, 52])])
+def test_problems_that_changed_are_refused_on_resume(tmp_path, name, targets):
+    """A file that shrank, one in another order, and another one to evaluate on."""
+    files = {"train": range(1, 21), "held": [50, 51]}
+    places = {name: write_problems(tmp_path / f"{name}.jsonl", numbers) for name, numbers in files.items()}
+    data = {"train_data": f"words:{places['train']}", "eval_data": (f"words:{places['held']}",)}
+    start, run = tmp_path / "start", tmp_path / "run"
+    assert launch(smoke(start, max_steps=0)) == 0
+    model = str(list_checkpoints(start)[-1] / "model")
+    assert launch(smoke(run, model=model, max_steps=1, **data)) == 0
+    resume(run)
+    write_problems(places[name], targets)
+    flag = f"--train-data words:{places['train']}" if name == "train" else "--eval-data words:held"
+    then, now = (f"{len(numbers)} with SHA-256" for numbers in (files[name], targets))
+    with pytest.raises(BadSetting, match=f"{flag} must hold the problems with which the run began, {then} .*got {now}"):
+        resume(run)
+
+
+def test_a_grid_goes_on_with_what_may_change_and_leaves_finished_runs(tmp_path):
+    cells = choose_cells("countdown-smoke", ["none", "coupled"], {"eval_steps": 2})
+    for cell, config in cells.items():
+        folder = make_run(tmp_path / cell / "seed-0", config, 0)
+        (folder / "checkpoints" / "step-000000").mkdir(parents=True)
+    (tmp_path / "coupled" / "seed-0" / FILE).unlink()
+    smaller = choose_cells("countdown-smoke", ["none", "coupled"], {"eval_steps": 2, "micro_batch_tokens": 60})
+    with open_grid(tmp_path, smaller, None, None) as grid:
+        assert [cell.is_finished for cell in grid.cells] == [True, False]
+    tokens = [Config.load(tmp_path / cell / "seed-0" / "config.json").grpo.micro_batch_tokens for cell in cells]
+    assert tokens == [400, 60]
