@@ -147,8 +147,9 @@ class HeadShards:
     """The heads of this rank among all of a layer, and the exchanges that make statistics of all from its own.
 
     Args:
-        groups: groups of ranks with the number of heads of each rank, the innermost first: a rank has its share of the
-            heads that the ranks of the first group hold together, which are their share of those of the second.
+        groups: groups of ranks with the number of heads of each of their ranks, the finest split first. Heads may be
+            split twice: each rank of the last group holds a run of all heads, and the ranks of the group before it
+            split that run again.
     """
 
     def __init__(self, groups: Sequence[tuple[Ranks, list[int]]]):

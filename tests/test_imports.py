@@ -1,4 +1,4 @@
-"""Which room may import which, and that no file imports itself through others.
+"""Which folder or module may import which, and that no file imports itself through others.
 
 The table is that of CONTRIBUTING.md. Imports inside functions count too, since circles hide there.
 """
@@ -18,14 +18,14 @@ PAGE = ROOT / "CONTRIBUTING.md"
 
 
 def allowed_imports() -> dict[str, set[str]]:
-    """Returns what each room may import, from the table of CONTRIBUTING.md."""
+    """Returns what each folder or module may import, from the table of CONTRIBUTING.md."""
     text = PAGE.read_text(encoding="utf-8")
     core = set(re.findall(r"`(\w+)`", re.search(r"The core is (.*?)\.\s", text, re.DOTALL)[1]))
-    table = text.split("| room | may import |")[1].split("\n\n")[0]
+    table = text.split("| folder or module | may import |")[1].split("\n\n")[0]
     rules = {}
-    for rooms, imported in re.findall(r"^\| (`.*?) \| (.*?) \|$", table, re.MULTILINE):
+    for folders, imported in re.findall(r"^\| (`.*?) \| (.*?) \|$", table, re.MULTILINE):
         names = set(re.findall(r"`(\w+)`", imported)) | (core if "the core" in imported else set())
-        rules |= dict.fromkeys(re.findall(r"`(\w+)`", rooms), names)
+        rules |= dict.fromkeys(re.findall(r"`(\w+)`", folders), names)
     return rules
 
 
@@ -59,16 +59,16 @@ def graph() -> dict[str, set[str]]:
     return {name: imports(name, known) for name in known}
 
 
-def test_rooms_import_only_what_they_may(graph):
+def test_folders_import_only_what_they_may(graph):
     allowed = allowed_imports()
     assert len(allowed) > 15
     for name, imported in graph.items():
         parts = name.split(".")
         if parts[0] == "train" or len(parts) == 1:
             continue
-        rooms = {part.split(".")[1] for part in imported if part.startswith("rhythm_kernels.")}
+        folders = {part.split(".")[1] for part in imported if part.startswith("rhythm_kernels.")}
         assert not any(part.split(".")[0] == "train" for part in imported), f"{name} imports the trainer"
-        foreign = rooms - {parts[1]} - allowed[parts[1]]
+        foreign = folders - {parts[1]} - allowed[parts[1]]
         assert not foreign, f"{name} may not import {', '.join(sorted(foreign))}"
 
 

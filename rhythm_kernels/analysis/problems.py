@@ -13,6 +13,7 @@ from typing import NamedTuple
 from rhythm_kernels import tasks
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.tasks.answers import same
+from rhythm_kernels.tasks.maths import FINAL
 from rhythm_kernels.tasks.sets import SETS, load_set
 from rhythm_kernels.tasks.types import last_boxed
 
@@ -25,7 +26,6 @@ STEPS = " Explain step by step."
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)")
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
-FINAL = "####"  # before the answer at the end of GSM8K's solutions
 LONGEST_LINE = 2**20  # bytes
 FIELDS = ("prompt", "question")
 

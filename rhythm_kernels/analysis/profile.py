@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
+from rhythm_kernels.analysis.decisions import TENTHS, ranks, tenths
 from rhythm_kernels.analysis.study import shown, table
 
 CLASSES = ("line break", "number", "punctuation", "first word of a sentence", "other")
-TENTHS = 10
 FIFTHS = ("lowest", "second", "third", "fourth", "highest")
 SENTENCE_END = re.compile(r"[.!?:][\s\"')\]*]*$|\n\s*$")
 
@@ -57,7 +57,7 @@ def classes_of(texts: Sequence[str]) -> list[str]:
 
 def tenths_of(count: int) -> list[str]:
     """Returns the tenth of the answer that each of its tokens is in, from "1" to "10"."""
-    return [str(1 + place * TENTHS // count) for place in range(count)]
+    return [str(1 + tenth) for tenth in tenths(count)]
 
 
 def fifths_of(waad: Sequence[float]) -> list[str]:
@@ -78,10 +78,9 @@ def profile(measured: list[dict], peaks: list, seed: int) -> dict[str, list[Line
     of_class = [classes_of(answer["text"]) for answer in measured]
     of_tenth = [tenths_of(len(answer["text"])) for answer in measured]
     of_fifth = [fifths_of(answer["waad"]) for answer in measured]
-    tenths = [str(1 + place) for place in range(TENTHS)]
     return {
         "class": _lines(measured, peaks, of_class, CLASSES, seed),
-        "tenth": _lines(measured, peaks, of_tenth, tenths, seed),
+        "tenth": _lines(measured, peaks, of_tenth, [str(1 + tenth) for tenth in range(TENTHS)], seed),
         "fifth": _lines(measured, peaks, of_fifth, FIFTHS, seed),
     }
 
@@ -139,12 +138,6 @@ def correlations(measured: list[dict], seed: int) -> tuple[Estimate, Estimate]:
     for answer in measured:
         pair = np.array([answer["fai"], answer["receiver_fai"]])
         if (pair.min(1) < pair.max(1)).all():
-            found.append([np.corrcoef(pair)[0, 1], np.corrcoef([_ranks(values) for values in pair])[0, 1], 1.0])
+            found.append([np.corrcoef(pair)[0, 1], np.corrcoef([ranks(values) for values in pair])[0, 1], 1.0])
     columns = np.array(found).reshape(-1, 3)
     return tuple(bootstrap(columns[:, [index, 2]], share, seed=seed) for index in (0, 1))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Returns the ranks of values, from 1; equal values share the mean of theirs."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (count.cumsum() - (count - 1) / 2)[place]

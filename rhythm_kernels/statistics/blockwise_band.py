@@ -75,7 +75,7 @@ class _BandTiles(NamedTuple):
     """bool [tiles]: whether it has a row of R."""
     sight: Tensor
     """int32 [tiles, R, 1]: how far back each row sees. A row of R sees to the beginning of its own sequence; any other
-    row sees nothing, -1."""
+    row sees nothing, -1. A row sees a key if their distance is at most this: T, outside the band, never is."""
     place: Tensor
     """int64 [B * T]: the place of each token in [tiles, N]; the first place behind them for padding."""
     masks: Tensor | None
@@ -151,13 +151,15 @@ def _band_sums(
     read_k = _reader(k[:, :, None], key_items, tiles.key)
 
     group, size = q.shape[2], tiles.size
-    before = -(-band.horizon[1] // size) if band.both else 0  # tiles that the rows of a tile look back at
+    # The rows of tile i look back at the tiles i - tiles_back .. i, so their sums of columns are added to the lines of
+    # those. A line holds the N tokens of a tile and head; there are tiles_back empty tiles in front, so that line i
+    # belongs to tile i - tiles_back, and one behind for padding, which stays 0.
+    tiles_back = -(-band.horizon[1] // size) if band.both else 0
     line = items.tile * head_count + items.head
-    # one more tile is for padding, and stays 0
     nearness, received = (
         None
         if distances is None
-        else q.new_zeros((before + len(tiles.start) + 1) * head_count, group * size, dtype=torch.float32)
+        else q.new_zeros((tiles_back + len(tiles.start) + 1) * head_count, group * size, dtype=torch.float32)
         for distances in band
     )
     run = _items_at_once(group, q.shape[-1], tiles)
@@ -167,19 +169,20 @@ def _band_sums(
         weights = _item_weights(read_q(part), read_k(part)[:, 0], read_lse(part), mask, options)
         if band.window is not None:
             sums = (weights[..., band.keys(band.window, size)] * tiles.nearest).sum(-1)  # [n, G, N]
-            nearness.index_copy_(0, line[part] + before * head_count, sums.flatten(1))
+            nearness.index_copy_(0, line[part] + tiles_back * head_count, sums.flatten(1))
         if band.both:
             lo, hi = band.horizon
             weights = weights[..., band.keys(band.horizon, size)]
             weights.view(torch.int32).bitwise_and_(tiles.in_horizon)
-            sums = pad(weights.sum(-2), (before * size - hi, lo)).unflatten(-1, (-1, size))  # [n, G, before + 1, N]
+            columns_of_tiles = pad(weights.sum(-2), (tiles_back * size - hi, lo))
+            sums = columns_of_tiles.unflatten(-1, (-1, size))  # [n, G, tiles_back + 1, N]
             for i, columns in enumerate(sums.unbind(2)):
-                lines = line[part] + i * head_count  # each is there once; index_add_ would sort them
+                lines = line[part] + i * head_count  # a tile and head occur once in a run; index_add_ would sort
                 received.index_copy_(0, lines, received.index_select(0, lines).add_(columns.flatten(1)))
         elif band.horizon is not None:
             received.index_copy_(0, line[part], weights.sum(-2).flatten(1))
     return tuple(
-        None if x is None else _at_tokens(x.view(-1, head_count, group, size)[before:], tiles, q.shape)
+        None if x is None else _at_tokens(x.view(-1, head_count, group, size)[tiles_back:], tiles, q.shape)
         for x in (nearness, received)
     )
 

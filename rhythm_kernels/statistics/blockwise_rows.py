@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rhythm_kernels.host import send
-from rhythm_kernels.statistics.blockwise_scores import all_bits, row_sums, softcapped
+from rhythm_kernels.statistics.blockwise_scores import all_bits, row_sums, softcapped, weighted_sum
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.lines import lines_of
 from rhythm_kernels.statistics.more import NEED_EVERY_KEY
@@ -293,16 +293,10 @@ def _finite_values(v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
 def _write_output(weights: Tensor, values: Tensor, broken: Tensor | None, tile: _RowTile, results: _RowResults) -> None:
     """Writes the output of a tile; it is NaN where a row gives a weight to a value that is not finite."""
     out = results.out[:, :, tile.rows]
-    out[:] = _weighted(weights, values[:, :, tile.keys])
+    out[:] = weighted_sum(weights, values[:, :, tile.keys])
     if broken is not None:
-        reached = _weighted(weights.ne(0).float(), broken[:, :, tile.keys]) > 0
+        reached = weighted_sum(weights.ne(0).float(), broken[:, :, tile.keys]) > 0
         out.masked_fill_(reached, math.nan)
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Returns sum_s A[t, s] v[s]: [B, HQ, rows, keys] and [B, H, keys, Dv] -> [B, HQ, rows, Dv]."""
-    grouped = weights.reshape(len(values), values.shape[1], -1, weights.shape[3])
-    return (grouped @ values).view(*weights.shape[:3], -1)
 
 
 def _write_rows(result: Tensor, values: Tensor, tile: _RowTile, layout: Layout) -> None:

@@ -20,6 +20,12 @@ def softcapped(scores: Tensor, options: Options) -> Tensor:
     return scores if options.softcap is None else scores.div_(options.softcap).tanh_().mul_(options.softcap)
 
 
+def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    """Returns sum_s A[t, s] v[s]: [B, HQ, rows, keys] and [B, H, keys, Dv] -> [B, HQ, rows, Dv]."""
+    grouped = weights.reshape(len(values), values.shape[1], -1, weights.shape[3])
+    return (grouped @ values).view(*weights.shape[:3], -1)
+
+
 def all_bits(kept: Tensor) -> Tensor:
     """Returns int32: all bits, -1, where `kept` is true, else none.
 

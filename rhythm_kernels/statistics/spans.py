@@ -108,15 +108,15 @@ def _span_sample(layout: Layout, span_rows: int) -> SpanSample:
     row_counts = rows_before[batch_row, stop] - rows_before[batch_row, start]  # [blocks]
     is_active = row_counts > 0
     active_before = pad(is_active.cumsum(0), (1, 0))  # [blocks + 1]
-    # the active blocks in order; one more place takes those that are not
-    place = torch.where(is_active, active_before[:-1], len(start))
-    active = place.new_zeros(len(start) + 1).scatter_(0, place, torch.arange(len(start), device=device))
+    # active[r] is the r-th block that holds a row of R; the last entry collects the others, and is never read
+    rank = torch.where(is_active, active_before[:-1], len(start))
+    active = rank.new_zeros(len(start) + 1).scatter_(0, rank, torch.arange(len(start), device=device))
 
-    base = active_before[first_block[sequence]]  # [slots]
-    number = active_before[first_block[sequence + 1]] - base
-    chosen = torch.where(number <= most, slot, (2 * slot + 1) * number // (2 * most))
-    is_read = slot < number
-    block = active[(base + chosen).clamp(max=len(start))].where(is_read, 0)
+    first_active = active_before[first_block[sequence]]  # [slots]
+    active_count = active_before[first_block[sequence + 1]] - first_active
+    chosen = torch.where(active_count <= most, slot, (2 * slot + 1) * active_count // (2 * most))
+    is_read = slot < active_count
+    block = active[(first_active + chosen).clamp(max=len(start))].where(is_read, 0)
 
     counts = torch.zeros(layout.sequences, dtype=torch.int64, device=device)
     counts.index_add_(0, sequence, row_counts[block].where(is_read, 0))

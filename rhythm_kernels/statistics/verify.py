@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rhythm_kernels.host import send
 from rhythm_kernels.statistics import probes
+from rhythm_kernels.statistics.blockwise_scores import softcapped, weighted_sum
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.lines import lines_of
 from rhythm_kernels.statistics.options import DTYPES, Options
@@ -288,8 +289,7 @@ class _MapRows(NamedTuple):
 
         scores = queries.mul(options.scale).unflatten(1, (-1, group)).flatten(2, 3) @ keys.mT
         scores = scores.view(*queries.shape[:3], -1)
-        if options.softcap is not None:
-            scores.div_(options.softcap).tanh_().mul_(options.softcap)
+        softcapped(scores, options)
         sizes = scores.abs() if with_sizes else None
         scores += bias[:, None]
         weights = scores.softmax(-1)  # one pass over memory; written out it would take seven
@@ -311,7 +311,7 @@ def _is_surely_right(part: _Part, read: _Read, options: Options) -> bool:
     check. What a tolerance has beyond it can only add to it.
     """
     rows = _MapRows.of(read, part.bias, options, with_lse=read.lse is not None, with_reach=False)
-    expected = _weighted(rows.weights, read.values)
+    expected = weighted_sum(rows.weights, read.values)
     if rows.sink is not None:
         expected *= rows.sink[1]
     longest = read.values.norm(dim=-1).amax(-1).repeat_interleave(expected.shape[1] // read.values.shape[1], 1)
@@ -329,12 +329,11 @@ def _output_errors(rows: _MapRows, bias: Tensor, read: _Read, rounding: Rounding
     """
     values = read.values
     lengths = values.norm(dim=-1, keepdim=True)
-    factors = lengths.new_ones(*lengths.shape[:-1], 2)  # an error of a weight counts times |v[s]| and |out|
-    factors[..., :1] = lengths
-    expected = _weighted(rows.weights, values)
+    factors = torch.cat([lengths, torch.ones_like(lengths)], -1)  # of an error of a weight: |v[s]|, and 1 for |out|
+    expected = weighted_sum(rows.weights, values)
 
-    error = rounding.weights + (rounding.factors + ACCUMULATED) * rows.reach  # of a weight, relative
-    kept, sink_error = 1.0, 0.0  # without a sink
+    error = rounding.weights + (rounding.factors + ACCUMULATED) * rows.reach  # the relative error of a weight
+    kept, sink_error = 1.0, 0.0  # the share that a sink leaves, and the error of its own
     if rows.sink is not None:
         sink, kept = rows.sink
         sink_share = 1 - kept
@@ -346,17 +345,17 @@ def _output_errors(rows: _MapRows, bias: Tensor, read: _Read, rounding: Rounding
             error, sink_error = error + rounded, sink_share * rounded
     size = expected.norm(dim=-1, keepdim=True)
     if rounding.smallest > 0:  # smaller weights vanish, each of them
-        vanished = _weighted((rows.weights * kept).clamp_(max=rounding.smallest), factors)
+        vanished = weighted_sum((rows.weights * kept).clamp_(max=rounding.smallest), factors)
         visible = (bias == 0).float()[:, None] @ factors.square()  # [S, H, P, 2]
         visible = visible.repeat_interleave(size.shape[1] // values.shape[1], 1)
     if rows.sizes is None:
-        plain_sum = _weighted(rows.weights, factors)
-        square_sum = _weighted(rows.weights.square_(), factors.square())
+        plain_sum = weighted_sum(rows.weights, factors)
+        square_sum = weighted_sum(rows.weights.square_(), factors.square())
     else:
         weight_errors = torch.add(error, rows.sizes, alpha=rounding.scores, out=rows.sizes).mul_(rows.weights)
         error = 1.0
-        plain_sum = _weighted(weight_errors, factors)
-        square_sum = _weighted(weight_errors.square_(), factors.square())
+        plain_sum = weighted_sum(weight_errors, factors)
+        square_sum = weighted_sum(weight_errors.square_(), factors.square())
     plain_sum, square_sum = plain_sum * (kept * error), square_sum * (kept * error) ** 2
     if rounding.smallest > 0:
         plain_sum += 2 * vanished
@@ -369,12 +368,6 @@ def _output_errors(rows: _MapRows, bias: Tensor, read: _Read, rounding: Rounding
     noise += (ACCUMULATED * longest[..., None]).square()
     noise += values.shape[-1] * max(rounding.smallest, VANISHING) ** 2
     return read.out, expected, SLACK * noise.sqrt(), read.head
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Returns sum_s A[t, s] v[s]: [S, HQ, P, L] and [S, H, L, Dv] -> [S, HQ, P, Dv]."""
-    grouped = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
-    return (grouped @ values).view(*weights.shape[:3], -1)
 
 
 def _lse_errors(rows: _MapRows, read: _Read) -> tuple:
