@@ -42,7 +42,7 @@ class Scripted:
         pass
     wake = close = sleep
 
-train.setup.load_engine = lambda start, policy, tokenizer, config, world: Scripted(tokenizer)
+train.setup.load_engine = lambda start, policy, prompts, config, world: Scripted(prompts.tokenizer)
 VERIFIERS["words"] = lambda completion, answer: sum(w.isdigit() for w in completion.split()) / 16
 folder = sys.argv[2] if len(sys.argv) > 2 else None
 config = load_preset("countdown-smoke").change(**json.loads(sys.argv[1]))

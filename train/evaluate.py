@@ -53,7 +53,7 @@ def evaluate_model(arguments: list[str] | None) -> int:
         prompts = Prompts(tokenizer, config, stop_ids(place, tokenizer))
         evaluations = prompts.all_fitting(evaluations)
         check_fit(place, prompts, config)
-        engine = load_engine(place, None, tokenizer, config, world)
+        engine = load_engine(place, None, prompts, config, world)
     with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
         evaluation = evaluate(engine, evaluations, prompts, rewards, config, world)
     engine.close()

@@ -104,11 +104,13 @@ class Prompts:
     """Turns problems into the token ids that the policy reads, and its answers into the text that is verified."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Config, stops: Sequence[int] = ()):
-        """`stops` are the tokens that end an answer, beside the tokenizer's own."""
+        """`stops` are the tokens that end a text of the model; the end of an assistant's turn is added to them."""
         self.tokenizer = tokenizer
         self.most = config.data.max_prompt_length
         self.as_chat = config.data.chat_template and tokenizer.chat_template is not None
-        self.ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, *stops} - {None}
+        self.stops = sorted({*stops, *(end_of_turn(tokenizer) if self.as_chat else ())})
+        """The tokens that end an answer."""
+        self.ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, *self.stops} - {None}
         self.silent = self.ends | {tokenizer.bos_token_id, tokenizer.pad_token_id}
         self.longest, self.largest_id = 0, 0
         """The most tokens of a prompt that fits, and the largest id of its tokens."""
@@ -182,13 +184,30 @@ def check_fit(model: str, prompts: Prompts, config: Config) -> None:
         )
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the special token that the chat template writes right after an assistant's message, if there is one.
+
+    It need not be the model's end of a text: Qwen3-Base ends texts with <|endoftext|>, and its template turns with
+    <|im_end|>. An answer would otherwise go on to the length limit.
+    """
+    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template is a program and can raise anything, and may take no assistant's message
+        return set()
+    _, answer, after = text.rpartition("ANSWER")
+    first = tokenizer.encode(after.lstrip(), add_special_tokens=False)[:1] if answer else []
+    added = {token for token, known in tokenizer.added_tokens_decoder.items() if known.special}
+    return set(first) & (added | set(tokenizer.all_special_ids))
+
+
 def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
+    """Returns the tokens that end a text: the tokenizer's, and those of the model's generation settings."""
     try:
         named = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # the model has no such settings
         named = None
     stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     if not stops:
-        raise BadSetting(f"--model must have a token that ends an answer, got {model}, whose tokenizer names none")
+        raise BadSetting(f"--model must have a token that ends a text, got {model}, whose tokenizer names none")
     return sorted(stops)

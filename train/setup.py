@@ -137,7 +137,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             world=world,
             policy=policy,
             reference=reference,
-            engine=load_engine(start, policy, tokenizer, config, world),
+            engine=load_engine(start, policy, prompts, config, world),
             optimizer=optimizer,
             tokenizer=tokenizer,
             prompts=prompts,
@@ -217,25 +217,25 @@ def check_engine(config: Config) -> None:
         check_installed()
 
 
-def load_engine(
-    start: str, policy: Policy | None, tokenizer: PreTrainedTokenizerBase, config: Config, world: World
-) -> Engine:
+def load_engine(start: str, policy: Policy | None, prompts: Prompts, config: Config, world: World) -> Engine:
     """Returns the engine that --engine names; transformers' samples from the policy, or a copy if it is sharded."""
-    stops, rollout = stop_ids(start, tokenizer), config.rollout
+    rollout = config.rollout
     if rollout.engine == "vllm":
         from train.vllm_engine import VLLMEngine  # imports vllm
 
         return VLLMEngine(
             start,
-            stop_ids=stops,
-            max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
+            stop_ids=prompts.stops,
+            max_model_len=prompts.longest + rollout.max_completion_length,  # `check_fit` has checked it
             dtype=config.model.dtype,
             gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
             sleep_mode=True,
         )
     is_copy = policy is None or world.size > 1 or config.model.dtype != "float32"
     model = load_model(start, dtype=getattr(torch, config.model.dtype)).to(world.device) if is_copy else policy.model
-    pad = tokenizer.pad_token_id
+    pad = prompts.tokenizer.pad_token_id
     if pad is None or pad >= embedding_rows(model.config):  # it was added to the tokenizer, and no row to the model
-        pad = stops[0]
-    return TransformersEngine(model, stops=stops, pad=pad, batch_size=rollout.rollout_batch_size, is_copy=is_copy)
+        pad = prompts.stops[0]
+    return TransformersEngine(
+        model, stops=prompts.stops, pad=pad, batch_size=rollout.rollout_batch_size, is_copy=is_copy
+    )

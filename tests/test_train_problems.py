@@ -1,0 +1,69 @@
+"""Problems as token ids: where a chat template ends an answer, and how much room a sequence is given."""
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from train_cases import TOKENIZER, settings
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+from rhythm_kernels.tasks import Problem
+from train.problems import Prompts, check_fit
+from train.rollout import Completion
+from train.setup import load_engine
+
+
+def chat_template(end: str) -> str:
+    """A template that writes `end` after each message."""
+    turn = f"<|im_start|>{{{{ message['role'] }}}} {{{{ message['content'] }}}}{end}"
+    return f"{{% for message in messages %}}{turn}{{% endfor %}}<|im_start|>assistant "
+
+
+def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """A tokenizer as that of a base model: a text ends with another token than a turn of its chat template."""
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "user", "assistant", "one", "two", "QUESTION", "ANSWER", "."]
+    model = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="."))
+    model.pre_tokenizer = Whitespace()
+    marks = {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|endoftext|>", chat_template=template, **marks)
+
+
+@pytest.mark.parametrize(
+    "template, changes, stops",
+    [
+        (chat_template("<|im_end|>"), {}, [0, 2]),
+        (chat_template("\n<|im_end|>\n"), {}, [0, 2]),
+        (chat_template("<|endoftext|>"), {}, [0]),
+        (chat_template(" ."), {}, [0]),  # a word, which answers may have
+        (chat_template(""), {}, [0, 1]),  # the next turn's first token
+        ("<|im_start|>{{ messages[0]['content'] }}<|im_end|>", {}, [0]),
+        ("{{ raise_exception('one turn') if messages|length > 1 else messages[0]['content'] }}", {}, [0]),
+        (chat_template("<|im_end|>"), {"chat_template": False}, [0]),
+        (None, {}, [0]),
+    ],
+    ids=["turn", "lines", "text", "word", "nothing", "no-assistant", "refuses-two", "left-out", "no-template"],
+)
+def test_the_end_of_an_assistants_turn_ends_an_answer(template, changes, stops):
+    prompts = Prompts(chat_tokenizer(template), settings(**changes), [0])
+    assert prompts.stops == stops
+    ids = [5, 6, stops[-1]]
+    assert prompts.decode([Completion(ids, [0.0] * 3, "stop")]) == ["one two"]
+
+
+def test_a_prompt_keeps_the_end_of_its_own_turn():
+    prompts = Prompts(chat_tokenizer(chat_template("<|im_end|>")), settings(), [0])
+    assert prompts.encode(Problem("one", "", "words")) == [1, 3, 5, 2, 1, 4]
+
+
+def test_vllm_is_asked_for_the_room_that_was_checked(monkeypatch):
+    """Not for that of --max-prompt-length, which may be beyond the positions of the model."""
+    asked = []
+    monkeypatch.setattr("train.vllm_engine.VLLMEngine", lambda folder, **options: asked.append(options))
+    config = settings(model="m", engine="vllm", max_completion_length=24, max_prompt_length=4096)
+    prompts = Prompts(TOKENIZER, config, [TOKENIZER.eos_token_id])
+    prompts.fitting([Problem("3 5 ? 8 >", "", "words"), Problem("1 2 3 ? 6 >", "", "words")], "--train-data words")
+    shape = Qwen3Config(vocab_size=len(TOKENIZER), max_position_embeddings=6 + 24)
+    monkeypatch.setattr("train.problems.AutoConfig.from_pretrained", lambda name: shape)
+    check_fit("m", prompts, config)
+    load_engine("m", None, prompts, config, None)
+    assert asked[0]["max_model_len"] == 6 + 24 and asked[0]["stop_ids"] == [TOKENIZER.eos_token_id]
