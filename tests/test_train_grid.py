@@ -117,7 +117,7 @@ def test_two_runs_that_need_the_same_warm_start_make_it_once(tmp_path, monkeypat
 
 
 def test_gpus_are_shared_among_the_runs_that_fit(monkeypatch):
-    monkeypatch.setattr("train.compare.grid.choose_device", lambda name: "cuda")
+    monkeypatch.setattr("train.distributed.choose_device", lambda name: "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,0,1,2,3")
     paper = load_preset("countdown-4b")
     share = Share.of_machine(paper, None, None)

@@ -21,7 +21,7 @@ def chat_template(end: str) -> str:
 
 def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     """A tokenizer as that of a base model: a text ends with another token than a turn of its chat template."""
-    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "user", "assistant", "one", "two", "QUESTION", "ANSWER", "."]
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "user", "assistant", "one", "two", "."]
     model = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="."))
     model.pre_tokenizer = Whitespace()
     marks = {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}

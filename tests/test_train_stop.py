@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_train_run import command, environment, timeless
+from torch.distributed.launcher.api import LaunchConfig
 from train_cases import ALONE, TOKENIZER
 
 import train.loop
@@ -17,7 +18,7 @@ from rhythm_kernels.tasks import Problem
 from train import command as commands
 from train.checkpoint import list_checkpoints
 from train.config import BadSetting, Config, RunError
-from train.launch import launch, run_side_by_side
+from train.launch import environment_of_run, launch, run_side_by_side
 from train.metrics import FILE, MetricsLog, read_metrics, whole_lines
 from train.presets import load_preset
 from train.problems import Prompts, check_fit, load_evaluations
@@ -139,6 +140,34 @@ def test_a_seed_that_fails_ends_the_others(tmp_path, monkeypatch, failing, how, 
     monkeypatch.setattr(sys, "executable", str(program))
     folders = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
     assert run_side_by_side(smoke(tmp_path / "run", seeds=(0, 1)), folders) == status
+
+
+@pytest.mark.parametrize("visible, own", [("4,5", ["4", "5", "4"]), ("", ["0", "1", "0"]), (None, ["-", "-", "-"])])
+def test_seeds_take_turns_at_the_gpus(tmp_path, monkeypatch, visible, own):
+    """Where there are two. Without one nothing is said of GPUs."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES--} $OMP_NUM_THREADS" > "$4/seen"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setattr("train.distributed.choose_device", lambda name: "cuda")
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    folders = [tmp_path / f"seed-{seed}" for seed in range(3)]
+    assert run_side_by_side(smoke(tmp_path / "run", seeds=(0, 1, 2)), folders) == 0
+    assert [(folder / "seen").read_text().split() for folder in folders] == [[gpu, "1"] for gpu in own]
+
+
+def test_torchrun_waits_for_a_step_and_a_checkpoint(monkeypatch):
+    """As long as the runs of a grid ask it to, or the user does; before torch 2.12 it cannot be asked."""
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    if "shutdown_timeout" not in LaunchConfig.__dataclass_fields__:
+        pytest.skip("this torch waits for 30 seconds")
+    for given, waits in ((None, 3600), ("60", 60)):
+        monkeypatch.delenv(name, raising=False) if given is None else monkeypatch.setenv(name, given)
+        monkeypatch.setenv(name, environment_of_run([], 1)[name])
+        assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == waits
 
 
 def _read(path: Path) -> bytes:

@@ -28,6 +28,14 @@ def choose_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def visible_gpus(device: str) -> list[str]:
+    """Returns the names of the GPUs that this process may use with --device `device`; none for a CPU."""
+    if choose_device(device) == "cpu":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(place) for place in range(torch.cuda.device_count())]
+
+
 def is_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 

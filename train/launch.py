@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from train.checkpoint import list_checkpoints
 from train.config import BadSetting, Config, differences
 from train.console import say
-from train.distributed import World, choose_device, is_torchrun
+from train.distributed import World, choose_device, is_torchrun, visible_gpus
 from train.loop import train
 from train.plots import plot_learning_curve
 from train.report import report
@@ -28,6 +28,8 @@ from train.stop import Stopped, stop_with_parent
 
 CONFIG, UNFINISHED_CONFIG, LOCK = "config.json", "config.json.tmp", ".lock"
 PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds, whose parent reports for them
+# Seconds after a stop signal until torchrun kills its ranks. Its 30 are too few for a long step and a large checkpoint.
+PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
 
 
 def launch(config: Config, folder: Path | None = None) -> int:
@@ -149,18 +151,25 @@ def threads_per_seed(config: Config) -> int:
     return config.run.threads or max(1, cores // len(config.run.seeds))
 
 
+def environment_of_run(gpus: Sequence[str], threads: int) -> dict[str, str]:
+    """Returns the environment of the process of a run that has these GPUs to itself, if there are any."""
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    return {**PATIENCE, **os.environ, **own, PARENT: "1", "OMP_NUM_THREADS": str(threads)}
+
+
 def run_side_by_side(config: Config, folders: list[Path]) -> int:
     """Runs one process for each seed and returns the exit status; if one fails, stops the others with a checkpoint.
 
+    Seeds take turns at the GPUs, and more seeds than GPUs share them.
     They also stop when this process is stopped or killed: each watches its standard input, a pipe from this process.
     """
-    threads = threads_per_seed(config)
+    threads, gpus = threads_per_seed(config), visible_gpus(config.run.device)
     for seed, folder in zip(config.run.seeds, folders, strict=True):
         write_config(config.change(seeds=(seed,), threads=threads, output=str(folder)), folder)
     processes = []
     try:
         for place, folder in enumerate(folders):
-            environment = {**os.environ, PARENT: "1", "OMP_NUM_THREADS": str(threads)}
+            environment = environment_of_run([gpus[place % len(gpus)]] if gpus else [], threads)
             if sys.stderr.isatty():
                 environment["TQDM_POSITION"] = str(2 * place)  # bars below each other
             command = [sys.executable, "-m", "train", "--resume", str(folder)]

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from rhythm_kernels.options import PREFIX
 from train.compare.runs import Run, is_finished, read_runs, read_whole
 from train.config import MAY_CHANGE, BadSetting, Config, RunError, differences
 from train.console import say
-from train.distributed import choose_device, is_torchrun
-from train.launch import CONFIG, PARENT, claim, end, has_begun, write_config
+from train.distributed import is_torchrun, visible_gpus
+from train.launch import CONFIG, claim, end, environment_of_run, has_begun, write_config
 from train.solve_rates import Evaluation
 from train.supervise import warm_start_path
 
@@ -58,13 +56,12 @@ class Share(NamedTuple):
         if jobs is not None and jobs < 1:
             raise BadSetting(f"--jobs must be at least 1, got {jobs}")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if choose_device(config.run.device) == "cpu":
+        devices = visible_gpus(config.run.device)
+        if not devices:
             if ranks not in (None, 1):
                 raise BadSetting(f"--ranks must be 1 without GPUs, got {ranks}")
             threads = config.run.threads or 1
             return cls(jobs or max(1, cores // threads), 1, threads, [])
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(device) for device in range(torch.cuda.device_count())]
         ranks = default_ranks(config, len(devices)) if ranks is None else ranks
         if not 1 <= ranks * (jobs or 1) <= len(devices):
             raise BadSetting(f"--ranks {ranks} and --jobs {jobs or 1} must fit the {len(devices)} GPUs that are there")
@@ -72,9 +69,7 @@ class Share(NamedTuple):
         return cls(jobs or len(devices) // ranks, ranks, threads, devices)
 
     def environment(self, slot: int) -> dict[str, str]:
-        own = self.devices[slot * self.ranks : (slot + 1) * self.ranks]
-        devices = {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
-        return {**os.environ, **devices, PARENT: "1", "OMP_NUM_THREADS": str(self.threads)}
+        return environment_of_run(self.devices[slot * self.ranks : (slot + 1) * self.ranks], self.threads)
 
     def command(self, folder: Path) -> list[str]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
