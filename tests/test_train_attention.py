@@ -5,6 +5,7 @@ import torch
 from models import llama, qwen3
 
 import train.attention
+from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import collect
 
 LENGTHS = (5, 31, 1, 20)
@@ -37,6 +38,27 @@ def test_gradients_are_those_of_each_sequence():
     got = torch.autograd.grad(model(**inputs, use_cache=False).logits.square().sum(), list(model.parameters()))
     for mine, other in zip(got, expected, strict=True):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is there need not be pretended")
+@pytest.mark.parametrize("make", [llama, qwen3], ids=["full", "sliding-window"])
+def test_float32_on_a_gpu_attends_in_one_sequence_at_a_time(make):
+    """By torch's kernel for it, which holds no map; FlashAttention takes 16 bits only."""
+    torch.manual_seed(0)
+    model, inputs = make(train.attention.NAME), packed_inputs()
+    expected = model(**inputs, use_cache=False).logits
+    loss = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    with pretended_cuda():
+        model.to("cuda")
+        there = {name: x.to("cuda") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        with counted() as work:
+            got = model(**there, sequence_bounds=inputs["cu_seq_lens_q"], use_cache=False).logits
+        gradients = torch.autograd.grad(got.square().sum(), list(model.parameters()))
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+        for mine, other in zip(gradients, loss, strict=True):
+            assert torch.allclose(mine.cpu(), other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+    assert not work.waits
+    assert "aten::_scaled_dot_product_efficient_attention" in work.launches, work.launches
 
 
 def test_nothing_of_the_size_of_all_tokens_squared_is_made():

@@ -1,8 +1,8 @@
 """Attends within each sequence of a packed row, without padding and without a [T, T] mask.
 
 Importing this file registers it with transformers under the name "packed". The decoder then takes position_ids that
-restart and, like transformers' kernels for packed input, `cu_seq_lens_q` and `max_length_q`. On a GPU it calls
-torch's variable-length FlashAttention, elsewhere torch's attention once for each sequence.
+restart and, like transformers' kernels for packed input, `cu_seq_lens_q` and `max_length_q`. For 16 bits on a GPU it
+calls torch's variable-length FlashAttention, otherwise torch's attention once for each sequence.
 Shapes: T tokens in S sequences, HQ query heads, H key heads, D channels of a head.
 """
 
@@ -11,7 +11,6 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "packed"
@@ -29,12 +28,16 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    sequence_bounds: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **_,
 ) -> tuple[Tensor, None]:
     """Maps query [1, HQ, T, D], key and value [1, H, T, D], cu_seq_lens_q int32 [S + 1] to the output [1, T, HQ, D].
+
+    Args:
+        sequence_bounds: cu_seq_lens_q on the host. Without it a GPU's are waited for, unless it computes in 16 bits.
 
     Raises:
         ValueError: the model needs what the kernels cannot do: a mask, dropout, soft-capping, sinks or bidirectional
@@ -49,10 +52,11 @@ def packed_attention(
         )
     if cu_seq_lens_q is None or query.shape[0] != 1:
         raise ValueError(f"--attention packed needs one row with cu_seq_lens_q, got {query.shape[0]} rows")
-    if query.is_cuda:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):  # FlashAttention takes no others
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
-        out = _one_by_one(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window)
+        bounds = cu_seq_lens_q if sequence_bounds is None else sequence_bounds
+        out = _one_by_one(query, key, value, bounds.tolist(), scaling, sliding_window)
     return out, None
 
 
@@ -69,13 +73,17 @@ def _varlen(query, key, value, cu_seqlens, longest, scale, window) -> Tensor:
 
 def _one_by_one(query, key, value, bounds: list[int], scale, window) -> Tensor:
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+    if query.is_cuda:  # torch's memory-efficient kernel, which is that of float32, shares no key heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     outs = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         near = None
         if window is not None and q.shape[2] > window:
-            distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+            place = torch.arange(q.shape[2], device=q.device)
+            distance = place[:, None] - place
             near = (distance >= 0) & (distance < window)
-        outs.append(scaled_dot_product_attention(q, k, v, near, is_causal=near is None, scale=scale, enable_gqa=True))
+        options = {"is_causal": near is None, "scale": scale, "enable_gqa": True}
+        outs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, near, **options))
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 

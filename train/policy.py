@@ -38,6 +38,7 @@ class Policy(nn.Module):
             use_cache=False,
             cu_seq_lens_q=micro.cu_seqlens,
             cu_seq_lens_k=micro.cu_seqlens,
+            sequence_bounds=micro.bounds,
             max_length_q=micro.longest,
             max_length_k=micro.longest,
         ).last_hidden_state[0]
