@@ -185,6 +185,20 @@ def test_an_evaluation_has_the_flags_that_it_reads_and_no_others(capsys):
         choose_settings("m", of_run, "countdown-tiny", {})
 
 
+def test_a_model_that_no_run_made_needs_problems_and_a_length(capsys):
+    """The defaults are those of the tiny task: 64 tokens would be taken for the model's failure."""
+    for flags, missing in (
+        ([], "--eval-data must say what to evaluate on"),
+        (["--eval-data", "aime24"], "--max-completion-length must say the most tokens of an answer"),
+        (["--max-completion-length", "9"], "--eval-data must say what to evaluate on"),
+    ):
+        assert main(["a-model", *flags]) == 2
+        assert f"{missing}, or --preset both, for 'a-model', which no run made" in capsys.readouterr().err
+    given = {"eval_data": "aime24", "max_completion_length": "9"}
+    assert choose_settings("m", None, None, given).rollout.max_completion_length == 9
+    assert choose_settings("m", load_preset("countdown-smoke"), None, {}).rollout.max_completion_length == 24
+
+
 def test_answers_that_were_cut_off_are_told():
     rates = {"cut": SolveRate(0.0, 0.25, 0.0, 4), "whole": SolveRate(0.0, 1.0, 0.0, 4)}
     assert cut_off(Evaluation(rates), Config()) == [

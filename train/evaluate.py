@@ -1,10 +1,12 @@
 """Measures the solve rates of any model, from the command line.
 
-    python -m train.evaluate MODEL [--eval-data aime24 aime25 amc23 math-500 olympiadbench] [--engine vllm] [flags]
+    python -m train.evaluate RUN [--engine vllm] [flags]
+    python -m train.evaluate MODEL --eval-data aime24 math-500 --max-completion-length 8192 --dtype bfloat16 [flags]
+    python -m train.evaluate MODEL --preset maths-4b-8k [flags]
 
-MODEL is a run's folder (its last checkpoint), a checkpoint, or a transformers model. A run of several seeds has a
-folder for each: name one, such as runs/FOLDER/seed-0. A checkpoint brings its run's settings. For another model
---preset or flags give them. AIME's problems are answered 16 times (avg@16), others once (pass@1).
+RUN is a run's folder (its last checkpoint) or a checkpoint, which bring the run's settings. A run of several seeds has
+a folder for each: name one, such as runs/FOLDER/seed-0. MODEL is any transformers model. AIME's problems are answered
+16 times (avg@16), others once (pass@1).
 
 For a run's folder a second row has the moving average of the peak over the evaluations of the run, at its end: the
 number by which the paper compares runs (A.2).
@@ -15,7 +17,7 @@ import sys
 from pathlib import Path
 
 from train.command import run
-from train.config import BadSetting, Config
+from train.config import BadSetting, Config, flag_name
 from train.flags import add_flags, check_given
 from train.presets import load_preset
 
@@ -112,8 +114,9 @@ def choose_settings(model: str, of_run: Config | None, preset: str | None, given
         raise BadSetting(
             f"--preset is for a model that no run made, got {preset!r} and a run's, which brings its settings"
         )
-    if of_run is None and preset is None and "eval_data" not in given:
-        raise BadSetting("--eval-data must name what to evaluate on, or --preset, for a model that no run made")
+    for name, what in (("eval_data", "what to evaluate on"), ("max_completion_length", "the most tokens of an answer")):
+        if of_run is None and preset is None and name not in given:
+            raise BadSetting(f"{flag_name(name)} must say {what}, or --preset both, for {model!r}, which no run made")
     base = of_run or (Config() if preset is None else load_preset(preset))
     config = base.change(**{"model": model, **given})
     if "seeds" in given and len(config.run.seeds) > 1:
