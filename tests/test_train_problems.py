@@ -1,14 +1,17 @@
-"""Problems as token ids: where a chat template ends an answer, and how much room a sequence is given."""
+"""Problems: which sets are trained on, where a chat template ends an answer, how much room a sequence is given."""
+
+import re
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from train_cases import TOKENIZER, settings
+from train_cases import ALONE, TOKENIZER, settings
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from rhythm_kernels.tasks import Problem
-from train.problems import Prompts, check_fit
+from train.config import BadSetting
+from train.problems import Prompts, check_fit, check_trains, load_task
 from train.rollout import Completion
 from train.setup import load_engine
 
@@ -26,6 +29,21 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     model.pre_tokenizer = Whitespace()
     marks = {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|endoftext|>", chat_template=template, **marks)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math-500", "aime24", "aime25", "amc23", "olympiadbench", "tinyzero-test"])
+def test_what_is_to_evaluate_on_is_not_trained_on(name):
+    says = (
+        f"--train-data must be a set to train on, got {name}, which is to evaluate on; to train on are words, "
+        f"countdown, tinyzero, crossthink-qa, dapo-math, dapo-math-en, gsm8k-train, and files: {name}:FILE.jsonl"
+    )
+    with pytest.raises(BadSetting, match=re.escape(says)):
+        load_task(settings(model="m", train_data=name), ALONE)
+
+
+@pytest.mark.parametrize("name", ["words", "countdown", "gsm8k-train", "dapo-math", "gsm8k:x.jsonl", "maths:x.jsonl"])
+def test_sets_to_train_on_and_files_are_taken(name):
+    check_trains(name)
 
 
 @pytest.mark.parametrize(

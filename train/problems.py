@@ -10,7 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from rhythm_kernels.fit import embedding_rows, most_positions
 from rhythm_kernels.tasks import BadSet, Problem
-from rhythm_kernels.tasks.sets import drop_overlap, find_set, load_set
+from rhythm_kernels.tasks.sets import SETS, drop_overlap, find_set, load_set
 from train import words
 from train.config import BadSetting, Config
 from train.console import say
@@ -47,6 +47,7 @@ def reading_sets() -> Iterator[None]:
 def load_task(config: Config, world: World) -> Task:
     """Loads --train-data and --eval-data; removes evaluation problems from the training problems."""
     name, tell = config.data.train_data, _teller(world)
+    check_trains(name)
     evaluations = load_held_out(config, world)
     problems = words.split_problems(config.words).train if name == "words" else load_set(name, tell)
     train, repeats = drop_overlap(problems, [problem for held_out in evaluations for problem in held_out.problems])
@@ -55,6 +56,19 @@ def load_task(config: Config, world: World) -> Task:
     if not train:
         raise BadSetting(f"--train-data {name} holds no problem that is not evaluated on")
     return Task(train, evaluations)
+
+
+def check_trains(name: str) -> None:
+    """Raises BadSetting for a named set that is to evaluate on; a file may be trained on, whatever its columns."""
+    if name == "words":
+        return
+    source, file = find_set(name)
+    if file is None and not source.evaluate:
+        to_train = ", ".join(["words", *(key for key, known in SETS.items() if known.evaluate)])
+        raise BadSetting(
+            f"--train-data must be a set to train on, got {name}, which is to evaluate on; to train on are {to_train}, "
+            f"and files: {name}:FILE.jsonl"
+        )
 
 
 @reading_sets()

@@ -34,11 +34,12 @@ class ProblemSet:
     place: tuple[str, str | None, str] | None = None  # path, configuration and split on the Hugging Face hub
     part: str = ""  # "train" or "test" of a set that is split here, the same way every time
     answers: int = 1  # to each problem, in evaluation
-    evaluate: tuple[str, ...] = ()  # names of the sets that a run on this one is evaluated on by default
+    evaluate: tuple[str, ...] = ()  # of a set to train on: the sets that such a run is evaluated on by default
 
 
 MATHS = (maths.from_row, ("problem", "answer"))
 DAPO = (maths.from_row, ("prompt", "solution"))
+GSM8K = (maths.from_row, ("question", "answer"))
 COUNTDOWN = (countdown.from_row, ("nums", "target"))
 TINYZERO = (countdown.from_row_of_four, ("nums", "target"), (), ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train"))
 CROSSTHINK_COLUMNS = ("prompt", "reward_model.ground_truth")
@@ -64,7 +65,8 @@ SETS = {
         ("context",),
         ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
     ),
-    "gsm8k": ProblemSet(maths.from_row, ("question", "answer"), place=("openai/gsm8k", "main", "test")),
+    "gsm8k": ProblemSet(*GSM8K, place=("openai/gsm8k", "main", "test")),
+    "gsm8k-train": ProblemSet(*GSM8K, place=("openai/gsm8k", "main", "train"), evaluate=("gsm8k",)),
     "words": ProblemSet(words.from_row, ("numbers", "target")),
     "maths": ProblemSet(*MATHS, ("context",)),
     "choice": ProblemSet(choice.from_row, ("question", "answer"), ("options",)),
