@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from train.checkpoint import list_checkpoints
+from train.config import BadSetting
+from train.distributed import World, sharing_ranks
 from train.metrics import read_metrics
+from train.presets import load_preset
+from train.setup import check_ranks
 
 # Answers that depend on the problem alone, so that ranks and a single process train on the same; digits are worth some.
 RUN = """
@@ -26,15 +31,18 @@ from train.rollout import Completion
 from rhythm_kernels.tasks import VERIFIERS
 
 class Scripted:
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, group, rank):
+        self.tokenizer, self.group, self.rank = tokenizer, group, rank
     def generate(self, prompts, n, sampling, progress=None):
         made = []
         for prompt in prompts:
             draw = random.Random(hashlib.sha256(bytes(prompt)).hexdigest())
-            for _ in range(n):
+            answers = []
+            for _ in range(max(n, self.group)):
                 ids = [draw.randrange(2, len(self.tokenizer)) for _ in range(draw.randint(1, 15))]
-                made.append(Completion([*ids, self.tokenizer.eos_token_id], [-4.0] * (len(ids) + 1), "stop"))
+                answers.append(Completion([*ids, self.tokenizer.eos_token_id], [-4.0] * (len(ids) + 1), "stop"))
+            first = self.rank * n % len(answers)  # of a group that ranks share
+            made += answers[first : first + n] if 1 < n else answers[:1]
         return made
     def sync(self, weights):
         self.weights = dict(weights)
@@ -42,7 +50,8 @@ class Scripted:
         pass
     wake = close = sleep
 
-train.setup.load_engine = lambda start, policy, prompts, config, world: Scripted(prompts.tokenizer)
+train.setup.load_engine = lambda start, policy, prompts, config, world: Scripted(
+    prompts.tokenizer, config.rollout.num_generations, world.rank)
 VERIFIERS["words"] = lambda completion, answer: sum(w.isdigit() for w in completion.split()) / 16
 folder = sys.argv[2] if len(sys.argv) > 2 else None
 config = load_preset("countdown-smoke").change(**json.loads(sys.argv[1]))
@@ -69,6 +78,13 @@ def base(tmp_path_factory):
     return BASE | {"cache": str(tmp_path_factory.mktemp("cache"))}
 
 
+def test_ranks_that_cannot_share_a_step_are_refused():
+    paper = load_preset("maths-8b-1k")
+    assert sharing_ranks(paper, 40) == [1, 2, 4, 8, 16, 32]
+    with pytest.raises(BadSetting, match="must be 1, 2, 4, 8, 16, 32, got 6: .* step, 4 .*, or the 8 answers to each"):
+        check_ranks(paper, World(0, 6, torch.device("cpu")))
+
+
 def steps(folder: Path) -> list[dict]:
     return [record for record in read_metrics(folder) if "reward" in record]
 
@@ -92,8 +108,9 @@ def assert_same(one: list[dict], other: list[dict]) -> None:
         {},
         {"gradient_steps": 1, "scale_rewards": "batch", "loss_type": "grpo", "beta": 0.02},
         {"gradient_steps": 1, "gradient_checkpointing": True, "micro_batch_tokens": 60},
+        {"gradient_steps": 2, "prompts_per_step": 2},
     ],
-    ids=["two-steps-a-batch", "one-step", "one-step-recomputed"],
+    ids=["two-steps-a-batch", "one-step", "one-step-recomputed", "halves-of-groups"],
 )
 def test_two_ranks_train_as_one(base, tmp_path, changes):
     both = {name: str(tmp_path / name) for name in ("one", "two")}

@@ -121,14 +121,15 @@ def test_gpus_are_shared_among_the_runs_that_fit(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,0,1,2,3")
     paper = load_preset("countdown-4b")
     share = Share.of_machine(paper, None, None)
-    assert (share.jobs, share.ranks) == (2, 4)  # an optimizer step has four problems, so four ranks share it
+    assert (share.jobs, share.ranks) == (1, 8)  # an optimizer step has four problems, of which two ranks each have half
+    share = Share.of_machine(paper, 2, 4)
     assert share.environment(1)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
     assert share.command(Path("run"))[1:] == [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "train", "--resume", "run")
     ]
     tiny = Share.of_machine(load_preset("countdown-tiny"), None, None)
     assert (tiny.jobs, tiny.ranks, tiny.environment(7)["CUDA_VISIBLE_DEVICES"]) == (8, 1, "3")
-    assert [default_ranks(paper, count) for count in (1, 2, 3, 8)] == [1, 2, 2, 4]
+    assert [default_ranks(paper, count) for count in (1, 2, 3, 7, 8, 16, 99)] == [1, 2, 2, 4, 8, 16, 32]
     with pytest.raises(BadSetting, match="--ranks 4 and --jobs 3 must fit the 8 GPUs"):
         Share.of_machine(paper, 3, 4)
 

@@ -8,7 +8,7 @@ from train_cases import ALONE
 
 from train.batch import pack
 from train.distributed import World
-from train.loss import equal_rewards, group_advantages, grpo_loss, sampler_correction, token_weights
+from train.loss import Groups, grpo_loss, sampler_correction, token_weights
 from train.rollout import Completion
 
 
@@ -85,10 +85,11 @@ def test_unknown_loss_type_is_refused():
 
 def test_advantages_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
-    centred = group_advantages(rewards, 4, "none", ALONE)
+    groups = Groups.of(rewards, 4, 4, ALONE)
+    centred = groups.advantages("none")
     assert centred.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
-    assert torch.allclose(group_advantages(rewards, 4, "group", ALONE), centred / (0.5 + 1e-4))
-    assert torch.allclose(group_advantages(rewards, 4, "batch", ALONE), centred / (rewards.std() + 1e-4))
+    assert torch.allclose(groups.advantages("group"), centred / (0.5 + 1e-4))
+    assert torch.allclose(groups.advantages("batch"), centred / (rewards.std() + 1e-4))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -96,10 +97,11 @@ def test_equal_rewards_have_no_advantage(scale):
     """Eight rewards of 0.9 have a mean of 0.90000004, and a deviation."""
     rewards = torch.tensor([0.9] * 8 + [0.9] * 7 + [0.1])
     assert rewards[:8].mean() != rewards[0]
-    advantages = group_advantages(rewards, 8, scale, ALONE)
+    groups = Groups.of(rewards, 8, 8, ALONE)
+    advantages = groups.advantages(scale)
     assert advantages[:8].eq(0).all() and advantages[8:].ne(0).all()
-    assert group_advantages(rewards[:8], 8, scale, ALONE).eq(0).all()
-    assert equal_rewards(rewards, 8).tolist() == [True, False]
+    assert Groups.of(rewards[:8], 8, 8, ALONE).advantages(scale).eq(0).all()
+    assert groups.are_equal.tolist() == [True, False]
 
 
 def test_the_deviation_of_the_batch_is_that_of_all_ranks():
@@ -109,5 +111,29 @@ def test_the_deviation_of_the_batch_is_that_of_all_ranks():
         def sum(self, values):
             return values + torch.stack([torch.ones(4), there, there**2]).double().sum(-1)
 
-    got = group_advantages(here, 2, "batch", WithAnother(0, 2, "cpu"))
+    got = Groups.of(here, 2, 2, WithAnother(0, 2, "cpu")).advantages("batch")
     assert torch.allclose(got, torch.tensor([0.5, -0.5]) / (torch.cat([here, there]).std() + 1e-4))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("size, here", [(4, 2), (4, 1), (2, 2)])
+def test_ranks_that_share_groups_have_the_advantages_of_one(scale, size, here):
+    """Four ranks, two optimizer steps: an answer's advantage does not depend on where its group lies."""
+    rewards = torch.rand(2 * 4 * here, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    whole = Groups.of(rewards, size, size, ALONE).advantages(scale)
+
+    class OfFour(World):
+        def sum(self, values):
+            return torch.stack([torch.ones_like(rewards), rewards, rewards**2]).double().sum(-1)
+
+        def gather(self, values):
+            return torch.stack([of(self._replace(rank=rank), rewards) for rank in range(4)])
+
+    def of(world, values):
+        return torch.tensor(world.share(values.tolist(), 2))
+
+    for rank in range(4):
+        world = OfFour(rank, 4, torch.device("cpu"))
+        groups = Groups.of(of(world, rewards), size, here, world)
+        assert torch.equal(groups.own_rewards, of(world, rewards))
+        torch.testing.assert_close(groups.advantages(scale), of(world, whole))

@@ -8,6 +8,7 @@ from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import Rhythm
 from train.batch import Rollouts
 from train.distributed import World
+from train.loss import Groups
 from train.metrics import rollout_metrics
 from train.reading import TokenStats
 
@@ -23,7 +24,7 @@ def test_metrics_are_means_over_what_is_known():
     old = TokenStats(*(x.masked_fill(~known, torch.nan) for x in (log_probs, log_probs.exp())))
     gamma = torch.linspace(1, 2, len(mask))
     credit = settings().credit
-    metrics = rollout_metrics(batch, REWARDS, 4, old, gamma, credit, ALONE)
+    metrics = rollout_metrics(batch, Groups.of(REWARDS, 4, 4, ALONE), old, gamma, credit, ALONE)
     gap = (log_probs - batch.log_probs)[known]
     expected = {
         "entropy": log_probs.exp()[known].double().mean(),
@@ -36,7 +37,12 @@ def test_metrics_are_means_over_what_is_known():
     }
     assert {name: metrics[name] for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()})
     none = rollout_metrics(
-        batch._replace(finished=torch.zeros(12, dtype=torch.bool)), REWARDS, 4, old, gamma, credit, ALONE
+        batch._replace(finished=torch.zeros(12, dtype=torch.bool)),
+        Groups.of(REWARDS, 4, 4, ALONE),
+        old,
+        gamma,
+        credit,
+        ALONE,
     )
     assert "completions/mean_terminated_length" not in none
 
@@ -45,7 +51,9 @@ def test_equal_fractions_are_equal_rewards():
     batch = make_batch(make_policy())
     rewards = torch.tensor([0.9] * 4 + [0.1] * 4 + [0.9] * 3 + [0.1])
     old = TokenStats(batch.log_probs, batch.log_probs.exp())
-    metrics = rollout_metrics(batch, rewards, 4, old, torch.ones(len(batch.ids)), settings().credit, ALONE)
+    metrics = rollout_metrics(
+        batch, Groups.of(rewards, 4, 4, ALONE), old, torch.ones(len(batch.ids)), settings().credit, ALONE
+    )
     assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3)
 
 
@@ -57,10 +65,12 @@ def test_the_metrics_of_a_step_are_read_at_once():
         rewards, signal = REWARDS.to("cuda"), there.log_probs.exp()
         old = TokenStats(there.log_probs, signal, Rhythm(signal[None], signal[None]))
         with counted() as work:
-            metrics = rollout_metrics(there, rewards, 4, old, signal, settings().credit, world)
+            metrics = rollout_metrics(there, Groups.of(rewards, 4, 4, world), old, signal, settings().credit, world)
     assert [wait.where.split(" in ")[-1] for wait in work.waits] == ["reduce"], work.waits
     here = TokenStats(batch.log_probs, batch.log_probs.exp(), Rhythm(*[batch.log_probs.exp()[None]] * 2))
-    assert metrics == rollout_metrics(batch, REWARDS, 4, here, here.entropy, settings().credit, ALONE)
+    assert metrics == rollout_metrics(
+        batch, Groups.of(REWARDS, 4, 4, ALONE), here, here.entropy, settings().credit, ALONE
+    )
 
 
 def test_the_share_of_rises_among_preplan_tokens():
@@ -74,5 +84,7 @@ def test_the_share_of_rises_among_preplan_tokens():
     # Delta: 4 3 0 0.5 0, and 6 1 0 0
     for options, share in (({}, 2 / 4), ({"credit_preplan_fraction": 0.2}, 1 / 2), ({"credit_delta": "drop"}, 0)):
         credit = settings(**options).credit
-        metrics = rollout_metrics(batch, torch.tensor([1.0, 0.0]), 2, old, torch.ones(11), credit, ALONE)
+        metrics = rollout_metrics(
+            batch, Groups.of(torch.tensor([1.0, 0.0]), 2, 2, ALONE), old, torch.ones(11), credit, ALONE
+        )
         assert metrics["rhythm/preplan_rises"] == share, options

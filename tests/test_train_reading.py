@@ -12,7 +12,7 @@ from train.attention import packed_attention
 from train.batch import micro_batches
 from train.distributed import World
 from train.loading import activation_checkpointing
-from train.loss import group_advantages
+from train.loss import Groups
 from train.metrics import rollout_metrics
 from train.reading import Reader, read_batch, read_log_probs
 from train.update import answers_run, update_policy
@@ -40,7 +40,8 @@ class Recorder(torch.optim.SGD):
 def step(policy, batch, rewards, config, schedule, *, before: bool):
     """(gradient, metrics, tokens, gamma) of a step whose batch is read before the update, or where it may be read."""
     grpo, read_as = config.grpo, config.change(gradient_steps=3) if before else config
-    advantages = group_advantages(rewards, 4, grpo.scale_rewards, ALONE)[batch.sequence_of]
+    groups = Groups.of(rewards, 4, 4, ALONE)
+    advantages = groups.advantages(grpo.scale_rewards)[batch.sequence_of]
     reader = Reader(policy, batch, read_as, schedule, draw=3)
     rows = reader.rows_before(answers_run(batch, advantages, grpo))
     reader.read(micro_batches(batch, rows, grpo.micro_batch_tokens, ALONE))
@@ -51,7 +52,7 @@ def step(policy, batch, rewards, config, schedule, *, before: bool):
     recorder = Recorder(policy)
     metrics = update_policy(policy, recorder, batch, reader, advantages, config, ALONE, reference)
     tokens, gamma = reader.finish(), reader.credit()
-    metrics |= rollout_metrics(batch, rewards, 4, tokens, gamma, config.credit, ALONE)
+    metrics |= rollout_metrics(batch, groups, tokens, gamma, config.credit, ALONE)
     return recorder.taken, metrics, tokens, gamma
 
 

@@ -9,7 +9,7 @@ from train_cases import ALONE, all_micros, make_batch, make_policy, on_device, s
 from benchmarks.pretended_cuda import counted, pretended_cuda
 from rhythm_kernels import GroupSchedule
 from train.distributed import World
-from train.loss import group_advantages
+from train.loss import Groups
 from train.reading import Reader, read_log_probs
 from train.update import make_optimizer, update_policy
 
@@ -65,7 +65,7 @@ def check_gradient(policy, taken, loss):
 def test_one_step_has_the_gradient_of_the_plain_loss(policy, batch, old, tokens):
     """Packing, micro-batches and leaving out answers without an advantage together change no gradient."""
     config = settings(gradient_steps=1, micro_batch_tokens=tokens, max_grad_norm=1e9)
-    advantages = spread(batch, group_advantages(REWARDS, 4, "group", ALONE))
+    advantages = spread(batch, Groups.of(REWARDS, 4, 4, ALONE).advantages("group"))
     recorder = Recorder(policy)
     ran = []
     metrics = update_policy(policy, recorder, batch, old, advantages, config, ALONE, progress=ran.append)
@@ -80,7 +80,7 @@ def test_one_step_has_the_gradient_of_the_plain_loss(policy, batch, old, tokens)
 
 def test_its_own_log_probs_are_the_old_ones_of_a_single_step(policy, batch, old):
     config = settings(gradient_steps=1, max_grad_norm=1e9, credit="none")
-    advantages = spread(batch, group_advantages(REWARDS, 4, "group", ALONE))
+    advantages = spread(batch, Groups.of(REWARDS, 4, 4, ALONE).advantages("group"))
     with_old, alone = Recorder(policy), Recorder(policy)
     update_policy(policy, with_old, batch, old, advantages, config, ALONE)
     found = Reader(policy, batch, config, GroupSchedule())

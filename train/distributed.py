@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from train.config import BadSetting
+from train.config import BadSetting, Config
 
 Item = TypeVar("Item")
 
@@ -100,6 +100,14 @@ class World(NamedTuple):
     def most(self, value: int) -> int:
         return int(self.largest(torch.tensor(value)))
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Returns the values of every rank, [ranks, ...], which have one shape."""
+        if self.size == 1:
+            return values[None]
+        of_ranks = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(of_ranks, values.contiguous())
+        return torch.stack(of_ranks)
+
     def _reduced(self, values: Tensor, how) -> Tensor:
         if self.size == 1:
             return values
@@ -112,6 +120,17 @@ class World(NamedTuple):
         size = len(items) // (parts * self.size)
         starts = (size * (part * self.size + self.rank) for part in range(parts))
         return [item for start in starts for item in items[start : start + size]]
+
+
+def sharing_ranks(config: Config, most: int) -> list[int]:
+    """Returns how many ranks, up to `most`, can share an optimizer step: by whole groups, or by equal parts of one."""
+    rollout = config.rollout
+    problems, answers = rollout.prompts_per_step // config.grpo.gradient_steps, rollout.num_generations
+
+    def fits(ranks: int) -> bool:
+        return problems % ranks == 0 or (ranks % problems == 0 and answers % (ranks // problems) == 0)
+
+    return [ranks for ranks in range(1, most + 1) if fits(ranks)]
 
 
 def shard(policy: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype) -> None:

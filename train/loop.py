@@ -21,7 +21,7 @@ from rhythm_kernels import shape_advantages
 from train.batch import micro_batches, pack
 from train.config import Config, RunError
 from train.console import Phases, bar
-from train.loss import group_advantages
+from train.loss import Groups
 from train.metrics import UNVERIFIED, is_evaluated, learning_warnings, memory_metrics, rollout_metrics
 from train.reading import Reader, read_log_probs
 from train.rewards import Score, count_errors, describe_errors
@@ -89,15 +89,16 @@ def train_step(run: TrainingRun, number: int) -> Step:
     set_learning_rate(run.optimizer, number, config)
 
     cursor = run.stream.state_dict()
-    problems = world.share(run.stream.take(rollout.prompts_per_step), grpo.gradient_steps)
-    copies = [problem for problem in problems for _ in range(n)]
+    problems = run.stream.take(rollout.prompts_per_step)
+    copies = world.share([problem for problem in problems for _ in range(n)], grpo.gradient_steps)
+    here = min(n, len(copies) // grpo.gradient_steps)  # answers to a problem: other ranks may have the rest of them
     with phase("rollout", len(copies), "answer") as advance:
-        prompts = [run.prompts.encode(problem) for problem in problems]
+        prompts = [run.prompts.encode(problem) for problem in copies[::here]]
         sampling = Sampling(rollout.max_completion_length, rollout.temperature, draw)
         run.engine.wake()
-        completions = run.engine.generate(prompts, n, sampling, advance)
+        completions = run.engine.generate(prompts, here, sampling, advance)
         run.engine.sleep()
-        batch = pack(prompts, completions, n, world.device)  # B answers, N tokens in one row
+        batch = pack(prompts, completions, here, world.device)  # B answers, N tokens in one row
 
     with phase("reward", len(copies), "answer") as advance:
         texts = run.prompts.decode(completions)
@@ -106,8 +107,8 @@ def train_step(run: TrainingRun, number: int) -> Step:
             run.stream.load_state_dict(cursor)
             raise Stopped(stop)
         rewards = torch.tensor([score.reward for score in scores], dtype=torch.float32, device=world.device)
-        rewards = rewards * batch.finished
-        advantages = group_advantages(rewards, n, grpo.scale_rewards, world)[batch.sequence_of]  # [N]
+        groups = Groups.of(rewards * batch.finished, n, here, world)
+        advantages = groups.advantages(grpo.scale_rewards)[batch.sequence_of]  # [N]
 
     with phase("old log-probs", len(batch.ids), "token") as advance:
         reader = Reader(run.policy, batch, config, run.schedule, draw)
@@ -131,7 +132,7 @@ def train_step(run: TrainingRun, number: int) -> Step:
     with phase("weight sync"):
         run.sync()
 
-    metrics = rollout_metrics(batch, rewards, n, tokens, gamma, config.credit, world) | update
+    metrics = rollout_metrics(batch, groups, tokens, gamma, config.credit, world) | update
     metrics |= phase.metrics(tokens.seconds) | memory_metrics(tokens, world.device)
     errors, answers = world.sum(torch.tensor([count_errors(scores), len(scores)], dtype=torch.float64)).tolist()
     metrics |= {"rewards/errors": int(errors), "rewards/error_share": errors / answers}

@@ -3,6 +3,8 @@
 Shapes: N tokens and B answers in the batch, m tokens in a part of it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,34 +12,63 @@ from train.batch import Rollouts
 from train.distributed import World
 
 
-def equal_rewards(rewards: Tensor, num_generations: int) -> Tensor:
-    """Returns which groups have equal rewards throughout: [B] -> [groups] bool.
+class Groups(NamedTuple):
+    """The rewards of whole groups, the answers to one problem each, some of which other ranks may have."""
 
-    Deviations do not tell: the mean of equal fractions is rounded, and may differ from each of them.
-    """
-    groups = rewards.view(-1, num_generations)
-    return (groups == groups[:, :1]).all(-1)
+    rewards: Tensor
+    """[groups, n] float32."""
+    own: slice
+    """The answers of each group that this rank has."""
+    world: World
 
+    @classmethod
+    def of(cls, rewards: Tensor, size: int, here: int, world: World) -> "Groups":
+        """Returns the groups of this rank's answers.
 
-def group_advantages(rewards: Tensor, num_generations: int, scale: str, world: World) -> Tensor:
-    """Returns each reward minus its group's mean, [B], divided by the standard deviation over `scale`.
+        Args:
+            rewards: [B], this rank's; the answers to one problem are adjacent.
+            size: n, the answers of a group.
+            here: how many of them this rank has: all, or a share that divides them. Ranks that share a group follow
+                one another, as `World.share` deals the answers out.
+        """
+        sharing = size // here
+        first = world.rank // sharing * sharing
+        of_ranks = world.gather(rewards)[first : first + sharing] if sharing > 1 else rewards[None]
+        whole = of_ranks.view(sharing, -1, here).transpose(0, 1).flatten(1)
+        begin = (world.rank - first) * here
+        return cls(whole, slice(begin, begin + here), world)
 
-    Equal rewards have advantages of 0.
+    @property
+    def own_rewards(self) -> Tensor:
+        """The rewards of this rank's answers, [B]."""
+        return self.rewards[:, self.own].flatten()
 
-    Args:
-        rewards: [B], the answers to one problem adjacent.
-        scale: "group", "batch" (over all ranks), or "none".
-    """
-    groups = rewards.view(-1, num_generations)
-    advantages = groups - groups.mean(-1, keepdim=True)
-    advantages = advantages.masked_fill(equal_rewards(rewards, num_generations)[:, None], 0.0)
-    if scale == "group":
-        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
-    elif scale == "batch":
-        count, total, squares = world.sum(torch.stack([torch.ones_like(rewards), rewards, rewards**2]).double().sum(-1))
-        variance = (squares - total**2 / count) / (count - 1)
-        advantages = advantages / (variance.clamp(min=0).sqrt().to(rewards) + 1e-4)
-    return advantages.flatten()
+    @property
+    def are_equal(self) -> Tensor:
+        """Whether the rewards of each group are equal throughout, [groups] bool.
+
+        Deviations do not tell: the mean of equal fractions is rounded, and may differ from each of them.
+        """
+        return (self.rewards == self.rewards[:, :1]).all(-1)
+
+    def advantages(self, scale: str) -> Tensor:
+        """Returns the reward of each of this rank's answers minus its group's mean, [B], over a standard deviation.
+
+        Equal rewards have advantages of 0.
+
+        Args:
+            scale: "group", "batch" (over the answers of all ranks), or "none", without division.
+        """
+        advantages = self.rewards - self.rewards.mean(-1, keepdim=True)
+        advantages = advantages.masked_fill(self.are_equal[:, None], 0.0)
+        if scale == "group":
+            advantages = advantages / (self.rewards.std(-1, keepdim=True) + 1e-4)
+        elif scale == "batch":
+            own = self.own_rewards
+            count, total, squares = self.world.sum(torch.stack([torch.ones_like(own), own, own**2]).double().sum(-1))
+            variance = (squares - total**2 / count) / (count - 1)
+            advantages = advantages / (variance.clamp(min=0).sqrt().to(own) + 1e-4)
+        return advantages[:, self.own].flatten()
 
 
 def token_weights(batch: Rollouts, chosen: Tensor, loss_type: str, max_completion_length: int, world: World) -> Tensor:

@@ -12,7 +12,7 @@ from rhythm_kernels import CreditOptions, coupled_sets, find_peaks
 from rhythm_kernels.integrations.metrics import rises
 from train.batch import Rollouts
 from train.distributed import World
-from train.loss import equal_rewards
+from train.loss import Groups
 from train.reading import TokenStats
 
 FILE = "metrics.jsonl"
@@ -130,20 +130,18 @@ class Gathered:
 
 def rollout_metrics(
     batch: Rollouts,
-    rewards: Tensor,
-    num_generations: int,
+    groups: Groups,
     old: TokenStats,
     gamma: Tensor,
     credit: CreditOptions,
     world: World,
 ) -> dict[str, float]:
-    """Returns the metrics of one step's answers over all ranks; rewards [B], gamma [N]."""
+    """Returns the metrics of one step's answers over all ranks; gamma [N]."""
     mask, gathered = batch.response_mask, Gathered(world.device)
     lengths = batch.per_sequence(mask.long())
-    deviations = rewards.view(-1, num_generations).std(-1)
-    gathered.mean("reward", rewards)
-    gathered.mean("reward_std", deviations)
-    gathered.mean("frac_reward_zero_std", equal_rewards(rewards, num_generations))
+    gathered.mean("reward", groups.own_rewards)
+    gathered.mean("reward_std", groups.rewards.std(-1))  # a group that ranks share counts on each of them: all do
+    gathered.mean("frac_reward_zero_std", groups.are_equal)
     gathered.mean("completions/mean_length", lengths)
     gathered.mean("completions/mean_terminated_length", lengths, batch.finished)
     gathered.mean("completions/clipped_ratio", ~batch.finished)

@@ -15,7 +15,7 @@ from train.checkpoint import Checkpoint, list_checkpoints, restore, save_checkpo
 from train.config import BadSetting, Config
 from train.console import say
 from train.data import ProblemStream, fingerprint
-from train.distributed import World, whole_weights
+from train.distributed import World, sharing_ranks, whole_weights
 from train.loading import load_model, load_policy
 from train.metrics import MetricsLog
 from train.policy import Policy
@@ -84,6 +84,18 @@ class TrainingRun:
         )
 
 
+def check_ranks(config: Config, world: World) -> None:
+    """Raises BadSetting for a number of ranks that cannot share an optimizer step evenly."""
+    problems, answers = config.rollout.prompts_per_step // config.grpo.gradient_steps, config.rollout.num_generations
+    fitting = sharing_ranks(config, problems * answers)
+    if world.size not in fitting:
+        shown = ", ".join(map(str, fitting))
+        raise BadSetting(
+            f"the ranks of torchrun must be {shown}, got {world.size}: they share the problems of an optimizer step, "
+            f"{problems} (--prompts-per-step / --gradient-steps), or the {answers} answers to each"
+        )
+
+
 @contextmanager
 def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     """Opens one seed's run in `folder`, new or continued; on leaving, closes its files and worker processes."""
@@ -91,15 +103,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     torch.set_num_threads(max(1, config.run.threads))
     torch.manual_seed(seed)
     world = World.join(config.run.device)
-    prompts_per_step, parts = config.rollout.prompts_per_step, config.grpo.gradient_steps * world.size
-    if prompts_per_step % parts:
-        most = prompts_per_step // config.grpo.gradient_steps  # problems of an optimizer step
-        fitting = [ranks for ranks in range(1, most + 1) if most % ranks == 0]
-        raise BadSetting(
-            f"--prompts-per-step must be a multiple of --gradient-steps times the ranks, got {prompts_per_step}, with "
-            f"--gradient-steps {config.grpo.gradient_steps} and {world.size} ranks; with these flags "
-            f"{', '.join(map(str, fitting))} can share the work"
-        )
+    check_ranks(config, world)
     check_engine(config)
     task = load_task(config, world)
     check_verifiers([task.train, *(evaluation.problems for evaluation in task.evaluations)])

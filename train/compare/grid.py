@@ -13,7 +13,7 @@ from rhythm_kernels.options import PREFIX
 from train.compare.runs import Run, is_finished, read_runs, read_whole
 from train.config import MAY_CHANGE, BadSetting, Config, RunError, differences
 from train.console import say
-from train.distributed import is_torchrun, visible_gpus
+from train.distributed import is_torchrun, sharing_ranks, visible_gpus
 from train.launch import CONFIG, claim, end, environment_of_run, has_begun, write_config
 from train.solve_rates import Evaluation
 from train.supervise import warm_start_path
@@ -77,9 +77,8 @@ class Share(NamedTuple):
 
 
 def default_ranks(config: Config, devices: int) -> int:
-    """Returns the most ranks that share the problems of an optimizer step evenly; 1 for a model from scratch."""
-    problems = config.rollout.prompts_per_step // config.grpo.gradient_steps
-    return max(n for n in range(1, devices + 1) if problems % n == 0) if config.model.model else 1
+    """Returns the most ranks that can share an optimizer step; 1 for a model from scratch."""
+    return sharing_ranks(config, devices)[-1] if config.model.model else 1
 
 
 @contextmanager
