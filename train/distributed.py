@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m train ...
 
-Problems, weights, gradients and optimizer state are divided among the ranks. Each rank reads the attention statistics
+Answers, weights, gradients and optimizer state are divided among the ranks. Each rank reads the attention statistics
 of its own sequences and computes their head groups and credit, without communication.
 """
 
