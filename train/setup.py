@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rhythm_kernels import GroupSchedule
 from rhythm_kernels.fit import embedding_rows, knows_words
 from train.checkpoint import Checkpoint, list_checkpoints, restore, save_checkpoint
-from train.config import BadSetting, Config
+from train.config import BadSetting, Config, RunError, flag_name
 from train.console import say
 from train.data import ProblemStream, fingerprint
 from train.distributed import World, sharing_ranks, whole_weights
@@ -204,6 +204,17 @@ def reading_model(name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BadSetting(f"--model must be a language model that transformers loads, got {name!r}: {error}") from error
+
+
+@contextmanager
+def enough_memory(config: Config, *flags: str) -> Iterator[None]:
+    """Turns running out of memory in this block into RunError, which names these flags and that of the engine."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        of_engine = "vllm_gpu_memory_utilization" if config.rollout.engine == "vllm" else "rollout_batch_size"
+        given = " and ".join(f"{flag_name(name)} {config.flat()[name]}" for name in (*flags, of_engine))
+        raise RunError(f"out of memory with {given}, of which less takes less memory: {error}") from error
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.config import LEAST_VLLM_TEMPERATURE
+from train.config import LEAST_VLLM_TEMPERATURE, RunError
 from train.rollout import Completion, Progress, Sampling
 
 CPU_CACHE = 2**30  # bytes of keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE (GiB) is set
@@ -56,6 +56,7 @@ class VLLMEngine:
 
         Raises:
             ModuleNotFoundError: vLLM is not installed.
+            RunError: vLLM refuses the model or the memory that it is given.
         """
         self.stop_ids, self.sleep_mode = list(stop_ids), sleep_mode
         self._requests = 0  # so far, for their ids
@@ -64,7 +65,8 @@ class VLLMEngine:
         self._owns_groups = not dist.is_initialized()
         ranks = 1 if self._owns_groups else dist.get_world_size()
 
-        with _undisturbed(), warnings.catch_warnings():
+        self._utilization = gpu_memory_utilization
+        with _undisturbed(), warnings.catch_warnings(), self._taking_memory(ValueError):
             warnings.simplefilter("ignore")
             vllm = _import_vllm()
             from vllm.platforms import current_platform
@@ -206,10 +208,18 @@ class VLLMEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # vLLM maps memory past torch's allocator, which may hold all that is free
         asleep = self._llm.llm_engine.model_executor.sleeping_tags
-        with _undisturbed():
+        with _undisturbed(), self._taking_memory(RuntimeError):
             for tag in tags:  # one by one, since vLLM wakes nothing if any of the tags is awake
                 if tag in asleep:
                     self._llm.wake_up(tags=[tag])
+
+    @contextmanager
+    def _taking_memory(self, refusal: type[Exception]) -> Iterator[None]:
+        """Turns the error by which vLLM refuses in this block into RunError. Most often its memory is not free."""
+        try:
+            yield
+        except refusal as error:
+            raise RunError(f"vLLM fails with --vllm-gpu-memory-utilization {self._utilization}: {error}") from error
 
     def close(self) -> None:
         """Frees all memory; ends torch's process group, if vLLM started it. The engine cannot be used afterwards."""
