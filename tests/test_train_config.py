@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import train
 from rhythm_kernels import options
@@ -236,3 +238,36 @@ def test_the_ranks_of_a_documented_command_can_share_its_preset(file):
     for ranks, preset in commands:
         config = load_preset(preset)
         assert config.rollout.prompts_per_step % (config.grpo.gradient_steps * int(ranks)) == 0, (ranks, preset)
+
+
+def parameters_of(**shape) -> int:
+    """Returns the number of parameters of a Qwen3 of 36 layers, whose shape differs in this."""
+    heads = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=151936, **heads, **shape))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_documented_memory_is_that_of_the_presets():
+    """Bytes a parameter: 12 in rollouts, 16 in updates, 14 on the disk; and vLLM's share of 85 GB."""
+    page = " ".join((Path(__file__).parent.parent / "docs/how-to/train.md").read_text(encoding="utf-8").split())
+    shapes = {
+        "4B": {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+        "8B": {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+    }
+    presets = {"4B": ("maths-4b-1k", "maths-4b-8k"), "8B": ("maths-8b-1k", "beyond-maths-8b-8k")}
+    card = 85.0
+
+    def cell(gigabytes: float) -> str:
+        return f"{gigabytes:.0f}" + (": too much" if gigabytes > card else "")
+
+    for size, shape in shapes.items():
+        billions = parameters_of(**shape) / 1e9
+        shares = [load_preset(name).rollout.vllm_gpu_memory_utilization for name in presets[size]]
+        for ranks in (1, 2, 4, 8):
+            rollouts = [cell(12 * billions / ranks + share * card) for share in shares]
+            first = f"Qwen3-{size}, {billions:.2f} billion parameters |" if ranks == 1 else "| |"
+            assert f"{first} {ranks} | {' | '.join(rollouts)} | {cell(16 * billions / ranks)} |" in page
+        assert f"{14 * billions:.0f} GB for the {size} model" in page and f"{3 * 14 * billions:.0f} GB" in page
+        least = 12 * billions / (1 if size == "4B" else 2) + 0.35 * card
+        assert f"{size} model take {least:.0f} GB on one" in page or f"{size} model {least:.0f} GB on two" in page

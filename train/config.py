@@ -152,7 +152,12 @@ class GRPO:
     )
     vllm_importance_sampling_cap: float = flag(2.0, "the cap of that correction", above=0)
     num_iterations: int = flag(1, "passes over a rollout batch", least=1)
-    gradient_steps: int = flag(2, "optimizer steps in a pass; they divide --prompts-per-step", least=1)
+    gradient_steps: int = flag(
+        2,
+        "optimizer steps in a pass; they divide --prompts-per-step, and ranks share the problems of a step evenly, or "
+        "the answers to each",
+        least=1,
+    )
     micro_batch_tokens: int = flag(
         4096, "most tokens in one forward, prompts included; a longer sequence goes alone", least=1
     )
