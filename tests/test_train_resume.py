@@ -60,6 +60,7 @@ def test_a_run_of_more_steps_is_the_run_that_had_them_from_the_start(tmp_path):
     assert timeless(run) == timeless(whole)
     with pytest.raises(BadSetting, match="--max-steps must be at least the 3 steps that the run has made, got 2"):
         resume(run, "--max-steps", "2")
+    assert Config.load(run / "config.json").grpo.max_steps == 3
 
 
 def test_the_same_output_takes_what_may_change(tmp_path):

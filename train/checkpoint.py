@@ -59,7 +59,11 @@ class Checkpoint(NamedTuple):
 def list_checkpoints(run: Path) -> list[Path]:
     """Returns the complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in folders if re.fullmatch(r"step-\d{6,}", path.name)), key=_step_of)
+    return sorted((path for path in folders if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def save_checkpoint(
@@ -270,7 +274,7 @@ def _verify(folder: Path) -> dict:
 
 
 def _damaged(folder: Path, name: str, what: str) -> CheckpointError:
-    older = [path.name for path in list_checkpoints(folder.parent.parent) if _step_of(path) < _step_of(folder)]
+    older = [path.name for path in list_checkpoints(folder.parent.parent) if step_of(path) < step_of(folder)]
     offer = f"remove that folder to continue from {older[-1]}" if older else "there is no older one to continue from"
     return CheckpointError(f"checkpoint {folder} is damaged: {name} {what}; {offer}")
 
@@ -346,10 +350,6 @@ def _one_process_is_fine() -> Iterator[None]:
 
 
 # Files
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
 
 
 def _files_in(folder: Path) -> list[str]:

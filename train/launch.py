@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
-from train.checkpoint import list_checkpoints
+from train.checkpoint import list_checkpoints, step_of
 from train.config import BadSetting, Config, differences
 from train.console import say
 from train.distributed import World, choose_device, is_torchrun, visible_gpus
@@ -91,6 +91,7 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
     """
     if folder is not None:
         with claim(folder):
+            check_steps(config, folder)
             write_config(config, folder)
             yield folder
         return
@@ -105,6 +106,7 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
     with claim(folder):
         if has_begun(folder):
             check_same(config, folder)
+            check_steps(config, folder)
         write_config(config, folder)
         yield folder
 
@@ -117,7 +119,20 @@ def holds_other_files(folder: Path) -> bool:
 
 def has_begun(folder: Path) -> bool:
     """Returns whether the run in this folder has a checkpoint; before the first, another run may take the folder."""
-    return any(list_checkpoints(run) for run in (folder, *folder.glob("seed-*")))
+    return steps_made(folder) is not None
+
+
+def steps_made(folder: Path) -> int | None:
+    """Returns the step of the last checkpoint of a run, or of any of its seeds; None before the first."""
+    checkpoints = (list_checkpoints(run) for run in (folder, *folder.glob("seed-*")))
+    return max((step_of(of_run[-1]) for of_run in checkpoints if of_run), default=None)
+
+
+def check_steps(config: Config, folder: Path) -> None:
+    """Raises BadSetting if the run in this folder has made more steps than it is to make."""
+    made, most = steps_made(folder) or 0, config.grpo.max_steps
+    if made > most:
+        raise BadSetting(f"--max-steps must be at least the {made} steps that the run has made, got {most}")
 
 
 def check_same(config: Config, folder: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rhythm_kernels import GroupSchedule
 from rhythm_kernels.fit import embedding_rows, knows_words
-from train.checkpoint import Checkpoint, list_checkpoints, restore, save_checkpoint
+from train.checkpoint import list_checkpoints, restore, save_checkpoint
 from train.config import BadSetting, Config, RunError, flag_name
 from train.console import say
 from train.data import ProblemStream, fingerprint
@@ -126,7 +126,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
     if checkpoints:
         fixed = {name: value for name, value in config.settings().items() if name not in config.may_change()}
         saved = restore(checkpoints[-1], policy.model, optimizer, config=fixed)
-        check_continues(saved, config, fingerprints)
+        check_same_problems(saved.shared.get("problems", fingerprints), fingerprints)  # older checkpoints have none
         stream.load_state_dict(saved.shared["stream"])
         if saved.own is not None:
             schedule.load_state_dict({"age": int(saved.own["age"]), "spans": saved.own.get("spans")})
@@ -165,15 +165,11 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             run.engine.close()
 
 
-def check_continues(saved: Checkpoint, config: Config, fingerprints: dict[str, str]) -> None:
-    """Raises BadSetting if a set holds other problems than at the run's start, or the run has made more steps."""
-    before = saved.shared.get("problems", fingerprints)  # older checkpoints have none
-    for flag, now in fingerprints.items():
-        if (then := before.get(flag)) != now:
-            raise BadSetting(f"{flag} must hold the problems with which the run began, {then}, got {now}")
-    most = config.grpo.max_steps
-    if most < saved.step:
-        raise BadSetting(f"--max-steps must be at least the {saved.step} steps that the run has made, got {most}")
+def check_same_problems(before: dict[str, str], now: dict[str, str]) -> None:
+    """Raises BadSetting if a set holds other problems than at the run's start, or in another order."""
+    for flag, problems in now.items():
+        if (then := before.get(flag)) != problems:
+            raise BadSetting(f"{flag} must hold the problems with which the run began, {then}, got {problems}")
 
 
 def local_model(name: str, world: World) -> str:
