@@ -324,9 +324,8 @@ def test_models_are_folders_or_come_from_the_hub(tmp_path, monkeypatch):
 def test_problems_are_shared_out_evenly_or_not_at_all(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(World, "join", lambda device: ALONE._replace(size=3))
     monkeypatch.setattr(World, "from_first", lambda self, make: make())
-    with pytest.raises(
-        ValueError, match="--prompts-per-step must be a multiple .* got 8, with --gradient-steps 2 and 3"
-    ):
+    says = "the ranks of torchrun must be 1, 2, 4, 8, 16, got 3: they share the problems of an optimizer step, 4 "
+    with pytest.raises(ValueError, match=says):
         launch(smoke())
 
 
