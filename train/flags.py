@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in KINDS.items())
     parser.add_argument("--preset", default=None, help=f"{kinds}. The default is {PRESETS[0]}")
-    text = "continue the run in this folder, with other values of flags on which what is learned does not depend"
+    text = "continue the run in this folder; flags that do not decide what is learned may be given anew"
     parser.add_argument("--resume", default=None, metavar="FOLDER", help=text)
     add_flags(parser, Config().flat())
     return parser
