@@ -43,6 +43,8 @@ flags=(
 
   actor_rollout_ref.actor.strategy=fsdp2
   actor_rollout_ref.actor.optim.lr=1e-6
+  actor_rollout_ref.actor.optim.weight_decay=0
+  actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean   # as the presets of train/ and the example for TRL
   actor_rollout_ref.actor.ppo_mini_batch_size=4        # problems: 32 answers
   actor_rollout_ref.actor.use_dynamic_bsz=True
   actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384
