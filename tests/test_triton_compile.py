@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,13 @@ on_h100 = pytest.mark.parametrize("compiled", [EACH_TARGET[90]], indirect=True, 
 @pytest.fixture(scope="module", params=EACH_TARGET.values())
 def compiled(request) -> list[dict]:
     """Returns every launch for a target."""
+    return compile_for(request.param)
+
+
+@cache  # a worker may set the fixture up again after tests of another file
+def compile_for(target: int) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernels", "--json", "--targets", str(request.param)]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--json", "--targets", str(target)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT).stdout
     return json.loads(out)
 

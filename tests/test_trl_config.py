@@ -45,7 +45,7 @@ pytestmark = pytest.mark.xdist_group("trl")
         ({"credit_horizon": [9, 3]}, r"credit_horizon\[1\] must be"),
         (
             {"credit_local_fraction": 0.6, "credit_global_fraction": 0.6},
-            "credit_local_fraction and global_fraction must",
+            "credit_local_fraction and credit_global_fraction must",
         ),
         ({"credit_group_by": "token"}, "credit_group_by must be"),
         ({"credit_groups_every": 0}, "credit_groups_every must be"),
