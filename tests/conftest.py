@@ -10,6 +10,7 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
+from packaging.version import Version
 
 UNMARKED_SECONDS = 5.0
 LEFT_OUT_OF_FAST = ("gpu", "hypothesis", "xdist_group", "slow")
@@ -29,8 +30,24 @@ def pytest_addoption(parser):
     parser.addoption("--forwards", type=int, default=420, help="forwards of random decoders in test_collect_fuzz.py")
 
 
+def check_groups(config):
+    """Refuses versions that send the tests of a group to several workers, without a word.
+
+    Each worker would then set up what the group shares, which takes minutes and gigabytes.
+    """
+    if getattr(config.option, "dist", "no") == "loadgroup":
+        import xdist
+
+        if Version(pytest.__version__) >= Version("9.2") and Version(xdist.__version__) <= Version("3.8.0"):
+            raise pytest.UsageError(
+                f"pytest must be below 9.2 beside pytest-xdist 3.8, which does not find its groups then, got "
+                f"{pytest.__version__} and {xdist.__version__}"
+            )
+
+
 @pytest.hookimpl(tryfirst=True)  # before hypothesis reads its option
 def pytest_configure(config):
+    check_groups(config)
     if config.option.pretended_cuda:  # test modules ask for the device when they are imported
         from benchmarks.pretended_cuda import pretended_cuda
 
