@@ -7,6 +7,7 @@
 | a note: `> [!NOTE]` | an admonition |
 | `<picture>`, which follows the reader's colours | two pictures, of which the site's theme shows one |
 | DESIGN.md, CONTRIBUTING.md, CHANGELOG.md, pictures of benchmarks/results | pages and pictures of the site |
+| a link in a sentence to another file outside docs/ | its text |
 | LaTeX between dollar signs | MathML, which browsers show by themselves |
 """
 
@@ -29,7 +30,7 @@ NOTE = re.compile(r"^> \[!(\w+)\]\n((?:>.*\n)+)", re.MULTILINE)
 TITLE = re.compile(r"(?:> \*\*(.+)\.\*\*\n)?(.*)", re.DOTALL)
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]+)" src="([^"]+)">\s*</picture>')
 DRAWING = re.compile(r"^!\[[^\]]*\]\(([^)\s]+\.svg)\)$", re.MULTILINE)
-LINK = re.compile(r"\]\(([\w./-]+)(#[^)]*)?\)")
+LINK = re.compile(r"\[([^\]]*)\]\(([\w./-]+)(#[^)]*)?\)")
 
 
 def on_config(config):
@@ -97,11 +98,15 @@ def drawing(found: re.Match, folder: Path) -> str:
 
 
 def link(found: re.Match, folder: Path, folder_on_site: Path) -> str:
-    path = (folder / found[1]).resolve()
+    """Returns a link with its target on the site, or its text alone where the file is not on the site."""
+    text, target, anchor = found.groups()
+    path = (folder / target).resolve()
     if not path.exists():
         return found[0]  # of a piece of code, or for mkdocs to warn of
-    target = os.path.relpath(place_on_site(path), folder_on_site)
-    return f"]({Path(target).as_posix()}{found[2] or ''})"
+    place = place_on_site(path)
+    if place.startswith(".."):
+        return text
+    return f"[{text}]({Path(os.path.relpath(place, folder_on_site)).as_posix()}{anchor or ''})"
 
 
 def place_on_site(path: Path) -> str:
