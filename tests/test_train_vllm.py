@@ -306,7 +306,10 @@ def test_memory_that_is_not_free_is_told_with_its_flag(smollm2, monkeypatch, ref
     """As vLLM refuses on a GPU: with a ValueError at its start, and a RuntimeError where it maps memory again."""
 
     class Refusing:
-        llm_engine = SimpleNamespace(model_executor=SimpleNamespace(sleeping_tags={"weights", "kv_cache"}))
+        llm_engine = SimpleNamespace(
+            model_executor=SimpleNamespace(sleeping_tags={"weights", "kv_cache"}),
+            engine_core=SimpleNamespace(_finalizer=SimpleNamespace(detach=lambda: None)),
+        )
 
         def __init__(self, *arguments, **options):
             if refused == "start":
