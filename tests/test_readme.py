@@ -45,7 +45,7 @@ def test_no_line_is_longer_than_120_columns():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_a_page_needs_no_site(page):
-    """What only the site's extensions show does not occur, and each link and picture leads to a place that is there."""
+    """Finds nothing that only the site's extensions show, and a place that is there behind each link and picture."""
     text = without_code(page)
     assert not (found := SITE_ONLY.search(text)), f"a code host shows it as it is: {found[0]!r}"
     for target in links(text):

@@ -146,7 +146,7 @@ def test_a_seed_that_fails_ends_the_others(tmp_path, monkeypatch, failing, how, 
 
 @pytest.mark.parametrize("visible, own", [("4,5", ["4", "5", "4"]), ("", ["0", "1", "0"]), (None, ["-", "-", "-"])])
 def test_seeds_take_turns_at_the_gpus(tmp_path, monkeypatch, visible, own):
-    """Where there are two. Without one nothing is said of GPUs."""
+    """Three seeds share two GPUs. Without one nothing is said of GPUs."""
     program = tmp_path / "python"
     program.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES--} $OMP_NUM_THREADS" > "$4/seen"\n')
     program.chmod(0o755)
@@ -162,10 +162,10 @@ def test_seeds_take_turns_at_the_gpus(tmp_path, monkeypatch, visible, own):
 
 
 def test_torchrun_waits_for_a_step_and_a_checkpoint(monkeypatch):
-    """As long as the runs of a grid ask it to, or the user does; before torch 2.12 it cannot be asked."""
+    """It waits as long as the runs of a grid or the user ask it to. Before torch 2.12 it cannot be asked."""
     name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
     if "shutdown_timeout" not in LaunchConfig.__dataclass_fields__:
-        pytest.skip("this torch waits for 30 seconds")
+        pytest.skip("torchrun waits for 30 seconds with a torch before 2.12; the usual environment has 2.13")
     for given, waits in ((None, 3600), ("60", 60)):
         monkeypatch.delenv(name, raising=False) if given is None else monkeypatch.setenv(name, given)
         monkeypatch.setenv(name, environment_of_run([], 1)[name])

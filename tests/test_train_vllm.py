@@ -303,7 +303,7 @@ def test_an_engine_without_vllm_says_how_to_install_it(smollm2, monkeypatch):
 
 @pytest.mark.parametrize("refused", ["start", "wake"])
 def test_memory_that_is_not_free_is_told_with_its_flag(smollm2, monkeypatch, refused):
-    """As vLLM refuses on a GPU: with a ValueError at its start, and a RuntimeError where it maps memory again."""
+    """vLLM refuses so on a GPU: with a ValueError at its start, and a RuntimeError where it maps memory again."""
 
     class Refusing:
         llm_engine = SimpleNamespace(
