@@ -35,15 +35,15 @@ class Task(NamedTuple):
 
 
 @contextmanager
-def reading_sets() -> Iterator[None]:
-    """Turns the error of a set that does not load into BadSetting."""
+def reading_sets(flag: str) -> Iterator[None]:
+    """Turns the error of a set that does not load into BadSetting, which names the flag."""
     try:
         yield
     except BadSet as error:
-        raise BadSetting(str(error)) from error
+        raise BadSetting(f"{flag}: {error}") from error
 
 
-@reading_sets()
+@reading_sets("--train-data")
 def load_task(config: Config, world: World) -> Task:
     """Loads --train-data and --eval-data; removes evaluation problems from the training problems."""
     name, tell = config.data.train_data, _teller(world)
@@ -71,7 +71,7 @@ def check_trains(name: str) -> None:
         )
 
 
-@reading_sets()
+@reading_sets("--eval-data")
 def load_held_out(config: Config, world: World) -> list[EvalSet]:
     """Loads --eval-data, or the sets that belong to --train-data; the tiny Countdown has a sampled and a greedy set."""
     name, rollout = config.data.train_data, config.rollout
@@ -86,7 +86,7 @@ def load_held_out(config: Config, world: World) -> list[EvalSet]:
     return load_evaluations(names, temperature, _teller(world))
 
 
-@reading_sets()
+@reading_sets("--eval-data")
 def load_evaluations(
     names: Sequence[str], temperature: float | None, tell: Callable[[str], object] = say
 ) -> list[EvalSet]:

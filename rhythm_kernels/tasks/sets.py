@@ -131,7 +131,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Mapping]]:
             content = gzip.decompress(content)
         text = content.decode("utf-8-sig")  # without a byte order mark
     except (OSError, EOFError, zlib.error) as error:
-        raise BadSet(f"{path}: {error}") from error
+        raise BadSet(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except UnicodeDecodeError as error:
         raise BadSet(f"{path} must be JSONL in UTF-8, gzipped or not: {error}") from error
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
