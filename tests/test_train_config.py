@@ -119,6 +119,13 @@ def test_flags_reach_their_fields():
     assert config.preset == "countdown-tiny"
 
 
+@pytest.mark.parametrize("text", ["", "[]", "3", '"x"', "null", "{}", '{"preset": 1}', '{"preset": "countdown-tiny"}'])
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BadSetting, match="config.json is no configuration of a run: "):
+        Config.load(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_configuration_comes_back_from_json(preset):
     config = load_preset(preset)

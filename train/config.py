@@ -267,7 +267,7 @@ class Config:
     def load(cls, path: Path) -> "Config":
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise BadSetting(f"{path} is no configuration of a run: {error}") from error
 
 
