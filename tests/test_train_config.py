@@ -10,7 +10,7 @@ import pytest
 import train
 from rhythm_kernels import options
 from train.__main__ import main
-from train.config import Config, flag_name, settings_of
+from train.config import BadSetting, Config, flag_name, settings_of
 from train.flags import parse
 from train.presets import KINDS, PRESETS, load_preset
 
