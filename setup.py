@@ -114,7 +114,13 @@ def cxx_flags() -> list[str]:
 
 
 def nvcc_flags(archs: list[str]) -> list[str]:
-    return ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden", *gencode_flags(archs), *torch_flags()]
+    return [
+        "-std=c++17",
+        "-O3",
+        "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden,-ffp-contract=off",
+        *gencode_flags(archs),
+        *torch_flags(),
+    ]
 
 
 def cuda_archs_to_build() -> list[str]:

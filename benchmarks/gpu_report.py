@@ -12,7 +12,6 @@ from typing import NamedTuple
 from benchmarks.gpu_run import Outcome
 from benchmarks.measure import fold, heading, markdown_table, write
 
-MOST_FILES = 8
 SECTION = re.compile(r"^==== (\S+): (?:passed|failed|out of time|left out) ====$", re.MULTILINE)
 
 

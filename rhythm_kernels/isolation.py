@@ -17,6 +17,7 @@ ROUNDED = ("bf16", "tf32")
 _lock = threading.Lock()
 _inside = 0  # the number of open contexts of exact products, over all threads
 _changed: dict[tuple[str, str], str] = {}  # the settings as they were before the first of these contexts
+_changed_float32: str | None = None  # torch.get_float32_matmul_precision() as it was, if that had to change too
 
 
 @contextmanager
@@ -40,20 +41,41 @@ def exact_products() -> Iterator[None]:
     """
     global _inside
     with _lock:
-        if _inside == 0:
-            for place in PRODUCTS:
-                if _precision(place) in ROUNDED:
-                    _changed[place] = _own_precision(place)
-                    torch._C._set_fp32_precision_setter(*place, "ieee")
+        if _inside == 0 and lowest_precision() is not None:
+            _make_exact()
         _inside += 1
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
-            while _inside == 0 and _changed:
-                place, precision = _changed.popitem()
-                torch._C._set_fp32_precision_setter(*place, precision)
+            if _inside == 0 and _changed:
+                _restore()
+
+
+def _make_exact() -> None:
+    """Sets all products to exact ones. torch's older setting follows, or torch would raise where it is read."""
+    global _changed_float32
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it contradicts the newer settings already
+        older = None
+    _changed.update((place, _own_precision(place)) for place in PRODUCTS)
+    if older not in (None, "highest"):
+        _changed_float32 = older
+        torch.set_float32_matmul_precision("highest")
+    for place in PRODUCTS:
+        torch._C._set_fp32_precision_setter(*place, "ieee")
+
+
+def _restore() -> None:
+    global _changed_float32
+    if _changed_float32 is not None:
+        torch.set_float32_matmul_precision(_changed_float32)
+        _changed_float32 = None
+    while _changed:
+        place, precision = _changed.popitem()
+        torch._C._set_fp32_precision_setter(*place, precision)
 
 
 def lowest_precision(device: str | None = None) -> str | None:

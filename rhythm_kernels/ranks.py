@@ -121,7 +121,7 @@ class Ranks:
             why the ranks cannot go on; None if they can.
         """
         text = (f"!{failed}" if failed else f"={said}").encode()
-        own = [len(text), int.from_bytes(hashlib.sha256(text).digest()[:7])]
+        own = [len(text), int.from_bytes(hashlib.sha256(text).digest()[:7], "big")]
         told = self.numbers(*own)
         if not failed and all(other == own for other in told):
             return None

@@ -160,6 +160,23 @@ def test_packed_sequences(name, attention):
     check(model, inputs, torch.rand(1, TOKENS) < 0.8, segments, 3)
 
 
+@hybrid
+@pytest.mark.parametrize("name", ["Bamba", "FalconH1", "Jamba", "Lfm2", "MiniMax", "Qwen3Next", "Qwen3_5"])
+def test_packed_sequences_of_hybrids_are_refused(name):
+    """The state of their other layers goes on from one sequence into the next, which no attention map shows."""
+    model, (inputs, _) = ARCHITECTURES[name].build("sdpa"), packed()
+    positions = inputs["position_ids"]
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"padded batch for .*Model, got 3 sequences .*, and it goes from one"):
+            with collect(model):
+                model(**inputs)
+        with pytest.raises(ValueError, match="padded batch"), collect(model, cu_seqlens=torch.tensor([0, 9, TOKENS])):
+            model(**inputs | {"position_ids": None})
+        with collect(model, cu_seqlens=torch.tensor([0, TOKENS])) as c:  # one sequence has no other before it
+            model(**inputs | {"position_ids": torch.arange(TOKENS).expand_as(positions)})
+    assert c.rhythm().waad.any()
+
+
 def test_packed_sequences_that_the_model_does_not_keep_apart_are_refused():
     """transformers 5.19 does not tell gpt-oss's masks where sequences begin."""
     with torch.no_grad(), pytest.raises(ValueError, match="from later tokens or from those of other sequences"):

@@ -1,5 +1,7 @@
 """The blockwise torch backend against the fp64 reference, and the checks in front of every backend."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rhythm_kernels import attention, attention_stats, group_stats
-from rhythm_kernels.statistics import api, blockwise_band, blockwise_rows
+from rhythm_kernels.statistics import api, backends, blockwise_band, blockwise_rows
 from rhythm_kernels.statistics.layout import make_layout
 from rhythm_kernels.statistics.more import MORE
 from rhythm_kernels.statistics.spans import mean_over_rows
@@ -465,3 +467,12 @@ def test_packed_groups_are_one_for_each_sequence():
     with pytest.raises(ValueError, match=r"local_heads must have shape \[2, 4\], got \[1, 4\]"):
         group_stats(Q[:1], K[:1], HEADS[None], HEADS, cu_seqlens=bounds)
     assert group_stats(Q[:1], K[:1], HEADS.expand(2, 4), HEADS, cu_seqlens=bounds).waad.shape == (1, 8)
+
+
+def test_without_triton_auto_is_torch(monkeypatch):
+    on_gpu = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert backends.kernels_for("auto", q=on_gpu) is None and backends.kernels_for("torch", q=on_gpu) is None
+    for q in (on_gpu, SimpleNamespace(is_cuda=False)):
+        with pytest.raises(ImportError, match='backend "triton" needs Triton, which is not installed'):
+            backends.kernels_for("triton", q=q)

@@ -1,7 +1,9 @@
 """Tests that statistics and credit have the same bits whatever the program around them has set."""
 
+import ast
 import threading
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +163,24 @@ def test_collect_keeps_its_bits(name, attention):
             assert torch.equal(x, y)
 
 
+def test_no_new_tensor_takes_the_default_device():
+    """Scripts of the command line and the dense reference have a process of their own, and may."""
+    makers = {"tensor", "as_tensor", "arange", "linspace", "zeros", "ones", "full", "empty", "eye", "rand", "randint"}
+    package = Path(rk.__file__).parent
+    files = [file for file in package.rglob("*.py") if file.parent.name != "analysis" and file.name != "reference.py"]
+    calls = [(file.name, node) for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    made = [(name, call) for name, call in calls if isinstance(call, ast.Call) and _torch_function(call) in makers]
+    assert len(made) > 50
+    wrong = [f"{name}:{call.lineno}" for name, call in made if not {"device", None} & {k.arg for k in call.keywords}]
+    assert not wrong
+
+
+def _torch_function(call: ast.Call) -> str | None:
+    """Returns the name of a call torch.NAME(...)."""
+    named = isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name)
+    return call.func.attr if named and call.func.value.id == "torch" else None
+
+
 # ---- products of fp32 matrices ---------------------------------------------------------------------------------------
 
 
@@ -179,6 +199,20 @@ def test_products_are_exact_inside_and_as_before_after(place):
         with pytest.raises(ZeroDivisionError), exact_products():
             raise ZeroDivisionError
         assert setting() == before
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_torchs_older_setting_of_precision_can_be_read_inside(setting):
+    """torch raises where it contradicts the newer ones. Another thread may read it, such as inductor's."""
+
+    def seen():
+        return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+
+    with matmul_precision(setting):
+        before = seen(), [torch._C._get_fp32_precision_getter(*place) for place in PRODUCTS]
+        with exact_products():
+            assert seen() == ("highest", False) and lowest_precision() is None
+        assert (seen(), [torch._C._get_fp32_precision_getter(*place) for place in PRODUCTS]) == before
 
 
 def test_a_thread_that_leaves_does_not_change_the_products_of_another():

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import train.checkpoint
 from train.checkpoint import CheckpointError, list_checkpoints, restore, save_checkpoint
-from train.distributed import whole
+from train.distributed import whole, whole_weights
 
 CONFIG = {"learning_rate": 0.1, "misses": [0.9, 0.99]}
 SHARED = {"cursor": [3, 1], "metrics_bytes": 12345}
@@ -427,6 +427,13 @@ def test_another_optimizer_is_named(saved):
         restore(list_checkpoints(saved)[-1], model, torch.optim.SGD(model.parameters(), momentum=0.9), config=CONFIG)
 
 
+class Full:
+    """A weight that does not fit."""
+
+    def cpu(self):
+        raise MemoryError("no room")
+
+
 def of_two(rank: int, folder: Path):
     """Runs on each of the two ranks of test_two_ranks."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
@@ -461,6 +468,13 @@ def of_two(rank: int, folder: Path):
     full = files_of_at_most(10_000) if rank == 1 else nullcontext()  # fails alone, and the other must not wait for it
     with full, pytest.raises(CheckpointError, match="rank 1: OSError: .* File too large; .*from step-000002"):
         save(folder / "run", 4, model, optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:  # holds the whole model, which all ranks gather
+            patch.setattr(
+                "train.checkpoint.whole_weights", lambda *args: ((n, Full()) for n, _ in whole_weights(*args))
+            )
+        with pytest.raises(CheckpointError, match="rank 0: MemoryError: no room; .*from step-000002"):
+            save(folder / "run", 4, model, optimizer)
     if rank == 1:
         train.checkpoint.save_file = no_space
     with pytest.raises(CheckpointError, match="rank 1: OSError: .* No space left on device; .*from step-000002"):

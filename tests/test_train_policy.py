@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from train_cases import ALONE, TOKENIZER, all_micros, encode, make_batch, make_policy, sample, settings
 
 import train.policy
 from rhythm_kernels import GroupSchedule, collect
 from train.batch import pack
 from train.distributed import World, weights_of, whole, whole_weights
-from train.loading import check_head, load_policy
-from train.policy import token_log_probs
+from train.loading import check_head, check_packing, load_policy
+from train.policy import Policy, token_log_probs
 from train.reading import Reader, read_batch, read_log_probs
+from train.setup import open_run
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,41 @@ def test_logits_that_are_changed_behind_the_head_are_refused():
     with pytest.raises(ValueError, match="--model must have logits that are its output layer's alone.*Cohere"):
         check_head(model)
     check_head(make_policy().model)
+
+
+def test_a_model_that_shows_no_decoder_is_refused():
+    with pytest.raises(ValueError, match="--model must have a decoder apart from its output layer, got Llama4For"):
+        check_head(ARCHITECTURES["Llama4"].build("sdpa"))
+
+
+@pytest.mark.parametrize("name", ["FalconH1", "Lfm2", "OPT", "Qwen3_5"])
+def test_a_model_that_does_not_keep_packed_sequences_apart_is_refused(name):
+    """Recurrent and convolution layers go on from one sequence into the next; so do transformers' masks of OPT."""
+    model = ARCHITECTURES[name].build("sdpa")
+    model.config.dtype = torch.float32
+    with pytest.raises(
+        ValueError, match=f"--model must keep packed sequences apart, got {name}.* with --attention sdpa"
+    ):
+        check_packing(Policy(model, 1.0).eval(), ALONE)
+
+
+@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
+def test_a_model_that_keeps_packed_sequences_apart_is_taken(attention):
+    policy = make_policy(attention)
+    policy.model.config.dtype = torch.float32
+    check_packing(policy, ALONE)
+
+
+def test_a_run_begins_with_the_check_of_packed_sequences(policy, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ZeroDivisionError
+
+    policy.model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("train.setup.check_packing", refuse)
+    config = settings(model=str(tmp_path / "model"), output=str(tmp_path))
+    with pytest.raises(ZeroDivisionError), open_run(config.change(seeds=(0,)), tmp_path / "run"):
+        pass
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(policy, batch, tmp_path):

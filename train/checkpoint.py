@@ -202,12 +202,18 @@ def _write_state(
 def _export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
     """Writes the model in its config's dtype. Rank 0 holds it whole on the CPU, the others one weight at a time."""
     config, dtype = model.config, model.config.dtype or model.dtype
-    weights = {}
+    weights, failure = {}, None
     for name, weight in whole_weights(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype):
-        if _rank_and_world()[0] == 0:
-            weights[name] = weight.cpu()
+        if _rank_and_world()[0] == 0 and failure is None:
+            try:
+                weights[name] = weight.cpu()
+            except (RuntimeError, MemoryError) as error:  # raised below: the other ranks wait for the weights to come
+                failure = error
+                weights.clear()
 
     def write():
+        if failure is not None:
+            raise failure
         try:
             model.save_pretrained(folder, state_dict=weights)
         finally:

@@ -17,9 +17,11 @@ from transformers import (
 
 import train.attention  # noqa: F401  registers "packed"
 from rhythm_kernels.fit import broken_weight
+from train.batch import pack, take
 from train.config import BadSetting, Config, Model
 from train.distributed import World, shard
 from train.policy import Policy
+from train.rollout import Completion
 
 
 def build_model(shape: Model, tokenizer: PreTrainedTokenizerBase, context: int) -> PreTrainedModel:
@@ -116,17 +118,45 @@ def activation_checkpointing(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raises BadSetting for a model that scales or soft-caps its output layer's logits, which `Policy` would not do."""
+    """Raises BadSetting for a model whose logits are not those of its output layer behind its decoder.
+
+    Some scale or soft-cap them, which `Policy` would not do.
+    """
     ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa" if attention == "packed" else attention)
     try:
         logits = model(ids, use_cache=False).logits
-        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
+        hidden = getattr(model.get_decoder()(ids, use_cache=False), "last_hidden_state", None)
     finally:
         model.set_attn_implementation(attention)
+    if hidden is None:  # transformers 5.19 returns the whole model as the decoder of Llama 4
+        raise BadSetting(f"--model must have a decoder apart from its output layer, got {type(model).__name__}")
     if not torch.allclose(logits.float(), model.get_output_embeddings()(hidden).float(), rtol=1e-3, atol=1e-3):
         raise BadSetting(
             f"--model must have logits that are its output layer's alone, got {type(model).__name__}, which "
             "changes them (scaling or soft-capping): its log-probabilities would be wrong here"
+        )
+
+
+@torch.no_grad()
+def check_packing(policy: Policy, world: World) -> None:
+    """Raises BadSetting if an answer's log-probabilities depend on the sequence packed before it. All ranks call it.
+
+    Attention of the training is kept inside a sequence; recurrent and convolution layers mostly are not.
+    """
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    of_second = []
+    for other in (1, 2):  # two rows that differ in their first sequence alone
+        sequences = [[other * t % vocabulary for t in range(1, 17)], [t % vocabulary for t in range(16)]]
+        answers = [Completion(ids[1:], [0.0] * 15, "stop") for ids in sequences]
+        micro = take(pack([ids[:1] for ids in sequences], answers, 1, world.device), [0, 1])
+        of_second.append(policy(micro)[0][15:])
+    # the same kernels run on the same shapes; only experts get other numbers of tokens, and may round otherwise
+    moved = (of_second[1] - of_second[0]).abs().max().item()
+    if not moved <= (1e-3 if policy.model.config.dtype == torch.float32 else 0.1):
+        raise BadSetting(
+            f"--model must keep packed sequences apart, got {type(policy.model).__name__} with --attention "
+            f"{policy.model.config._attn_implementation}: a log-probability moved by {moved:.2g} with another sequence "
+            "before its own, as where layers carry a state along the row"
         )

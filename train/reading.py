@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels import GroupDrift, GroupSchedule, Rhythm, collect, sampled_layers, token_credit
+from rhythm_kernels import GroupDrift, GroupSchedule, Rhythm, collect, token_credit
 from train.batch import MicroBatch, Rollouts
 from train.config import Config
 from train.policy import Policy
@@ -196,7 +196,7 @@ class Reader:
         """Lets a forward in this block end after the last layer that is read."""
         config = self.policy.decoder.config
         count = config.num_hidden_layers
-        config.num_hidden_layers = sampled_layers(count, self.options.layers)[-1] + 1
+        config.num_hidden_layers = collect(self.policy.decoder, layers=self.options.layers).layers[-1] + 1
         try:
             yield
         finally:

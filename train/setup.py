@@ -1,7 +1,7 @@
 """Builds the parts of a run, restores them from the latest checkpoint, and saves them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from train.config import BadSetting, Config, RunError, flag_name
 from train.console import say
 from train.data import ProblemStream, fingerprint
 from train.distributed import World, sharing_ranks, whole_weights
-from train.loading import load_model, load_policy
+from train.loading import check_packing, load_model, load_policy
 from train.metrics import MetricsLog
 from train.policy import Policy
 from train.problems import EvalSet, Prompts, check_fit, check_verifiers, load_task, stop_ids
@@ -115,6 +115,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         train, evaluations = prompts.fitting(task.train, "--train-data"), prompts.all_fitting(task.evaluations)
         check_fit(start, prompts, config)
         policy = load_policy(start, config, world)
+        check_packing(policy, world)
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
     optimizer = make_optimizer(policy, config)
     stream = ProblemStream(train, seed)
@@ -133,15 +134,19 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         step, metrics_bytes = saved.step, saved.shared["metrics_bytes"]
         num_tokens = saved.shared.get("num_tokens", 0)  # older checkpoints do not have it
 
-    log = MetricsLog(folder, step, metrics_bytes, world)
-    with Rewards(config.data.reward_workers, config.data.reward_timeout) as rewards:
+    with ExitStack() as opened:
+        rewards = opened.enter_context(Rewards(config.data.reward_workers, config.data.reward_timeout))
+        engine = load_engine(start, policy, prompts, config, world)
+        opened.callback(engine.close)
+        log = MetricsLog(folder, step, metrics_bytes, world)
+        opened.callback(log.close)
         run = TrainingRun(
             config=config,
             folder=folder,
             world=world,
             policy=policy,
             reference=reference,
-            engine=load_engine(start, policy, prompts, config, world),
+            engine=engine,
             optimizer=optimizer,
             tokenizer=tokenizer,
             prompts=prompts,
@@ -157,12 +162,8 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         )
         if log.missing:
             run.say(log.missing)
-        try:
-            run.sync()
-            yield run
-        finally:
-            log.close()
-            run.engine.close()
+        run.sync()
+        yield run
 
 
 def check_same_problems(before: dict[str, str], now: dict[str, str]) -> None:

@@ -47,14 +47,16 @@ def context_length(config: Config) -> int:
 def warm_start(config: Config, seed: int, problems: list[Problem], world: World) -> Path:
     """Returns the folder of this seed's supervised model; the first rank trains it if it is missing."""
     folder = warm_start_path(config, seed)
-    if world.is_first:
+
+    def find_or_make() -> None:
         if folder.exists():
             say(f"[seed {seed}] warm start found in {folder}")
-        else:
-            with claim_warm_start(folder, config):
-                if not folder.exists():  # another run may have made it while this one waited
-                    make_warm_start(folder, config, seed, problems, world.device)
-    world.barrier()
+            return
+        with claim_warm_start(folder, config):
+            if not folder.exists():  # another run may have made it while this one waited
+                make_warm_start(folder, config, seed, problems, world.device)
+
+    world.from_first(find_or_make)
     return folder
 
 

@@ -27,9 +27,9 @@ class ColumnMoments(NamedTuple):
     mean: Tensor
     """[..., HQ]"""
     m2: Tensor
-    """[..., HQ], the mean of (x - mean)^2; m3 and m4 have the powers 3 and 4."""
-    m3: Tensor
+    """[..., HQ], the mean of (x - mean)^2."""
     m4: Tensor
+    """[..., HQ], the mean of (x - mean)^4."""
 
     @property
     def kurtosis(self) -> Tensor:
@@ -60,7 +60,7 @@ def column_moments(fai: Tensor, columns: Tensor) -> ColumnMoments:
 
     center = mean(fai.double())
     deviation = fai.double() - center[..., None]
-    return ColumnMoments(count, center, *(mean(deviation**power) for power in (2, 3, 4)))
+    return ColumnMoments(count, center, *(mean(deviation**power) for power in (2, 4)))
 
 
 def counted_columns(response: Tensor, lo: int) -> Tensor:

@@ -72,7 +72,7 @@ class collect_rows(collect):  # called like a function, and named like one
         ranks, inputs = self._token_ranks(), arguments["input_ids"]
         shape = len(inputs), inputs.shape[1] * (1 if ranks is None else ranks.size)
         check_tensor("response_mask", self._rows_mask, ["B", "T"], [torch.bool], inputs.device)
-        room = torch.full((shape[0],), shape[1]) if self._real_lengths is None else self._real_lengths
+        room = torch.full((shape[0],), shape[1], device="cpu") if self._real_lengths is None else self._real_lengths
         if len(room) != len(self._lengths) or (self._lengths > room).any():
             raise ValueError(
                 f"the model must get {len(self._lengths)} rows of lengths {self._lengths.tolist()}, "

@@ -153,8 +153,9 @@ def completion_mask(valid: Tensor, tool_mask: Tensor | list[list[int]] | None) -
     if tool_mask is None:
         return mask
     if not isinstance(tool_mask, Tensor):
-        padded = torch.ones(mask.shape, dtype=torch.bool)  # TRL counts tokens after a list's end as the model's
+        # TRL counts tokens after a list's end as the model's
+        padded = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
         for row, of_model in zip(padded, tool_mask, strict=True):
-            row[: len(of_model)] = torch.tensor(of_model, dtype=torch.bool)
+            row[: len(of_model)] = torch.tensor(of_model, dtype=torch.bool, device="cpu")
         tool_mask = padded.to(mask.device)
     return mask & tool_mask.bool()

@@ -39,7 +39,7 @@ def load_state(folder: Path, schedule: GroupSchedule, draws: int, layers: list[i
     try:
         state = json.loads(file.read_text())
         saved_layers, draws = state.pop("layers", layers), check_int("draws", state.pop("draws"), 0)
-        state["spans"] = None if state["spans"] is None else torch.tensor(state["spans"])
+        state["spans"] = None if state["spans"] is None else torch.tensor(state["spans"], device="cpu")
         if saved_layers == layers:
             schedule.load_state_dict(state)
             return draws

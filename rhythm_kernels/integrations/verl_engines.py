@@ -254,7 +254,7 @@ def _groups_of(groups: list[list[bool]] | None, engine) -> HeadGroups | None:
     if groups is None:
         return None
     heads = engine.model_config.hf_config.get_text_config().num_attention_heads
-    return HeadGroups(*(torch.tensor(group).view(-1, heads) for group in groups))
+    return HeadGroups(*(torch.tensor(group, device="cpu").view(-1, heads) for group in groups))
 
 
 def _as_model_output(rhythm: Rhythm, places: object, lengths: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from rhythm_kernels.listen.taps import Layers
 from rhythm_kernels.options import GROUP_BY, MAX_WINDOW, SPAN_ROWS
 from rhythm_kernels.ranks import Parallel, check_parallel, together
 from rhythm_kernels.signals import check_groups
-from rhythm_kernels.statistics.api import BACKENDS
+from rhythm_kernels.statistics.backends import BACKENDS
 from rhythm_kernels.statistics.more import check_more
 from rhythm_kernels.tensor_checks import check_cu_seqlens, check_tensor
 from rhythm_kernels.types import HeadGroups

@@ -28,6 +28,7 @@ from rhythm_kernels.listen.taps import (
     find_decoder,
     mesh_of_heads,
     query_heads,
+    state_beside_attention,
     tap_of,
 )
 from rhythm_kernels.ranks import HeadShards, Parallel, together
@@ -259,6 +260,12 @@ class Collector:
         if self._response_mask is not None:
             check_tensor("response_mask", self._response_mask, [batch, tokens], [torch.bool], device)
         layout = make_layout(batch, tokens, device, self._response_mask, mask, cu_seqlens)
+        state = state_beside_attention(self.decoder, self._decoder_layers)
+        if state is not None and layout.sequences > batch:
+            raise ValueError(
+                f"collect needs a padded batch for {type(self.decoder).__name__}, got {layout.sequences} sequences "
+                f"packed in one row: {state}, and it goes from one sequence into the next"
+            )
         if self.groups is not None:
             check_groups(self.groups, len(self.layers), self._query_heads(), layout.sequences)
             self.groups = HeadGroups(*(send(group, device) for group in self.groups))

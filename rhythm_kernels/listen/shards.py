@@ -258,8 +258,10 @@ def _misplaced(positions: Tensor, cuts: Sequence[int] | None) -> str | None:
     if (first > 1).any():
         return f"the row would begin at position {int(first.max())}"
     if cuts is not None:
-        begin = torch.repeat_interleave(torch.tensor(cuts[:-1]), torch.tensor(cuts).diff())
-        wrong = (positions != torch.arange(positions.shape[-1]) - begin).flatten(0, -2).any(0).nonzero()
+        bounds = torch.tensor(cuts, device=positions.device)
+        begin = torch.repeat_interleave(bounds[:-1], bounds.diff())
+        place = torch.arange(positions.shape[-1], device=positions.device)
+        wrong = (positions != place - begin).flatten(0, -2).any(0).nonzero()
         if len(wrong):
             t = int(wrong[0])
             return f"token {t} would have position {positions[..., t].flatten()[0].item()} in its packed sequence"

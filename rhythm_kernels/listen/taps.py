@@ -137,6 +137,18 @@ class Layers(NamedTuple):
     """The causal self-attention of each layer that has one, by the layer's place, ascending."""
 
 
+def state_beside_attention(decoder: nn.Module, layers: Layers) -> str | None:
+    """Returns what else than attention carries a state along a row, in words; None where attention is all there is.
+
+    Recurrent and convolution layers get no mask. Only some of their kernels can be told where sequences begin, and
+    whether they were told does not show in a layer's arguments.
+    """
+    others = layers.count - len(layers.attention)
+    if others:
+        return f"{others} of its {layers.count} layers have a state in place of an attention map"
+    return "its layers have a state beside their attention" if getattr(decoder, "_is_stateful", False) else None
+
+
 def find_decoder(model: nn.Module) -> tuple[nn.Module, Layers]:
     """Returns the decoder of a model, whatever wraps it, and its layers. All modules of the decoder are visited once.
 

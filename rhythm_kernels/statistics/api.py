@@ -13,6 +13,7 @@ from torch import Tensor
 from rhythm_kernels.checks import check_choice
 from rhythm_kernels.isolation import isolated
 from rhythm_kernels.statistics import blockwise
+from rhythm_kernels.statistics.backends import BACKENDS, kernels_for
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.more import check_more, with_more
 from rhythm_kernels.statistics.options import Options, check_options, check_values
@@ -20,8 +21,6 @@ from rhythm_kernels.statistics.poison import Stats, factor_of, scaled
 from rhythm_kernels.statistics.verify import probe_lse
 from rhythm_kernels.tensor_checks import can_look, check_tensor
 from rhythm_kernels.types import AttentionStats, GroupStats
-
-BACKENDS = ("auto", "triton", "torch")
 
 
 def attention_stats(
@@ -281,10 +280,4 @@ def _marked(stats: Stats, lse_factor: Tensor | None) -> Stats:
 
 def _backend_module(backend: str, **inputs: Tensor) -> ModuleType:
     """Returns the module whose `attention_stats`, `group_stats` and `attention` run on q, k and v."""
-    check_choice("backend", backend, BACKENDS)
-    if backend == "torch" or (backend == "auto" and not inputs["q"].is_cuda):
-        return blockwise
-    # imported here, since Triton decides at its import whether it interprets or compiles
-    from rhythm_kernels.statistics import triton_backend
-
-    return blockwise if backend == "auto" and triton_backend.unsupported(**inputs) else triton_backend
+    return kernels_for(check_choice("backend", backend, BACKENDS), **inputs) or blockwise

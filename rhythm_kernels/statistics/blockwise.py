@@ -64,9 +64,10 @@ def group_stats(
     else:
         heads = _heads_of(local_heads | global_heads, layout, len(q))
         q, k, lse = _heads_taken(q, k, lse, heads)
-        options = options._replace(sinks=None if options.sinks is None else options.sinks[heads])
+        sinks = None if options.sinks is None else options.sinks[heads]
+        of_heads = options._replace(sinks=sinks, more=masses_of(options))  # column sums are taken of the group's
         members = [_taken(member, heads) for member in members]
-        stats = attention_stats(q, k, lse, layout, options)
+        stats = attention_stats(q, k, lse, layout, of_heads)
         waad, fai = stats.waad, stats.fai
         more = {name: _sum(members[0], stats.more[name]) for name in masses_of(options)}
     sums = GroupStats(_sum(members[0], waad), _sum(members[1], fai))

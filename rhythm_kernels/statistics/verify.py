@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rhythm_kernels.host import send
 from rhythm_kernels.statistics import probes
+from rhythm_kernels.statistics.backends import kernels_for
 from rhythm_kernels.statistics.blockwise_scores import softcapped, weighted_sum
 from rhythm_kernels.statistics.layout import Layout
 from rhythm_kernels.statistics.lines import lines_of
@@ -119,13 +120,13 @@ def probe_lse(
 
 def _kernels(backend: str, **inputs: Tensor) -> ModuleType | None:
     """Returns the module of the Triton kernels where they run these inputs; None for torch."""
-    if backend != "triton" and not (backend == "auto" and inputs["q"].is_cuda):
+    kernels = kernels_for(backend, **inputs)
+    # v may have another dtype or head size than q, which the statistics have taken
+    if kernels is None or kernels.unsupported(**inputs) or any(x.dtype not in DTYPES for x in inputs.values()):
         return None
-    # imported here, since Triton decides at its import whether it interprets or compiles
-    from rhythm_kernels.statistics import triton_backend, triton_verify
+    from rhythm_kernels.statistics import triton_verify
 
-    known = all(x.dtype in DTYPES for x in inputs.values())  # v may have another dtype than q
-    return triton_verify if known and triton_backend.unsupported(**inputs) is None else None
+    return triton_verify
 
 
 # ---- sequences, a part at a time -------------------------------------------------------------------------------------
