@@ -19,8 +19,8 @@ def device_name(device: torch.device) -> str:
 
 def package_versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that the numbers depend on."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "rhythm_kernels"):
+    versions = {"python": platform.python_version(), "torch": torch.__version__}  # with the build, such as +cu130
+    for package in ("transformers", "rhythm_kernels"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
