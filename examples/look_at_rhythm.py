@@ -45,7 +45,8 @@ if tokenizer.chat_template is not None:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
-prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+is_plain = tokenizer.chat_template is None  # a template has its own token for the beginning
+prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=is_plain).input_ids.to(model.device)
 if args.response is None:
     ids = model.generate(
         prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=args.new_tokens, do_sample=False

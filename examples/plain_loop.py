@@ -12,7 +12,7 @@ Shapes: B answers, T tokens of a prompt and its answer. R, the response mask, is
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig, Qwen3Config
 
 from rhythm_kernels import collect, shape_advantages, token_credit
 
@@ -24,6 +24,8 @@ def load(name: str | None):
     """Returns (model, tokenizer) for a name or path of transformers, or else a tiny random model that reads bytes."""
     if name is not None:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # 16 bits round small updates away
+        # No penalties and no min_p: the answers are those of the policy that the loss computes.
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         return model.to(DEVICE), AutoTokenizer.from_pretrained(name, padding_side="left")
     sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = Qwen3Config(vocab_size=259, num_key_value_heads=2, head_dim=24, pad_token_id=0, eos_token_id=1, **sizes)
@@ -43,7 +45,8 @@ def train(model, tokenizer, args):
     ends = torch.tensor(model.generation_config.eos_token_id, device=DEVICE)
     for _ in range(args.steps):
         # Answers: several per prompt. Prompts are padded on the left, so that all answers begin at the same position.
-        prompts = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=False).to(DEVICE)
+        has_begin = tokenizer.bos_token is not None  # without one, special tokens would end the prompt
+        prompts = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=has_begin).to(DEVICE)
         ids = model.generate(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,

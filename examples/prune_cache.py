@@ -50,7 +50,8 @@ if tokenizer.chat_template is not None:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
-ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
+is_plain = tokenizer.chat_template is None  # a template has its own token for the beginning
+ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=is_plain).input_ids.to(model.device)
 tokens = ids.shape[1]
 if not 0 < args.window < args.keep < tokens:
     parser.error(f"0 < --window < --keep < tokens of the prompt, got {args.window}, {args.keep} and {tokens}")

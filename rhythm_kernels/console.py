@@ -1,6 +1,15 @@
-"""Console habits of every command in this package: output that any encoding takes, errors in one line."""
+"""Habits of every command in this package: output that any encoding takes, errors in one line, text of any content."""
 
+import re
 import sys
+
+TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Marks that turn the direction of the text behind them."""
+
+
+def visible(text: str) -> str:
+    """Returns a token's text as a page shows it: line breaks as a sign, and turns named, which could reorder a page."""
+    return TURNS.sub(lambda mark: f"⟨U+{ord(mark[0]):X}⟩", text.replace("\n", "⏎"))
 
 
 def escape_unencodable() -> None:

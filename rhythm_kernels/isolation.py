@@ -17,6 +17,8 @@ ROUNDED = ("bf16", "tf32")
 _lock = threading.Lock()
 _inside = 0  # the number of open contexts of exact products, over all threads
 _changed: dict[tuple[str, str], str] = {}  # the settings as they were before the first of these contexts
+_apart = 0  # the number of open contexts of graphs of their own, over all threads
+_would_warn: bool | None = None  # that setting as it was before the first of them; None if it was left alone
 _changed_float32: str | None = None  # torch.get_float32_matmul_precision() as it was, if that had to change too
 
 
@@ -76,6 +78,32 @@ def _restore() -> None:
     while _changed:
         place, precision = _changed.popitem()
         torch._C._set_fp32_precision_setter(*place, precision)
+
+
+@contextmanager
+def graphs_of_their_own() -> Iterator[None]:
+    """Opens a context in which torch.compile makes and runs other graphs than outside.
+
+    A graph that was compiled where hooks break it would otherwise be taken after the context too, in its pieces.
+    torch.compile looks at some settings of the process before it takes a graph. One of them has no effect while
+    deterministic algorithms are off: whether they would only warn. So it is switched while such contexts are open.
+    Where these algorithms are on, it stays, and so do the pieces.
+    """
+    global _apart, _would_warn
+    with _lock:
+        if _apart == 0 and not torch.are_deterministic_algorithms_enabled():
+            _would_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+            torch._C._set_deterministic_algorithms(False, warn_only=not _would_warn)
+        _apart += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _apart -= 1
+            if _apart == 0 and _would_warn is not None:
+                if not torch.are_deterministic_algorithms_enabled():
+                    torch._C._set_deterministic_algorithms(False, warn_only=_would_warn)
+                _would_warn = None
 
 
 def lowest_precision(device: str | None = None) -> str | None:

@@ -77,7 +77,7 @@ class CreditOptions:
         "sequence", "rank heads by the spans of each sequence, or by those of the whole batch", choices=GROUP_BY
     )
     groups_every: int = _option(
-        1, "steps that a ranking of the heads serves; above 1 all sequences of a step share one ranking", minimum=1
+        1, "steps that a ranking of the heads serves; above 1 all sequences share one in the steps between", minimum=1
     )
     seed: int = _option(0, "seed of the strategy random", minimum=0, maximum=2**32 - 1)
 
@@ -253,4 +253,6 @@ def _check_layers(layers: object) -> int | str | tuple[int, ...]:
         return check_int("layers", layers, 1)
     if not layers:
         raise ValueError('layers must be "all", an int or a list of layer indices, got an empty list')
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers must be different, got {[*layers]}")
     return tuple(check_int("layers", layer, -(2**31)) for layer in layers)

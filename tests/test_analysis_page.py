@@ -12,6 +12,7 @@ from rhythm_kernels import HeadGroups, Rhythm, coupled_sets, find_peaks, group_h
 from rhythm_kernels.analysis.maps import MeanMaps
 from rhythm_kernels.analysis.page import ShownAnswer, render
 from rhythm_kernels.analysis.reading import Reading
+from rhythm_kernels.console import visible
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
@@ -20,7 +21,7 @@ pytestmark = [
 PROMPT, TOKENS = 11, 200
 HEADS, LAYERS, SAMPLED = 6, 8, [3, 4]
 SCRIPT = '</script><img src=x onerror="window.hacked=1">'
-NASTY = [SCRIPT, "<b>bold</b>", "&amp;", "\u2028", "十二", "🍎", "\n\n", "\t", ""]
+NASTY = [SCRIPT, "<b>bold</b>", "&amp;", "\u2028", "十二", "🍎", "\n\n", "\t", "", "a\u202eb"]
 
 # ---- a page ----------------------------------------------------------------------------------------------------------
 
@@ -140,7 +141,7 @@ def test_nothing_that_a_model_wrote_is_markup(browser, answer, path):
         and browser.js("document.querySelectorAll('#text img, #text b').length") == 0
     )
     shown = browser.js("[...document.querySelectorAll('.cell.fai span')].map((s) => s.textContent)")
-    assert shown == [text.replace("\n", "⏎").replace("\t", "⇥") for text in answer.texts[PROMPT:]]
+    assert shown == [visible(text).replace("\t", "⇥") for text in answer.texts[PROMPT:]] and "a⟨U+202E⟩b" in shown
     assert browser.text("#prompt") == "".join(answer.texts[:PROMPT])
     place = PROMPT + next(t for t, text in enumerate(answer.texts[PROMPT:]) if "onerror" in text)
     browser.hover(f".cell.waad [data-t='{place}']")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,6 +290,30 @@ def test_answers_are_those_of_generate(ids, sizes):
         assert got == generate(model, TOKENIZER, [*prompts, special], max_new_tokens=4) and got[-1]
 
 
+HABITS = {"repetition_penalty": 1.5, "min_p": 0.9, "no_repeat_ngram_size": 1, "suppress_tokens": [*range(3, 100)]}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_models_own_generation_settings_change_no_answer(ids, sizes, temperature):
+    """transformers would take them for whatever a call leaves open."""
+    model = tiny_model(**sizes)
+    prompts = [ids[:9].tolist(), ids[4:20].tolist()]
+    answers = []
+    for habits in ({}, HABITS):
+        model.generation_config.update(**habits)
+        for sample in (generate, answer_prompts):
+            torch.manual_seed(0)
+            answers.append(sample(model, TOKENIZER, prompts, max_new_tokens=12, temperature=temperature))
+    assert answers[:2] == answers[2:] and model.generation_config.min_p == 0.9
+
+
+def test_one_prompt_needs_no_token_for_padding(ids):
+    model, bare = tiny_model(), SimpleNamespace(pad_token_id=None)
+    prompt = [ids[:9].tolist()]
+    assert generate(model, bare, prompt, max_new_tokens=5) == generate(model, TOKENIZER, prompt, max_new_tokens=5)
+
+
 def test_sampled_answers_follow_the_seed_and_the_temperature(model, ids):
     def sample(seed: int, temperature: float) -> list[list[int]]:
         torch.manual_seed(seed)
@@ -406,7 +431,7 @@ def test_no_horizon_is_longer_than_the_continuations(setting, tmp_path):
         (["--positions", "0"], "--positions must be at least 1, got 0"),
         (["--rollout-tokens", "0"], "--rollout-tokens must be at least 1, got 0"),
         (["--max-new-tokens", "490"], "within the model's 512 positions"),
-        (["--positions", "40"], "no answer has 81 tokens"),
+        (["--positions", "40"], "--max-new-tokens must be at least 81, the tokens that are needed"),
         (["--without-last", "-1"], "--without-last must be at least 0, got -1"),
     ],
     ids=range(5),

@@ -188,8 +188,8 @@ def test_nothing_that_was_written_by_others_is_markup(answered):
 
 
 def test_prompts_and_answers_from_files(tiny, tmp_path):
-    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
-    (tmp_path / "answer.txt").write_text("4 dollars.", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8-sig")  # with the mark that some editors write
+    (tmp_path / "answer.txt").write_text("4 dollars.\n", encoding="utf-8")
     files = ["--prompt-file", str(tmp_path / "prompt.txt"), "--response-file", str(tmp_path / "answer.txt")]
     shown = show.show(show.parse([tiny, *files, "--out", str(tmp_path / "out")]))
     assert "".join(shown.texts) == PROMPT + "4 dollars."

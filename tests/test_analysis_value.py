@@ -433,7 +433,7 @@ def test_a_problem_without_an_answer_is_refused(setting, tmp_path):
     task = tmp_path / "task.jsonl"
     task.write_text('{"question": "What is it?"}\n')
     message = run(value.main, [*setting[0], "--task", str(task), "--out", str(tmp_path / "out")])
-    assert message == "--task must give the right answer to every problem, got none to problem 1"
+    assert message == "--task must give the right answer to every problem, got none to 'What is it?'"
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def test_the_page_escapes_what_a_model_wrote_and_loads_nothing(setting):
     answer = {
         "prompt": "</code><script>alert(1)</script>",
         "solved": True,
-        "words": ["<b>", '" onmouseover="x', "\n", "fine"],
+        "words": ["<b>", '" onmouseover="x', "\u2067\n", "fine"],
         "value": [0.25, 0.5, 0.25, 0.25, 1.0],
         "decision": [0.25, -0.25, 0.0, 0.75],
         "noise": [0.01] * 4,
@@ -452,6 +452,7 @@ def test_the_page_escapes_what_a_model_wrote_and_loads_nothing(setting):
         "signals": {name: [0.0, 1.0, 2.0, 0.5] for name in ("waad", "fai", "entropy")},
     }
     html = render([answer], "a <model>")
+    assert "\u2067" not in html and "⟨U+2067⟩⏎" in html
     assert "<script" not in html and "<b>" not in html and '" onmouse' not in html and "a <model>" not in html
     assert "default-src &#39;none&#39;" in html or "default-src 'none'" in html
     page = (setting[1] / "answers.html").read_text(encoding="utf-8")

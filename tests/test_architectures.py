@@ -350,10 +350,22 @@ def test_sequence_parallel_attention_is_refused(flash, origin):
 def test_shards_are_refused():
     model = ARCHITECTURES["Llama"].build("sdpa")
     ids = torch.randint(3, 61, (1, TOKENS))
-    with torch.no_grad(), pytest.raises(ValueError, match="position_ids that begin at 40: shards"), collect(model):
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            ValueError, match="position_ids that begin at 40: ranks that share a sequence are named by parallel="
+        ),
+        collect(model),
+    ):
         model(ids, position_ids=torch.arange(TOKENS)[None] + TOKENS)
     zigzag = torch.cat([torch.arange(20), torch.arange(60, 80)])[None]
-    with torch.no_grad(), pytest.raises(ValueError, match="position_ids that jump to 60: shards"), collect(model):
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            ValueError, match=r"restart at 0, got 60 after \d+ at token \d+: padding is a sequence too, and ranks"
+        ),
+        collect(model),
+    ):
         model(ids, position_ids=zigzag, use_cache=False)
     model.model.config.num_attention_heads = 12  # as if this rank had half of them
     with (
@@ -436,6 +448,37 @@ def test_lora_changes_the_rhythm_with_its_adapter():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by_layer", [False, True], ids=["whole", "by layer"])
+def test_a_compiled_model_runs_as_before_after_a_context(by_layer):
+    """A graph that was made inside a context, in pieces, is not taken outside of it."""
+    torch._dynamo.reset()
+    model, ran = ARCHITECTURES["Llama"].build("sdpa"), []
+
+    def backend(graph, _):
+        return lambda *inputs: (ran.append(graph), graph.forward(*inputs))[1]
+
+    for layer in model.model.layers if by_layer else ():
+        layer.compile(backend=backend)
+    called = model if by_layer else torch.compile(model, backend=backend)
+    inputs = {"input_ids": torch.randint(3, 61, (2, TOKENS)), "use_cache": False}
+
+    def graphs_run() -> list:
+        ran.clear()
+        with torch.no_grad():
+            called(**inputs)
+        return [*ran]
+
+    before = graphs_run()
+    assert len(before) == (SIZES["num_hidden_layers"] if by_layer else 1)
+    inside = []
+    for _ in range(3):
+        with collect(called) as c:
+            inside.append(graphs_run())
+        assert c.rhythm().waad.any() and graphs_run() == before
+    assert len(inside[0]) > len(before) and inside[0] == inside[1] == inside[2]
+    torch._dynamo.reset()
+
+
 def test_compiled_model():
     """A compiled model breaks its graph at the attention calls while a context is open, and only then."""
     model = ARCHITECTURES["Llama"].build("sdpa")

@@ -423,10 +423,16 @@ def test_what_cannot_be_collected_is_refused():
         pass
     cache = model(ids, use_cache=True).past_key_values
     with (
-        pytest.raises(ValueError, match="1 queries and 71 keys in layer 2: .* without past_key_values"),
+        pytest.raises(ValueError, match="got past_key_values of 70 tokens: run one over prompt and answer"),
         collect(model),
     ):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], attention_mask=torch.ones(3, 71), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="generate runs one for each token"), collect(model):
+        model.generate(ids, max_new_tokens=3, min_new_tokens=3)
+    two = torch.nn.ModuleDict({"critic": llama(), "actor": model})
+    with pytest.raises(ValueError, match="model must hold one decoder, got LlamaModel and LlamaModel: give"):
+        collect(two)
+    assert collect(torch.nn.ModuleDict({"actor": model, "the same": model})).decoder is model.model
     with pytest.raises(ValueError, match=r"attention_mask as \[B, T\], got \[3, 1, 70, 70\]"), collect(model):
         model(ids, attention_mask=torch.ones(3, 1, TOKENS, TOKENS, dtype=torch.bool))
     with pytest.raises(ValueError, match="row 0 has a hole"), collect(model):

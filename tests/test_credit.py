@@ -1,5 +1,7 @@
 """Credit is exact: equal to the reference, bit for bit. `test_credit_ops.py` tests its ops in graphs and on a GPU."""
 
+from functools import partial
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -260,3 +262,13 @@ def test_shape_advantages():
         shape_advantages([1.0, 2.0], gamma)
     with pytest.raises(TypeError, match=r"gamma must be .*, got torch.int64"):
         shape_advantages(torch.ones(2), gamma.long())
+
+
+@pytest.mark.parametrize("credit", [partial(token_credit, "coupled"), coupled_sets])
+def test_the_rhythm_of_packed_sequences_needs_their_bounds(credit):
+    waad, mask = torch.rand(1, 20), torch.ones(1, 20, dtype=torch.bool)
+    rhythm = Rhythm(waad, waad, torch.rand(2, 3, 4))
+    with pytest.raises(ValueError, match="bounds of packed sequences, got None for a rhythm.spans of 2 sequences"):
+        credit(mask, rhythm)
+    credit(mask, rhythm, cu_seqlens=torch.tensor([0, 9, 20]))
+    credit(mask, rhythm._replace(spans=torch.rand(3, 4)))  # of the whole batch

@@ -115,7 +115,7 @@ def forward(kind="rows", grouped=False, made=None, sizes=None, layers=5, whole_m
             out = case.forward(model)
         rhythm = c.rhythm()
         c.check()
-        assert c.own_tokens is None if case.cp.size() == 1 else torch.equal(c.own_tokens, case.own)
+        assert torch.equal(c.own_tokens, case.own)
         check_heads(c, case, watched, groups)
         logits = None
         if case.stage == case.stages - 1:

@@ -85,6 +85,7 @@ def test_text_is_read(name, text, value):
         ("delta", "rise"),
         ("layers", "some"),
         ("layers", ()),
+        ("layers", (1, 1)),
         ("layers", 0),
         ("window", 257),
         ("span_rows", 100),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rhythm_kernels as rk
-from rhythm_kernels.isolation import PRODUCTS, exact_products, isolated, lowest_precision
+from rhythm_kernels.isolation import PRODUCTS, exact_products, graphs_of_their_own, isolated, lowest_precision
 
 TOKENS = 70
 
@@ -233,6 +233,38 @@ def test_a_thread_that_leaves_does_not_change_the_products_of_another():
             thread.join()
             assert after == [None] and lowest_precision() is None
         assert lowest_precision() == "bf16"
+
+
+# ---- graphs of torch.compile -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode, would_warn", [(False, False), (False, True), (True, False), (True, True)])
+def test_the_setting_that_tells_graphs_apart_is_as_before_after(mode, would_warn):
+    def setting():
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    def hold():
+        with graphs_of_their_own():
+            inside.set()
+            leave.wait()
+
+    torch._C._set_deterministic_algorithms(mode, warn_only=would_warn)
+    try:
+        inside, leave = threading.Event(), threading.Event()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        inside.wait()
+        with graphs_of_their_own():
+            assert setting() == (mode, would_warn if mode else not would_warn)
+            leave.set()
+            thread.join()
+            assert setting() == (mode, would_warn if mode else not would_warn)
+        assert setting() == (mode, would_warn)
+        with graphs_of_their_own():
+            torch._C._set_deterministic_algorithms(not mode, warn_only=would_warn)
+        assert setting() == (not mode, would_warn)
+    finally:
+        torch._C._set_deterministic_algorithms(False, warn_only=False)
 
 
 # ---- dispatch modes --------------------------------------------------------------------------------------------------

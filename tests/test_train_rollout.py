@@ -57,6 +57,15 @@ def test_greedy_takes_the_likeliest_token(policy):
     policy.model.set_attn_implementation("packed")
 
 
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_the_models_own_generation_settings_change_no_answer(temperature):
+    """transformers would take them for whatever a call leaves open; the loss knows nothing of them."""
+    policy = make_policy()
+    expected = sample(policy, temperature=temperature)
+    policy.model.generation_config.update(repetition_penalty=1.5, min_p=0.9, no_repeat_ngram_size=1)
+    assert sample(policy, temperature=temperature) == expected and policy.model.generation_config.min_p == 0.9
+
+
 def test_stages_drop_finished_answers_and_change_nothing_else(policy, monkeypatch):
     calls = []
     engine = engine_of(policy)

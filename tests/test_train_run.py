@@ -402,6 +402,8 @@ def test_sample_page_escapes_what_the_model_wrote():
     assert "script" not in reader.tags and not reader.outside
     assert reader.texts.count(evil) == 4  # the prompt, and the token in three rows
     assert page.count('class="credited"') == 3
+    turned = read_page(render([answer_of(["a\u202eb\n"])], Config()))  # the mark would turn the text behind it
+    assert turned.texts.count("a⟨U+202E⟩b⏎") == 3
 
 
 def test_sample_page_shortens_long_answers():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from rhythm_kernels.analysis.decoding import grouped_decoding
+from rhythm_kernels.analysis.decoding import grouped_decoding, own_distribution
 
 STAGE = 24  # tokens; shorter stages drop finished answers sooner, and cut the cache more often
 
@@ -202,7 +202,7 @@ def _generating(model: PreTrainedModel):
     model.set_attn_implementation("sdpa")
     model.eval()
     try:
-        with grouped_decoding(model) if model.device.type == "cpu" else nullcontext():
+        with own_distribution(model), grouped_decoding(model) if model.device.type == "cpu" else nullcontext():
             yield
     finally:
         model.set_attn_implementation(attention)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from rhythm_kernels import GroupSchedule, token_credit
+from rhythm_kernels.console import visible
 from train.batch import micro_batches, pack
 from train.config import Config
 from train.reading import read_batch
@@ -69,6 +70,7 @@ def render(answers: list[dict], config: Config) -> str:
     of the answer's largest value.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["visible"] = visible
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     places = [_places(len(answer["words"])) for answer in answers]
     return template.render(answers=zip(answers, places), credit=config.credit, preset=config.preset)

@@ -25,6 +25,7 @@ from rhythm_kernels.analysis.study import (
     Answer,
     Study,
     check_flags,
+    check_room,
     parser_of,
     report_of,
     shown,
@@ -417,6 +418,7 @@ def main(arguments: list[str]) -> None:
     check_int("--within", args.within, 0)
     check_int("--shuffles", args.shuffles, 1)
     check_int("--without-last", args.without_last, 1)
+    check_room(args, FEWEST_TOKENS)
     with Study("couple", args, also=["receivers"]) as study:
         answers, results = study.measured(partial(signals, study))
     measured = [result for result in results if len(result["entropy"]) >= FEWEST_TOKENS]

@@ -1,18 +1,34 @@
-"""Attention of a single new token that reads each key once, for generation with grouped-query heads on a CPU.
+"""How models generate here: from their own distribution, and with attention that reads each key once.
 
-transformers' sdpa attention copies every key and value for each query head of its group, at each new token. In a batch
-of many answers these copies take longer than the model's own products.
+On a CPU transformers' sdpa attention copies every key and value for each query head of its group, at each new token. In
+a batch of many answers these copies take longer than the model's own products.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rhythm_grouped"
+
+
+@contextmanager
+def own_distribution(model: PreTrainedModel) -> Iterator[None]:
+    """Lets `model.generate` draw from the model's own probabilities, at the temperature that the call names.
+
+    transformers takes what a call leaves open from the model's generation_config: penalties, min_p, suppressed tokens,
+    beams. Only its special tokens are kept here.
+    """
+    before = model.generation_config
+    kept = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from rhythm_kernels.analysis.study import (
     Answer,
     Study,
     check_flags,
+    check_room,
     parser_of,
     quoted,
     report_of,
@@ -394,6 +395,7 @@ def main(arguments: list[str]) -> None:
     if args.rollout_tokens is not None:
         check_int("--rollout-tokens", args.rollout_tokens, 1)
     check_int("--without-last", args.without_last, 0)
+    check_room(args, args.without_last + 1 + 2 * args.positions)
     with Study("perturb", args, also=["positions", "alternatives", "rollout_tokens", "without_last"]) as study:
         answers, results = study.measured(partial(perturbed, study))
     if not any(result["places"] for result in results):

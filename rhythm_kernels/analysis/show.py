@@ -40,6 +40,7 @@ from rhythm_kernels.analysis.sources import (
     check_layers,
     check_length,
     check_receivers,
+    check_temperature,
     check_text,
     encode_prompt,
     end_tokens,
@@ -49,7 +50,7 @@ from rhythm_kernels.analysis.sources import (
     parse_layers,
     sequence_of,
 )
-from rhythm_kernels.checks import check_float, check_int
+from rhythm_kernels.checks import check_int
 from rhythm_kernels.options import CreditOptions
 
 MOST_WINDOW = 1024  # tokens of a map without bins: the two maps take 6 MB of the page
@@ -149,7 +150,7 @@ def parse(arguments: list[str] | None = None) -> Request:
         prompt=_text("prompt", given.prompt, given.prompt_file),
         response=_text("response", given.response, given.response_file),
         max_new_tokens=check_int("--max-new-tokens", given.max_new_tokens, 1),
-        temperature=check_float("--temperature", temperature, 0.0),
+        temperature=check_temperature(temperature),
         seed=check_int("--seed", given.seed, 0, 2**63 - 1),
         layers=parse_layers(given.layers),
         receivers=None if given.receivers is None else check_int("--receivers", given.receivers, 1),
@@ -275,7 +276,7 @@ def summary(shown: ShownAnswer) -> list[str]:
 def _text(name: str, given: str | None, file: Path | None) -> str | None:
     if file is not None:
         try:
-            given = file.read_text(encoding="utf-8")
+            given = file.read_text(encoding="utf-8-sig").removesuffix("\n")  # editors end a file with a line break
         except UnicodeDecodeError as error:
             raise ValueError(f"--{name}-file must be UTF-8, got {file}: {error}") from None
         except OSError as error:

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rhythm_kernels.analysis.decoding import grouped_decoding
-from rhythm_kernels.checks import check_int
+from rhythm_kernels.analysis.decoding import grouped_decoding, own_distribution
+from rhythm_kernels.analysis.vllm_process import LEAST_TEMPERATURE
+from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.taps import decoder_of, query_heads, softmax_layers
@@ -134,6 +135,13 @@ def parse_layers(given: str) -> int | str | list[int]:
     if not numbers:
         raise ValueError(f"--layers must be all, a number or a list such as 10,13,15, got {given!r}")
     return numbers if "," in given else check_int("--layers", numbers[0], 1)
+
+
+def check_temperature(temperature: float) -> float:
+    """Returns --temperature; raises ValueError for one so low that logits over it could overflow."""
+    if 0 < check_float("--temperature", temperature, 0.0) < LEAST_TEMPERATURE:
+        raise ValueError(f"--temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE}, got {temperature}")
+    return temperature
 
 
 def check_text(name: str, given: str) -> str:
@@ -310,20 +318,25 @@ def generate(
         progress(1)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token will do: padding is masked
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
     sampling = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with grouped_decoding(model):
-        ids = model.generate(
-            **batch,
+    with grouped_decoding(model), own_distribution(model):
+        whole = model.generate(
+            ids,
+            attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([report_token] if progress else []),
             **sampling,
         )
     ends, answers = end_tokens(model), []
-    for row in ids[:, batch["input_ids"].shape[1] :].tolist():
+    for row in whole[:, width:].tolist():
         end = next((index for index, token in enumerate(row) if token in ends), len(row) - 1)
         answers.append(row[: end + 1])
     return answers

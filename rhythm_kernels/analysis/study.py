@@ -32,6 +32,7 @@ from rhythm_kernels.analysis.sources import (
     check_layers,
     check_length,
     check_receivers,
+    check_temperature,
     check_text,
     encode_prompt,
     end_tokens,
@@ -40,11 +41,12 @@ from rhythm_kernels.analysis.sources import (
     parse_layers,
 )
 from rhythm_kernels.analysis.vllm_engine import VLLM
-from rhythm_kernels.checks import check_choice, check_float, check_int
+from rhythm_kernels.checks import check_choice, check_int
 from rhythm_kernels.listen.taps import decoder_of, softmax_layers
 
 PROMPT_FORMATS = ("paper", "chat")
 SILENT = ("bos", "eos", "sep", "pad")
+SHOWN_TEXT = 60  # characters of a problem that an error names
 FIRST_WEIGHTS = 64  # values of each parameter, which tell one checkpoint from another
 
 
@@ -135,7 +137,7 @@ def check_flags(args: argparse.Namespace, study: str) -> None:
         raise ValueError(f"--prompt-end is read with --prompt-format chat alone, got {args.prompt_end!r}")
     check_text("--prompt-end", args.prompt_end)
     check_int("--seed", args.seed, 0, 2**63 - 1)
-    check_float("--temperature", args.temperature, 0.0)
+    check_temperature(args.temperature)
     check_choice("--dtype", args.dtype, list(DTYPES))
     check_device(args.device)
     if args.out is None:
@@ -173,7 +175,7 @@ class Study:
         self.ends = end_tokens(self.model)
         self.silent = self.ends | {getattr(self.tokenizer, f"{name}_token_id") for name in SILENT}
         self.prompts = [self._encode(problem) for problem in self.problems]
-        _check_prompts(self.model, self.tokenizer, self.prompts, args.max_new_tokens)
+        _check_prompts(self.model, self.tokenizer, self.problems, self.prompts, args.max_new_tokens)
         common = ("model", "task", "seed", "prompt_format", "prompt_end", "batch_size")
         common += ("max_new_tokens", "temperature", "layers")
         self.settings = {name: getattr(args, name) for name in (*common, *also)} | {
@@ -304,14 +306,24 @@ def digest_of(*values: Any) -> str:
 
 
 def _check_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    new_tokens: int,
 ) -> None:
-    for number, prompt in enumerate(prompts, 1):
+    for problem, prompt in zip(problems, prompts, strict=True):
+        name = f"the problem {shortened(problem.text)!r}"
         if not prompt:
-            raise ValueError(f"problem {number} has no token")
+            raise ValueError(f"{name} has no token")
         got = f"{len(prompt)} tokens and {new_tokens} new ones"
-        check_length(model, len(prompt) + new_tokens, f"problem {number}", got)
-        check_ids(model, tokenizer, prompt, f"problem {number}")
+        check_length(model, len(prompt) + new_tokens, name, got)
+        check_ids(model, tokenizer, prompt, name)
+
+
+def shortened(text: str) -> str:
+    """Returns the beginning of a problem's text, which tells it from others where a seed draws their order."""
+    return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
 
 
 @torch.no_grad()
@@ -327,6 +339,15 @@ def weights_digest(model: nn.Module) -> str:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 INTERVALS = f"Brackets are {LEVEL:.0%} intervals of a bootstrap over problems."
+
+
+def check_room(args: argparse.Namespace, tokens: int) -> None:
+    """Raises ValueError if no answer can have the tokens that are needed to measure one."""
+    if args.max_new_tokens < tokens:
+        raise ValueError(
+            f"--max-new-tokens must be at least {tokens}, the tokens that are needed to measure an answer, "
+            f"got {args.max_new_tokens}"
+        )
 
 
 def too_short(tokens: int) -> ValueError:

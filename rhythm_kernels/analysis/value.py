@@ -18,7 +18,7 @@ from rhythm_kernels.analysis.problems import is_right
 from rhythm_kernels.analysis.reading import read
 from rhythm_kernels.analysis.rollouts import Row, continue_rows
 from rhythm_kernels.analysis.sources import token_texts
-from rhythm_kernels.analysis.study import Answer, Study, check_flags, parser_of, write_report
+from rhythm_kernels.analysis.study import Answer, Study, check_flags, parser_of, shortened, write_report
 from rhythm_kernels.analysis.value_choices import choices_of, compare_choices, gammas_of
 from rhythm_kernels.analysis.value_judge import judge
 from rhythm_kernels.analysis.value_report import draw, page, report
@@ -167,9 +167,10 @@ def main(arguments: list[str]) -> None:
     if args.engine == "vllm":
         check_vllm(args.model, args.temperature)
     with Study("value", args, also=["continuations", "rollout_batch_size", "engine"]) as study:
-        unknown = [number for number, one in enumerate(study.problems, 1) if is_right(one, "") is None]
-        if unknown:
-            raise ValueError(f"--task must give the right answer to every problem, got none to problem {unknown[0]}")
+        unknown = next((one for one in study.problems if is_right(one, "") is None), None)
+        if unknown is not None:
+            name = shortened(unknown.text)
+            raise ValueError(f"--task must give the right answer to every problem, got none to {name!r}")
         generated, results = study.measured(partial(measured, study))
     answers = [judge(result, index, args.top_fraction) for index, result in enumerate(results)]
     rows = []

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import jinja2
 
+from rhythm_kernels.console import visible
+
 TEMPLATE = Path(__file__).parent / "web" / "value.html.jinja"
 
 
@@ -15,6 +17,7 @@ def render(answers: list[dict], model: str) -> str:
     its share of the answer's largest value, without the sign of a decision.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["visible"] = visible
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     for answer in answers:
         rows = {"decision": answer["decision"], **answer["signals"]}

@@ -95,6 +95,7 @@ def token_credit(
     check_int("seed", seed, 0, 2**64 - 1)
     _check_options(rhythm, top_fraction, max_lookback, largest, preplan_fraction, delta, tau_waad, tau_delta)
     cu_seqlens = check_packing(cu_seqlens, response_mask)
+    _check_sequences(rhythm, response_mask, cu_seqlens)
     of_preplan, drops = top_fraction if preplan_fraction is None else preplan_fraction, delta == "drop"
     op = ops(backend, response_mask.device)
     if strategy == "none":
@@ -143,6 +144,7 @@ def coupled_sets(
     check_tensor("response_mask", response_mask, ["B", "T"], [torch.bool])
     _check_options(rhythm, top_fraction, max_lookback, largest, preplan_fraction, delta, tau_waad, tau_delta)
     cu_seqlens = check_packing(cu_seqlens, response_mask)
+    _check_sequences(rhythm, response_mask, cu_seqlens)
     waad, fai = _check_both(rhythm, response_mask)
     shares = (top_fraction, top_fraction if preplan_fraction is None else preplan_fraction, 1.0, 0.0)
     options = (*shares, max_lookback, largest, delta == "drop", tau_waad, tau_delta)
@@ -206,6 +208,16 @@ def _check_signal(name: str, signal: Tensor | None, response_mask: Tensor) -> Te
         raise ValueError(f"{name} is needed by this strategy, got None")
     check_tensor(name, signal, list(response_mask.shape), DTYPES, response_mask.device)
     return signal.detach().float()
+
+
+def _check_sequences(rhythm: Rhythm | None, response_mask: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError for the rhythm of packed sequences without their bounds, where it shows by the spans."""
+    spans, rows = getattr(rhythm, "spans", None), response_mask.shape[0]
+    if cu_seqlens is None and isinstance(spans, Tensor) and spans.ndim == 3 and len(spans) != rows:
+        raise ValueError(
+            f"cu_seqlens must be the bounds of packed sequences, got None for a rhythm.spans of {len(spans)} sequences "
+            f"and a response_mask of {rows} row(s)"
+        )
 
 
 def _check_both(rhythm: Rhythm | None, response_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rhythm_kernels.host import send
-from rhythm_kernels.isolation import isolated
+from rhythm_kernels.isolation import graphs_of_their_own, isolated
 from rhythm_kernels.listen.backend_lse import row_pass
 from rhythm_kernels.listen.findings import Findings
 from rhythm_kernels.listen.masks import is_mask, window_of
@@ -107,9 +107,12 @@ class Collector:
             self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_forward, always_call=True),
         ]
+        self._graphs = graphs_of_their_own()
+        self._graphs.__enter__()
         return self
 
     def __exit__(self, *_) -> None:
+        self._graphs.__exit__(None, None, None)
         self._tap.remove(self)
         for hook in self._hooks:
             hook.remove()
@@ -147,11 +150,14 @@ class Collector:
 
     @property
     def own_tokens(self) -> Tensor | None:
-        """The place in the whole row of each token that this rank has, [T of this rank] int64; None if it has all.
+        """The place in the whole row of each token that this rank has, [T of this rank] int64; None before a forward.
 
         `gamma[:, c.own_tokens]` are the factors of this rank's tokens.
         """
-        return None if self._shards is None else self._shards.own_tokens
+        if self.layout is None:
+            return None
+        own = None if self._shards is None else self._shards.own_tokens
+        return torch.arange(self.layout.rows.shape[1], device=self.layout.rows.device) if own is None else own
 
     def check(self) -> None:
         """Raises if a layer's output or log-sum-exp is not that of the map that its statistics assume.
@@ -207,8 +213,12 @@ class Collector:
             return
         with together(self._shards.groups if self._shards else ()) as facts:
             if self.layout is not None:
-                raise RuntimeError("collect records one forward: open a new context for the next one")
+                raise RuntimeError(
+                    "collect records one forward: open a new context for the next one. generate runs one for each "
+                    "token: read its text in a forward of its own"
+                )
             arguments = self._read_arguments(args, kwargs)
+            _check_cache(arguments.get("past_key_values"))
             ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
             inputs = embeddings if ids is None else ids
             if not isinstance(inputs, Tensor):
@@ -429,6 +439,16 @@ class Collector:
         if id(mask) not in self._windows:  # all layers of a kind share one mask in a forward
             self._windows[id(mask)] = mask, window_of(mask, self.layout, layer)
         return self._windows[id(mask)][1]
+
+
+def _check_cache(cache: object) -> None:
+    """Raises ValueError if a forward continues a cache. A length that only a GPU knows shows at the attention calls."""
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
+    if isinstance(length, int) and length > 0:
+        raise ValueError(
+            f"collect needs a forward over whole sequences, got past_key_values of {length} tokens: run one over "
+            "prompt and answer without a cache (prefix tuning always passes one)"
+        )
 
 
 def _arguments_of(module: nn.Module, args: tuple, kwargs: dict) -> dict:

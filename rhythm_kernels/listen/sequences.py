@@ -8,6 +8,8 @@ from torch import Tensor
 from rhythm_kernels.host import fetch
 from rhythm_kernels.tensor_checks import check_binary
 
+SHARED = "ranks that share a sequence are named by parallel=Parallel(tokens=group)"
+
 
 def find_sequences(
     arguments: dict, batch: int, outer_mask: object = ..., known: Tensor | None = None
@@ -80,10 +82,7 @@ def _check_begin(position_ids: Tensor) -> None:
     """Raises ValueError for rows that begin inside a sequence. By custom, padding at the left has position 0 or 1."""
     first = position_ids[:, :1]
     if (first > 1).any():
-        raise ValueError(
-            f"collect needs whole sequences, got position_ids that begin at {int(first.max())}: shards of sequence or "
-            "context parallelism cannot be collected"
-        )
+        raise ValueError(f"collect needs whole sequences, got position_ids that begin at {int(first.max())}: {SHARED}")
 
 
 def _packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
@@ -100,10 +99,12 @@ def _packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Ten
     if batch != 1:
         raise ValueError(f"packed sequences need a batch of one row, got B = {batch} with position_ids that restart")
     starts = restarts[0].nonzero().flatten() + 1
-    if position_ids[0, starts].any():
+    wrong = starts[position_ids[0, starts] != 0]
+    if len(wrong):
+        token = int(wrong[0])
         raise ValueError(
-            f"collect needs whole sequences, got position_ids that jump to {position_ids[0, starts].max()}: shards of "
-            "sequence or context parallelism cannot be collected"
+            f"position_ids must go on by 1 in a packed row or restart at 0, got {int(position_ids[0, token])} after "
+            f"{int(position_ids[0, token - 1])} at token {token}: padding is a sequence too, and {SHARED}"
         )
     ends = starts.new_tensor([position_ids.shape[1]])
     return torch.cat([starts.new_zeros(1), starts, ends]).int()

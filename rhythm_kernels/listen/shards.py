@@ -49,7 +49,7 @@ class Shards:
 
     @property
     def own_tokens(self) -> Tensor | None:
-        """The place of each token of this rank in the whole row, [T of this rank] int64; None where it has all."""
+        """The place of each token of this rank in the whole row, [T of this rank] int64; None if ranks split heads."""
         return self._places[self._tokens.rank] if self._places else None
 
     # ---- before the forward ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ log-sum-exp to its listeners. Name, masks and dispatch stay as they are.
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -156,21 +156,33 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, Layers]:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it is not a transformers model whose layers use the attention interface.
+        ValueError: it is not a transformers model whose layers use the attention interface, or it holds several.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    for module in model.modules():
-        if hasattr(type(module), "get_decoder"):  # DDP, FSDP, PEFT and torch.compile have none, the wrapped model has
-            # the decoder may be wrapped in turn, or still have an output layer: the innermost one calls the layers
-            nested = _Tree(module.get_decoder()).decoders()
-            if nested:
-                softmax = list(nested[0][1].attention)
-                return next(found for found in reversed(nested) if list(found[1].attention) == softmax)
-    raise ValueError(
-        f"model must be a transformers decoder whose layers go through the attention interface ({TABLE}), "
-        f"got {type(model).__name__}"
-    )
+    found = {id(decoder): (decoder, layers) for decoder, layers in _decoders_of_models(model)}
+    if not found:
+        raise ValueError(
+            f"model must be a transformers decoder whose layers go through the attention interface ({TABLE}), "
+            f"got {type(model).__name__}"
+        )
+    if len(found) > 1:
+        names = " and ".join(type(decoder).__name__ for decoder, _ in found.values())
+        raise ValueError(f"model must hold one decoder, got {names}: give the model whose forward is to be read")
+    return next(iter(found.values()))
+
+
+def _decoders_of_models(module: nn.Module) -> Iterator[tuple[nn.Module, Layers]]:
+    """Yields the decoder and the layers of each model inside a module, but not of the models inside such a model."""
+    if hasattr(type(module), "get_decoder"):  # DDP, FSDP, PEFT and torch.compile have none, the wrapped model has
+        # the decoder may be wrapped in turn, or still have an output layer: the innermost one calls the layers
+        nested = _Tree(module.get_decoder()).decoders()
+        if nested:
+            softmax = list(nested[0][1].attention)
+            yield next(found for found in reversed(nested) if list(found[1].attention) == softmax)
+            return
+    for child in module.children():
+        yield from _decoders_of_models(child)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

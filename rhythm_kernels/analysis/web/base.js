@@ -36,7 +36,10 @@ for (const signal of SIGNALS) signal.values = values[signal.name];
 const group = (n) => n.toLocaleString("en-US");
 const short = (x) => String(Number(x.toPrecision(3)));
 const long = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e-3 ? x.toPrecision(4) : x.toExponential(3));
-const visible = (text) => text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥");
+// Marks that turn the direction of the text behind them are named, or an answer could reorder the page.
+const turns = /[\u202a-\u202e\u2066-\u2069]/g;
+const named = (mark) => `⟨U+${mark.codePointAt(0).toString(16).toUpperCase()}⟩`;
+const visible = (text) => text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥").replace(turns, named);
 const label = (t) => {
   const word = visible(data.texts[t]).trim();
   return word.length > 14 ? `${word.slice(0, 13)}…` : word;
