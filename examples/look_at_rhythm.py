@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 from rhythm_kernels import collect, coupled_sets, find_peaks, token_credit
-from rhythm_kernels.analysis.sources import load
+from rhythm_kernels.analysis.sources import encode_prompt, load
 
 PROBLEM = "A box holds 12 pencils. Sara buys 3 boxes and gives 7 pencils away. How many pencils does she keep?"
 
@@ -40,13 +40,8 @@ args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 model, tokenizer = load(args.model)
 
 # %% Prompt and answer as one sequence
-prompt = args.prompt
-if tokenizer.chat_template is not None:
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-is_plain = tokenizer.chat_template is None  # a template has its own token for the beginning
-prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=is_plain).input_ids.to(model.device)
+# as the user's turn where the model has a chat template, else with its token for the beginning
+prompt_ids = torch.tensor([encode_prompt(tokenizer, args.prompt)], device=model.device)
 if args.response is None:
     ids = model.generate(
         prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=args.new_tokens, do_sample=False

@@ -21,7 +21,7 @@ from torch.nn.functional import avg_pool1d
 from transformers import DynamicCache
 
 from rhythm_kernels import collect
-from rhythm_kernels.analysis.sources import load
+from rhythm_kernels.analysis.sources import encode_prompt, load
 
 TEXT = """Notes of the harbour office, in order. The ferry Aurora leaves pier 3 at noon and carries 240 people. The tug
 Bruno is in dock because its shaft is bent; it will be ready on Friday. The trawler Celeste landed 11 tons of herring
@@ -45,13 +45,8 @@ args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 # %% The model and its prompt
 model, tokenizer = load(args.model)
-prompt = args.prompt
-if tokenizer.chat_template is not None:
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-is_plain = tokenizer.chat_template is None  # a template has its own token for the beginning
-ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=is_plain).input_ids.to(model.device)
+# as the user's turn where the model has a chat template, else with its token for the beginning
+ids = torch.tensor([encode_prompt(tokenizer, args.prompt)], device=model.device)
 tokens = ids.shape[1]
 if not 0 < args.window < args.keep < tokens:
     parser.error(f"0 < --window < --keep < tokens of the prompt, got {args.window}, {args.keep} and {tokens}")

@@ -81,7 +81,7 @@ def test_the_command_runs_and_goes_on_with_vllm(folder, tmp_path, monkeypatch):
     [
         ("smollm2", [], "--engine vllm needs a folder or a name on the Hugging Face hub as the model, got 'smollm2'"),
         ("some/model.gguf", [], "--engine vllm needs a folder or a name on the Hugging Face hub"),
-        ("some/model", ["--temperature", "0.001"], "--temperature must be at least 0.01 with --engine vllm, got 0.001"),
+        ("some/model", ["--temperature", "0.001"], "--temperature must be 0 (greedy) or at least 0.01, got 0.001"),
         ("some/model", ["--vllm-memory", "1.5"], "--vllm-memory must be finite and between 0.0 and 1.0, got 1.5"),
     ],
     ids=range(4),

@@ -291,7 +291,7 @@ def test_virtual_tokens_come_before_the_prompt(config, padded):
 
 def test_prefix_tuning_adds_keys_and_is_refused():
     model = peft(PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    with torch.no_grad(), refused("44 queries and 48 keys in layer 2|attention_mask"), collect(model):
+    with torch.no_grad(), refused("past_key_values of 4 tokens: .*prefix tuning always passes one"), collect(model):
         model(ids_of(2), attention_mask=torch.ones(2, TOKENS, dtype=torch.long))
 
 

@@ -116,9 +116,9 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         train, evaluations = prompts.fitting(task.train, "--train-data"), prompts.all_fitting(task.evaluations)
         check_fit(start, prompts, config)
         policy = load_policy(start, config, world)
+        optimizer = make_optimizer(policy, config)  # of the shards: a forward leaves the outermost parameters gathered
         check_packing(policy, world)
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
-    optimizer = make_optimizer(policy, config)
     stream = ProblemStream(train, seed)
     fingerprints = {f"--train-data {config.data.train_data}": fingerprint(train)}
     fingerprints |= {f"--eval-data {held_out.name}": fingerprint(held_out.problems) for held_out in evaluations}

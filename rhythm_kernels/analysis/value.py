@@ -165,7 +165,7 @@ def main(arguments: list[str]) -> None:
     if args.temperature == 0:
         raise ValueError("--temperature must be above 0, since continuations are sampled, got 0.0")
     if args.engine == "vllm":
-        check_vllm(args.model, args.temperature)
+        check_vllm(args.model)
     with Study("value", args, also=["continuations", "rollout_batch_size", "engine"]) as study:
         unknown = next((one for one in study.problems if is_right(one, "") is None), None)
         if unknown is not None:

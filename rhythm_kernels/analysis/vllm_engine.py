@@ -9,13 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rhythm_kernels.analysis.vllm_process import (
-    LEAST_TEMPERATURE,
-    check_installed,
-    engine_options,
-    import_vllm,
-    undisturbed,
-)
+from rhythm_kernels.analysis.vllm_process import check_installed, engine_options, import_vllm, undisturbed
 
 
 class VLLM:
@@ -92,12 +86,10 @@ class VLLM:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def check_vllm(model: str, temperature: float) -> None:
+def check_vllm(model: str) -> None:
     """Raises ValueError where vLLM cannot sample what a study asks for, ImportError where it is not installed."""
     if not (Path(model).is_dir() or "/" in model) or Path(model).suffix == ".gguf":
         raise ValueError(f"--engine vllm needs a folder or a name on the Hugging Face hub as the model, got {model!r}")
-    if temperature < LEAST_TEMPERATURE:
-        raise ValueError(f"--temperature must be at least {LEAST_TEMPERATURE} with --engine vllm, got {temperature}")
     check_installed()
 
 
