@@ -57,8 +57,9 @@ def token_credit(
             Delta, Eq. 14), "global" (TopQ of FAI, Eq. 16), "coupled" (anchors; each dominated one shares its
             credit with the token that introduces it, Eq. 18).
         response_mask: [B, T] bool, R.
-        rhythm: "local" needs rhythm.waad, "global" rhythm.fai, "coupled" both; each [B, T] floating, finite in R.
-        entropy: [B, T] floating, nats, finite in R; only for "entropy".
+        rhythm: "local" needs rhythm.waad, "global" rhythm.fai, "coupled" both; each [B, T] fp32, fp16 or bf16, finite
+            in R.
+        entropy: [B, T] fp32, fp16 or bf16, nats, finite in R; only for "entropy".
         top_fraction: q of the paper: the fraction of R that is selected, ceil(top_fraction n - 1e-9) of n.
         amplification: gamma_amp of the paper: the factor of a selected token, 0 to 1e37.
         shared_fraction: alpha of the paper: the fraction of a dominated anchor's credit that goes to its intro, 0 to 1.
