@@ -1,7 +1,8 @@
-"""Habits of every command in this package: output that any encoding takes, errors in one line, text of any content."""
+"""Habits of every command in this package: output that any encoding takes, errors in one line, tables, visible text."""
 
 import re
 import sys
+from collections.abc import Iterable, Sequence
 
 TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 """Marks that turn the direction of the text behind them."""
@@ -40,3 +41,7 @@ def missing_package(error: ImportError) -> str:
         return str(error)
     package = cause.name.partition(".")[0].replace("_", "-")
     return f"the package {package} is needed and not installed: pip install {package}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

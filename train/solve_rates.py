@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from rhythm_kernels.console import markdown_table
 from train.config import Config
 from train.console import bar, say
 from train.distributed import World
@@ -65,13 +66,12 @@ class Evaluation(NamedTuple):
         """
         heads = [f"{name} (avg@{rate.answers})" if rate.answers > 1 else name for name, rate in self.rates.items()]
         cells = [f"{100 * rate.solved:.1f} ± {100 * rate.standard_error:.1f}" for rate in self.rates.values()]
-        rows = [["", *heads, "mean"], ["---"] * (len(heads) + 2)]
-        rows += [["solved", *cells, f"{100 * mean(rate.solved for rate in self.rates.values()):.1f}"]]
+        rows = [["solved", *cells, f"{100 * mean(rate.solved for rate in self.rates.values()):.1f}"]]
         if peaks is not None:
             values = [peaks.get(name, math.nan) for name in self.rates]
             cells = ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in (*values, mean(values))]
             rows.append([f"peak average of the run, a = {weight:g}", *cells])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return markdown_table(["", *heads, "mean"], rows)
 
 
 def peak_average(scores: Sequence[float], weight: float) -> list[float]:

@@ -29,12 +29,12 @@ from rhythm_kernels.analysis.study import (
     parser_of,
     report_of,
     shown,
-    table,
     too_short,
     write_report,
 )
 from rhythm_kernels.analysis.style import COLORS, hide_frame
 from rhythm_kernels.checks import check_float, check_int
+from rhythm_kernels.console import markdown_table
 from rhythm_kernels.credit.selection import find_peaks
 
 FEWEST_TOKENS = 16
@@ -278,7 +278,7 @@ def table_of(rows: list[Row]) -> str:
             observed, random = row.paper
             paper = [f"{random:{form}}", f"{observed:{form}}", f"{observed / random - 1:+.1%}", "", "", ""]
             lines.append(["*paper, Qwen3-4B-Base*", *paper])
-    return table(head, lines)
+    return markdown_table(head, lines)
 
 
 def report(

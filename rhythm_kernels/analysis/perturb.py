@@ -30,13 +30,13 @@ from rhythm_kernels.analysis.study import (
     quoted,
     report_of,
     shown,
-    table,
     too_short,
     write_report,
 )
 from rhythm_kernels.analysis.style import COLORS, hide_frame
 from rhythm_kernels.analysis.words import all_words, content_words, jaccard
 from rhythm_kernels.checks import check_int
+from rhythm_kernels.console import markdown_table
 from rhythm_kernels.tasks.answers import same
 
 PAPER = {"top": 0.534, "bottom": 0.631, "top below bottom": 0.8714}
@@ -290,8 +290,8 @@ def report(
         f"{args.model}, {len(whole)} answers{skipped}; {positions:,} positions with {args.alternatives} alternatives "
         f"each, continued {reach}; {1 - np.mean(ended):.1%} of the continuations were cut off. "
         f"{study.described(answers)}",
-        table(["horizon", "top", "bottom", "top - bottom", "answers with top < bottom", "tied"], rows),
-        table(["on average", "top", "bottom"], lower),
+        markdown_table(["horizon", "top", "bottom", "top - bottom", "answers with top < bottom", "tied"], rows),
+        markdown_table(["on average", "top", "bottom"], lower),
         f"Top - bottom, {whole_name}, entropy and position held equal: {shown(equal, '+.3f')}. Changed final answers, "
         f"top - bottom: {shown(changed['top - bottom'], '+.1%')}.",
         *EXPLAINED,

@@ -13,7 +13,8 @@ import numpy as np
 
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
 from rhythm_kernels.analysis.decisions import TENTHS, ranks, tenths
-from rhythm_kernels.analysis.study import shown, table
+from rhythm_kernels.analysis.study import shown
+from rhythm_kernels.console import markdown_table
 
 CLASSES = ("line break", "number", "punctuation", "first word of a sentence", "other")
 FIFTHS = ("lowest", "second", "third", "fourth", "highest")
@@ -123,9 +124,9 @@ def tables(profiles: dict[str, list[Line]]) -> list[str]:
         "Which tokens they are. WAAD and FAI are multiples of the answer's own mean, and the last columns are the "
         "share of the tokens that are peaks. FAI runs to the end of the answer, so that few tokens look back at the "
         "last ones.",
-        table(["class", *head], rows(profiles["class"])),
-        table(["tenth of the answer", *head], rows(profiles["tenth"])),
-        table(["fifth by WAAD", *head], rows(profiles["fifth"])),
+        markdown_table(["class", *head], rows(profiles["class"])),
+        markdown_table(["tenth of the answer", *head], rows(profiles["tenth"])),
+        markdown_table(["fifth by WAAD", *head], rows(profiles["fifth"])),
     ]
 
 

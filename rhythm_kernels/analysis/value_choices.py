@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
 from rhythm_kernels.analysis.decisions import columns, shares
-from rhythm_kernels.analysis.study import Answer, Study, shown, table
+from rhythm_kernels.analysis.study import Answer, Study, shown
 from rhythm_kernels.analysis.value_judge import Judged
+from rhythm_kernels.console import markdown_table
 from rhythm_kernels.credit.tokens import token_credit
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.taps import decoder_of, softmax_layers
@@ -158,5 +159,5 @@ def paragraphs_of(rows: list[dict[str, Any]]) -> list[str]:
         "Choices of credit's options, one changed at a time, on the same answers. *Difference from the defaults* is "
         "that of credited over chance, of the same problems in each resample of the bootstrap. Its interval leaves out "
         f"0 for {clear} of {len(changes)} choices; by chance it would for {len(changes) / 20:.0f}.",
-        table(head, lines),
+        markdown_table(head, lines),
     ]

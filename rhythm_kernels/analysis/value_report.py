@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
 from rhythm_kernels.analysis.decisions import TENTHS, TOP, areas, by_tenth, ceiling, columns, shares
-from rhythm_kernels.analysis.study import INTERVALS, Answer, Study, report_of, shown, table
+from rhythm_kernels.analysis.study import INTERVALS, Answer, Study, report_of, shown
 from rhythm_kernels.analysis.style import COLORS, hide_frame
 from rhythm_kernels.analysis.value_choices import paragraphs_of
 from rhythm_kernels.analysis.value_judge import STRATEGIES, Judged
 from rhythm_kernels.analysis.value_page import render
+from rhythm_kernels.console import markdown_table
 
 CEILING = "ceiling"
 """The tokens that decide most, as far as half of the continuations tells."""
@@ -201,7 +202,7 @@ def report(
     ]
     of_solved_paragraphs = [
         f"The {len(of_solved)} solved answers, whose positive advantages the credit raises:",
-        table(
+        markdown_table(
             ["strategy", "tokens", "decisions", "over chance", "gain", "positive", "negative"],
             rows_of(CREDITED, positive),
         ),
@@ -214,7 +215,7 @@ def report(
         f"reward given the problem is {shown(check['variance'])}; both have the same expectation. Noise of the "
         f"continuations made {noise / (estimated or 1.0):.1%} of the squared estimates, and is taken off.",
         f"All {len(answers)} answers:",
-        table(
+        markdown_table(
             [
                 "strategy",
                 "tokens",
@@ -228,13 +229,13 @@ def report(
         ),
         *(of_solved_paragraphs if of_solved else ["No answer is solved, so nothing is said of solved answers."]),
         "Which signal finds the decisions, by its rank in the answer:",
-        table(
+        markdown_table(
             ["signal", "area, decisions", "area, top tenth"],
             [[SIGNALS[name], *map(shown, numbers.values())] for name, numbers in signals.items()],
         ),
         "By tenth of the answer: the share of all decisions in it, then for each strategy the share of its tokens that "
         "are selected → the share of its decisions on them.",
-        table(["tenth", "decisions", *STRATEGIES[:-1]], places),
+        markdown_table(["tenth", "decisions", *STRATEGIES[:-1]], places),
         *(paragraphs_of(choices) if choices else ()),
         *EXPLAINED,
         "![Share of the decisions on the selected tokens; decisions along the answer](figure.png)",

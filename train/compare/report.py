@@ -2,11 +2,12 @@
 
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas
 
+from rhythm_kernels.console import markdown_table
 from train.compare.cells import BASELINE, RANDOM, Groups, label
 from train.compare.figures import draw_figures
 from train.compare.runs import Run
@@ -174,7 +175,7 @@ def _score_tables(
                 f"{(1 - weight) ** (evaluated - 1):.0%} of the weight in the end."
             )
         yield text
-        yield markdown(["method", "seeds", *sets], rows)
+        yield markdown_table(["method", "seeds", *sets], rows)
 
 
 def _against_random(ends: pandas.DataFrame, cells: Sequence[str]) -> Iterator[str]:
@@ -190,7 +191,7 @@ def _against_random(ends: pandas.DataFrame, cells: Sequence[str]) -> Iterator[st
             "Random credit raises the advantages of as many tokens, whichever they are. Differences against it say "
             "what the choice of the tokens adds."
         )
-        yield markdown(["method", "pairs", *_heads(sets)], rows)
+        yield markdown_table(["method", "pairs", *_heads(sets)], rows)
 
 
 def _heads(sets: Sequence[str]) -> list[str]:
@@ -221,7 +222,7 @@ def _power_table(ends: pandas.DataFrame, cells: Sequence[str]) -> str:
         pairs = [of_measure[measure].get(name, {}).get(cell) for measure in MEASURES for name in sets]
         if any(pairs):
             rows.append([label(cell), str(pairs[0].seeds), *map(_show_power, pairs)])
-    return markdown(["method", "pairs", *_heads(sets)], rows) if rows else "There are no differences."
+    return markdown_table(["method", "pairs", *_heads(sets)], rows) if rows else "There are no differences."
 
 
 def _show_power(difference: Difference) -> str:
@@ -242,11 +243,7 @@ def _beside_table(ends: pandas.DataFrame, training: pandas.DataFrame, cells: Seq
             texts = [f"{reward:.3f}", f"{length:.1f}", f"{cut_off:.1%}"]
         rows.append([label(cell), *texts, *(f"{1 - finished[cell, name]:.1%}" for name in sets)])
     heads = ["reward", "length, tokens", "cut off in training", *(f"cut off, {name}" for name in sets)]
-    return markdown(["method", *heads], rows)
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+    return markdown_table(["method", *heads], rows)
 
 
 def _numbers(
