@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu_run import Outcome
 from benchmarks.measure import fold, heading, markdown_table, write
+from rhythm_kernels.files import write_whole
 
 SECTION = re.compile(r"^==== (\S+): (?:passed|failed|out of time|left out) ====$", re.MULTILINE)
 
@@ -89,9 +90,7 @@ class Report:
         steps = [done._asdict() for done in self.done.values()]
         data = {"where": self.where, "steps": steps, "left_out_tests": self.left_out}
         write(out / self.name, markdown(self), data)
-        unfinished = out / f"{self.name}.log.unfinished"
-        unfinished.write_text("".join(self.logs.values()))
-        unfinished.replace(out / f"{self.name}.log")
+        write_whole(out / f"{self.name}.log", "".join(self.logs.values()))
 
 
 def ran(step: Outcome | Done) -> bool:

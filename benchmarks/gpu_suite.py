@@ -31,6 +31,7 @@ from benchmarks import ROOT
 from benchmarks.gpu_report import Report, load
 from benchmarks.gpu_run import GRACE, Outcome, Step, run_together
 from benchmarks.measure import environment, make_parser, output_of
+from rhythm_kernels.analysis.environment import UNKNOWN
 
 ARCHITECTURES = ROOT / "tests" / "test_architectures.py"
 PYTHON = sys.executable
@@ -309,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     nvcc = re.search(r"release ([\d.]+)", output_of("nvcc", "--version"))
     where = environment(torch.device("cuda")) | {"nvcc": nvcc[1] if nvcc else "absent"}
-    if where["commit"] == "unknown":
+    if where["commit"] == UNKNOWN:
         print("WARNING: the commit is unknown: there is neither .git nor a file COMMIT", file=sys.stderr, flush=True)
     report = Report(where)
     try:

@@ -44,4 +44,8 @@ def missing_package(error: ImportError) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+    return "\n".join([_table_row(head), "|---" * len(head) + "|", *map(_table_row, rows)])
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from study_cases import cut_places, kept_batches, run, tiny_folder, tiny_model
 
-from rhythm_kernels.analysis import value, value_choices, value_judge, value_report
+from rhythm_kernels.analysis import value, value_choices, value_judge, value_tables
 from rhythm_kernels.analysis.decisions import Sampled, areas, by_tenth, ceiling, decide, largest, ranks, shares
 from rhythm_kernels.analysis.problems import Problem
 from rhythm_kernels.analysis.rollouts import Row, continue_rows
@@ -347,9 +347,9 @@ def test_the_report_says_what_was_found(setting):
     assert data["answers"] == 4 and data["continuations"] >= 4 * (data["tokens"] - data["certain"])
     assert data["balance"]["value"]["value"] > 0 and data["balance"]["decisions"]["value"] > 0
     assert set(data["strategies"]) == {"all answers", "solved answers"} and len(data["tenths"]) == 10
-    assert set(data["strategies"]["all answers"]) == {*value_report.STRATEGIES, "ceiling"}
-    assert set(data["signals"]) == set(value_report.SIGNALS)
-    for strategy in value_report.STRATEGIES:
+    assert set(data["strategies"]["all answers"]) == {*value_judge.STRATEGIES, "ceiling"}
+    assert set(data["signals"]) == set(value_tables.SIGNALS)
+    for strategy in value_judge.STRATEGIES:
         assert f"| {strategy} |" in text
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from benchmark_cases import TINY_LLAMA
 
-from benchmarks import attention, ceilings, forward, selection, trainer, triton_forward_baseline
+from benchmarks import ROOT, attention, ceilings, forward, selection, trainer, triton_forward_baseline
 from benchmarks.attention_variants import VARIANTS, Variant
-from benchmarks.measure import INTERRUPTED, ROOT, says_when_interrupted, write
+from benchmarks.measure import INTERRUPTED, says_when_interrupted, write
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--heads", "4", "2", "--head-size", "16", "--rounds", "2"]

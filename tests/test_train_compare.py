@@ -111,7 +111,7 @@ def test_tables_have_the_papers_rows_with_differences_within_each_seed(tmp_path,
     low, high = (100 * x for x in scores.Difference.of(GAINS)[2:4])
     assert f"| + coupled rhythm credit | 6 | 24.0 ± 1.0 +1.5 [{low:+.1f}, {high:+.1f}] | 50.0 ± 1.0 +0.0" in last
     last = ablations.split("Scores are the last checkpoint.")[1]
-    rows = [line.split(" | ")[0] for line in last.split("##")[0].splitlines() if line.startswith("| ")][2:]
+    rows = [line.split(" | ")[0] for line in last.split("##")[0].splitlines() if line.startswith("| ")][1:]
     assert rows == ["| GRPO", "| Global (bottom 40 %)", "| Coupled (top 40 %)", "| Coupled (top 20 %)"]
     assert "| GRPO | 2 | 20.5 ± 1.0 |" in last  # of the two seeds that all rows of this table have
     assert "| Global (bottom 40 %) | 2 | 10.5 ± 1.0 -10.0 [-10.0, -10.0]" in last

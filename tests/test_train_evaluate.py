@@ -107,7 +107,7 @@ def test_evaluations_come_back_from_metrics():
     found = Evaluation(rates)
     assert Evaluation.from_metrics({"step": 3, **found.metrics()}) == found
     heads, _, cells = found.table().splitlines()
-    assert heads == "|  | aime24 (avg@16) | math-500 | mean |"
+    assert heads == "| | aime24 (avg@16) | math-500 | mean |"
     assert cells == "| solved | 20.0 ± 5.0 | 70.0 ± 2.0 | 45.0 |"
     assert found.table({"math-500": 0.72, "aime24": 0.24, "amc23": 0.9}, 0.5).splitlines()[3] == (
         "| peak average of the run, a = 0.5 | 24.0 | 72.0 | 48.0 |"
@@ -135,7 +135,7 @@ def test_command_line_on_a_run(tmp_path, capsys):
     peak = before + 0.5 * max(0, after - before)
     assert main([str(tmp_path / "run"), "--eval-temperature", "0", "--peak-weight", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert f"|  | greedy | mean |\n| --- | --- | --- |\n| solved | {100 * after:.1f} ± " in printed
+    assert f"| | greedy | mean |\n|---|---|---|\n| solved | {100 * after:.1f} ± " in printed
     assert f"| peak average of the run, a = 0.5 | {100 * peak:.1f} | {100 * peak:.1f} |" in printed
     model, settings_of_run = find_model(str(tmp_path / "run"))
     assert model.endswith("step-000002/model") and settings_of_run == config

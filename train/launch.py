@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
+from rhythm_kernels.files import unfinished, write_whole
 from train.checkpoint import list_checkpoints, step_of
 from train.config import BadSetting, Config, differences
 from train.console import say
@@ -27,7 +28,7 @@ from train.report import report
 from train.setup import enough_memory
 from train.stop import Stopped, stop_with_parent
 
-CONFIG, UNFINISHED_CONFIG, LOCK = "config.json", "config.json.tmp", ".lock"
+CONFIG, LOCK = "config.json", ".lock"
 PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds, whose parent reports for them
 # Seconds after a stop signal until torchrun kills its ranks. Its 30 are too few for a long step and a large checkpoint.
 PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
@@ -114,7 +115,7 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
 def holds_other_files(folder: Path) -> bool:
     """Returns whether a folder has files but no configuration of a run."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    return bool(names - {LOCK, UNFINISHED_CONFIG}) and CONFIG not in names
+    return bool(names - {LOCK, unfinished(Path(CONFIG)).name}) and CONFIG not in names
 
 
 def has_begun(folder: Path) -> bool:
@@ -143,10 +144,7 @@ def check_same(config: Config, folder: Path) -> None:
 
 
 def write_config(config: Config, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / UNFINISHED_CONFIG
-    unfinished.write_text(config.to_json() + "\n", encoding="utf-8")
-    unfinished.replace(folder / CONFIG)
+    write_whole(folder / CONFIG, config.to_json() + "\n")
 
 
 @contextmanager

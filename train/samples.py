@@ -9,6 +9,7 @@ import jinja2
 
 from rhythm_kernels import GroupSchedule, token_credit
 from rhythm_kernels.console import visible
+from rhythm_kernels.files import write_whole
 from train.batch import micro_batches, pack
 from train.config import Config
 from train.reading import read_batch
@@ -59,8 +60,7 @@ def write_samples(run: TrainingRun, path: Path) -> None:
                 "signals": {name: values[start:end].tolist() for name, values in signals.items()},
             }
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(answers, config), encoding="utf-8")
+    write_whole(path, render(answers, config))
 
 
 def render(answers: list[dict], config: Config) -> str:

@@ -26,6 +26,8 @@ from rhythm_kernels.analysis.environment import device_name
 from rhythm_kernels.analysis.measure import Measured, available_bytes, interleave, ratio, ratios
 from rhythm_kernels.analysis.sources import DTYPES, SMOLLM2, check_device, check_folder, check_length, load
 from rhythm_kernels.checks import check_int
+from rhythm_kernels.console import markdown_table
+from rhythm_kernels.files import write_whole
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.collector import Collector
 from rhythm_kernels.listen.taps import layers_of, query_heads
@@ -135,12 +137,12 @@ def eager_bytes(decoder: nn.Module, tokens: int, dtype: torch.dtype) -> int:
 
 def table(measured: dict[str, Measured]) -> str:
     """Returns the measurements as a table in Markdown."""
-    lines = ["| | time | relative to the forward (fastest, slowest round) | peak extra memory |", "|---|---|---|---|"]
+    rows = []
     for name, variant in measured.items():
         of_rounds = ratios(variant, measured["forward"])
         relative = f"{ratio(variant, measured['forward']):.3f}x ({min(of_rounds):.3f}, {max(of_rounds):.3f})"
-        lines.append(f"| {name} | {variant.seconds:.3f} s | {relative} | {variant.extra_bytes / 2**20:,.0f} MiB |")
-    return "\n".join(lines)
+        rows.append([name, f"{variant.seconds:.3f} s", relative, f"{variant.extra_bytes / 2**20:,.0f} MiB"])
+    return markdown_table(["", "time", "relative to the forward (fastest, slowest round)", "peak extra memory"], rows)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -194,8 +196,7 @@ def main(arguments: list[str]) -> None:
         text += f"\nThe paper's way was not run: {sizes}.\n"
     print(text)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "bench.md").write_text(text, encoding="utf-8")
+        write_whole(args.out / "bench.md", text)
         data = {"model": args.model, "tokens": args.tokens, "dtype": str(model.dtype), "device": where, "error": worst}
         data |= {name: variant._asdict() for name, variant in measured.items()}
-        (args.out / "bench.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.out / "bench.json", json.dumps(data, indent=1) + "\n")

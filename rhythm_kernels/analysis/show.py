@@ -51,6 +51,7 @@ from rhythm_kernels.analysis.sources import (
     sequence_of,
 )
 from rhythm_kernels.checks import check_int
+from rhythm_kernels.files import write_whole
 from rhythm_kernels.options import CreditOptions
 
 MOST_WINDOW = 1024  # tokens of a map without bins: the two maps take 6 MB of the page
@@ -211,9 +212,8 @@ def show(request: Request) -> ShownAnswer:
 
 def write(shown: ShownAnswer, folder: Path) -> list[Path]:
     """Writes the page, the figures, reading.npz (all numbers) and reading.json (texts, settings); returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "index.html", folder / "reading.json", folder / "reading.npz"]
-    paths[0].write_text(page.render(shown), encoding="utf-8")
+    write_whole(paths[0], page.render(shown))
     about = {
         "model": shown.model,
         "settings": shown.settings,
@@ -224,7 +224,7 @@ def write(shown: ShownAnswer, folder: Path) -> list[Path]:
         "sampled": shown.reading.sampled,
         "texts": shown.texts,
     }
-    paths[1].write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_whole(paths[1], json.dumps(about, indent=1))
     np.savez_compressed(paths[2], **arrays(shown))
     return [*paths, *figures.write(shown, folder)]
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rhythm_kernels.analysis.bootstrap import LEVEL, Estimate
-from rhythm_kernels.analysis.environment import environment
+from rhythm_kernels.analysis.environment import environment, heading
 from rhythm_kernels.analysis.problems import GSM, STEPS, Problem, is_right, load_problems, paper_prompt
 from rhythm_kernels.analysis.resume import Log
 from rhythm_kernels.analysis.rollouts import answer_prompts
@@ -42,6 +42,7 @@ from rhythm_kernels.analysis.sources import (
 )
 from rhythm_kernels.analysis.vllm_engine import VLLM
 from rhythm_kernels.checks import check_choice, check_int
+from rhythm_kernels.files import write_whole
 from rhythm_kernels.listen.taps import decoder_of, softmax_layers
 
 PROMPT_FORMATS = ("paper", "chat")
@@ -363,8 +364,8 @@ def report_of(
     """Returns (report.md, the data of report.json): the command, the environment, and what the study adds."""
     command = shlex.join(["rhythm", study.name, *arguments])
     where = environment(study.model.device)
-    described = ", ".join(f"{name} {value}" for name, value in where.items())
-    text = "\n".join(f"{part}\n" for part in (f"# {title}", folded(command), *map(_fold, (described, *paragraphs))))
+    parts = (f"# {title}", folded(command), *map(_fold, (heading(where), *paragraphs)))
+    text = "\n".join(f"{part}\n" for part in parts)
     return text, {"command": command, "versions": where, "settings": study.settings, "layers": study.layers, **numbers}
 
 
@@ -406,9 +407,7 @@ def write_report(out: Path, text: str, data: dict[str, Any]) -> None:
     """Writes report.md and report.json, each whole or not at all, and prints the report; NaN becomes null."""
     contents = {"report.md": text, "report.json": json.dumps(without_nan(data), indent=1, allow_nan=False) + "\n"}
     for name, content in contents.items():
-        unfinished = out / f"{name}.unfinished"
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(out / name)
+        write_whole(out / name, content)
     print(text)
     print(f"{out / 'report.md'}, {out / 'report.json'}, {out / 'figure.png'}")
 

@@ -20,10 +20,14 @@ from rhythm_kernels.analysis.rollouts import Row, continue_rows
 from rhythm_kernels.analysis.sources import token_texts
 from rhythm_kernels.analysis.study import Answer, Study, check_flags, parser_of, shortened, write_report
 from rhythm_kernels.analysis.value_choices import choices_of, compare_choices, gammas_of
+from rhythm_kernels.analysis.value_figure import draw
 from rhythm_kernels.analysis.value_judge import judge
-from rhythm_kernels.analysis.value_report import draw, page, report
+from rhythm_kernels.analysis.value_page import page
+from rhythm_kernels.analysis.value_report import report
+from rhythm_kernels.analysis.value_tables import tables_of
 from rhythm_kernels.analysis.vllm_engine import check_vllm
 from rhythm_kernels.checks import check_choice, check_float, check_int
+from rhythm_kernels.files import write_whole
 
 ENGINES = ("transformers", "vllm")
 LEAST = 1e-5
@@ -177,7 +181,8 @@ def main(arguments: list[str]) -> None:
     if args.choices:
         choices = choices_of(study)
         rows = compare_choices(answers, choices, gammas_of(study, generated, choices), args.seed)
-    text, data = report(answers, generated, study, arguments, rows)
-    draw(answers, study, args.out / "figure.png")
-    (args.out / "answers.html").write_text(page(answers, study), encoding="utf-8")
+    tables = tables_of(answers, args.top_fraction, args.seed)
+    text, data = report(tables, generated, study, arguments, rows)
+    draw(tables, answers, args.out / "figure.png")
+    write_whole(args.out / "answers.html", page(answers, study.problems, args.model))
     write_report(args.out, text, data)

@@ -3,10 +3,38 @@
 from pathlib import Path
 
 import jinja2
+import numpy as np
 
+from rhythm_kernels.analysis.problems import Problem
+from rhythm_kernels.analysis.value_judge import Judged
 from rhythm_kernels.console import visible
 
 TEMPLATE = Path(__file__).parent / "web" / "value.html.jinja"
+SHOWN, LONGEST_SHOWN = 4, 600
+"""The number of answers on the page, and the most tokens that one may have."""
+
+
+def page(answers: list[Judged], problems: list[Problem], model: str) -> str:
+    """Returns the page with the answers whose decisions are the largest, solved and unsolved."""
+    short = [answer for answer in answers if len(answer.texts) <= LONGEST_SHOWN]
+    chosen = sorted(short, key=lambda answer: -answer.decisions.square.sum())[:SHOWN]
+    return render(
+        [
+            {
+                "prompt": problems[answer.index].text,
+                "solved": bool(answer.sampled.solved),
+                "words": answer.texts,
+                "value": answer.decisions.value.tolist(),
+                "decision": answer.decisions.decision.tolist(),
+                "noise": np.sqrt(answer.decisions.noise).tolist(),
+                "probability": (1 - answer.sampled.other).tolist(),
+                "gamma": answer.gammas["coupled"].tolist(),
+                "signals": {name: answer.signals[name].tolist() for name in ("waad", "fai", "entropy")},
+            }
+            for answer in chosen
+        ],
+        model,
+    )
 
 
 def render(answers: list[dict], model: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas
 
 from rhythm_kernels.console import markdown_table
+from rhythm_kernels.files import write_whole
 from train.compare.cells import BASELINE, RANDOM, Groups, label
 from train.compare.figures import draw_figures
 from train.compare.runs import Run
@@ -48,8 +49,8 @@ def write_report(runs: Sequence[Run], out: Path, peak_weight: float | None = Non
     ends, training = at_end(evaluations), training_of(runs)
     sections = _sections(runs, evaluations, training, weight)
     text = "\n\n".join(part if part.startswith("|") else textwrap.fill(part, WIDTH) for part in sections)
-    (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    (out / "report.json").write_text(json.dumps(_numbers(runs, evaluations, ends, training, weight), indent=1) + "\n")
+    write_whole(out / "report.md", text + "\n")
+    write_whole(out / "report.json", json.dumps(_numbers(runs, evaluations, ends, training, weight), indent=1) + "\n")
     say(text)
     figures = draw_figures(evaluations, out, weight)
     say(f"\nin {out}: report.md, report.json, {', '.join(figures)}")

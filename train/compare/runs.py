@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rhythm_kernels.files import write_whole
 from rhythm_kernels.options import PREFIX
 from train.compare.cells import name_cells
 from train.config import BadSetting, Config, flag_name
@@ -140,8 +141,7 @@ def keep(runs: Sequence[Run], out: Path) -> None:
                         f"--keep must name a folder without another run of {run.cell}, seed {run.seed}, got {out}"
                     )
                 continue
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / FILE).write_text(text, encoding="utf-8")
+            write_whole(folder / FILE, text)
             write_config(run.config.change(output=""), folder)
         except OSError as error:
             raise BadSetting(f"--keep must be a folder to write in, got {str(out)!r}: {error.strerror}") from error
