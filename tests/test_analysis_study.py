@@ -76,6 +76,14 @@ def test_more_receivers_than_heads_are_named_before_the_model_answers(setting, u
     assert said == "--receivers must be between 1 and 16, got 17" and not (tmp_path / "out").exists()
 
 
+def test_more_alternatives_than_tokens_are_named_before_the_model_answers(setting, unasked, tmp_path):
+    said = run(perturb.main, [*setting, "--alternatives", "9999", "--out", str(tmp_path / "out")])
+    most = re.fullmatch(r"--alternatives must be between 1 and (\d+), got 9999", said)
+    model, tokenizer = load(setting[0])
+    assert int(most[1]) == model.config.vocab_size - len(tokenizer.all_special_ids) - 1 > 0
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_end_of_a_prompt_is_the_callers_and_is_refused_where_nothing_reads_it(setting, unasked, tmp_path):
     flags = [*setting, "--prompt-end", " Be brief.", "--out", str(tmp_path / "out")]
     said = run(couple.main, [*flags, "--prompt-format", "paper"])
@@ -198,6 +206,15 @@ def test_a_log_gives_back_what_it_was_given(tmp_path):
         with open_log(path) as log:
             assert log.once("a", lambda: {"x": [0.1, 1e-300], "text": "ü\n"}) == first
         assert path.read_bytes() == content
+
+
+def test_a_log_without_work_binds_nobody(tmp_path):
+    path = tmp_path / "log.jsonl"
+    open_log(path, seed=1).close()
+    with open_log(path, seed=2) as log:
+        log.once("a", lambda: 1)
+    with open_log(path, seed=2) as log:
+        assert "a" in log
 
 
 def test_what_is_not_this_log_is_refused(tmp_path):

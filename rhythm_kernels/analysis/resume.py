@@ -86,7 +86,11 @@ class Log:
                 raise ValueError(f"{self.path} is not the log of a study")
             self._file.truncate(0)
             return
-        self._check_settings(lines[0], study, settings)
+        old_settings = self._check_settings(lines[0], study)
+        if len(lines) == 1:  # an earlier run did no work, so its settings bind nobody
+            self._file.truncate(0)
+            return
+        self._check_same(old_settings, settings)
         good_bytes = len(lines[0]) + 1
         for number, line in enumerate(lines[1:], 2):
             entry = self._entry(line)
@@ -107,7 +111,8 @@ class Log:
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def _check_settings(self, line: bytes, study: str, settings: dict[str, Any]) -> None:
+    def _check_settings(self, line: bytes, study: str) -> dict[str, Any]:
+        """Returns the settings in the first line of a log of this study."""
         try:
             head = json.loads(line)
             old_study, old_settings = head["study"], dict(head["settings"])
@@ -115,6 +120,9 @@ class Log:
             raise ValueError(f"{self.path} is not the log of a study") from None
         if old_study != study:
             raise ValueError(f"{self.path} is the log of {old_study}, not of {study}")
+        return old_settings
+
+    def _check_same(self, old_settings: dict[str, Any], settings: dict[str, Any]) -> None:
         absent = object()
         differing = [
             f"{name} was {old_settings.get(name, 'absent')!r} and is {settings.get(name, 'absent')!r}"

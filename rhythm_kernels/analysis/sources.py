@@ -172,6 +172,12 @@ def check_receivers(model: PreTrainedModel, count: int | None) -> int:
     return min(RECEIVERS, heads) if count is None else check_int("--receivers", count, 1, heads)
 
 
+def check_alternatives(model: PreTrainedModel, refused: set[int], count: int) -> None:
+    """Raises ValueError where the model has fewer tokens than --alternatives, beside `refused` and an answer's own."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    check_int("--alternatives", count, 1, rows - len(refused & set(range(rows))) - 1)
+
+
 def layer_names(read: list[int], there: list[int]) -> str:
     """Returns the name of the layers that are read, of those that are there: "layers 3, 5" or "all 24 layers"."""
     if read == there:

@@ -26,6 +26,7 @@ from rhythm_kernels.analysis.rollouts import answer_prompts
 from rhythm_kernels.analysis.sources import (
     DTYPES,
     SMOLLM2,
+    check_alternatives,
     check_device,
     check_folder,
     check_ids,
@@ -174,6 +175,8 @@ class Study:
         if "receivers" in args:
             args.receivers = check_receivers(self.model, args.receivers)
         self.ends = end_tokens(self.model)
+        if "alternatives" in args:
+            check_alternatives(self.model, self.ends | set(self.tokenizer.all_special_ids), args.alternatives)
         self.silent = self.ends | {getattr(self.tokenizer, f"{name}_token_id") for name in SILENT}
         self.prompts = [self._encode(problem) for problem in self.problems]
         _check_prompts(self.model, self.tokenizer, self.problems, self.prompts, args.max_new_tokens)
