@@ -232,15 +232,31 @@ def test_gradient_checkpointing_changes_no_gradient(policy, batch, tmp_path):
     assert len(calls) == 3 and all(map(torch.equal, *gradients))
 
 
-def test_logits_that_are_changed_behind_the_head_are_refused():
-    from transformers import CohereConfig, CohereForCausalLM
+SCALED = {
+    "Cohere": {"logit_scale": 0.25},
+    "Gemma2": {"final_logit_softcapping": 2.0},
+    "Granite": {"logits_scaling": 3.0},
+}
 
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    model = CohereForCausalLM(CohereConfig(**sizes, **heads, logit_scale=0.25))
-    with pytest.raises(ValueError, match="--model must have logits that are its output layer's alone.*Cohere"):
-        check_head(model)
-    check_head(make_policy().model)
+
+@pytest.mark.parametrize("name", SCALED)
+def test_logits_that_are_scaled_behind_the_head_are_the_models_own(name, batch):
+    model = ARCHITECTURES[name].build("sdpa", vocab_size=len(TOKENIZER), **SCALED[name])
+    (micro,) = all_micros(batch, 10_000)
+    check_head(model)
+    log_probs, entropies = Policy(model, 0.7).eval()(micro, entropy=True)
+    expected = [values[micro.answers] for values in plain(Policy(model, 0.7), batch, 0.7)]
+    torch.testing.assert_close((log_probs, entropies), tuple(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_that_are_made_otherwise_are_refused():
+    ignores, changes = (ARCHITECTURES["Llama"].build("sdpa") for _ in range(2))
+    check_head(changes)
+    ignores.config.logits_scaling = 3.0  # HyperCLOVA X multiplies by it, say
+    changes.register_forward_hook(lambda _, args, output: setattr(output, "logits", 2 * output.logits))
+    for model in (ignores, changes):
+        with pytest.raises(ValueError, match="--model must have logits that are its output layer's, scaled.*Llama"):
+            check_head(model)
 
 
 def test_a_model_that_shows_no_decoder_is_refused():

@@ -17,6 +17,7 @@ from transformers import (
 
 import train.attention  # noqa: F401  registers "packed"
 from rhythm_kernels.fit import broken_weight
+from rhythm_kernels.logits import logit_scale
 from train.batch import pack, take
 from train.config import BadSetting, Config, Model
 from train.distributed import World, shard
@@ -118,10 +119,7 @@ def activation_checkpointing(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raises BadSetting for a model whose logits are not those of its output layer behind its decoder.
-
-    Some scale or soft-cap them, which `Policy` would not do.
-    """
+    """Raises BadSetting for a model whose logits are not those that `Policy` makes of its decoder's states."""
     ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa" if attention == "packed" else attention)
@@ -132,10 +130,11 @@ def check_head(model: PreTrainedModel) -> None:
         model.set_attn_implementation(attention)
     if hidden is None:  # transformers 5.19 returns the whole model as the decoder of Llama 4
         raise BadSetting(f"--model must have a decoder apart from its output layer, got {type(model).__name__}")
-    if not torch.allclose(logits.float(), model.get_output_embeddings()(hidden).float(), rtol=1e-3, atol=1e-3):
+    made = logit_scale(model.config)(model.get_output_embeddings()(hidden).float())
+    if not torch.allclose(logits.float(), made, rtol=1e-3, atol=1e-3):
         raise BadSetting(
-            f"--model must have logits that are its output layer's alone, got {type(model).__name__}, which "
-            "changes them (scaling or soft-capping): its log-probabilities would be wrong here"
+            f"--model must have logits that are its output layer's, scaled or soft-capped as its config says, got "
+            f"{type(model).__name__}: its log-probabilities would be wrong here"
         )
 
 

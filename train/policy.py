@@ -9,8 +9,10 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rhythm_kernels.logits import LogitScale, logit_scale
 from train.batch import MicroBatch
 
+PLAIN = LogitScale()
 MOST_LOGITS = 2**26  # the most logits held at a time, 256 MiB in float32
 
 
@@ -51,12 +53,20 @@ class Policy(nn.Module):
             output.bias,
             micro.ids[0, micro.answers],
             temperature=self.temperature,
+            scale=logit_scale(self.model.config),
             entropy=entropy,
         )
 
 
 def token_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *, temperature: float, entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    *,
+    temperature: float,
+    scale: LogitScale = PLAIN,
+    entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns log-probabilities [m] and, if asked, entropies [m] in nats; float32 or wider.
 
@@ -66,11 +76,12 @@ def token_log_probs(
         hidden: [m, C], the states that predict `ids`.
         weight, bias: [V, C] and [V], those of the output layer.
         ids: [m] int64.
+        scale: what the model does to the logits of its output layer.
     """
 
     def rows_log_probs(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = linear(hidden, weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = scale(logits.to(torch.promote_types(logits.dtype, torch.float32))) / temperature
         log_sum = logits.logsumexp(-1)
         log_probs = logits.gather(-1, ids[:, None]).squeeze(-1) - log_sum
         if not entropy:

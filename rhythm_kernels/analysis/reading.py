@@ -15,6 +15,7 @@ from rhythm_kernels.credit.selection import find_peaks
 from rhythm_kernels.credit.tokens import CoupledSets, coupled_sets, token_credit
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.taps import decoder_of, query_heads, softmax_layers
+from rhythm_kernels.logits import logit_scale
 from rhythm_kernels.signals import rhythm_of
 from rhythm_kernels.tensor_checks import check_tensor
 from rhythm_kernels.types import HeadGroups
@@ -160,7 +161,12 @@ def _entropies(model: nn.Module, ids: Tensor, response: Tensor) -> Tensor:
     positions = response.nonzero().flatten()
     output = model.get_output_embeddings()
     tolerance = max(1e-3, 4 * torch.finfo(output.weight.dtype).eps)  # 16-bit logits may round differently
-    recomputed = _logits(model, output, hidden[0][0, -1:])[0]
+    scale = logit_scale(model.config)
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        return scale(linear(hidden, output.weight, output.bias).float())
+
+    recomputed = logits_of(hidden[0][0, -1])
     if not torch.allclose(recomputed, last, rtol=tolerance, atol=tolerance * float(last.abs().amax())):
         raise ValueError(
             f"model must have logits that are its output layer's, scaled or soft-capped as its config says, got "
@@ -168,16 +174,6 @@ def _entropies(model: nn.Module, ids: Tensor, response: Tensor) -> Tensor:
         )
     entropy = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
     for part in positions.split(max(1, MOST_LOGITS // output.weight.shape[0])):
-        log_probs = _logits(model, output, hidden[0][0, part - 1]).log_softmax(-1)
+        log_probs = logits_of(hidden[0][0, part - 1]).log_softmax(-1)
         entropy[part] = -(log_probs.exp() * log_probs).sum(-1)
     return entropy
-
-
-def _logits(model: nn.Module, output: nn.Module, hidden: Tensor) -> Tensor:
-    """Returns the logits of hidden states [n, C], [n, V] fp32."""
-    logits = linear(hidden, output.weight, output.bias).float()
-    config = model.config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
