@@ -6,6 +6,7 @@ The floors of the other benchmarks are computed from these measured rates, not f
 after each round. An interrupt (SIGINT) ends the run with exit code 130.
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -74,11 +75,15 @@ def report(out: Path | None, where: dict[str, str], rates: Rates) -> str:
     return publish(out, markdown_table(rows[0], rows[1:]) + "\n", {**where, **rates})
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well, after each round")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("the ceilings are those of a GPU, and there is none here")
     device = torch.device("cuda")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu_run import Outcome
 from benchmarks.measure import fold, heading, markdown_table, write
+from rhythm_kernels.analysis.environment import UNKNOWN
 from rhythm_kernels.files import write_whole
 
 SECTION = re.compile(r"^==== (\S+): (?:passed|failed|out of time|left out) ====$", re.MULTILINE)
@@ -65,16 +66,16 @@ class Report:
     def take(self, other: "Report", source: Path, out: Path) -> None:
         """Adds the steps of another report, which replace those of the same name.
 
-        Raises: ValueError for a report of another device, of other versions or of another commit, and for a report of
-            changes that no commit holds.
+        Raises: ValueError for a report of another device, of other versions or of another commit, and for one that no
+            commit names: of changes, or without .git and COMMIT.
         """
         for key in sorted(self.where.keys() | other.where.keys()):
             mine, theirs = self.where.get(key), other.where.get(key)
             if mine != theirs:
                 raise ValueError(f"reports must be of one {key}, got {theirs!r} in {source} beside {mine!r}")
         commit = other.where.get("commit", "")
-        if commit.endswith("-dirty"):
-            raise ValueError(f"reports must be of one commit, got {commit} in {source}, whose changes may differ")
+        if commit.endswith("-dirty") or commit == UNKNOWN:
+            raise ValueError(f"reports must be of one commit, got {commit} in {source}, which may be of other files")
         newer = [name for name, done in other.done.items() if ran(done) or name not in self.done]
         self.done |= {name: other.done[name] for name in newer}
         self.logs |= {name: other.logs[name] for name in newer if name in other.logs}

@@ -12,6 +12,7 @@ from typing import NamedTuple, TextIO
 from benchmarks import ROOT
 
 GRACE = 20.0  # seconds from the interrupt to the kill; pytest waits 10 of them for workers that hang, then reports
+POLL = 0.05  # seconds between two looks at what runs
 TAIL = 40  # lines of a failing step's output in the report
 LOG_CHARACTERS = (500_000, 1_000_000)  # the beginning and the end of a step's output that the log keeps
 
@@ -58,7 +59,11 @@ def run_together(steps: list[Step], seconds: list[float], folder: Path) -> list[
         for step in steps:
             output = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             running.append(stack.enter_context(_Running(step, folder / step.name, output)))
-        return [x.wait(limit) for x, limit in zip(running, seconds, strict=True)]
+        waited_for = list(zip(running, seconds, strict=True))
+        while waited_for:
+            waited_for = [(x, limit) for x, limit in waited_for if not x.is_over(limit)]
+            time.sleep(POLL)
+        return [x.outcome() for x in running]
 
 
 class _Running:
@@ -67,6 +72,7 @@ class _Running:
     def __init__(self, step: Step, out: Path, output: TextIO):
         command = [argument.replace("{out}", str(out)) for argument in step.command]
         self.name, self.begin = step.name, time.perf_counter()
+        self.took, self.is_late = 0.0, False
         self.output = output
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(step.environment or {})}
         self.process = subprocess.Popen(
@@ -79,22 +85,24 @@ class _Running:
     def __exit__(self, *exception: object) -> None:
         _end(self.process)
 
-    def wait(self, seconds: float) -> Outcome:
-        """Returns the outcome, at the latest `seconds` after the begin and `GRACE` more."""
-        left = self.begin + seconds - time.perf_counter()
-        try:
-            status = "passed" if self.process.wait(max(left, 0)) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status = "out of time"
+    def is_over(self, seconds: float) -> bool:
+        """Whether it has ended; interrupts it `seconds` after its begin, and gives it up `GRACE` later."""
+        self.took = time.perf_counter() - self.begin
+        if self.process.poll() is not None or self.took > seconds + GRACE:
+            return True
+        if self.took > seconds and not self.is_late:
+            self.is_late = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGINT)  # reaches processes under a sanitizer or in a worker too
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE)
+        return False
+
+    def outcome(self) -> Outcome:
+        """Returns the outcome of what is over, and ends what it has left behind."""
         _end(self.process)
-        took = time.perf_counter() - self.begin
+        status = "out of time" if self.is_late else "passed" if self.process.returncode == 0 else "failed"
         self.output.seek(0)
         lines = [line for line in self.output.read().replace("\r", "\n").splitlines() if line.strip()]
-        return Outcome(self.name, status, took, "\n".join(lines[-TAIL:]), _cut("\n".join(lines)))
+        return Outcome(self.name, status, self.took, "\n".join(lines[-TAIL:]), _cut("\n".join(lines)))
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -49,7 +49,7 @@ def steps() -> list[Step]:
     cores = os.cpu_count() or 1
     workers = max(1, min(8, cores // 2))
     if importlib.util.find_spec("xdist"):  # references and compilations take most of the tests' time
-        pytest += ["-n", str(workers), "--dist", "loadgroup"]
+        pytest += ["-n", str(workers)]  # no group of tests is among them
     threads = {"OMP_NUM_THREADS": "1"}  # several steps of tests run side by side
     attention = [PYTHON, "-m", "benchmarks.attention", "--rounds", "20", "--limit", "8", "--out", "{out}"]
     selection = [PYTHON, "-m", "benchmarks.selection", "--rounds", "20", "--limit", "4", "--out", "{out}"]
@@ -69,19 +69,20 @@ def steps() -> list[Step]:
     return [
         Step("build", 1, [PYTHON, "-m", "benchmarks.gpu_build"], 25, 120, {"MAX_JOBS": str(cores)}),
         Step("gpu-tests", 1, [*pytest, "-m", "gpu", *runnable(gpu_tests())], 75, 150, threads, "checks"),
-        Step("memcheck", 1, memcheck, 110, 150, no_cache, "checks"),
-        Step("racecheck", 1, [*sanitizer, "--tool", "racecheck", *kernels], 110, 150, {}, "checks"),
+        Step("memcheck", 1, memcheck, 160, 240, no_cache, "checks"),
+        Step("racecheck", 1, [*sanitizer, "--tool", "racecheck", *kernels], 160, 240, {}, "checks"),
         Step(
             "triton-tests", 1, [*pytest, *runnable(triton_tests())], 90, 150, threads | {"FUZZ_CASES": "40"}, "checks"
         ),
         Step("architectures", 1, [*pytest, "-m", "gpu", *runnable([ARCHITECTURES])], 90, 150, threads, "checks"),
         Step("ceilings", 1, [PYTHON, "-m", "benchmarks.ceilings", "--out", "{out}"], 10, 40),
         Step("attention", 1, variants((*OURS, *DENSE), 1024, 4096, 8192, 16384), 40, 150),
-        Step("tiles", 1, [PYTHON, "-m", "benchmarks.tiles", "--rounds", "10", "--out", "{out}"], 40, 80),
+        Step("tiles", 1, [PYTHON, "-m", "benchmarks.tiles", "--rounds", "10", "--out", "{out}"], 60, 150),
         Step("selection", 1, selection, 20, 60),
         Step("forward", 1, forward, 30, 100),
         Step("trainer", 1, [*trainer, "--out", "{out}"], 60, 120, whole),
         Step("attention-long", 2, variants(OURS, 32768, 131072), 35, 120),
+        Step("more", 2, [PYTHON, "-m", "benchmarks.more_statistics", "--tokens", "8192", "--out", "{out}"], 30, 90),
         Step("attention-others", 2, variants(("sdpa", "full", *OTHERS), 8192), 60, 150),
     ]
 

@@ -10,6 +10,7 @@ the sum, [HQ, N, N] each; where a map does not fit into memory it is left out.
 Each statistic is first held against the fp64 reference at 1,024 tokens at most. If one is wrong, the benchmark ends.
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -127,13 +128,17 @@ def report(out: Path | None, where: dict[str, str], tokens: int, measured: dict[
     return publish(out, text + markdown_table(head, rows) + "\n", data)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     device = torch.device(args.device)
     check(make_problem(min(args.tokens, CHECKED_IN_FP64), device))
     calls = variants(make_problem(args.tokens, device), device)

@@ -13,9 +13,10 @@ Each pass runs by itself with the tile of the table (triton_tiles.py) and with e
     groups      WAAD summed over 30 % of the heads, FAI over another 30 %
 
 A tile whose results differ from those of the table's tile by more than `EXACT` (outputs: `ROUNDED`) of the largest
-value, or that does not compile, is left out, with the reason. Times are medians of interleaved rounds, with an L2 cache
-full of other data. `rate` counts the products of visible scores, or for the band the bytes of q, k, and three values a
-row. Kernels compile in several processes first. `python -m benchmarks.kernels --try` tells a tile's registers.
+value, or that does not compile or run, is left out, with the reason; if it is the table's own, so is its pass. Times
+are medians of interleaved rounds, with an L2 cache full of other data. `rate` counts the products of visible scores, or
+for the band the bytes of q, k, and three values a row. Kernels compile in several processes first. `python -m
+benchmarks.kernels --try` tells a tile's registers.
 
     ncu --clock-control none -k regex:_kernel python -m benchmarks.tiles --once     # the table's tiles, for a profiler
 """
@@ -24,7 +25,7 @@ import argparse
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ TILE_OF = {
     "groups": "band",
 }
 WORK_OF = {"rows": "full", "known": "full", "forward": "sdpa"}  # in `work`, where the names differ
-COMPILED_AT = 256  # tokens; the kernels are the same at every number
+COMPILED_AT = 2 * SPAN_ROWS  # tokens; from there on the kernels are the same at every number
 
 # For heads up to 128 in 16 bits on a Hopper GPU.
 OTHERS = {
@@ -152,23 +153,40 @@ def compile_all(tiles: dict[tuple[str, AnyTile], None], shape: Shape) -> dict[tu
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         reasons = {key: pool.submit(compile_tile, *key, shape) for key in tiles}
-    return {key: reason for key, done in reasons.items() if (reason := done.result())}
+    return {key: reason for key, done in reasons.items() if (reason := _result_of(done))}
+
+
+def _result_of(done: Future) -> str:
+    try:
+        return done.result()
+    except Exception as error:  # the process has died
+        return one_line(error)
 
 
 def measure(name: str, tiles: list, problem: Problem, failed: dict, rounds: int) -> dict[AnyTile, Measured]:
-    """Returns the times of the tiles whose results are those of the first; the others join `failed`."""
+    """Returns the times of the tiles whose results are those of the first, the table's; the others join `failed`.
+
+    Without the table's tile there is nothing to compare with, and nothing is timed.
+    """
     runs: dict[AnyTile, Callable] = {}
     want = None
     for tile in tiles:
         if (name, tile) in failed:
             continue
-        got = run_pass(name, tile, problem)
+        if want is None and tile != tiles[0]:
+            return {}
+        try:
+            got = run_pass(name, tile, problem)
+            torch.cuda.synchronize()
+        except Exception as error:  # as in `compile_tile`
+            failed[name, tile] = one_line(error)
+            continue
         want = want or got
         if reason := why_wrong(got, want):
             failed[name, tile] = reason
         else:
             runs[tile] = lambda tile=tile: run_pass(name, tile, problem)
-    return interleave(runs, rounds, name, problem.q.device)
+    return interleave(runs, rounds, name, problem.q.device) if runs else {}
 
 
 def describe(tile: AnyTile) -> str:
@@ -179,7 +197,7 @@ def report(out: Path | None, where: dict, args: argparse.Namespace, shape: Shape
     """Returns the report, after writing it where `--out` asks for it."""
     rows, data = [], []
     for name, measured in results.items():
-        own = next(iter(measured.values()))
+        own = next(iter(measured.values()), None)
         least = work(WORK_OF.get(name, name), shape, args.tokens)
         for tile, m in measured.items():
             seconds = m.kernel_seconds or m.seconds

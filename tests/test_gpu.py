@@ -4,6 +4,7 @@ Every test takes a `Scale`. On a CPU "auto" is the torch backend. On a GPU "auto
 `gpu` and gets the sizes that matter there.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import models
@@ -393,3 +394,17 @@ def test_collect(dtype, scale):
         waad, fai, _ = models.dense_rhythm(maps, c.layers, response_mask.cpu(), segments, 2)
         torch.testing.assert_close(rhythm.waad.double().cpu(), waad, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(rhythm.fai.double().cpu(), fai, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.gpu
+@cuda
+def test_a_cuda_graph_is_refused(monkeypatch):
+    """Its replay would read what the host's memory holds by then."""
+    q, k = (torch.randn(1, heads, 40, 16, device="cuda") for heads in (4, 2))
+    graph = nullcontext()
+    if is_pretended():
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    else:
+        graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"), graph:
+        attention_stats(q, k)

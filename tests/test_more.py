@@ -67,6 +67,31 @@ def test_a_size_above_that_of_the_sequence_is_the_whole_sequence(name, large, wh
         assert x.isfinite().all() and torch.equal(x, y)
 
 
+@pytest.mark.parametrize(
+    "kind, lse_given",
+    [("weight of 0", False), ("weight of 0", True), ("infinity", False), ("infinity", True), ("lse of NaN", True)],
+)
+def test_backends_agree_where_a_number_is_not_finite(kind, lse_given):
+    """In tiles that are masked and in those that are not: the rows behind the first tile see whole ones."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1, heads, 150, 16, generator=generator) for heads in (2, 1))
+    q[..., 0] = q[..., 0].abs()
+    with_lse = {"lse": attention_stats(q, k).lse} if lse_given else {}
+    if kind == "lse of NaN":
+        with_lse["lse"][0, 0, 90] = torch.nan
+    else:
+        k[0, 0, 3] = 0.0
+        k[0, 0, 3, 0] = -torch.inf if kind == "weight of 0" else torch.inf
+    got = [
+        attention_stats(*map(triton_calls.on_device, (q, k)), backend=backend, more=NEED_EVERY_KEY, **with_lse).more
+        for backend in ("torch", "triton")
+    ]
+    if kind == "weight of 0":
+        assert got[0]["row_entropy"].isfinite().all()
+    for name in NEED_EVERY_KEY:
+        torch.testing.assert_close(got[1][name], got[0][name], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_names_come_in_one_order_and_once():
     stats = attention_stats(Q, K, more=["column_sum", "self_mass", "row_entropy", "self_mass"])
     assert list(stats.more) == ["row_entropy", "self_mass", "column_sum"]

@@ -52,7 +52,7 @@ def test_float32_on_a_gpu_attends_in_one_sequence_at_a_time(make):
         model.to("cuda")
         there = {name: x.to("cuda") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
         with counted() as work:
-            got = model(**there, sequence_bounds=inputs["cu_seq_lens_q"], use_cache=False).logits
+            got = model(**there, sequence_bounds=inputs["cu_seq_lens_q"].tolist(), use_cache=False).logits
         gradients = torch.autograd.grad(got.square().sum(), list(model.parameters()))
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
         for mine, other in zip(gradients, loss, strict=True):

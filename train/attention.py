@@ -8,6 +8,7 @@ Shapes: T tokens in S sequences, HQ query heads, H key heads, D channels of a he
 
 import inspect
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    sequence_bounds: Tensor | None = None,
+    sequence_bounds: tuple[int, ...] | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -37,7 +38,7 @@ def packed_attention(
     """Maps query [1, HQ, T, D], key and value [1, H, T, D], cu_seq_lens_q int32 [S + 1] to the output [1, T, HQ, D].
 
     Args:
-        sequence_bounds: cu_seq_lens_q on the host. Without it a GPU's are waited for, unless it computes in 16 bits.
+        sequence_bounds: cu_seq_lens_q as numbers. Without it a GPU's are waited for, unless it computes in 16 bits.
 
     Raises:
         ValueError: the model needs what the kernels cannot do: a mask, dropout, soft-capping, sinks or bidirectional
@@ -55,8 +56,8 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):  # FlashAttention takes no others
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
-        bounds = cu_seq_lens_q if sequence_bounds is None else sequence_bounds
-        out = _one_by_one(query, key, value, bounds.tolist(), scaling, sliding_window)
+        bounds = cu_seq_lens_q.tolist() if sequence_bounds is None else sequence_bounds
+        out = _one_by_one(query, key, value, bounds, scaling, sliding_window)
     return out, None
 
 
@@ -71,7 +72,7 @@ def _varlen(query, key, value, cu_seqlens, longest, scale, window) -> Tensor:
     return out[None]
 
 
-def _one_by_one(query, key, value, bounds: list[int], scale, window) -> Tensor:
+def _one_by_one(query, key, value, bounds: Sequence[int], scale, window) -> Tensor:
     lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
     if query.is_cuda:  # torch's memory-efficient kernel, which is that of float32, shares no key heads
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))

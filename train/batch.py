@@ -86,8 +86,8 @@ class MicroBatch(NamedTuple):
     """[1, n] int64: from 0 in each sequence."""
     cu_seqlens: Tensor
     """[S + 1] int32."""
-    bounds: Tensor
-    """cu_seqlens on the host."""
+    bounds: tuple[int, ...]
+    """cu_seqlens as numbers: FSDP would send a tensor to the device, and wait for it."""
     longest: int
     place: Tensor
     """[n] int64: the place of each token in the batch."""
@@ -139,7 +139,7 @@ def take(batch: Rollouts, rows: Sequence[int]) -> MicroBatch:
         batch.ids[place][None],
         send(position_ids, device)[None],
         send(bounds, device),
-        bounds,
+        tuple(bounds.tolist()),
         int(lengths.max()),
         place,
         send(answers, device),

@@ -177,7 +177,7 @@ class Reader:
         with collect(
             self.policy.decoder,
             response_mask=self.batch.response_mask[micro.place][None],
-            cu_seqlens=micro.bounds,
+            cu_seqlens=torch.tensor(micro.bounds),
             groups=self.schedule.groups,
             **self.options.collect_arguments,
         ) as collected:

@@ -194,10 +194,12 @@ def _row_tiles(
         scores = _tile_scores(q, k, tile, options)
         if fills:  # it takes several times as long as clearing the bits of weights, and then exp of -inf does
             scores.masked_fill_(tile.hidden[:, None], -math.inf)
-        if results.largest_score is not None:
-            _write_rows(results.largest_score, scores.amax(-1), tile, layout)
+        largest = None if results.largest_score is None else scores.amax(-1)
         kept_scores = None if results.row_entropy is None else scores.clone()
         weights, row_lse = _tile_weights(scores, lse, tile, options)
+        if largest is not None:  # NaN where the map is NaN
+            broken_rows = row_lse.isnan() | (torch.isposinf(row_lse) & (lse is None))
+            _write_rows(results.largest_score, largest.masked_fill_(broken_rows, math.nan), tile, layout)
         if kept_scores is not None:
             _write_rows(results.row_entropy, _entropy(weights, kept_scores, row_lse), tile, layout)
         if values is not None:

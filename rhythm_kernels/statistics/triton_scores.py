@@ -19,6 +19,7 @@ from rhythm_kernels.statistics.options import Options
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 LOWEST = tl.constexpr(-3.4028235e38)  # the lowest fp32, in place of -inf where a difference must not be NaN
+NO_WEIGHT = tl.constexpr(152.0)  # exp2 of minus this is 0 in fp32
 NOWHERE = tl.constexpr(1 << 30)  # a position behind all tokens
 UNIT_BYTES = 16  # a thread reads so many at a time
 
