@@ -147,7 +147,7 @@ def test_one_seed_is_reported_without_intervals_and_says_so(tmp_path):
     assert main([str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "+10.0" in text and "[" not in text
-    assert "fewer than two seeds there is no interval: coupled, local" in text.replace("\n", " ")
+    assert "that of a single seed has none" in text.replace("\n", " ")
     assert "| + coupled rhythm credit | 1 | - | - | - | - |" in text.split("## What these seeds can show")[1]
 
 
@@ -252,15 +252,36 @@ def cut_lines(folder: Path, count: int) -> None:
             r"evaluations after the steps \[0, 2, 4\], got 4 steps and evaluations after \[2, 4\]",
         ),
         (lambda run: change(run, 1, step=2), "must have each of 4 steps once"),
-        (lambda run: change(run, -1, **{"eval/sampled/solved": math.nan}), "must have shares as solve rates, got"),
+        (lambda run: change(run, -1, **{"eval/sampled/solved": math.nan}), "must have possible solve rates, got"),
         (lambda run: change(run, -1, **{"eval/sampled/solved": 39.8}), "sampled at step 4"),
         (
             lambda run: change(run, -1, **{"eval/sampled/solved": "0.4"}),
-            "must hold the metrics of a run, got TypeError",
+            "must have possible solve rates, got",
+        ),
+        (lambda run: change(run, -1, **{"eval/sampled/solved": True}), "must have possible solve rates, got"),
+        (lambda run: change(run, -1, **{"eval/sampled/solved": 10**400}), "must have possible solve rates, got"),
+        (lambda run: change(run, -1, **{"eval/sampled/solved": 0.95}), "finished=0.9"),
+        (
+            lambda run: change(run, -1, **{"eval/greedy/standard_error": math.inf}),
+            "must have possible solve rates, got",
+        ),
+        (lambda run: change(run, -1, **{"eval/greedy/problems": 0}), "must have possible solve rates, got"),
+        (lambda run: change(run, -1, **{"eval/greedy/errors": 17}), "must have possible solve rates, got"),
+        (
+            lambda run: change(run, -1, **{"eval/greedy/answers": 4}),
+            "must have the problems and the answers to each of",
         ),
         (lambda run: change(run, 0, **{"eval/greedy/finished": ...}), "must hold the metrics of a run, got TypeError"),
-        (lambda run: change(run, 0, **{"eval/greedy/problems": 64}), "must have the problems of"),
-        (lambda run: change(run, 1, reward=math.nan), "must have a finite reward, got nan at step 1"),
+        (
+            lambda run: change(run, 0, **{"eval/greedy/problems": 64}),
+            "must have the problems and the answers to each of",
+        ),
+        (lambda run: change(run, 1, reward=math.nan), "must have a possible reward, got nan at step 1"),
+        (
+            lambda run: change(run, 1, **{"completions/clipped_ratio": 7}),
+            "must have a possible completions/clipped_ratio",
+        ),
+        (lambda run: change(run, 1, **{"completions/mean_length": -3}), "must have a possible completions/mean_length"),
         (lambda run: change(run, 1, **{"completions/mean_length": ...}), "got KeyError: 'completions/mean_length'"),
         (lambda run: make_run(run.with_name("again"), Config.load(run / "config.json"), 0), "has the credit and the"),
     ],
@@ -292,6 +313,55 @@ def test_runs_of_several_seeds_and_single_runs_are_found(tmp_path):
     assert runs[0].steps[-1]["step"] == 4 and [step for step, _ in runs[0].evaluations] == list(STEPS)
 
 
+def test_runs_are_found_however_deep_and_models_are_none(tmp_path):
+    make_grid(tmp_path / "studies" / "first", {"none": [0.0]})
+    make_grid(tmp_path / "studies" / "second", {"coupled": [0.0]})
+    make_run(tmp_path / "alone", settings(credit="local"), 0)
+    for folder in (tmp_path / "model", tmp_path / "alone" / "checkpoints" / "step-000004" / "model"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    (tmp_path / "around").symlink_to(tmp_path)
+    assert sorted(run.cell for run in find_runs([tmp_path])) == ["coupled", "local", "none"]
+
+
+def test_a_report_of_runs_without_steps_or_without_strategies(tmp_path):
+    make_grid(tmp_path / "ablations", {"bottom-local": [0.0, 0.1], "top-20": [0.1, 0.1]})
+    assert main([str(tmp_path / "ablations")]) == 0
+    assert "Table 5" in (tmp_path / "ablations" / "report.md").read_text()
+    for cell in ("none", "random"):
+        run = make_run(tmp_path / "no steps" / cell / "seed-0", settings(max_steps=0, **CELLS[cell]), 0)
+        cut_lines(run, 1)
+        (run / FILE).write_bytes(2 * (run / FILE).read_bytes())
+    assert main([str(tmp_path / "no steps")]) == 0
+    assert "| GRPO | - | - | - |" in (tmp_path / "no steps" / "report.md").read_text()
+
+
+def test_a_single_seed_in_common_is_said_beside_its_table(tmp_path):
+    make_grid(tmp_path, {"none": [0.0, 0.1, 0.2], "coupled": [0.1, 0.2, 0.3], "top-20": [0.1]})
+    assert main([str(tmp_path)]) == 0
+    strategies, ablations = (tmp_path / "report.md").read_text().split("## Ablations")
+    assert "+10.0 [+10.0, +10.0]" in strategies and "without" not in strategies
+    assert "that all of them have, 0, without 1, 2." in ablations and "single seed has none" in strategies
+    beside = ablations.split("## Beside the scores")[1]
+    assert "that all of them have, 0, without 1, 2." in " ".join(beside.split())
+
+
+def test_random_credit_is_compared_where_as_many_tokens_are_credited(tmp_path):
+    make_grid(
+        tmp_path / "a", {"none": [0.0, 0.0], "random": [0.0, 0.1], "coupled": [0.1, 0.1]}, credit_amplification=3.0
+    )
+    for seed in (0, 1):
+        make_run(tmp_path / "b" / f"seed-{seed}", settings(credit="entropy", credit_top_fraction=0.2), seed)
+        make_run(tmp_path / "c" / f"seed-{seed}", settings(credit="none"), seed)  # reads no amplification
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 0
+    against = (
+        (tmp_path / "out" / "report.md").read_text().split("## What these")[0].split("raises the advantages of 40%")
+    )
+    assert (
+        len(against) == 2 and "coupled" in against[1].split("\n\n")[1] and "entropy" not in against[1].split("\n\n")[1]
+    )
+
+
 def test_a_run_without_steps_is_finished_by_its_second_evaluation():
     config, before = settings(max_steps=0), {"step": 0, "eval/greedy/solved": 0.1}
     assert not is_finished(config, [before]) and is_finished(config, [before, before])
@@ -314,6 +384,10 @@ def test_a_run_is_named_by_its_settings_and_two_cells_of_the_same_are_one():
     assert (
         name_cells([settings(credit_top_fraction=0.3)])[0] == "coupled --credit-largest True --credit-top-fraction 0.3"
     )
+    unread = [settings(credit=name, credit_window=window) for name in ("random", "global") for window in (5, 20)]
+    assert name_cells(unread) == ["random", "random", "global", "global"]
+    louder = [settings(credit=name, credit_amplification=3.0) for name in ("random", "coupled")]
+    assert name_cells([settings(credit="none"), *louder]) == ["none", "random", "coupled"]
     groups = Groups.of(["top-80", "coupled", "bottom-local", "none", "top-20"])
     assert groups == (["none", "coupled"], ["bottom-local"], ["top-20", "top-80"])
     assert [label("coupled"), label("coupled", True)] == ["+ coupled rhythm credit", "Coupled (top 40 %)"]

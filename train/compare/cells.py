@@ -25,6 +25,14 @@ TOP = sorted((name for name in CELLS if name.startswith("top-")), key=lambda nam
 OF_CELLS = sorted({name for settings in CELLS.values() for name in settings})
 _PLAIN = {name: value for name, value in Config().flat().items() if name in OF_CELLS}
 _PER_CENT = f"{100 * _PLAIN['credit_top_fraction']:.0f} %"
+OF_ATTENTION: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("credit_window", "credit_local_fraction"), ("local", "coupled")),
+    **dict.fromkeys(("credit_horizon", "credit_global_fraction"), ("global", "coupled")),
+    **dict.fromkeys(
+        ("credit_layers", "credit_span_rows", "credit_group_by", "credit_groups_every"), ("local", "global", "coupled")
+    ),
+}
+"""The strategies whose credit depends on each option of the statistics. All runs show these on pages of samples."""
 LABELS = {
     "none": "GRPO",
     "random": "+ random credit",
@@ -67,21 +75,33 @@ def _check_given(given: Collection[str], configs: list[Config]) -> None:
 
 
 def name_cells(configs: Sequence[Config]) -> list[str]:
-    """Returns the cell of each run. Other options of the credit in which the runs differ are added to its name."""
-    flats = [config.flat() for config in configs]
-    credit = [flat_name(f.name) for f in fields(CreditOptions) if f.name != "seed"]
-    varying = [name for name in credit if name not in OF_CELLS and len({str(flat[name]) for flat in flats}) > 1]
-    return [_name(flat, varying) for flat in flats]
+    """Returns the cell of each run.
+
+    Other options in which the runs differ are added to its name. An option that a strategy does not read makes no
+    difference, so it is neither compared nor named.
+    """
+    options = [flat_name(f.name) for f in fields(CreditOptions) if f.name != "seed"]
+    flats = [{name: config.flat()[name] for name in options if reads(config, name)} for config in configs]
+    differ = [name for name in options if len({str(flat[name]) for flat in flats if name in flat}) > 1]
+    varying = [name for name in differ if name not in OF_CELLS]
+    return [_name(flat, [name for name in varying if name in flat]) for flat in flats]
+
+
+def reads(config: Config, name: str) -> bool:
+    """Returns whether the credit of a run depends on an option, by its flat name."""
+    try:
+        check_given([name], config)
+    except BadSetting:
+        return False
+    return config.credit.strategy in OF_ATTENTION.get(name, STRATEGIES)
 
 
 def _name(flat: dict[str, object], varying: list[str]) -> str:
-    own = {name: flat[name] for name in OF_CELLS}
-    if flat["credit"] == BASELINE:
-        return BASELINE  # it reads no other option
+    own = {name: flat[name] for name in OF_CELLS if name in flat}
     for cell, settings in CELLS.items():
-        if own == _PLAIN | settings:
+        if {name: (_PLAIN | settings)[name] for name in own} == own:
             return " ".join([cell, *(f"{flag_name(name)} {flat[name]}" for name in varying)])
-    others = [name for name in OF_CELLS if name != "credit"] + varying
+    others = [name for name in own if name != "credit"] + varying
     return " ".join([flat["credit"], *(f"{flag_name(name)} {flat[name]}" for name in others)])
 
 

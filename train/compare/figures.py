@@ -15,9 +15,11 @@ ROWS = {"peak": "moving average of the peak", "solved": "solve rate"}
 
 
 def draw_figures(evaluations: pandas.DataFrame, out: Path, peak_weight: float) -> list[str]:
-    """Draws strategies.png, and where there are such runs bottom.png and top.png; returns the names of the files."""
+    """Draws strategies.png, bottom.png and top.png, each where there are such runs; returns the names of the files."""
     groups = Groups.of(list(dict.fromkeys(evaluations["cell"])))
-    figures = {"strategies.png": ("Strategies of credit (the paper's Figures 4 and 5)", groups.strategies)}
+    figures = {}
+    if groups.strategies:
+        figures["strategies.png"] = ("Strategies of credit (the paper's Figures 4 and 5)", groups.strategies)
     if groups.bottom:
         cells = [*groups.baseline, *groups.largest, *groups.bottom]
         figures["bottom.png"] = ("Credit for the top and for the bottom (the paper's Figure 6)", cells)

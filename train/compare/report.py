@@ -22,6 +22,7 @@ from train.compare.scores import (
     differences_of,
     evaluations_of,
     of_shared_seeds,
+    shared_seeds,
     training_of,
     unpaired_seeds,
 )
@@ -65,16 +66,18 @@ def _sections(
     groups = Groups.of(list(dict.fromkeys(run.cell for run in runs)))
     present = [*groups.strategies, *groups.bottom, *groups.top]
     evaluated = len({step for step, _ in runs[0].evaluations})
-    parts = [
+    parts: list[str] = [
         f"# Credit compared: {first.preset}",
         f"{len(runs)} runs of {first.grpo.max_steps} steps, seeds {', '.join(map(str, seeds))}. Solve rates are in "
         f"per cent of {_problems(runs)} held-out problems, means over seeds. {_explain(ends)}",
         *_notes(evaluations),
-        "## Strategies, as in the paper's Tables 3 and 4",
-        *_score_tables(ends, groups.strategies, weight, evaluated),
     ]
-    if chosen := [cell for cell in groups.strategies if cell not in (BASELINE, RANDOM)]:
-        parts += _against_random(ends, chosen)
+    if groups.strategies:
+        parts += [
+            "## Strategies, as in the paper's Tables 3 and 4",
+            *_score_tables(ends, groups.strategies, weight, evaluated),
+            *_against_random(runs, ends, groups.strategies),
+        ]
     if groups.bottom or groups.top:
         cells = [*groups.baseline, *groups.bottom, *groups.largest, *groups.top]
         parts += [
@@ -85,7 +88,8 @@ def _sections(
     parts += [
         "## Beside the scores",
         "Reward, length and cut-off answers of the training are means over the last tenth of the steps; cut-off "
-        "answers of the evaluations are those after the last step. All are means over the seeds that all rows have.",
+        "answers of the evaluations are those after the last step. All are means over seeds."
+        + _which_seeds(ends, present),
         _beside_table(ends, training, present),
     ]
     return parts
@@ -102,19 +106,18 @@ def _problems(runs: Sequence[Run]) -> str:
 
 def _explain(ends: pandas.DataFrame) -> str:
     seeds = ends.groupby("cell")["seed"].nunique()
-    if BASELINE not in seeds:
-        return f"No run is GRPO (--credit {BASELINE}), so there are no differences against it."
     text = (
-        f"A difference is against GRPO, within each seed that both have, and its interval is Student's t over "
-        f"these differences ({CONFIDENCE:.0%}). The interval says what other seeds would give on these problems. "
         "Behind ± stands the standard error of a single run's score, from the problems and from the answers that were "
         "sampled to them. Seeds share the problems and not the samples, so the mean of S seeds is off by less than "
-        "that, and by at least 1 / sqrt(S) of it. No correction is made for the number of comparisons."
+        "that, and by at least 1 / sqrt(S) of it. A difference is taken within each seed that both have, and its "
+        f"interval is Student's t over these differences ({CONFIDENCE:.0%}); that of a single seed has none. The "
+        "interval says what other seeds would give on these problems. No correction is made for the number of "
+        "comparisons."
     )
-    pairs = {cell: pair.seeds for cells in differences_of(ends, "last").values() for cell, pair in cells.items()}
-    if alone := [cell for cell, count in pairs.items() if count < 2]:
-        text += f" With fewer than two seeds there is no interval: {', '.join(alone)}."
-    if apart := [cell for cell in seeds.index if cell != BASELINE and cell not in pairs]:
+    if BASELINE not in seeds:
+        return f"{text} No run is GRPO (--credit {BASELINE}), so there are no differences against it."
+    with_pairs = {cell for cells in differences_of(ends, "last").values() for cell in cells}
+    if apart := [cell for cell in seeds.index if cell != BASELINE and cell not in with_pairs]:
         text += f" No seed is GRPO's too, so there is no difference: {', '.join(apart)}."
     return text
 
@@ -135,12 +138,12 @@ def _notes(evaluations: pandas.DataFrame) -> Iterator[str]:
         )
 
 
-def _which_seeds(ends: pandas.DataFrame, cells: Sequence[str]) -> str:
+def _which_seeds(table: pandas.DataFrame, cells: Sequence[str]) -> str:
     """Returns a sentence on the seeds that are left out since not all of the cells have them; else nothing."""
-    of_cells = [set(ends.loc[ends["cell"] == cell, "seed"]) for cell in cells]
-    shared, all_seeds = set.intersection(*of_cells), set.union(*of_cells)
+    of_cells = table[table["cell"].isin(cells)]
+    shared, all_seeds = shared_seeds(of_cells), set(of_cells["seed"])
     if not shared:
-        return " No seed is common to all rows: the scores of two rows are of different seeds."
+        return " No seed is common to all rows: the numbers of two rows are of different seeds."
     if shared == all_seeds:
         return ""
     kept, left = (", ".join(map(str, sorted(seeds))) for seeds in (shared, all_seeds - shared))
@@ -179,20 +182,26 @@ def _score_tables(
         yield markdown_table(["method", "seeds", *sets], rows)
 
 
-def _against_random(ends: pandas.DataFrame, cells: Sequence[str]) -> Iterator[str]:
-    """Yields a sentence and a table of differences against random credit, if there is such a run."""
-    of_measure = {measure: differences_of(ends, measure, RANDOM) for measure in MEASURES}
-    sets, rows = list(dict.fromkeys(ends["set"])), []
-    for cell in cells:
-        pairs = [of_measure[measure].get(name, {}).get(cell) for measure in MEASURES for name in sets]
-        if any(pairs):
-            rows.append([label(cell), str(pairs[0].seeds), *map(_show, pairs)])
-    if rows:
-        yield (
-            "Random credit raises the advantages of as many tokens, whichever they are. Differences against it say "
-            "what the choice of the tokens adds."
-        )
-        yield markdown_table(["method", "pairs", *_heads(sets)], rows)
+def _against_random(runs: Sequence[Run], ends: pandas.DataFrame, cells: Sequence[str]) -> Iterator[str]:
+    """Yields a sentence and a table of differences against random credit, where such a run credits as many tokens."""
+    fractions = {run.cell: run.config.credit.top_fraction for run in runs}
+    sets = list(dict.fromkeys(ends["set"]))
+    for random in [cell for cell in cells if cell.partition(" ")[0] == RANDOM]:
+        of_measure = {measure: differences_of(ends, measure, random) for measure in MEASURES}
+        rows = []
+        for cell in cells:
+            if cell.partition(" ")[0] in (BASELINE, RANDOM) or fractions[cell] != fractions[random]:
+                continue
+            pairs = [of_measure[measure].get(name, {}).get(cell) for measure in MEASURES for name in sets]
+            if any(pairs):
+                rows.append([label(cell), str(pairs[0].seeds), *map(_show, pairs)])
+        if rows:
+            yield (
+                f"{label(random).removeprefix('+ ').capitalize()} raises the advantages of {fractions[random]:.0%} of "
+                "the tokens, whichever they are. Differences against it say what the choice of the tokens adds. "
+                "Coupled credit raises some more, since part of an anchor's credit moves to a token before it."
+            )
+            yield markdown_table(["method", "pairs", *_heads(sets)], rows)
 
 
 def _heads(sets: Sequence[str]) -> list[str]:

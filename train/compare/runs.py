@@ -1,8 +1,7 @@
 """Reads finished runs, refuses those that cannot be compared, and keeps what a comparison reads of them."""
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from train.compare.cells import name_cells
 from train.config import BadSetting, Config, flag_name
 from train.launch import CONFIG, write_config
 from train.metrics import FILE, is_evaluation, whole_lines
-from train.solve_rates import Evaluation
+from train.solve_rates import Evaluation, SolveRate
 
 STEP_METRICS = {
     "reward": "reward",
@@ -20,6 +19,11 @@ STEP_METRICS = {
     "cut_off": "completions/clipped_ratio",
 }
 """Names what a comparison reads of each step of the training, by its own name: the name in the metrics."""
+
+
+LIMITS = {"reward": (None, None), "length": (0, None), "cut_off": (0, 1)}
+LARGEST = 1e12  # a number beyond it is none of a run
+ROUNDING = 1e-9
 
 
 class Run(NamedTuple):
@@ -49,13 +53,34 @@ def find_runs(places: Sequence[Path]) -> list[Run]:
     """
     folders: list[Path] = []
     for place in places:
-        around = [place, *sorted(place.glob("*")), *sorted(place.glob("*/seed-*"))]
-        runs = [folder for folder in around if (folder / CONFIG).is_file()]
-        runs = [folder for folder in runs if len(Config.load(folder / CONFIG).run.seeds) == 1]  # not those around seeds
+        runs = [*_runs_in(place, set())]
         if not runs:
             raise BadSetting(f"RUN must be a finished run or a folder of such, got {str(place)!r}, which holds none")
         folders += runs
     return read_runs(folders)
+
+
+def _runs_in(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yields the runs of one seed in a folder, however deep; `seen` are the folders that were looked at."""
+    if folder.resolve() in seen or not folder.is_dir():
+        return
+    seen.add(folder.resolve())
+    if (folder / CONFIG).is_file():
+        if _is_model(folder / CONFIG):
+            return
+        if len(Config.load(folder / CONFIG).run.seeds) == 1:  # another is around its seeds
+            yield folder
+            return
+    for inner in sorted(folder.iterdir()):
+        yield from _runs_in(inner, seen)
+
+
+def _is_model(config: Path) -> bool:
+    """Returns whether a file is the configuration of a model, whose name is that of a run's."""
+    try:
+        return "model_type" in json.loads(config.read_bytes())
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -111,12 +136,31 @@ def _check_numbers(run: Run) -> None:
         )
     for step, evaluation in run.evaluations:
         for name, rate in evaluation.rates.items():
-            if not (0 <= rate.solved <= 1 and 0 <= rate.finished <= 1 and rate.standard_error >= 0):
-                raise BadSetting(f"{run.folder} must have shares as solve rates, got {rate} of {name} at step {step}")
+            if not _is_possible(rate):
+                raise BadSetting(f"{run.folder} must have possible solve rates, got {rate!r} of {name} at step {step}")
     for line in run.steps:
-        for name in STEP_METRICS.values():
-            if not math.isfinite(line[name]):
-                raise BadSetting(f"{run.folder} must have a finite {name}, got {line[name]} at step {line['step']}")
+        for key, (least, most) in LIMITS.items():
+            name = STEP_METRICS[key]
+            if not _is_number(line[name], least, most):
+                raise BadSetting(f"{run.folder} must have a possible {name}, got {line[name]} at step {line['step']}")
+
+
+def _is_possible(rate: SolveRate) -> bool:
+    return (
+        all(_is_number(count, least, kind=int) for count, least in ((rate.problems, 1), (rate.answers, 1)))
+        and _is_number(rate.finished, 0, 1)
+        and _is_number(rate.solved, 0, rate.finished + ROUNDING)  # an answer that is cut off earns nothing
+        and _is_number(rate.standard_error, 0, 1)
+        and _is_number(rate.errors, 0, rate.problems * rate.answers, kind=int)
+    )
+
+
+def _is_number(
+    value: object, least: float | None = None, most: float | None = None, kind: type | tuple = (int, float)
+) -> bool:
+    if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) <= LARGEST:
+        return False
+    return (least is None or value >= least) and (most is None or value <= most)
 
 
 def keep(runs: Sequence[Run], out: Path) -> None:
@@ -180,10 +224,11 @@ def _check_evaluations(runs: Sequence[Run]) -> None:
     for run in runs:
         for step, evaluation in run.evaluations:
             sets, first = (
-                {name: rate.problems for name, rate in rates.items()}
+                {name: (rate.problems, rate.answers) for name, rate in rates.items()}
                 for rates in (evaluation.rates, runs[0].evaluations[0][1].rates)
             )
             if sets != first:
                 raise BadSetting(
-                    f"{run.folder} must have the problems of {runs[0].folder}, {first}, got {sets} at step {step}"
+                    f"{run.folder} must have the problems and the answers to each of {runs[0].folder}, {first}, got "
+                    f"{sets} at step {step}"
                 )

@@ -104,8 +104,14 @@ def _is_tiny(run: Run) -> bool:
 def of_shared_seeds(table: pandas.DataFrame, cells: Sequence[str]) -> pandas.DataFrame:
     """Returns the rows of these cells and of the seeds that all of them have; of all seeds where none is common."""
     of_cells = table[table["cell"].isin(cells)]
-    shared = set.intersection(*(set(of_cell["seed"]) for _, of_cell in of_cells.groupby("cell")))
+    shared = shared_seeds(of_cells)
     return of_cells[of_cells["seed"].isin(shared)] if shared else of_cells
+
+
+def shared_seeds(table: pandas.DataFrame) -> set[int]:
+    """Returns the seeds that all cells of a table have."""
+    seeds = [set(of_cell["seed"]) for _, of_cell in table.groupby("cell")]
+    return set.intersection(*seeds) if seeds else set()
 
 
 def unpaired_seeds(evaluations: pandas.DataFrame) -> list[int]:
