@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,12 +14,20 @@ import torch
 from study_cases import cut_places, kept_batches, run, tiny_folder, tiny_model
 
 from rhythm_kernels.analysis import value, value_choices, value_judge, value_tables
-from rhythm_kernels.analysis.decisions import Sampled, areas, by_tenth, ceiling, decide, largest, ranks, shares
+from rhythm_kernels.analysis.decisions import Sampled, areas, by_tenth, decide, largest, oracle, ranks, shares
 from rhythm_kernels.analysis.problems import Problem
 from rhythm_kernels.analysis.rollouts import Row, continue_rows
 from rhythm_kernels.analysis.study import Answer, Study
 from rhythm_kernels.analysis.value_page import render
 from train.words import build_tokenizer
+
+PAIRS = [np.array(pair) for pair in itertools.product(range(3), repeat=2)]
+
+
+def binomial(tries: int, rate: np.ndarray, wins: np.ndarray) -> np.ndarray:
+    ways = np.array([math.comb(tries, one) for one in wins])
+    return ways * rate**wins * (1 - rate) ** (tries - wins)
+
 
 # ---- estimates -------------------------------------------------------------------------------------------------------
 
@@ -90,7 +99,8 @@ def test_the_square_is_the_mean_over_all_halvings():
             ]
         )
         found = decide(Sampled(False, other, wins, np.array([2, 2])))
-        products.append(found.rise + found.fall)
+        of_halves = [decide(Sampled(False, other, np.stack([half, half]), np.array([2, 2]))) for half in wins]
+        products.append(of_halves[0].decision * of_halves[1].decision)
     np.testing.assert_allclose(np.mean(products, 0), found.square, rtol=1e-12)
     assert np.ptp([product[0] for product in products]) > 0.01
 
@@ -103,6 +113,26 @@ def test_signs_are_told_apart():
     np.testing.assert_allclose(rise, np.where(decisions > 0, decisions**2, 0), atol=2e-3)
     np.testing.assert_allclose(fall, np.where(decisions < 0, decisions**2, 0), atol=2e-3)
     assert (decisions > 0.05).any() and (decisions < -0.05).any()
+
+
+def test_noise_moves_no_decision_to_the_other_side_beyond_the_half():
+    """With 4 continuations: what one half tells wrongly counts as it is, never below 0."""
+    draw, count = np.random.default_rng(7), 20_000
+    other, rate = np.array([0.9, 0.9]), np.array([0.9, 0.6])  # both decisions are small beside their noise
+    values = [1.0]
+    for one in rate[::-1]:
+        values.insert(0, 0.1 * values[0] + 0.9 * one)
+    square, tries = np.diff(values) ** 2, np.array([2, 2])
+    found = [decide(Sampled(True, other, draw.binomial(tries, rate, (2, 2)), tries)) for _ in range(count)]
+    rise, fall = (np.array([getattr(one, name) for one in found]) for name in ("rise", "fall"))
+    error = 4.5 * (rise + fall).std(0) / np.sqrt(count)
+    assert (abs((rise + fall).mean(0) - square) < error).all()
+    # the definition: what half of the continuations says of the sign, here by going through all its outcomes
+    for t in (0, 1):
+        halves = [one.decision[t] for one in (decide(Sampled(True, other, np.stack([w, w]), tries)) for w in PAIRS)]
+        chance = [np.prod(binomial(2, rate, w)) for w in PAIRS]
+        positive = sum(p * ((half > 0) + 0.5 * (half == 0)) for p, half in zip(chance, halves, strict=True))
+        assert abs(rise.mean(0)[t] - positive * square[t]) < error[t] and 0.05 < positive < 0.95
 
 
 def test_decisions_add_up_to_the_variance_of_the_reward():
@@ -209,7 +239,7 @@ def test_noise_moves_the_area_of_the_top_tenth_and_not_that_of_the_decisions():
     assert ranked / square == pytest.approx(0.5, abs=0.03) and right / pairs > 0.65
 
 
-def test_the_ceiling_is_that_of_the_planted_tokens():
+def test_the_oracle_selects_the_planted_tokens():
     other = np.full(20, 0.5)
     rate = np.linspace(0.45, 0.5, 20)
     rate[[3, 11]] = 0.0, 0.1
@@ -217,7 +247,7 @@ def test_the_ceiling_is_that_of_the_planted_tokens():
     for _ in range(200):
         tries = np.full(20, 30)
         sampled = Sampled(True, other, draw.binomial(tries, rate, (2, 20)), tries)
-        for name, one in ceiling(sampled, 0.1, np.zeros(20)).items():
+        for name, one in oracle(sampled, 0.1, np.zeros(20)).items():
             sums[name] = sums.get(name, 0.0) + one
     values = [1.0]
     for one in rate[::-1]:
@@ -226,6 +256,24 @@ def test_the_ceiling_is_that_of_the_planted_tokens():
     best = np.sort(square)[-2:].sum() / square.sum()
     assert sums["selected"] == 200 * 2
     assert 0.6 * best < sums["square selected"] / sums["square"] < best + 0.01
+
+
+def test_the_oracle_selects_within_each_tenth_where_that_is_held_equal():
+    """Every other token decides much: the best of each tenth hold as much over chance as the best of all."""
+    count = 40
+    other = np.full(count, 0.02)
+    rate = np.where(np.arange(count) % 2, 0.0, 1.0)
+    tries = np.full(count, 50)
+    sums = oracle(Sampled(True, other, np.stack([tries * rate] * 2), tries), 0.25, np.arange(count))
+    values = [1.0]
+    for one in rate[::-1]:
+        values.insert(0, 0.98 * values[0] + 0.02 * one)
+    square = np.diff(values) ** 2
+    for name in ("in tenths", "at entropy"):  # four tokens each, of which the one that decides most is selected
+        best = square.reshape(10, 4).max(1)
+        assert sums[f"square selected {name}"] == pytest.approx(best.sum(), rel=1e-9)
+        assert sums[f"square by chance {name}"] == pytest.approx(square.sum() / 4, rel=1e-9)
+    assert sums["square selected"] == pytest.approx(np.sort(square)[-10:].sum(), rel=1e-9)
 
 
 # ---- continuations ---------------------------------------------------------------------------------------------------
@@ -290,6 +338,22 @@ def test_values_are_those_of_all_continuations(model):
         assert truth[-1] == result["solved"] and max(abs(np.diff(truth))) > 0.1
 
 
+def test_entropies_are_those_of_the_policy_at_its_temperature(model):
+    study, prompt, tokens = study_of(model, continuations=4), TOKENIZER.encode("3 5 ? 8 >"), [16, 2, 3]
+    (result,) = value.measured(study, [Answer(0, prompt, tokens)])
+    for t, entropy in enumerate(result["entropy"]):
+        probabilities = (model_logits(model, prompt + tokens[:t]) / 1.4).softmax(-1)
+        assert entropy == pytest.approx(torch.special.entr(probabilities).sum().item(), rel=1e-4)
+
+
+def test_a_model_with_few_heads_is_read(tmp_path):
+    few = tiny_model(num_hidden_layers=1)
+    answer = Answer(0, [3, 4, 5, 6], [7, 8, 9])
+    assert few.config.num_attention_heads < 16
+    study = study_of(few, continuations=4, temperature=1.0)
+    assert len(value.measured(study, [answer])[0]["waad"]) == 3
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_tokens_are_drawn_from_the_policy_at_its_temperature(model, shared):
     torch.manual_seed(1)
@@ -347,7 +411,7 @@ def test_the_report_says_what_was_found(setting):
     assert data["answers"] == 4 and data["continuations"] >= 4 * (data["tokens"] - data["certain"])
     assert data["balance"]["value"]["value"] > 0 and data["balance"]["decisions"]["value"] > 0
     assert set(data["strategies"]) == {"all answers", "solved answers"} and len(data["tenths"]) == 10
-    assert set(data["strategies"]["all answers"]) == {*value_judge.STRATEGIES, "ceiling"}
+    assert set(data["strategies"]["all answers"]) == {*value_judge.STRATEGIES, "oracle"}
     assert set(data["signals"]) == set(value_tables.SIGNALS)
     for strategy in value_judge.STRATEGIES:
         assert f"| {strategy} |" in text

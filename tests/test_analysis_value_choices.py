@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from architectures import ARCHITECTURES
 from study_cases import tiny_model
 
 from rhythm_kernels.analysis import value_choices
@@ -42,6 +43,16 @@ def test_every_option_is_compared_and_nothing_with_itself():
     assert thirds == [(0,), (1, 2), (3,)]
     fewer = value_choices.choices_of(study_of(top_fraction=0.2))
     assert len(fewer) == len(choices) - 3 and not any("top_fraction 0.2" in choice.name for choice in fewer)
+
+
+def test_a_hybrid_is_read_in_thirds_of_its_layers_with_attention():
+    study = study_of()
+    study.model = ARCHITECTURES["Qwen3_5"].build("sdpa")  # its attention is in the layers 2 and 5
+    choices = value_choices.choices_of(study)
+    thirds = {choice.name: choice.options.layers for choice in choices if choice.name.endswith("third")}
+    assert thirds == {"layers first third": (2,), "layers last third": (5,)}
+    answers = [Answer(0, [1, 2, 3], [4, 5, 6, 7])]
+    assert len(value_choices.gammas_of(study, answers, choices)) == len(choices)
 
 
 def test_choices_are_read_as_credit_reads_them():

@@ -45,5 +45,8 @@ def bootstrap(
 
 
 def share(hits: np.ndarray, trials: np.ndarray) -> np.ndarray:
-    """Returns hits / trials, the statistic of most numbers in the reports; NaN without trials."""
-    return np.where(np.abs(trials) > ROUNDING, hits / trials, np.nan)
+    """Returns hits / trials, the statistic of most numbers in the reports; NaN where the trials are not above 0.
+
+    A sum of unbiased estimates may be negative, and a share of it means nothing.
+    """
+    return np.where(trials > ROUNDING, hits / trials, np.nan)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
 from rhythm_kernels.analysis.profile import correlations, profile, tables
 from rhythm_kernels.analysis.reading import read
-from rhythm_kernels.analysis.receivers import FEWEST_ROWS
-from rhythm_kernels.analysis.sources import RECEIVERS, token_texts
+from rhythm_kernels.analysis.receivers import FEWEST_ROWS, RECEIVERS
+from rhythm_kernels.analysis.sources import token_texts
 from rhythm_kernels.analysis.study import (
     INTERVALS,
     Answer,

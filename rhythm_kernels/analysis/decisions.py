@@ -46,9 +46,10 @@ class Decisions(NamedTuple):
     square: np.ndarray
     """[n]: d_t^2. May be negative."""
     rise: np.ndarray
-    """[n]: d_t^2 where d_t is positive, as one half of the continuations tells; rise + fall has no bias."""
+    """[n]: d_t^2 by one half of the continuations, where d_t is positive by the other half. Its expectation is d_t^2
+    times the probability that a half tells so: half of d_t^2 where noise hides the sign. rise + fall has no bias."""
     fall: np.ndarray
-    """[n]: d_t^2 where d_t is negative."""
+    """[n]: the same where d_t is negative."""
     spread: float
     """V_0 (1 - V_0): the variance of the reward. Over answers of the policy it equals the mean sum of d_t^2."""
 
@@ -61,34 +62,42 @@ def decide(sampled: Sampled) -> Decisions:
     of variance v the product of one pair of halves has the variance 4 d^2 v + 4 v^2, and the mean over all pairs some
     4 d^2 v + 2 v^2. Neighbours share V_t, so their errors correlate; intervals come from a bootstrap over problems.
     """
-    halves = [_estimate(sampled, wins, sampled.tries)[1] for wins in sampled.wins]
+    halves = [_estimate(sampled, wins, sampled.tries) for wins in sampled.wins]
     value, decision, value_noise, noise = _estimate(sampled, sampled.wins.sum(0), 2 * sampled.tries)
-    product = halves[0] * halves[1]
-    rise = product * np.mean([half > 0 for half in halves], 0)
+    squares = [half**2 - variance for _, half, _, variance in halves]
+    positive = [(1 + np.sign(half)) / 2 for _, half, _, _ in halves]
+    rise = (squares[0] * positive[1] + squares[1] * positive[0]) / 2
     return Decisions(
         value=value,
         decision=decision,
         noise=noise,
         square=decision**2 - noise,
         rise=rise,
-        fall=product - rise,
+        fall=sum(squares) / 2 - rise,
         spread=float(value[0] - value[0] ** 2 + value_noise[0]),
     )
 
 
-def ceiling(sampled: Sampled, top_fraction: float, entropy: np.ndarray) -> dict[str, float]:
-    """Returns the sums of `shares` for the tokens with the largest |d_t|: what no selection of so many can surpass.
+def oracle(sampled: Sampled, top_fraction: float, entropy: np.ndarray) -> dict[str, float]:
+    """Returns the sums of `shares` for the tokens that decide most, as far as half of the continuations tells.
 
-    One half of the continuations ranks the tokens and the other is counted, in both ways, so that the tokens are not
-    selected by the noise that is counted. They are those of the largest estimates, and so hold a little less than the
-    best.
+    The first half ranks the tokens by |d_t| and the second is counted, then the other way round, so that the tokens are
+    not selected by the noise that is counted. They are those of the largest estimates, so they hold less than the best:
+    the less, the fewer the continuations. For what is held against chance within a tenth, that fraction of each tenth
+    is selected.
     """
     sums: dict[str, float] = {}
     for ranking, counted in (sampled.wins, sampled.wins[::-1]):
-        ranked = _estimate(sampled, ranking, sampled.tries)[1]
+        size = abs(_estimate(sampled, ranking, sampled.tries)[1])
         _, decision, _, noise = _estimate(sampled, counted, sampled.tries)
-        gamma = 1.0 + largest(abs(ranked), top_fraction)
-        for name, value in _sums(gamma, decision**2 - noise, entropy).items():
+        found = _sums(1.0 + largest(size, top_fraction), decision**2 - noise, entropy)
+        for name, group in groups_of(entropy).items():
+            selected = np.zeros(len(size), dtype=bool)
+            for one in range(TENTHS):
+                selected[group == one] = largest(size[group == one], top_fraction)
+            of_group = _sums(1.0 + selected, decision**2 - noise, entropy)
+            found |= {key: of_group[key] for key in (f"square selected {name}", f"square by chance {name}")}
+        for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value / 2
     return sums
 
@@ -143,6 +152,11 @@ def tenths(count: int) -> np.ndarray:
     return np.arange(count) * TENTHS // count
 
 
+def groups_of(entropy: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the group of each token, from 0 to TENTHS - 1: the tenth of the answer, and the tenth by entropy, [n]."""
+    return {"in tenths": tenths(len(entropy)), "at entropy": (ranks(entropy) * TENTHS).astype(int)}
+
+
 def shares(gamma: np.ndarray, decisions: Decisions, entropy: np.ndarray) -> dict[str, float]:
     """Returns sums over one answer, of which the report's shares are ratios.
 
@@ -163,21 +177,20 @@ def shares(gamma: np.ndarray, decisions: Decisions, entropy: np.ndarray) -> dict
 def _sums(gamma: np.ndarray, square: np.ndarray, entropy: np.ndarray) -> dict[str, float]:
     selected, credit = gamma > 1, gamma - 1
 
-    def by_chance(group: np.ndarray) -> float:
-        count, chosen, held = (np.bincount(group, one, TENTHS) for one in (None, selected, square))
-        return chosen / np.maximum(1, count) @ held
-
-    return {
+    sums = {
         "tokens": float(len(gamma)),
         "selected": float(selected.sum()),
         "square": square.sum(),
         "square selected": square[selected].sum(),
         "square by chance": square.sum() * selected.mean(),
-        "square by chance in tenths": by_chance(tenths(len(gamma))),
-        "square by chance at entropy": by_chance((ranks(entropy) * TENTHS).astype(int)),
         "square credited": credit @ square,
         "square credited by chance": credit.mean() * square.sum(),
     }
+    for name, group in groups_of(entropy).items():
+        count, chosen, held = (np.bincount(group, one, TENTHS) for one in (None, selected, square))
+        sums[f"square selected {name}"] = sums["square selected"]
+        sums[f"square by chance {name}"] = chosen / np.maximum(1, count) @ held
+    return sums
 
 
 def by_tenth(weights: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from rhythm_kernels.analysis.receivers import column_moments, counted_columns, receiver_heads
+from rhythm_kernels.analysis.receivers import RECEIVERS, column_moments, counted_columns, receiver_heads
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.credit.selection import find_peaks
 from rhythm_kernels.credit.tokens import CoupledSets, coupled_sets, token_credit
@@ -41,7 +41,7 @@ class Reading(NamedTuple):
     receiver_fai: Tensor
     """[T] fp32: FAI of the receiver heads, from the next token to the last; 0 without receiver heads."""
     entropy: Tensor
-    """[T] fp32, nats: entropy of the distribution that the token was drawn from; 0 outside R."""
+    """[T] fp32, nats: entropy of the policy's distribution of the token, at the temperature of `read`; 0 outside R."""
     waad_peaks: Tensor
     """[T] bool: the peaks of WAAD, as of FAI and receiver-head FAI below."""
     fai_peaks: Tensor
@@ -76,8 +76,9 @@ def read(
     response: Tensor,
     *,
     layers: int | str | list[int] = "all",
-    receivers: int = 16,
+    receivers: int | None = None,
     min_quantile: float = 0.0,
+    temperature: float = 1.0,
 ) -> Reading:
     """Reads one sequence in one forward; memory grows with T, not with its square.
 
@@ -86,8 +87,9 @@ def read(
         ids: [T] int64, prompt and answer, on the model's device.
         response: [T] bool, R: the answer. It must not hold the first token, which was not drawn from the model.
         layers: the layers that WAAD and FAI are read in, as in `collect`. Spans and kurtosis are of all layers.
-        receivers: the number of receiver heads among the heads of all layers.
+        receivers: the number of receiver heads among the heads of all layers; by default 16, or all of fewer.
         min_quantile: peaks below this quantile of R do not count, as in `find_peaks`.
+        temperature: the one that the entropies are taken at.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value, R is empty, or `collect` refuses the model.
@@ -102,13 +104,14 @@ def read(
     decoder = decoder_of(model)
     all_layers = softmax_layers(decoder)
     heads = query_heads(decoder)
+    receivers = min(RECEIVERS, len(all_layers) * heads) if receivers is None else receivers
     check_int("receivers", receivers, 1, len(all_layers) * heads)
     mask = response[None]
     with (
         collect(model, layers=layers, response_mask=mask, span_rows=None) as credit,
         collect(model, layers=all_layers, response_mask=mask, span_rows=None, horizon=TO_THE_END) as whole,
     ):
-        entropy = _entropies(model, ids, response)
+        entropy = _entropies(model, ids, response, temperature)
     rhythm = credit.rhythm()
     groups = HeadGroups(*(group[0] for group in rhythm.groups))
     to_the_end = rhythm_of({layer: whole.stats[layer] for layer in credit.layers}, whole.layout, groups=groups)
@@ -150,8 +153,8 @@ def read(
     return reading._replace(**{name: x.cpu() for name, x in reading._asdict().items() if isinstance(x, Tensor)})
 
 
-def _entropies(model: nn.Module, ids: Tensor, response: Tensor) -> Tensor:
-    """Runs the model's one forward and returns `Reading.entropy`, at temperature 1."""
+def _entropies(model: nn.Module, ids: Tensor, response: Tensor, temperature: float) -> Tensor:
+    """Runs the model's one forward and returns `Reading.entropy`."""
     hidden = []
     hook = decoder_of(model).register_forward_hook(lambda _, args, output: hidden.append(output[0]))
     try:
@@ -174,6 +177,6 @@ def _entropies(model: nn.Module, ids: Tensor, response: Tensor) -> Tensor:
         )
     entropy = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
     for part in positions.split(max(1, MOST_LOGITS // output.weight.shape[0])):
-        log_probs = logits_of(hidden[0][0, part - 1]).log_softmax(-1)
+        log_probs = logits_of(hidden[0][0, part - 1]).div(temperature).log_softmax(-1)
         entropy[part] = -(log_probs.exp() * log_probs).sum(-1)
     return entropy

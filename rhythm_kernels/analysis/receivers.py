@@ -15,6 +15,8 @@ from torch import Tensor
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.tensor_checks import check_tensor
 
+RECEIVERS = 16
+"""The number of receiver heads if nothing else is asked for; all heads of a model with fewer."""
 FEWEST_ROWS = 32
 """A column counts where at least so many rows look back at it: a mean over fewer mostly shows their distance."""
 

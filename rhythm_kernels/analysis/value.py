@@ -47,7 +47,8 @@ def _measured(study: Study, answers: list[Answer]) -> list[dict[str, Any]]:
     for number, answer in enumerate(answers):
         begin, count = len(answer.prompt), len(answer.tokens)
         ids = torch.tensor(answer.prompt + answer.tokens, device=model.device)
-        reading = read(model, ids, torch.arange(len(ids), device=ids.device) >= begin, layers=args.layers)
+        response = torch.arange(len(ids), device=ids.device) >= begin
+        reading = read(model, ids, response, layers=args.layers, temperature=args.temperature)
         output = model(ids[None, :-1], use_cache=True, logits_to_keep=count)
         caches.append(output.past_key_values if study.vllm is None else None)
         logits = output.logits[0].float() / args.temperature

@@ -38,7 +38,7 @@ THIRDS = ("first", "middle", "last")
 RATIOS = {
     "over chance": ("square selected", "square by chance"),
     "credited over chance": ("square credited", "square credited by chance"),
-    "over chance at entropy": ("square selected", "square by chance at entropy"),
+    "over chance at entropy": ("square selected at entropy", "square by chance at entropy"),
 }
 
 
@@ -53,10 +53,10 @@ class Choice(NamedTuple):
 
 def choices_of(study: Study) -> list[Choice]:
     """Returns the choices of each strategy, first that of the study's own flags; what they say already is left out."""
-    args, count = study.args, len(softmax_layers(decoder_of(study.model)))
-    bounds = [round(count * third / 3) for third in range(4)]
+    args, there = study.args, softmax_layers(decoder_of(study.model))
+    bounds = [round(len(there) * third / 3) for third in range(4)]
     layers = {"all": "all"} | {
-        f"{name} third": tuple(range(first, last))
+        f"{name} third": tuple(there[first:last])
         for name, first, last in zip(THIRDS, bounds[:-1], bounds[1:], strict=True)
         if first < last
     }

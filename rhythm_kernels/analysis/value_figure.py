@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rhythm_kernels.analysis.decisions import TENTHS, by_tenth
 from rhythm_kernels.analysis.style import COLORS, hide_frame
 from rhythm_kernels.analysis.value_judge import STRATEGIES, Judged
-from rhythm_kernels.analysis.value_tables import ALL, CEILING, Tables
+from rhythm_kernels.analysis.value_tables import ALL, ORACLE, Tables
 
 COLOR_OF = {
     "coupled": COLORS["coupled"],
@@ -17,7 +17,7 @@ COLOR_OF = {
     "local": COLORS["waad"],
     "entropy": COLORS["entropy"],
     "random": COLORS["soft"],
-    CEILING: COLORS["grid"],
+    ORACLE: COLORS["grid"],
 }
 
 

@@ -37,18 +37,22 @@ EXPLAINED = [
     "among the tokens of coupled credit. *Place held equal* divides by what as many tokens at random places of each "
     "tenth of the answer would hold: above 1, a strategy knows more than where in the answer decisions are made. "
     "*Entropy held equal* draws as many tokens from each tenth of the answer's tokens by their entropy: above 1, it "
-    "knows more than where the policy is uncertain, without which nothing is decided (|d| ≤ 1 - p). The *ceiling* are "
-    "the tokens with the largest |d| by one half of the continuations, counted by the other half.",
+    "knows more than where the policy is uncertain, without which nothing is decided (|d| ≤ 1 - p).",
+    "The *oracle* selects the tokens with the largest |d| by one half of the continuations, and is counted by the "
+    "other half; *held equal*, it selects that fraction of each tenth. The fewer the continuations, the less it holds "
+    "of what the best tokens hold, so a strategy may surpass it.",
     "Training raises positive advantages alone, those of solved answers. There the *gain* is the share of the value's "
-    "net rise, from that of the prompt to 1, on the selected tokens. *Positive* and *negative* are shares of the d² "
-    "of decisions whose sign one half of the continuations tells, in the product of both halves.",
+    "net rise, from that of the prompt to 1, on the selected tokens. *Positive* and *negative* are shares of the d² of "
+    "decisions that raise and lower the value, by the sign that one half of the continuations tells and the square of "
+    "the other half. A decision whose sign the noise hides counts by half on either side.",
     "d is estimated as (1 - p) (V - W): p is the probability of the token, V the value after it, and W the value with "
     "another token in its place. d² is the square of that less the variance of its noise, the mean over all ways to "
-    "halve the continuations of the product of both halves, and has no bias. *Area, decisions*: the area under the "
-    "share of the decisions that the tokens with the largest signal hold, over the share of tokens; it is linear in d² "
-    f"and has no bias from noise. *Area, top tenth*: the area under the ROC for the {TOP:.0%} of an answer's tokens "
-    "with the largest estimate of |d|. Noise puts wrong tokens into that tenth, most of all uncertain ones, which "
-    f"favours the entropy. Both are 0.5 for a signal that tells nothing. {INTERVALS}",
+    "halve the continuations of the product of both halves, and has no bias. A share is left out where the sum that it "
+    "is of is not above 0. *Area, decisions*: the area under the share of the decisions that the tokens with the "
+    "largest signal hold, over the share of tokens; it is linear in d² and has no bias from noise. *Area, top "
+    f"tenth*: the area under the ROC for the {TOP:.0%} of an answer's tokens with the largest estimate of |d|. Noise "
+    "puts wrong tokens into that tenth, most of all uncertain ones, which favours the entropy. Both are 0.5 for a "
+    f"signal that tells nothing. Entropy is that of the policy at the temperature of the answers. {INTERVALS}",
 ]
 
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rhythm_kernels.analysis.bootstrap import Estimate, bootstrap, share
-from rhythm_kernels.analysis.decisions import TENTHS, areas, by_tenth, ceiling, columns, shares
+from rhythm_kernels.analysis.decisions import TENTHS, areas, by_tenth, columns, oracle, shares
 from rhythm_kernels.analysis.value_judge import STRATEGIES, Judged
 
-CEILING = "ceiling"
+ORACLE = "oracle"
 """The tokens that decide most, as far as half of the continuations tells."""
 SIGNALS = {
     "waad": "WAAD",
@@ -63,7 +63,7 @@ def tables_of(answers: list[Judged], top_fraction: float, seed: int) -> Tables:
 
 
 def share_table(answers: list[Judged], top_fraction: float, seed: int) -> dict[str, dict[str, Estimate]]:
-    """Returns the numbers of each strategy, and of the ceiling, by name, each an estimate over problems.
+    """Returns the numbers of each strategy, and of the oracle, by name, each an estimate over problems.
 
     They are the share of the tokens that it selects; the share of the decisions (the sum of d_t^2) on them, what chance
     would have, and the one over the other; the decisions that a unit of credit meets over those that it would meet
@@ -77,8 +77,8 @@ def share_table(answers: list[Judged], top_fraction: float, seed: int) -> dict[s
         "chance": ("square by chance", "square"),
         "over chance": ("square selected", "square by chance"),
         "credited over chance": ("square credited", "square credited by chance"),
-        "over chance in tenths": ("square selected", "square by chance in tenths"),
-        "over chance at entropy": ("square selected", "square by chance at entropy"),
+        "over chance in tenths": ("square selected in tenths", "square by chance in tenths"),
+        "over chance at entropy": ("square selected at entropy", "square by chance at entropy"),
         "positive": ("rise selected", "rise"),
         "negative": ("fall selected", "fall"),
         "gain": ("gain selected", "gain"),
@@ -87,7 +87,7 @@ def share_table(answers: list[Judged], top_fraction: float, seed: int) -> dict[s
         name: [shares(one.gammas[name], one.decisions, one.signals["entropy"]) for one in answers]
         for name in STRATEGIES
     }
-    sums[CEILING] = [ceiling(one.sampled, top_fraction, one.signals["entropy"]) for one in answers]
+    sums[ORACLE] = [oracle(one.sampled, top_fraction, one.signals["entropy"]) for one in answers]
     return {
         strategy: {name: bootstrap(columns(rows, *pair), share, seed=seed) for name, pair in ratios.items()}
         for strategy, rows in sums.items()
