@@ -1,6 +1,7 @@
 """Bootstrap intervals over problems: how far a number may move when other problems of the same kind are drawn."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +32,7 @@ def bootstrap(
     columns = np.asarray(columns, dtype=np.float64)
     if not len(columns):
         return Estimate(np.nan, np.nan, np.nan)
-    counts = np.random.default_rng(seed).multinomial(
-        len(columns), np.full(len(columns), 1 / len(columns)), size=resamples
-    )  # [resamples, n]: how often each problem is drawn
+    counts = _draws(len(columns), seed, resamples)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(*columns.sum(0)))
         resampled = np.asarray(statistic(*(counts @ columns).T))
@@ -42,6 +41,13 @@ def bootstrap(
     if len(columns) > 1 and len(resampled) and np.isfinite(value):
         low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
+
+
+@lru_cache(4)  # a report draws the same for each of its numbers
+def _draws(problems: int, seed: int, resamples: int) -> np.ndarray:
+    """Returns how often each problem is drawn, [resamples, problems] fp64."""
+    even = np.full(problems, 1 / problems)
+    return np.random.default_rng(seed).multinomial(problems, even, size=resamples).astype(np.float64)
 
 
 def share(hits: np.ndarray, trials: np.ndarray) -> np.ndarray:
