@@ -187,7 +187,7 @@ def _key_tiles(
             distance += _past(t - start, LANES) * tile_total - ahead
         if USE_ENTROPY:
             below = _beside_keys(highest, LANES) - (scores if SCALE_FIRST else scores * factor)
-            below = tl.where(below < NO_WEIGHT, below, 0.0)  # a weight of 0 times an infinity would be NaN
+            below = tl.minimum(below, NO_WEIGHT)  # a weight of 0 times an infinity would be NaN
             surprise += _sum_of_products(weights, below, LANES, ROUNDED)
         if USE_OUT:
             value = load_tile(v, stride_vt, start, end, PADDED_V, BLOCK_DV, BLOCK_N, WHOLE)
