@@ -10,7 +10,7 @@ from compare_cases import STEPS, make_grid, make_run, settings
 from scipy import stats
 
 from rhythm_kernels.options import STRATEGIES
-from train.compare import scores
+from train.compare import figures, scores
 from train.compare.__main__ import main
 from train.compare.cells import CELLS, Groups, choose_cells, label, name_cells
 from train.compare.runs import find_runs, is_finished
@@ -360,6 +360,17 @@ def test_random_credit_is_compared_where_as_many_tokens_are_credited(tmp_path):
     assert (
         len(against) == 2 and "coupled" in against[1].split("\n\n")[1] and "entropy" not in against[1].split("\n\n")[1]
     )
+
+
+def test_the_figure_has_the_differences_of_each_seed(tmp_path):
+    make_grid(tmp_path, {"none": [0.0, 0.1], "coupled": [0.3, 0.05, 0.2]})
+    table = scores.evaluations_of(find_runs([tmp_path]), 0.2)
+    table["difference"] = figures._differences(table)
+    last = table[(table["step"] == 4) & (table["set"] == "sampled")].set_index(["cell", "seed"])["difference"]
+    assert last["none"].tolist() == [0.0, 0.0]
+    assert last["coupled"].tolist() == pytest.approx([0.3, -0.05, math.nan], nan_ok=True)
+    alone = table[table["cell"] == "coupled"]
+    assert figures._differences(alone).isna().all()
 
 
 def test_a_run_without_steps_is_finished_by_its_second_evaluation():
