@@ -1,7 +1,9 @@
 """Tests the limits of models: the positions and token ids that they take, and weights that are no numbers."""
 
+import models
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BloomConfig,
     Gemma3TextConfig,
@@ -13,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rhythm_kernels.fit import broken_weight, embedding_rows, most_positions
+from rhythm_kernels.fit import broken_weight, embedding_rows, load_whole, most_positions
 
 
 def llama(**rope) -> LlamaConfig:
@@ -50,3 +52,21 @@ def test_a_weight_that_is_no_number_is_named(value):
     with torch.no_grad():
         model.model.embed_tokens.weight[39, 3] = value  # a row that no prompt may ever ask for
     assert broken_weight(model) == "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("harm", ["none", "lacks", "shape"])
+def test_a_model_is_loaded_with_all_its_weights_or_not_at_all(tmp_path, harm, tied):
+    models.llama(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(file)
+    expected = weights.pop(name)
+    if harm != "lacks":
+        weights[name] = expected if harm == "none" else torch.zeros(3, 3)
+    save_file(weights, file, {"format": "pt"})
+    if harm == "none":
+        assert torch.equal(load_whole(tmp_path).state_dict()[name], expected)
+        return
+    said = f"its checkpoint lacks {name}$" if harm == "lacks" else "a weight has another shape than its configuration"
+    with pytest.raises(ValueError, match=said):
+        load_whole(tmp_path)

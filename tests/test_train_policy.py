@@ -9,7 +9,7 @@ import train.policy
 from rhythm_kernels import GroupSchedule, collect
 from train.batch import pack
 from train.distributed import World, weights_of, whole, whole_weights
-from train.loading import check_head, check_packing, load_policy
+from train.loading import check_head, check_packing, load_model, load_policy
 from train.policy import Policy, token_log_probs
 from train.reading import Reader, read_batch, read_log_probs
 from train.setup import open_run
@@ -257,6 +257,18 @@ def test_logits_that_are_made_otherwise_are_refused():
     for model in (ignores, changes):
         with pytest.raises(ValueError, match="--model must have logits that are its output layer's, scaled.*Llama"):
             check_head(model)
+
+
+def test_a_model_whose_generation_settings_cannot_be_saved_is_mended_or_refused(tmp_path):
+    make_policy().model.save_pretrained(tmp_path / "model")
+    settings_file = tmp_path / "model" / "generation_config.json"
+    settings_file.write_text('{"top_p": 0.8, "temperature": 0.7}')  # of sampling, which is not switched on
+    loaded = load_model(tmp_path / "model")
+    loaded.save_pretrained(tmp_path / "again")
+    assert loaded.generation_config.do_sample and (tmp_path / "again" / "model.safetensors").exists()
+    settings_file.write_text('{"num_beams": 1, "early_stopping": true}')
+    with pytest.raises(ValueError, match="--model must have a generation_config that transformers can save"):
+        load_model(tmp_path / "model")
 
 
 def test_a_model_that_shows_no_decoder_is_refused():

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import train.attention  # noqa: F401  registers "packed"
-from rhythm_kernels.fit import broken_weight
+from rhythm_kernels.fit import broken_weight, load_whole
 from rhythm_kernels.logits import logit_scale
 from train.batch import pack, take
 from train.config import BadSetting, Config, Model
@@ -49,15 +49,34 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attent
     """Returns a saved model in evaluation mode, without dropout.
 
     Raises:
-        BadSetting: a weight is NaN or infinite.
+        BadSetting: a weight is NaN or infinite, or its generation settings contradict each other.
+        ValueError: those of `load_whole`.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = load_whole(folder, dtype=dtype, attn_implementation=attention)
+    _let_it_be_saved(model)
     for parameter in model.parameters():
         # A mapped file may have an alignment that differs between processes, and with it the last bits of sums.
         parameter.data = parameter.data.clone()
     if name := broken_weight(model):
         raise BadSetting(f"--model must have finite weights, got {str(folder)!r}, whose {name} holds NaN or infinity")
     return _without_dropout(model).eval()
+
+
+def _let_it_be_saved(model: PreTrainedModel) -> None:
+    """Makes generation settings valid, without which transformers saves no checkpoint.
+
+    Many models come with a temperature or a top_p and without do_sample, to which these belong. The trainer itself
+    reads none of them.
+    """
+    settings = model.generation_config
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            raise BadSetting(f"--model must have a generation_config that transformers can save: {error}") from error
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rhythm_kernels.analysis.decoding import grouped_decoding, own_distribution
 from rhythm_kernels.analysis.receivers import RECEIVERS
 from rhythm_kernels.analysis.vllm_process import LEAST_TEMPERATURE
 from rhythm_kernels.checks import check_float, check_int
-from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, most_positions
+from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, load_whole, most_positions
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.taps import decoder_of, query_heads, softmax_layers
 
@@ -64,7 +64,7 @@ def load(
             if name != SMOLLM2:  # whose prompts begin without one
                 tokenizer.add_bos_token = begins_with_bos(file)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            model = load_whole(name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except SafetensorError as error:
         raise ValueError(f"the model's weights are damaged, got {name!r}: {error}") from error
@@ -86,7 +86,7 @@ def _load_gguf(file: Path, dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     """Returns the model and the tokenizer of a GGUF file, as `load` does."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {str(file)!r}")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    model = load_whole(file.parent, gguf_file=file.name, dtype=dtype)
     model.hf_quantizer, model.is_quantized = None, False  # the weights are no longer quantized: it can be saved
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
