@@ -215,6 +215,7 @@ def test_gold_is_what_can_be_earned(answer, gold):
         ("} 5 {", "cannot be earned"),
         ("1" * 2001, "2001 characters"),
         ("First we add the apples and then we take away the pears that were eaten", "prose of"),
+        ("(" * 100_000, "100000 characters"),
         (["5", "?"], "says nothing"),
         ([], "the answer is empty"),
     ],

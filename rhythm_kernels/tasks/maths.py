@@ -14,7 +14,16 @@ from types import ModuleType
 
 from rhythm_kernels.tasks import answers
 from rhythm_kernels.tasks.forms import normalise
-from rhythm_kernels.tasks.types import BadRow, Problem, UnusableRow, last_boxed, require_earnable, require_text, shorten
+from rhythm_kernels.tasks.types import (
+    BadRow,
+    Problem,
+    UnusableRow,
+    last_boxed,
+    require_earnable,
+    require_short,
+    require_text,
+    shorten,
+)
 
 INSTRUCTION = "Reason step by step, and put the final answer inside \\boxed{}."
 LONGEST_TEXT = 8  # words of an answer that is no formula; more are an explanation
@@ -67,6 +76,7 @@ def _gold(item) -> str:
     inner = text[1:-1]
     text = inner.strip() if text[0] == text[-1] == "$" and inner.strip() and "$" not in inner else text
     text = last_boxed(text) or text  # a whole solution, or an answer in a box of its own
+    require_short(text)
     normal, is_understood = normalise(text), answers.is_understood(text)
     if (not re.search(r"\w", normal) and not is_understood) or normal.casefold() in ("nan", "n/a"):
         raise UnusableRow(f"the answer {shorten(text)} says nothing")

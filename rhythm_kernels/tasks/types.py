@@ -64,10 +64,15 @@ def shorten(value, most: int = 160) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def require_earnable(gold: str, answer: str, verify: Callable[[str, str], float]):
-    r"""Raises UnusableRow where a completion that boxes the gold itself would not be paid for."""
+def require_short(gold: str):
+    """Raises UnusableRow for an answer too long to be read, which takes a time that grows with its square."""
     if len(gold) > LONGEST_BOX:
         raise UnusableRow(f"the answer has {len(gold)} characters, more than {LONGEST_BOX}")
+
+
+def require_earnable(gold: str, answer: str, verify: Callable[[str, str], float]):
+    r"""Raises UnusableRow where a completion that boxes the gold itself would not be paid for."""
+    require_short(gold)
     if verify(f"\\boxed{{{gold}}}", answer) != 1.0:
         raise UnusableRow(f"the answer {shorten(gold)} cannot be earned: it is not equal to itself in a box")
 
