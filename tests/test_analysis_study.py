@@ -6,13 +6,16 @@ import shlex
 
 import numpy as np
 import pytest
-from study_cases import run, tiny_folder
+from study_cases import run, tiny_folder, tiny_model
+from transformers import ByT5Tokenizer
 
 from rhythm_kernels.analysis import couple, perturb, study, value
 from rhythm_kernels.analysis.bootstrap import Estimate
 from rhythm_kernels.analysis.resume import Log
-from rhythm_kernels.analysis.sources import encode_prompt, layer_names, load
+from rhythm_kernels.analysis.sources import encode_prompt, end_tokens, layer_names, load
 from rhythm_kernels.analysis.study import shown
+from train.presets import load_preset
+from train.problems import Prompts, stop_ids
 from train.words import build_tokenizer
 
 STUDIES = {"couple": couple.main, "perturb": perturb.main, "value": value.main}
@@ -238,3 +241,19 @@ def test_what_is_not_this_log_is_refused(tmp_path):
         with pytest.raises(ValueError, match="not the log of a study"):
             open_log(path)
         assert path.read_text() == other
+
+
+def test_an_answer_ends_where_one_ends_in_the_trainer(tmp_path):
+    """At the tokenizer's end, at the model's, and at the end of a turn that the chat template writes."""
+    model, tokenizer = tiny_model(vocab_size=270), ByT5Tokenizer(extra_ids=0)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}<|end|>{% endfor %}"
+    turn, other = tokenizer.convert_tokens_to_ids("<|end|>"), 7
+    for named in (None, other, [other, turn]):
+        model.generation_config.eos_token_id = named
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        ends = end_tokens(load(str(tmp_path))[0])
+        assert ends == {tokenizer.eos_token_id, turn} | ({other} if named else set())
+        prompts = Prompts(tokenizer, load_preset("countdown-smoke"), stop_ids(str(tmp_path), tokenizer))
+        assert ends == set(prompts.stops)

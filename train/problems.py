@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from rhythm_kernels.fit import embedding_rows, most_positions
+from rhythm_kernels.stops import end_of_turn, ends_of_text
 from rhythm_kernels.tasks import BadSet, Problem
 from rhythm_kernels.tasks.sets import SETS, drop_overlap, find_set, load_set
 from train import words
@@ -198,30 +199,13 @@ def check_fit(model: str, prompts: Prompts, config: Config) -> None:
         )
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns the special token that the chat template writes right after an assistant's message, if there is one.
-
-    It need not be the model's end of a text: Qwen3-Base ends texts with <|endoftext|>, and its template turns with
-    <|im_end|>. An answer would otherwise go on to the length limit.
-    """
-    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template is a program and can raise anything, and may take no assistant's message
-        return set()
-    _, answer, after = text.rpartition("ANSWER")
-    first = tokenizer.encode(after.lstrip(), add_special_tokens=False)[:1] if answer else []
-    added = {token for token, known in tokenizer.added_tokens_decoder.items() if known.special}
-    return set(first) & (added | set(tokenizer.all_special_ids))
-
-
 def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that end a text: the tokenizer's, and those of the model's generation settings."""
     try:
-        named = GenerationConfig.from_pretrained(model).eos_token_id
+        settings = GenerationConfig.from_pretrained(model)
     except OSError:  # the model has no such settings
-        named = None
-    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+        settings = None
+    stops = ends_of_text(settings, tokenizer)
     if not stops:
         raise BadSetting(f"--model must have a token that ends a text, got {model}, whose tokenizer names none")
     return sorted(stops)

