@@ -8,15 +8,16 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from train_cases import ALONE
 from transformers import AutoTokenizer
 
 from rhythm_kernels.tasks import VERIFIERS, Problem, choice, countdown, maths
 from rhythm_kernels.tasks.expression import LONGEST_EXPRESSION, evaluate, split_words
 from rhythm_kernels.tasks.types import LONGEST_BOX, UnusableRow, last_boxed
 from rhythm_kernels.tasks.words import Puzzle
-from train.config import Words
+from train.config import RunError, Words
 from train.presets import PRESETS, load_preset
-from train.supervise import VERSION, warm_start_path
+from train.supervise import VERSION, warm_start, warm_start_path
 from train.words import LARGEST_NUMBER, SIGNS, attempts, build_tokenizer, demonstrate, split_problems
 
 PUZZLE = Puzzle((1, 7, 10), 2)
@@ -117,6 +118,27 @@ def test_a_warm_start_is_kept_under_its_settings_and_the_version_of_its_code(mon
     assert warm_start_path(config, 0) == paths[0]
     monkeypatch.setattr("train.supervise.VERSION", VERSION + 1)
     assert len({*paths, warm_start_path(config, 0)}) == 4
+
+
+def test_a_warm_start_knows_what_is_held_out_and_not_how_its_attention_runs(tmp_path):
+    """Its problems are those that are not evaluated on; a run may go on with another attention."""
+    config, held_out = load_preset("countdown-smoke"), tmp_path / "held-out.jsonl"
+    held_out.write_text('{"numbers": [1, 7, 10], "target": 2}\n')
+    evaluated = config.change(eval_data=(f"words:{held_out}",))
+    paths = [warm_start_path(config, 0), warm_start_path(evaluated, 0)]
+    held_out.write_text('{"numbers": [1, 7, 10], "target": 3}\n')
+    assert len({*paths, warm_start_path(evaluated, 0)}) == 3
+    for changes in ({"attention": "sdpa"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}):
+        assert warm_start_path(config.change(**changes), 0) == paths[0]
+    absent = [config.change(eval_data=(name,)) for name in ("words:absent.jsonl", "absent")]
+    assert all(warm_start_path(one, 0) for one in absent)
+
+
+def test_a_warm_start_that_diverges_is_not_kept(tmp_path):
+    config = load_preset("countdown-smoke").change(sft_learning_rate="1e300", sft_steps=3, cache=str(tmp_path))
+    with pytest.raises(RunError, match=r"diverged, with NaN or infinity in .*: --sft-learning-rate is 1e\+300"):
+        warm_start(config, 0, split_problems(config.words).train, ALONE)
+    assert not list(tmp_path.glob("*/model.safetensors"))
 
 
 def test_demonstrations_are_those_of_the_version():

@@ -23,6 +23,10 @@ MAY_CHANGE = (
 learned only by rounding and by which answers are drawn from the same policy."""
 
 
+SHAPE = ("layers", "hidden_size", "heads", "key_heads", "head_size", "mlp_size")
+"""Settings of a model from scratch."""
+
+
 class BadSetting(ValueError):
     """A flag has a value that it cannot have; the message names the flag and shows the value."""
 

@@ -7,11 +7,20 @@ from dataclasses import fields
 from pathlib import Path
 
 from rhythm_kernels.options import CreditOptions
-from train.config import MAY_CHANGE, BadSetting, Config, Demonstrations, Words, differences, flag_name, settings_of
+from train.config import (
+    MAY_CHANGE,
+    SHAPE,
+    BadSetting,
+    Config,
+    Demonstrations,
+    Words,
+    differences,
+    flag_name,
+    settings_of,
+)
 from train.presets import KINDS, PRESETS, load_preset
 
 OF_WORDS = [f.name for f in fields(Words)]
-SHAPE = ["layers", "hidden_size", "heads", "key_heads", "head_size", "mlp_size"]
 FROM_SCRATCH = [*SHAPE, *(f.name for f in fields(Demonstrations))]
 OF_VLLM, OF_TRANSFORMERS = ["vllm_gpu_memory_utilization"], ["rollout_batch_size"]
 OF_CORRECTION, CORRECTION = ["vllm_importance_sampling_cap"], "--vllm-importance-sampling-correction"

@@ -13,13 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rhythm_kernels.tasks import Problem
-from train.config import BadSetting, Config
+from rhythm_kernels.fit import broken_weight
+from rhythm_kernels.tasks import BadSet, Problem
+from rhythm_kernels.tasks.sets import find_set
+from train.config import SHAPE, BadSetting, Config, RunError
 from train.console import bar, say
 from train.distributed import World
 from train.loading import build_model
@@ -33,10 +36,22 @@ BATCHES_PER_SORT = 16  # demonstrations are sorted by length over this many batc
 
 def warm_start_path(config: Config, seed: int) -> Path:
     """Returns the folder of this configuration's warm start, named by a hash of settings and versions."""
-    settings = [asdict(group) for group in (config.words, config.model, config.demonstrations)]
+    shape = {name: getattr(config.model, name) for name in SHAPE}
+    settings = [asdict(config.words), shape, asdict(config.demonstrations)]
     parts = [*settings, context_length(config), seed, VERSION, torch.__version__]
+    if config.data.eval_data:  # whose problems it is not trained on
+        parts.append([(name, _digest_of(name)) for name in config.data.eval_data])
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Path(config.run.cache) / f"{config.preset}-{digest[:16]}"
+
+
+def _digest_of(name: str) -> str | None:
+    """Returns a hash of the file of a set; None where it has none, or none that a run could read."""
+    try:
+        _, file = find_set(name)
+        return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+    except (OSError, BadSet):
+        return None
 
 
 def context_length(config: Config) -> int:
@@ -78,11 +93,17 @@ def make_warm_start(folder: Path, config: Config, seed: int, problems: list[Prob
     tokenizer = build_tokenizer()
     model = build_model(config.model, tokenizer, context_length(config)).to(device)
     loss = supervise(model, config, seed, problems, tokenizer)
+    if name := broken_weight(model):
+        rate = config.demonstrations.sft_learning_rate
+        raise RunError(f"the warm start diverged, with NaN or infinity in {name}: --sft-learning-rate is {rate:g}")
     say(f"[seed {seed}] warm start: loss {loss:.3f} after {config.demonstrations.sft_steps} steps, kept in {folder}")
     unfinished = folder.with_name(f"{folder.name}.tmp")  # what a process left that was killed is written over
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"could not keep the warm start in --cache {config.run.cache!r}: {error}") from error
 
 
 def supervise(
