@@ -75,8 +75,12 @@ def load_whole(name: str | Path, **options) -> nn.Module:
 
 @torch.no_grad()
 def broken_weight(model: nn.Module) -> str | None:
-    """Returns the name of the first parameter that holds NaN or infinity, None if all are finite."""
+    """Returns the name of the first parameter that holds NaN or infinity, None if all are finite.
+
+    Of a sharded parameter this rank's shard is looked at.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
+        shard = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if shard.is_floating_point() and not shard.isfinite().all():
             return name
     return None

@@ -61,8 +61,12 @@ SOURCES = Path(train.__file__).parent
         (["--eval-temperature", "cold"], "--eval-temperature must be float, got 'cold'"),
         (
             ["--engine", "vllm", "--model", "m", "--eval-temperature", "0.001"],
-            "--eval-temperature must be at least 0.01, got 0.001, with --engine vllm",
+            "--eval-temperature must be at least 0.01, got 0.001",
         ),
+        (["--temperature", "1e-45"], "--temperature must be at least 0.01, got 1e-45"),
+        (["--epsilon-high", "1e300"], "--epsilon-high must be at most 1000000.0, got 1e+300"),
+        (["--reward-timeout", "1e10"], "--reward-timeout must be at most 86400.0, got 10000000000.0"),
+        (["--sft-learning-rate", "1e300"], "--sft-learning-rate must be at most 1.0, got 1e+300"),
         (["--engine", "vllm", "--model", "m", "--temperature", "0.001"], "--temperature must be at least 0.01, got"),
         (["--adam-beta2", "1"], "--adam-beta2 must be below 1, got 1.0"),
         (["--peak-weight", "0"], "--peak-weight must be above 0 and finite, got 0.0"),

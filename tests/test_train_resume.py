@@ -5,18 +5,21 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from compare_cases import make_run
 from test_train_run import digit_share, steps_of, timeless
 from test_train_stop import smoke
+from train_cases import TOKENIZER, make_policy
 
 from rhythm_kernels.tasks import VERIFIERS
 from train.checkpoint import list_checkpoints
 from train.compare.cells import choose_cells
 from train.compare.grid import open_grid
-from train.config import MAY_CHANGE, BadSetting, Config, flag_name
+from train.config import MAY_CHANGE, BadSetting, Config, RunError, flag_name
 from train.flags import parse
 from train.launch import launch
 from train.metrics import FILE
+from train.setup import open_run
 
 CONSTANT = {"final_learning_rate": 1.0, "warmup_steps": 1}
 
@@ -61,6 +64,62 @@ def test_a_run_of_more_steps_is_the_run_that_had_them_from_the_start(tmp_path):
     with pytest.raises(BadSetting, match="--max-steps must be at least the 3 steps that the run has made, got 2"):
         resume(run, "--max-steps", "2")
     assert Config.load(run / "config.json").grpo.max_steps == 3
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path, monkeypatch):
+    """Of one seed, and of seeds that say it in processes of their own."""
+    run = tmp_path / "run"
+    assert launch(smoke(run, max_steps=1)) == 0
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(BadSetting, match="--attention flash_attention_2 needs a package that is not installed"):
+        resume(run, "--attention", "flash_attention_2")
+    assert (run / "config.json").read_bytes() == before
+    resume(run)
+
+    both = tmp_path / "both"
+    assert launch(smoke(both, max_steps=1, seeds=(0, 1))) == 0
+    before = [file.read_bytes() for file in sorted(both.rglob("config.json")) if "checkpoints" not in file.parts]
+    assert launch(*parse(["--resume", str(both), "--attention", "flash_attention_2"])) == 2
+    after = [file.read_bytes() for file in sorted(both.rglob("config.json")) if "checkpoints" not in file.parts]
+    assert len(before) == 3 and before == after
+
+
+def test_the_first_policy_must_be_the_same_where_beta_compares_with_it(tmp_path):
+    for beta in (0.0, 0.1):
+        first, run = tmp_path / f"first {beta}", tmp_path / f"run {beta}"
+        model = make_policy().model
+        model.save_pretrained(first)
+        TOKENIZER.save_pretrained(first)
+        assert launch(smoke(run, model=str(first), max_steps=1, beta=beta, **CONSTANT)) == 0
+        model.lm_head.weight.data += 0.1
+        model.save_pretrained(first)
+        if beta:
+            with pytest.raises(BadSetting, match="--beta compares with the policy that the run began with, but"):
+                resume(run, "--max-steps", "2")
+        else:
+            resume(run, "--max-steps", "2")  # its weights come from the checkpoint
+
+
+def test_a_policy_that_diverged_is_not_saved(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open_run(smoke(folder), folder) as run:
+        run.save(0)
+        run.policy.model.model.norm.weight.data[0] = torch.nan
+        with pytest.raises(RunError, match="the policy diverged by step 1, with NaN or infinity in model.norm.weight"):
+            run.save(1)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-000000"]
+
+
+def test_layers_that_the_model_lacks_are_named_before_it_answers(tmp_path):
+    with pytest.raises(BadSetting, match="--credit-layers: layers must be"):
+        launch(smoke(tmp_path / "run", credit_layers="7,9"))
+
+
+def test_words_that_the_model_does_not_know_are_named(tmp_path):
+    problems = write_problems(tmp_path / "held-out.jsonl", [10**6])
+    with pytest.raises(BadSetting, match="the model's tokenizer cannot read the problem .*1000000"):
+        launch(smoke(tmp_path / "run", eval_data=(f"words:{problems}",)))
 
 
 def test_the_same_output_takes_what_may_change(tmp_path):

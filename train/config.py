@@ -51,7 +51,9 @@ class Data:
     chat_template: bool = flag(True, "put problems into the chat template of the model, if it has one")
     max_prompt_length: int = flag(1024, "most tokens of a problem; longer ones are left out and counted", least=1)
     reward_workers: int = flag(2, "processes that verify maths answers", least=1)
-    reward_timeout: float = flag(10.0, "seconds after which a verification is killed and scores 0", above=0)
+    reward_timeout: float = flag(
+        10.0, "seconds after which a verification is killed and scores 0", above=0, most=86_400.0
+    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Demonstrations:
 
     sft_steps: int = flag(2000, "optimizer steps", least=0)
     sft_batch_size: int = flag(32, "demonstrations in a step", least=1)
-    sft_learning_rate: float = flag(2e-3, "AdamW's largest learning rate; it decays to a tenth", above=0)
+    sft_learning_rate: float = flag(2e-3, "AdamW's largest learning rate; it decays to a tenth", above=0, most=1.0)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class GRPO:
     """GRPO"""
 
     max_steps: int = flag(150, "rollout batches to train on", least=0)
-    learning_rate: float = flag(2e-4, "learning rate of AdamW", above=0)
+    learning_rate: float = flag(2e-4, "learning rate of AdamW", above=0, most=1.0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
     adam_beta1: float = flag(0.9, "AdamW's decay of the mean gradient", least=0, below=1)
     adam_beta2: float = flag(0.999, "AdamW's decay of the mean squared gradient", least=0, below=1)
@@ -135,7 +137,7 @@ class GRPO:
     )
     max_grad_norm: float = flag(1.0, "the gradient is scaled down to this norm", above=0)
     epsilon: float = flag(0.2, "lower clip of the probability ratio: 1 - epsilon", above=0, most=1)
-    epsilon_high: float = flag(0.2, "upper clip of the probability ratio: 1 + epsilon_high", above=0)
+    epsilon_high: float = flag(0.2, "upper clip of the probability ratio: 1 + epsilon_high", above=0, most=1e6)
     beta: float = flag(0.0, "weight of the KL divergence from the first policy; above 0 keeps a copy of it", least=0)
     loss_type: str = flag(
         "dapo",
@@ -154,7 +156,7 @@ class GRPO:
     vllm_importance_sampling_correction: bool = flag(
         False, "weight each token by min(cap, p_trainer / p_sampler), its probabilities, with either engine"
     )
-    vllm_importance_sampling_cap: float = flag(2.0, "the cap of that correction", above=0)
+    vllm_importance_sampling_cap: float = flag(2.0, "the cap of that correction", above=0, most=1e6)
     num_iterations: int = flag(1, "passes over a rollout batch", least=1)
     gradient_steps: int = flag(
         2,
@@ -240,9 +242,8 @@ class Config:
         transformers = rollout.engine == "transformers"
         require(not from_scratch or transformers, "engine", "be transformers for a model from scratch")
         for name in ("temperature", "eval_temperature"):
-            is_sampled = rollout.engine == "vllm" and flat[name]  # neither None nor 0, which is greedy
-            at_least = f"be at least {LEAST_TEMPERATURE}"
-            require(not is_sampled or flat[name] >= LEAST_TEMPERATURE, name, at_least, "engine")
+            is_sampled = bool(flat[name])  # neither None nor 0, which is greedy
+            require(not is_sampled or flat[name] >= LEAST_TEMPERATURE, name, f"be at least {LEAST_TEMPERATURE}")
         fewest = self.words.fewest_numbers
         require(fewest is None or fewest <= self.words.numbers, "fewest_numbers", "be at most --numbers", "numbers")
         require(len(set(seeds)) == len(seeds) > 0, "seeds", "be different numbers, at least one")

@@ -29,9 +29,14 @@ from train.setup import enough_memory
 from train.stop import Stopped, stop_with_parent
 
 CONFIG, LOCK = "config.json", ".lock"
+REFUSED = 2  # the exit status of a wrong setting
 PARENT = "TRAIN_SEED_OF_A_RUN"  # set in the processes of a run's seeds, whose parent reports for them
 # Seconds after a stop signal until torchrun kills its ranks. Its 30 are too few for a long step and a large checkpoint.
 PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
+
+
+class SeedRefused(BadSetting):
+    """A setting does not fit the run of a seed, which has said so."""
 
 
 def launch(config: Config, folder: Path | None = None) -> int:
@@ -52,6 +57,13 @@ def launch(config: Config, folder: Path | None = None) -> int:
     if is_torchrun():
         raise BadSetting(f"--seeds must be one number under torchrun, got {config.run.seeds}")
     choose_device(config.run.device)
+    try:
+        return launch_seeds(config, folder)
+    except SeedRefused:  # its process has said why
+        return REFUSED
+
+
+def launch_seeds(config: Config, folder: Path | None) -> int:
     began = time.time()
     with open_folder(config, folder) as folder:
         runs = {f"seed {seed}": folder / f"seed-{seed}" for seed in config.run.seeds}
@@ -93,8 +105,8 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         with claim(folder):
             check_steps(config, folder)
-            write_config(config, folder)
-            yield folder
+            with written(config, folder):
+                yield folder
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run.output or f"runs/{config.preset}-{config.credit.strategy}-{stamp}")
@@ -108,8 +120,21 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
         if has_begun(folder):
             check_same(config, folder)
             check_steps(config, folder)
-        write_config(config, folder)
-        yield folder
+        with written(config, folder):
+            yield folder
+
+
+@contextmanager
+def written(config: Config, folder: Path) -> Iterator[None]:
+    """Writes the configuration for this block; a run that has begun gets its own back if the block refuses it."""
+    before = (folder / CONFIG).read_text(encoding="utf-8") if has_begun(folder) else None
+    write_config(config, folder)
+    try:
+        yield
+    except BadSetting:
+        if before is not None:
+            write_whole(folder / CONFIG, before)
+        raise
 
 
 def holds_other_files(folder: Path) -> bool:
@@ -180,25 +205,30 @@ def run_side_by_side(config: Config, folders: list[Path]) -> int:
     They also stop when this process is stopped or killed: each watches its standard input, a pipe from this process.
     """
     threads, gpus = threads_per_seed(config), visible_gpus(config.run.device)
-    for seed, folder in zip(config.run.seeds, folders, strict=True):
-        write_config(config.change(seeds=(seed,), threads=threads, output=str(folder)), folder)
-    processes = []
-    try:
-        for place, folder in enumerate(folders):
-            environment = environment_of_run([gpus[place % len(gpus)]] if gpus else [], threads)
-            if sys.stderr.isatty():
-                environment["TQDM_POSITION"] = str(2 * place)  # bars below each other
-            command = [sys.executable, "-m", "train", "--resume", str(folder)]
-            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE))
-        while None in (now := [process.poll() for process in processes]) and not any(now):
-            time.sleep(0.2)
-        failed = [(folder, process.returncode) for folder, process in zip(folders, processes) if process.returncode]
-    finally:
-        end(processes)
-    for folder, status in failed:
-        if status < 0:
-            say(f"the run in {folder} was ended by {signal.Signals(-status).name}")
-    return next((1 if status < 0 else status for _, status in failed), 0)
+    with ExitStack() as stack:
+        for seed, folder in zip(config.run.seeds, folders, strict=True):
+            own = config.change(seeds=(seed,), threads=threads, output=str(folder))
+            stack.enter_context(written(own, folder))
+        processes = []
+        try:
+            for place, folder in enumerate(folders):
+                environment = environment_of_run([gpus[place % len(gpus)]] if gpus else [], threads)
+                if sys.stderr.isatty():
+                    environment["TQDM_POSITION"] = str(2 * place)  # bars below each other
+                command = [sys.executable, "-m", "train", "--resume", str(folder)]
+                processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE))
+            while None in (now := [process.poll() for process in processes]) and not any(now):
+                time.sleep(0.2)
+            failed = [(folder, process.returncode) for folder, process in zip(folders, processes) if process.returncode]
+        finally:
+            end(processes)
+        for folder, status in failed:
+            if status < 0:
+                say(f"the run in {folder} was ended by {signal.Signals(-status).name}")
+        status = next((1 if status < 0 else status for _, status in failed), 0)
+        if status == REFUSED:
+            raise SeedRefused
+    return status
 
 
 def end(processes: list[subprocess.Popen]) -> None:

@@ -1,9 +1,11 @@
 """Builds a model from scratch or loads one onto the rank's device, in shards if there are several ranks."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
@@ -49,10 +51,14 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attent
     """Returns a saved model in evaluation mode, without dropout.
 
     Raises:
-        BadSetting: a weight is NaN or infinite, or its generation settings contradict each other.
+        BadSetting: a package is missing, a weight is NaN or infinite, or its generation settings contradict each other.
         ValueError: those of `load_whole`.
     """
-    model = load_whole(folder, dtype=dtype, attn_implementation=attention)
+    try:
+        model = load_whole(folder, dtype=dtype, attn_implementation=attention)
+    except ImportError as error:
+        what = f"--model {str(folder)!r} with --attention {attention}"
+        raise BadSetting(f"{what} needs a package that is not installed: {error}") from error
     _let_it_be_saved(model)
     for parameter in model.parameters():
         # A mapped file may have an alignment that differs between processes, and with it the last bits of sums.
@@ -60,6 +66,18 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attent
     if name := broken_weight(model):
         raise BadSetting(f"--model must have finite weights, got {str(folder)!r}, whose {name} holds NaN or infinity")
     return _without_dropout(model).eval()
+
+
+def weights_in(folder: str | Path) -> str:
+    """Returns a digest of the first row of every weight in a model's files, which differs between checkpoints."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in sorted(weights.keys()):
+                whole = weights.get_slice(name)
+                row = whole[:1] if whole.get_shape() else weights.get_tensor(name)
+                digest.update(f"{name} {whole.get_shape()} {row.float().flatten().tolist()[:64]}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _let_it_be_saved(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from rhythm_kernels.fit import embedding_rows, most_positions
 from rhythm_kernels.stops import end_of_turn, ends_of_text
 from rhythm_kernels.tasks import BadSet, Problem
 from rhythm_kernels.tasks.sets import SETS, drop_overlap, find_set, load_set
+from rhythm_kernels.tasks.types import shorten
 from train import words
 from train.config import BadSetting, Config
 from train.console import say
@@ -133,7 +134,12 @@ class Prompts:
     def encode(self, problem: Problem) -> list[int]:
         if self.as_chat:
             return self._encode_turn(problem.prompt)
-        ids = self.tokenizer.encode(problem.prompt)
+        try:
+            ids = self.tokenizer.encode(problem.prompt)
+        except Exception as error:  # tokenizers raises no narrower one; that of the tiny Countdown has no other words
+            raise BadSetting(
+                f"the model's tokenizer cannot read the problem {shorten(problem.prompt)}: {error}"
+            ) from error
         while ids and ids[-1] in self.ends:  # some tokenizers end every text, so the answer would begin after the end
             ids.pop()
         return ids

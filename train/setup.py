@@ -9,15 +9,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rhythm_kernels import GroupSchedule
+from rhythm_kernels import GroupSchedule, collect
 from rhythm_kernels.analysis.vllm_process import check_installed
-from rhythm_kernels.fit import embedding_rows, knows_words
+from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words
 from train.checkpoint import list_checkpoints, restore, save_checkpoint
 from train.config import BadSetting, Config, RunError, flag_name
 from train.console import say
 from train.data import ProblemStream, fingerprint
 from train.distributed import World, sharing_ranks, whole_weights
-from train.loading import check_packing, load_model, load_policy
+from train.loading import check_packing, load_model, load_policy, weights_in
 from train.metrics import MetricsLog
 from train.policy import Policy
 from train.problems import EvalSet, Prompts, check_fit, check_verifiers, load_task, stop_ids
@@ -43,6 +43,8 @@ class TrainingRun:
     evaluations: list[EvalSet]
     fingerprints: dict[str, str]
     """The number and a hash of the problems of each set, by the flag that names it."""
+    start: str
+    """A digest of the weights of the first policy, which --beta compares with."""
     schedule: GroupSchedule
     rewards: Rewards
     log: MetricsLog
@@ -65,6 +67,17 @@ class TrainingRun:
         self.engine.sync(whole_weights(self.policy.model, getattr(torch, self.config.model.dtype)))
 
     def save(self, step: int) -> None:
+        """Saves a checkpoint.
+
+        Raises:
+            RunError: a weight is NaN or infinite; the checkpoints before it stay.
+        """
+        broken = broken_weight(self.policy.model)
+        if self.world.most(int(broken is not None)):
+            raise RunError(
+                f"the policy diverged by step {step}, with NaN or infinity in {broken or 'weights of another rank'}: "
+                f"it is not saved; --learning-rate is {self.config.grpo.learning_rate:g}"
+            )
         schedule = self.schedule.state_dict()
         spans = {} if schedule["spans"] is None else {"spans": schedule["spans"]}
         save_checkpoint(
@@ -78,6 +91,7 @@ class TrainingRun:
                 "metrics_bytes": self.log.flush(),
                 "num_tokens": self.num_tokens,
                 "problems": self.fingerprints,
+                "start": self.start,
             },
             own={"age": torch.tensor(schedule["age"]), **spans},
             config=self.config.settings(),
@@ -118,8 +132,9 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         policy = load_policy(start, config, world)
         optimizer = make_optimizer(policy, config)  # of the shards: a forward leaves the outermost parameters gathered
         check_packing(policy, world)
+    check_layers(policy, config)
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
-    stream = ProblemStream(train, seed)
+    first, stream = weights_in(start), ProblemStream(train, seed)
     fingerprints = {f"--train-data {config.data.train_data}": fingerprint(train)}
     fingerprints |= {f"--eval-data {held_out.name}": fingerprint(held_out.problems) for held_out in evaluations}
     schedule = GroupSchedule(**config.credit.schedule_arguments)
@@ -129,6 +144,10 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         fixed = {name: value for name, value in config.settings().items() if name not in config.may_change()}
         saved = restore(checkpoints[-1], policy.model, optimizer, config=fixed)
         check_same_problems(saved.shared.get("problems", fingerprints), fingerprints)  # older checkpoints have none
+        if config.grpo.beta and saved.shared.get("start", first) != first:
+            raise BadSetting(
+                f"--beta compares with the policy that the run began with, but {start!r} holds other weights by now"
+            )
         stream.load_state_dict(saved.shared["stream"])
         if saved.own is not None:
             schedule.load_state_dict({"age": int(saved.own["age"]), "spans": saved.own.get("spans")})
@@ -154,6 +173,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             stream=stream,
             evaluations=evaluations,
             fingerprints=fingerprints,
+            start=first,
             schedule=schedule,
             rewards=rewards,
             log=log,
@@ -165,6 +185,16 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             run.say(log.missing)
         run.sync()
         yield run
+
+
+def check_layers(policy: Policy, config: Config) -> None:
+    """Raises BadSetting if the policy lacks a layer that its attention is read in."""
+    if not config.credit.reads_attention:
+        return
+    try:
+        collect(policy.decoder, layers=config.credit.collect_arguments["layers"])
+    except (TypeError, ValueError) as error:
+        raise BadSetting(f"--credit-layers: {error}") from error
 
 
 def check_same_problems(before: dict[str, str], now: dict[str, str]) -> None:
@@ -243,7 +273,10 @@ def load_engine(start: str, policy: Policy | None, prompts: Prompts, config: Con
             sleep_mode=True,
         )
     is_copy = policy is None or world.size > 1 or config.model.dtype != "float32"
-    model = load_model(start, dtype=getattr(torch, config.model.dtype)).to(world.device) if is_copy else policy.model
+    model = policy.model if policy is not None else None
+    if is_copy:
+        with reading_model(start):
+            model = load_model(start, dtype=getattr(torch, config.model.dtype)).to(world.device)
     pad = prompts.tokenizer.pad_token_id
     if pad is None or pad >= embedding_rows(model.config):  # it was added to the tokenizer, and no row to the model
         pad = prompts.stops[0]
