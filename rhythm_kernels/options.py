@@ -10,6 +10,8 @@ from dataclasses import Field, dataclass, field, fields
 from rhythm_kernels.checks import check_bool, check_choice, check_float, check_horizon, check_int, check_span_rows
 
 STRATEGIES = ("none", "random", "entropy", "local", "global", "coupled")
+READS_WAAD = ("local", "coupled")
+READS_FAI = ("global", "coupled")
 READS_ATTENTION = ("local", "global", "coupled")
 DELTAS = ("absolute", "drop")
 GROUP_BY = ("sequence", "batch")
@@ -92,6 +94,9 @@ class CreditOptions:
                 "local_fraction and global_fraction must leave disjoint groups, "
                 f"got {self.local_fraction} and {self.global_fraction}"
             )
+        for name, readers in (("local_fraction", READS_WAAD), ("global_fraction", READS_FAI)):
+            if self.strategy in readers and getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0, so that {self.strategy} credit reads a head, got 0.0")
 
     @property
     def reads_attention(self) -> bool:

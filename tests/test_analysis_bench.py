@@ -57,6 +57,12 @@ def test_a_run_that_fails_leaves_the_garbage_collector_as_it_was():
     assert gc.get_freeze_count() == before
 
 
+def test_a_model_whose_logits_are_nan_is_not_timed(model, ids):
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the logits of this model are NaN in torch.float32: nothing is timed"):
+        bench.make_variants(model, ids, eager=False)
+
+
 def test_wrong_statistics_are_not_timed(model, ids, monkeypatch):
     right = bench.EagerSums.__call__
     monkeypatch.setattr(bench.EagerSums, "__call__", lambda self, maps: right(self, maps * 1.01))

@@ -54,6 +54,8 @@ def test_files_with_fewer_and_without_problems(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text('{"prompt": "one", "answer": 1}\n{"question": "two"}')
     assert sorted(load_problems(str(path), 70, 0)) == [Problem("one", "1"), Problem("two", None)]
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "after a byte order mark"}')
+    assert load_problems(str(path), 70, 0) == [Problem("after a byte order mark", None)]
     path.write_text("\n")
     with pytest.raises(ValueError, match="has no problem"):
         load_problems(str(path), 70, 0)

@@ -246,6 +246,14 @@ def test_columns_count_where_enough_rows_look_back():
         assert got[0, s] == bool(response[0, s] and rows >= FEWEST_ROWS), s
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_whose_states_are_not_finite_is_refused(value):
+    model, ids, response = sequence("llama")
+    model.model.norm.weight.data[0] = value
+    with pytest.raises(ValueError, match="model must have finite states, got NaN or infinity from LlamaForCausalLM"):
+        read(model, ids, response, receivers=4)
+
+
 def test_receiver_heads_break_ties_by_place():
     chosen = receiver_heads(torch.tensor([[1.0, 5.0, 3.0], [3.0, 3.0, 0.0]], dtype=torch.float64), 3)
     assert chosen.tolist() == [[False, True, True], [True, False, False]]

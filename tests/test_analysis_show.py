@@ -307,6 +307,13 @@ def test_a_prompt_is_needed_and_only_one(capsys):
     assert "--example: not allowed with a response" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["show", "bench", "couple", "value"])
+def test_an_empty_folder_is_refused(capsys, command):
+    with pytest.raises(SystemExit):
+        cli.main([command, "model", "--out", ""])
+    assert "argument --out: must name a folder, got ''" in capsys.readouterr().err
+
+
 def test_no_such_model(tmp_path, capsys):
     assert cli.main(["show", str(tmp_path), "--prompt", "a"]) == 2
     assert "rhythm show: " in capsys.readouterr().err

@@ -166,7 +166,7 @@ def test_answers_without_peaks_give_dashes():
 
 
 def test_a_word_that_the_tokenizer_lacks_is_named():
-    with pytest.raises(ValueError, match="the model's tokenizer does not read the prompt 'What is 2'"):
+    with pytest.raises(ValueError, match="the model's tokenizer does not read the text 'What is 2'"):
         encode_prompt(build_tokenizer(), "What is 2")
 
 

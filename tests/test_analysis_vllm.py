@@ -83,8 +83,10 @@ def test_the_command_runs_and_goes_on_with_vllm(folder, tmp_path, monkeypatch):
         ("some/model.gguf", [], "--engine vllm needs a folder or a name on the Hugging Face hub"),
         ("some/model", ["--temperature", "0.001"], "--temperature must be 0 (greedy) or at least 0.01, got 0.001"),
         ("some/model", ["--vllm-memory", "1.5"], "--vllm-memory must be finite and between 0.0 and 1.0, got 1.5"),
+        ("some/model", ["--vllm-memory", "0"], "--vllm-memory must be above 0, got 0.0"),
+        ("a", ["--engine", "transformers", "--vllm-memory", "0.4"], "--vllm-memory would have no effect with --engine"),
     ],
-    ids=range(4),
+    ids=range(6),
 )
 def test_what_vllm_cannot_do_is_told_before_anything_is_loaded(model, flags, message):
     assert message in run(value.main, [model, "--engine", "vllm", *flags])

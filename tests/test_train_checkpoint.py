@@ -366,6 +366,7 @@ STATE = "state/shard-00001-model-00001-of-00001.safetensors"
         ("trainer.json", lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         ("trainer.json", lambda path: path.write_text("[]"), "cannot be read"),
         ("trainer.json", lambda path: path.write_text("{}"), "cannot be read"),
+        ("trainer.json", lambda path: path.write_text("[" * 100_000), "cannot be read"),
         ("trainer.json", lambda path: rewrite(path, '"step": 50', '"step": 58'), "has another CRC32"),
         ("trainer.json", lambda path: rewrite(path, '"format": 1', '"format": 9'), "has format 9, .* reads 1"),
     ],

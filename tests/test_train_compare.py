@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy
@@ -64,6 +65,9 @@ def test_what_is_kept_is_not_replaced_by_another_run(tmp_path, capsys):
     assert (tmp_path / "kept" / "none" / "seed-0" / FILE).read_text() == before
     assert main(["--out", str(tmp_path / "new"), "--keep", str(tmp_path / "kept")]) == 2
     assert "--keep is for finished runs" in capsys.readouterr().err
+    for flag, places in (("--out", [str(tmp_path / "grid")]), ("--keep", [str(tmp_path / "grid")]), ("--out", [])):
+        assert main([*places, flag, ""]) == 2
+        assert re.search(f"{flag} must name (a|the) folder", capsys.readouterr().err)
 
 
 def test_the_interval_is_that_of_scipys_paired_t_test():

@@ -87,7 +87,13 @@ SOURCES = Path(train.__file__).parent
             ["--credit", "local", "--credit-top-fraction", "0.3", "--credit-preplan-fraction", "0.3"],
             "--credit-top-fraction would have no effect: with --credit local --credit-preplan-fraction takes its place",
         ),
+        (
+            ["--credit-local-fraction", "0"],
+            "--credit-local-fraction must be above 0, so that coupled credit reads",
+        ),
+        (["--credit", "global", "--credit-global-fraction", "0"], "--credit-global-fraction must be above 0, so that"),
         (["--preset", "countdown-huge"], "--preset must be one of"),
+        (["--preset", ""], "--preset must be one of"),
         (["--resume", "nowhere"], "--resume must be a run's folder, got 'nowhere'"),
         (["--resume", "nowhere", "--preset", "countdown-tiny"], "but also got --preset countdown-tiny"),
     ],
@@ -123,7 +129,11 @@ def test_flags_reach_their_fields():
     assert config.preset == "countdown-tiny"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '"x"', "null", "{}", '{"preset": 1}', '{"preset": "countdown-tiny"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", '"x"', "null", "{}", '{"preset": 1}', '{"preset": "countdown-tiny"}', "[" * 100_000],
+    ids=lambda text: text[:30],
+)
 def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(BadSetting, match="config.json is no configuration of a run: "):

@@ -294,6 +294,14 @@ def test_a_model_that_keeps_packed_sequences_apart_is_taken(attention):
     check_packing(policy, ALONE)
 
 
+def test_a_policy_whose_log_probabilities_are_not_finite_is_refused():
+    policy = make_policy("packed")
+    policy.model.config.dtype = torch.float32
+    policy.model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="--model must give finite log-probabilities, got NaN .* with --dtype float32"):
+        check_packing(policy, ALONE)
+
+
 def test_a_run_begins_with_the_check_of_packed_sequences(policy, tmp_path, monkeypatch):
     def refuse(*_):
         raise ZeroDivisionError

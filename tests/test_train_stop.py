@@ -217,8 +217,9 @@ WHOLE = record(0) + record(1) + record(2)
         (record(1) + record(2) + record(3) + record(4), record(1) + record(2)),
         (record(0) + b"my notes\n" + record(1) + record(2), record(0)),
         (b'"step"\n' * 30, b""),
+        (b"[" * 100_000 + b"\n", b""),
     ],
-    ids=["whole", "longer", "empty", "torn", "nul", "first-line-lost", "foreign-line", "other-json"],
+    ids=["whole", "longer", "empty", "torn", "nul", "first-line-lost", "foreign-line", "other-json", "nested"],
 )
 def test_only_lines_of_the_run_are_kept_and_lost_ones_are_told(tmp_path, content, kept):
     (tmp_path / FILE).write_bytes(content)

@@ -59,7 +59,11 @@ def test_a_state_of_other_layers_is_not_used(tmp_path, monkeypatch):
     assert len(told) == 1 and "has the spans of layers [1, 2], not [2, 3]" in told[0]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"age": 1}', '{"age": 1, "spans": [["x"]], "draws": 1, "layers": [1, 2]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"age": 1}', '{"age": 1, "spans": [["x"]], "draws": 1, "layers": [1, 2]}', "[" * 100_000],
+    ids=lambda text: text[:20],
+)
 def test_a_damaged_state_is_named(tmp_path, text):
     trainer = make_trainer(tmp_path, credit_layers=[1, 2])
     (tmp_path / trl_state.STATE_FILE).write_text(text)

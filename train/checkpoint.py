@@ -258,7 +258,7 @@ def _verify(folder: Path) -> dict:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         form = record["format"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(folder, RECORD, f"cannot be read ({type(error).__name__}: {error})") from error
     if form != FORMAT:
         raise _damaged(folder, RECORD, f"has format {form!r}, and this version reads {FORMAT}")

@@ -264,6 +264,8 @@ class Config:
     @classmethod
     def from_json(cls, text: str) -> "Config":
         flat = json.loads(text)
+        if not isinstance(flat, dict):
+            raise BadSetting(f"it must be an object, got {type(flat).__name__}")
         config = cls(preset=flat.pop("preset"))
         if missing := sorted(set(config.flat()) - set(flat)):
             raise BadSetting(f"the saved configuration lacks {', '.join(map(flag_name, missing))}")
@@ -273,7 +275,7 @@ class Config:
     def load(cls, path: Path) -> "Config":
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise BadSetting(f"{path} is no configuration of a run: {error}") from error
 
 

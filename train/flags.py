@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
-from rhythm_kernels.options import CreditOptions
+from rhythm_kernels.options import READS_WAAD, CreditOptions
 from train.config import (
     MAY_CHANGE,
     SHAPE,
@@ -26,7 +26,6 @@ OF_VLLM, OF_TRANSFORMERS = ["vllm_gpu_memory_utilization"], ["rollout_batch_size
 OF_CORRECTION, CORRECTION = ["vllm_importance_sampling_cap"], "--vllm-importance-sampling-correction"
 SELECTS = ["credit_top_fraction", "credit_amplification", "credit_largest"]
 COUPLES = ["credit_shared_fraction", "credit_max_lookback", "credit_tau_waad", "credit_tau_delta"]
-OF_PREPLAN = ("local", "coupled")
 ACT_WHERE = (
     (OF_WORDS, lambda c: c.data.train_data == "words", "it is of the tiny Countdown, --train-data words"),
     (FROM_SCRATCH, lambda c: not c.model.model, "--model names a trained model"),
@@ -35,7 +34,7 @@ ACT_WHERE = (
     (OF_CORRECTION, lambda c: c.grpo.vllm_importance_sampling_correction, f"it caps the weights of {CORRECTION}"),
     (SELECTS, lambda c: c.credit.strategy != "none", "--credit none selects no token"),
     (COUPLES, lambda c: c.credit.strategy == "coupled", "only --credit coupled reads it"),
-    (["credit_delta"], lambda c: c.credit.strategy in OF_PREPLAN, f"only --credit {' and '.join(OF_PREPLAN)} read it"),
+    (["credit_delta"], lambda c: c.credit.strategy in READS_WAAD, f"only --credit {' and '.join(READS_WAAD)} read it"),
     (
         ["credit_preplan_fraction"],
         lambda c: c.credit.strategy == "local" or (c.credit.strategy == "coupled" and c.credit.tau_delta is None),
@@ -55,7 +54,7 @@ def parse(arguments: list[str] | None) -> tuple[Config, Path | None]:
     values = vars(build_parser().parse_args(arguments))
     preset, resume = values.pop("preset"), values.pop("resume")
     if resume is None:
-        config = load_preset(preset or PRESETS[0]).change(**values)
+        config = load_preset(PRESETS[0] if preset is None else preset).change(**values)
         check_given(values, config)
         return config, None
     if preset:

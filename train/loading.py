@@ -189,6 +189,9 @@ def check_packing(policy: Policy, world: World) -> None:
         micro = take(pack([ids[:1] for ids in sequences], answers, 1, world.device), [0, 1])
         of_second.append(policy(micro)[0][15:])
     # the same kernels run on the same shapes; only experts get other numbers of tokens, and may round otherwise
+    dtype = str(policy.model.config.dtype).removeprefix("torch.")
+    if not all(log_probs.isfinite().all() for log_probs in of_second):
+        raise BadSetting(f"--model must give finite log-probabilities, got NaN or infinity with --dtype {dtype}")
     moved = (of_second[1] - of_second[0]).abs().max().item()
     if not moved <= (1e-3 if policy.model.config.dtype == torch.float32 else 0.1):
         raise BadSetting(

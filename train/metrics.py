@@ -72,7 +72,7 @@ def whole_lines(path: Path, step: int, size: int) -> int:
         try:
             if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
-        except (ValueError, TypeError, KeyError):  # not a record of a run
+        except (ValueError, TypeError, KeyError, RecursionError):  # not a record of a run
             break
         kept += len(line)
     return kept

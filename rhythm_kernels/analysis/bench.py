@@ -17,14 +17,21 @@ Nothing is timed unless the logits stay equal bit for bit, and the statistics eq
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from rhythm_kernels.analysis.environment import device_name
 from rhythm_kernels.analysis.measure import Measured, available_bytes, interleave, ratio, ratios
-from rhythm_kernels.analysis.sources import DTYPES, SMOLLM2, check_device, check_folder, check_length, load
+from rhythm_kernels.analysis.sources import (
+    DTYPES,
+    SMOLLM2,
+    check_device,
+    check_folder,
+    check_length,
+    folder_named,
+    load,
+)
 from rhythm_kernels.checks import check_int
 from rhythm_kernels.console import markdown_table
 from rhythm_kernels.files import write_whole
@@ -101,6 +108,8 @@ def make_variants(model: nn.Module, ids: Tensor, *, eager: bool) -> tuple[dict[s
             return model(ids, use_cache=False).logits
 
     plain = forward()
+    if plain.isnan().any():
+        raise ValueError(f"the logits of this model are NaN in {model.dtype}: nothing is timed")
     logits, c = collected(model, ids)
     if not torch.equal(plain, logits):
         raise ValueError("collecting changed the logits of this model: nothing is timed")
@@ -162,7 +171,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved, float32 on a CPU"
     )
     parser.add_argument("--no-eager", action="store_true", help="do not run the paper's way")
-    parser.add_argument("--out", type=Path, help="a folder, to write bench.md and bench.json into as well")
+    parser.add_argument("--out", type=folder_named, help="a folder, to write bench.md and bench.json into as well")
     args = parser.parse_args(arguments)
     check_int("--tokens", args.tokens, 64)
     check_int("--rounds", args.rounds, 1)

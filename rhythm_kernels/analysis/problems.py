@@ -181,7 +181,7 @@ def read_problems(path: Path) -> list[Problem]:
 
 def _problem(line: bytes, where: str) -> Problem:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))  # without a byte order mark
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON in UTF-8 ({error})"[:300]) from None
     if not isinstance(row, dict):

@@ -161,6 +161,10 @@ def _entropies(model: nn.Module, ids: Tensor, response: Tensor, temperature: flo
         last = model(ids[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
     finally:
         hook.remove()
+    if not hidden[0].isfinite().all():
+        raise ValueError(
+            f"model must have finite states, got NaN or infinity from {type(model).__name__} in {hidden[0].dtype}"
+        )
     positions = response.nonzero().flatten()
     output = model.get_output_embeddings()
     tolerance = max(1e-3, 4 * torch.finfo(output.weight.dtype).eps)  # 16-bit logits may round differently

@@ -43,7 +43,9 @@ from rhythm_kernels.analysis.sources import (
     check_text,
     encode_prompt,
     end_tokens,
+    folder_named,
     generate,
+    ids_of,
     layer_names,
     load,
     parse_layers,
@@ -134,7 +136,9 @@ def parse(arguments: list[str] | None = None) -> Request:
         "--window",
         help="BEGIN:END, a range of tokens whose attention maps are also shown token by token (the answer)",
     )
-    parser.add_argument("--out", type=Path, default=Path("rhythm-show"), help="the folder to write into (rhythm-show)")
+    parser.add_argument(
+        "--out", type=folder_named, default=Path("rhythm-show"), help="the folder to write into (rhythm-show)"
+    )
     parser.add_argument("--device", default="auto", help="auto (cuda where torch finds a GPU), cpu, cuda or cuda:1")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved, float32 on a CPU"
@@ -174,7 +178,7 @@ def show(request: Request) -> ShownAnswer:
         raise ValueError("--prompt must have a token, got none")
     given = None
     if request.response is not None:
-        given = tokenizer(request.response, add_special_tokens=False)["input_ids"]
+        given = ids_of(tokenizer, request.response, add_special_tokens=False)
         if not given:
             raise ValueError(f"--response must have a token, got {request.response!r}")
     _check_length(model, len(prompt), request, given)

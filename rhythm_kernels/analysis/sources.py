@@ -1,5 +1,6 @@
 """Loads the model to look at, and makes the sequence: a prompt in the chat template, and an answer."""
 
+import argparse
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -197,6 +198,13 @@ def require(*packages: str) -> None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
+def folder_named(text: str) -> Path:
+    """Reads --out, which must not be empty: that would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
+    return Path(text)
+
+
 def check_folder(folder: Path) -> None:
     """Checks that --out can be made and written to, before there are results to lose; leaves no folder behind.
 
@@ -258,7 +266,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
         ValueError: the chat template does not take the turn, or the tokenizer does not read the text.
     """
     if tokenizer.chat_template is None or not chat:
-        ids = _ids_of(tokenizer, prompt)
+        ids = ids_of(tokenizer, prompt)
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
         while ids and ids[-1] in ends:  # some tokenizers append an end token, which an answer must not follow
             ids = ids[:-1]
@@ -271,14 +279,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
         raise ValueError(
             f"the model's chat template does not take a user's turn ({type(error).__name__}: {error})"
         ) from error
-    return _ids_of(tokenizer, text, add_special_tokens=False)
+    return ids_of(tokenizer, text, add_special_tokens=False)
 
 
-def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str, **options) -> list[int]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, **options) -> list[int]:
+    """Returns the token ids of a text; raises ValueError for one that the tokenizer does not read."""
     try:
         return tokenizer(text, **options)["input_ids"]
     except Exception as error:  # tokenizers raises Exception itself, for a word that it does not know
-        raise ValueError(f"the model's tokenizer does not read the prompt {text[:60]!r}: {error}") from error
+        raise ValueError(f"the model's tokenizer does not read the text {text[:60]!r}: {error}") from error
 
 
 def sequence_of(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int], device) -> Sequence:

@@ -37,6 +37,7 @@ from rhythm_kernels.analysis.sources import (
     check_text,
     encode_prompt,
     end_tokens,
+    folder_named,
     layer_names,
     load,
     parse_layers,
@@ -121,7 +122,7 @@ def parser_of(study: str, description: str, *, temperature: float, batch_size: i
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=folder_named,
         help=f"folder to write into, {study}-MODEL if left out; a run that was killed continues from what it has there",
     )
     return parser

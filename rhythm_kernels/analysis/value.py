@@ -156,13 +156,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--vllm-memory",
         type=float,
-        default=0.5,
-        help="fraction of a GPU's memory for vLLM; the model that reads the signals needs some beside it",
+        help="fraction of a GPU's memory for vLLM (0.5); the model that reads the signals needs some beside it",
     )
     args = parser.parse_args(arguments)
     check_flags(args, "value")
     check_choice("--engine", args.engine, ENGINES)
-    check_float("--vllm-memory", args.vllm_memory, 0.0, 1.0)
+    if args.vllm_memory is None:
+        args.vllm_memory = 0.5
+    elif args.engine != "vllm":
+        raise ValueError(f"--vllm-memory would have no effect with --engine {args.engine}, got {args.vllm_memory}")
+    elif check_float("--vllm-memory", args.vllm_memory, 0.0, 1.0) == 0:
+        raise ValueError("--vllm-memory must be above 0, got 0.0")
     check_int("--continuations", args.continuations, 4)
     check_int("--rollout-batch-size", args.rollout_batch_size, 1)
     if check_float("--top-fraction", args.top_fraction, 0.0, 1.0) == 0:

@@ -43,7 +43,7 @@ def load_state(folder: Path, schedule: GroupSchedule, draws: int, layers: list[i
         if saved_layers == layers:
             schedule.load_state_dict(state)
             return draws
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} must be what a checkpoint of rhythm credit holds: {error!r}") from error
     logger.warning(f"{file} has the spans of layers {saved_layers}, not {layers}: the heads are ranked anew")
     return draws

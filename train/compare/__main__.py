@@ -39,7 +39,7 @@ def compare(arguments: list[str] | None) -> int:
         return compare_finished([Path(place) for place in places], out, given)
     if "keep" in given:
         raise BadSetting("--keep is for finished runs: name them as RUN")
-    if out is None:
+    if not out:
         raise BadSetting("--out must name the folder of the grid, or RUN finished runs to read")
     names, jobs, ranks = given.pop("cells", STRATEGIES), given.pop("jobs", None), given.pop("ranks", None)
     cells = choose_cells(given.pop("preset", PRESETS[0]), names, given)
@@ -57,6 +57,9 @@ def compare_finished(places: list[Path], out: str | None, given: dict[str, str])
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise BadSetting(f"finished runs are read as they are, but also got {flags}")
+    for name, value in (("--out", out), ("--keep", kept)):
+        if value == "":
+            raise BadSetting(f"{name} must name a folder, got ''")
     if out is None and len(places) > 1:
         raise BadSetting("--out must name a folder for the report where several are read")
     from train.compare.report import write_report

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
-from rhythm_kernels.options import STRATEGIES, CreditOptions, flat_name
+from rhythm_kernels.options import READS_ATTENTION, READS_FAI, READS_WAAD, STRATEGIES, CreditOptions, flat_name
 from train.config import BadSetting, Config, flag_name
 from train.flags import check_given
 from train.presets import PREFIXES, PRESETS, load_preset, read_changes
@@ -26,11 +26,9 @@ OF_CELLS = sorted({name for settings in CELLS.values() for name in settings})
 _PLAIN = {name: value for name, value in Config().flat().items() if name in OF_CELLS}
 _PER_CENT = f"{100 * _PLAIN['credit_top_fraction']:.0f} %"
 OF_ATTENTION: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("credit_window", "credit_local_fraction"), ("local", "coupled")),
-    **dict.fromkeys(("credit_horizon", "credit_global_fraction"), ("global", "coupled")),
-    **dict.fromkeys(
-        ("credit_layers", "credit_span_rows", "credit_group_by", "credit_groups_every"), ("local", "global", "coupled")
-    ),
+    **dict.fromkeys(("credit_window", "credit_local_fraction"), READS_WAAD),
+    **dict.fromkeys(("credit_horizon", "credit_global_fraction"), READS_FAI),
+    **dict.fromkeys(("credit_layers", "credit_span_rows", "credit_group_by", "credit_groups_every"), READS_ATTENTION),
 }
 """The strategies whose credit depends on each option of the statistics. All runs show these on pages of samples."""
 LABELS = {
