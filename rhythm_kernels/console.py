@@ -44,8 +44,10 @@ def missing_package(error: ImportError) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in Markdown; a bar or a line break in a cell does not end it."""
     return "\n".join([_table_row(head), "|---" * len(head) + "|", *map(_table_row, rows)])
 
 
 def _table_row(cells: Sequence[str]) -> str:
-    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+    whole = (" ".join(cell.replace("|", "\\|").splitlines()) for cell in cells)
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in whole)

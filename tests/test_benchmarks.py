@@ -71,6 +71,11 @@ def test_ratio_compares_rounds():
     assert measure.median_and_range(measure.ratios(slow, fast), 1) == "2.0x (2.0, 3.0)"
 
 
+def test_a_cell_of_a_table_is_one_cell():
+    table = measure.markdown_table(["a", "b|c"], [["1|2\n3", ""]])
+    assert table == "| a | b\\|c |\n|---|---|\n| 1\\|2 3 | |"
+
+
 def test_a_report_has_no_long_lines_outside_of_tables_and_fences(tmp_path):
     sentence = "word " * 60
     table = measure.markdown_table(["", "a column"], [[sentence, ""]])
