@@ -263,7 +263,7 @@ def _numbers(
     training: pandas.DataFrame,
     weight: float,
 ) -> dict[str, object]:
-    """Returns what report.json holds: all evaluations, and the differences of each measure, as shares of 1."""
+    """Returns what report.json holds, as shares of 1: all evaluations, and differences over all seeds of both cells."""
     differences = {
         measure: {
             name: {cell: difference._asdict() for cell, difference in cells.items()}
