@@ -194,11 +194,15 @@ def _read_bool(words: list[str]) -> bool:
 
 
 def _read_or_none(words: list[str]) -> float | None:
-    return None if words == ["none"] else float(_read_word(words))
+    return None if _is_none(words) else float(_read_word(words))
 
 
 def _read_count(words: list[str]) -> int | None:
-    return None if words == ["none"] else _read_number(int)(words)
+    return None if _is_none(words) else _read_number(int)(words)
+
+
+def _is_none(words: list[str]) -> bool:
+    return [word.lower() for word in words] == ["none"]
 
 
 def _read_layers(words: list[str]) -> int | str | tuple[int, ...]:
@@ -211,7 +215,7 @@ def _read_layers(words: list[str]) -> int | str | tuple[int, ...]:
 
 def _read_horizon(words: list[str]) -> tuple[int | None, ...]:
     lo, *hi = words
-    return (int(lo), *(None if word == "none" else int(word) for word in hi or ["none"]))
+    return (int(lo), *(None if _is_none([word]) else int(word) for word in hi or ["none"]))
 
 
 _READERS = {

@@ -25,5 +25,7 @@ def end_of_turn(tokenizer) -> set[int]:
         return set()
     _, answer, after = text.rpartition("ANSWER")
     first = tokenizer.encode(after.lstrip(), add_special_tokens=False)[:1] if answer else []
-    added = {token for token, known in tokenizer.added_tokens_decoder.items() if known.special}
-    return set(first) & (added | set(tokenizer.all_special_ids))
+    special = {token for token, known in tokenizer.added_tokens_decoder.items() if known.special}
+    special |= set(tokenizer.all_special_ids)
+    begins = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # these end nothing
+    return set(first) & special - begins

@@ -15,7 +15,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rhythm_kernels.fit import broken_weight, embedding_rows, load_whole, most_positions
+from rhythm_kernels.fit import embedding_rows, most_positions
+from rhythm_kernels.weights import broken_weight, load_whole, weights_digest
 
 
 def llama(**rope) -> LlamaConfig:
@@ -52,6 +53,30 @@ def test_a_weight_that_is_no_number_is_named(value):
     with torch.no_grad():
         model.model.embed_tokens.weight[39, 3] = value  # a row that no prompt may ever ask for
     assert broken_weight(model) == "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_weights_of_few_bits_are_looked_at(dtype):
+    layer = torch.nn.Linear(4, 4)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    assert broken_weight(layer) is None
+    layer.weight.data[3, 3] = torch.tensor(float("nan")).to(dtype)
+    assert broken_weight(layer) == "weight"
+
+
+def test_a_digest_tells_weights_apart_wherever_they_differ():
+    """Also by their dtype, and in bits that no sum would show."""
+    weights = {"big": torch.randn(300, 200), "few": torch.randn(3, dtype=torch.bfloat16), "one": torch.tensor(0.0)}
+    digests = {weights_digest(weights.items()), weights_digest((name, x.clone()) for name, x in weights.items())}
+    assert len(digests) == 1
+    for name in weights:
+        digests.add(weights_digest({**weights, name: weights[name] + 1}.items()))
+        digests.add(weights_digest({**weights, name: weights[name].half()}.items()))
+    later = weights["big"].clone()
+    later[1:] += 1
+    digests |= {weights_digest({**weights, "big": later}.items()), weights_digest([*weights.items()][:2])}
+    digests |= {weights_digest({**weights, "one": torch.tensor(-0.0)}.items())}
+    assert len(digests) == 10
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -391,6 +391,14 @@ def test_cells_are_the_strategies_and_the_presets_of_the_papers_ablations():
         assert config.flat() == load_preset(name).flat()
 
 
+def test_a_setting_is_checked_with_the_strategies_that_are_compared():
+    given = {"credit_local_fraction": "0", "credit_global_fraction": "1"}  # all heads are global, for credit by FAI
+    cells = choose_cells("countdown-smoke", ["none", "global"], given)
+    assert cells["global"].credit.global_fraction == 1.0
+    with pytest.raises(BadSetting, match="--credit-local-fraction must be above 0, so that coupled credit reads"):
+        choose_cells("countdown-smoke", ["none", "coupled"], given)
+
+
 def test_a_run_is_named_by_its_settings_and_two_cells_of_the_same_are_one():
     cells = choose_cells("countdown-smoke", list(CELLS), {})
     assert "top-40" not in cells and name_cells(list(cells.values())) == [*cells]

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import Raised, on_ranks
+from train_cases import ALONE, make_policy, settings
 
 import train
 from train.checkpoint import list_checkpoints
 from train.config import BadSetting
 from train.distributed import World, sharing_ranks
+from train.loading import digest_of_policy, load_policy
 from train.metrics import read_metrics
 from train.presets import load_preset
 from train.setup import check_ranks
@@ -76,6 +79,24 @@ def run(ranks: int, *arguments: str) -> None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return BASE | {"cache": str(tmp_path_factory.mktemp("cache"))}
+
+
+def of_two(folder: str) -> str:
+    """Runs on each of two ranks; returns a digest of the policy that they share."""
+    return digest_of_policy(load_policy(folder, settings(), World.join("cpu")))
+
+
+@pytest.mark.parametrize("value", [0.5, torch.nan])
+def test_a_model_that_the_first_rank_refuses_is_refused_on_all(tmp_path, value):
+    model = make_policy().model
+    model.model.norm.weight.data[0] = value
+    model.save_pretrained(tmp_path)
+    both = on_ranks(2, of_two, str(tmp_path))
+    if value == 0.5:
+        assert both == 2 * [digest_of_policy(load_policy(str(tmp_path), settings(), ALONE))]
+    else:
+        assert all(isinstance(one, Raised) and one.args[0] == "BadSetting" for one in both), both
+        assert all("--model must have finite weights" in one.args[1] for one in both)
 
 
 def test_ranks_that_cannot_share_a_step_are_refused():

@@ -15,7 +15,7 @@ from train_cases import ALONE
 import train
 from train.compare.__main__ import main
 from train.compare.cells import choose_cells
-from train.compare.grid import Cell, Share, default_ranks, next_ready, open_grid
+from train.compare.grid import Cell, Share, default_ranks, make_cell, next_ready, open_grid
 from train.compare.runs import read_runs
 from train.config import BadSetting
 from train.metrics import FILE
@@ -86,8 +86,8 @@ def test_a_folder_that_cannot_be_a_grids_is_refused(tmp_path, place):
 
 def test_a_run_waits_for_a_warm_start_that_another_one_makes(tmp_path):
     def cell(name: str, seed: int, **changes) -> Cell:
-        config = settings(credit=name, cache=str(tmp_path), seeds=(seed,), **changes)
-        return Cell(name, tmp_path / name, config)
+        config = settings(credit=name, cache=str(tmp_path), **changes)
+        return make_cell(tmp_path, name, config, seed, Share(1, 1, 1, []))
 
     first, same, other = cell("none", 0), cell("local", 0), cell("none", 1)
     assert first.warm_start == same.warm_start != other.warm_start

@@ -259,16 +259,24 @@ def test_logits_that_are_made_otherwise_are_refused():
             check_head(model)
 
 
-def test_a_model_whose_generation_settings_cannot_be_saved_is_mended_or_refused(tmp_path):
+@pytest.mark.parametrize(
+    "settings, kept",
+    [
+        ('{"top_p": 0.8, "temperature": 0.7}', {"do_sample": False, "top_p": None}),  # it is greedy, and stays so
+        ('{"temperature": 0.0}', {"do_sample": False, "temperature": None}),
+        ('{"do_sample": true, "top_p": 0.8, "length_penalty": 0.8}', {"do_sample": True, "top_p": 0.8}),
+        ('{"num_beams": 1, "early_stopping": true}', {"early_stopping": None}),
+        ('{"do_sample": true, "top_p": 0.8, "pad_token_id": -1}', {"top_p": 0.8, "pad_token_id": None}),
+        ('{"do_sample": true, "top_p": 0.8, "output_scores": true}', {"do_sample": True, "top_p": 0.8}),
+    ],
+)
+def test_a_model_whose_generation_settings_cannot_be_saved_is_mended(tmp_path, settings, kept):
     make_policy().model.save_pretrained(tmp_path / "model")
-    settings_file = tmp_path / "model" / "generation_config.json"
-    settings_file.write_text('{"top_p": 0.8, "temperature": 0.7}')  # of sampling, which is not switched on
-    loaded = load_model(tmp_path / "model")
-    loaded.save_pretrained(tmp_path / "again")
-    assert loaded.generation_config.do_sample and (tmp_path / "again" / "model.safetensors").exists()
-    settings_file.write_text('{"num_beams": 1, "early_stopping": true}')
-    with pytest.raises(ValueError, match="--model must have a generation_config that transformers can save"):
-        load_model(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(settings[:-1] + ', "eos_token_id": [1, 4]}')
+    load_model(tmp_path / "model").save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again").generation_config
+    assert {name: getattr(again, name) or (False if name == "do_sample" else None) for name in kept} == kept
+    assert again.eos_token_id == [1, 4]
 
 
 def test_a_model_that_shows_no_decoder_is_refused():

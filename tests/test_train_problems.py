@@ -5,10 +5,11 @@ import re
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
 from train_cases import ALONE, TOKENIZER, settings
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
+from rhythm_kernels.stops import end_of_turn
 from rhythm_kernels.tasks import Problem
 from train.config import BadSetting
 from train.problems import Prompts, check_fit, check_trains, load_task
@@ -29,6 +30,18 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     model.pre_tokenizer = Whitespace()
     marks = {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|endoftext|>", chat_template=template, **marks)
+
+
+@pytest.mark.parametrize("after, ends", [("<end>", {3}), ("<s>", set()), ("unheard", set()), ("", set())])
+def test_what_begins_a_text_or_is_unknown_ends_no_answer(after, ends):
+    words = ["user", "<s>", "<unk>", "<end>"]
+    model = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    marks = {"bos_token": "<s>", "unk_token": "<unk>", "extra_special_tokens": ["<end>"]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, chat_template=chat_template(f" {after} ").replace("<|im_start|>", "<s>"), **marks
+    )
+    assert end_of_turn(tokenizer) == ends
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math-500", "aime24", "aime25", "amc23", "olympiadbench", "tinyzero-test"])

@@ -17,7 +17,7 @@ from train.compare.cells import choose_cells
 from train.compare.grid import open_grid
 from train.config import MAY_CHANGE, BadSetting, Config, RunError, flag_name
 from train.flags import parse
-from train.launch import launch
+from train.launch import launch, write_config, written
 from train.metrics import FILE
 from train.setup import open_run
 
@@ -91,7 +91,10 @@ def test_the_first_policy_must_be_the_same_where_beta_compares_with_it(tmp_path)
         model.save_pretrained(first)
         TOKENIZER.save_pretrained(first)
         assert launch(smoke(run, model=str(first), max_steps=1, beta=beta, **CONSTANT)) == 0
-        model.lm_head.weight.data += 0.1
+        model.save_pretrained(first, max_shard_size="20KB")  # the same weights in other files
+        (first / "notes.safetensors").write_bytes(b"no weights")
+        resume(run)
+        model.lm_head.weight.data[1:] += 0.1
         model.save_pretrained(first)
         if beta:
             with pytest.raises(BadSetting, match="--beta compares with the policy that the run began with, but"):
@@ -111,9 +114,48 @@ def test_a_policy_that_diverged_is_not_saved(tmp_path):
     assert [path.name for path in list_checkpoints(folder)] == ["step-000000"]
 
 
-def test_layers_that_the_model_lacks_are_named_before_it_answers(tmp_path):
-    with pytest.raises(BadSetting, match="--credit-layers: layers must be"):
-        launch(smoke(tmp_path / "run", credit_layers="7,9"))
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"credit_layers": "7,9"}, "--credit-layers: layers must be between -2 and 1, got 7$"),
+        (
+            {"credit_layers": "7,9", "credit": "none", "sample_answers": 2},
+            "--credit-layers: .*; --sample-answers 0 leaves",
+        ),
+        (
+            {"credit_local_fraction": 0.34, "credit_global_fraction": 0.66},
+            "--model and the flags of credit must fit each other, got Qwen3ForCausalLM, .* disjoint groups: 0.34 and",
+        ),
+    ],
+)
+def test_attention_that_cannot_be_read_is_named_before_the_model_answers(tmp_path, settings, says):
+    with pytest.raises(BadSetting, match=says), open_run(smoke(tmp_path / "run", **settings), tmp_path / "run"):
+        pass
+
+
+def test_attention_that_nothing_reads_is_not_looked_at(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = smoke(tmp_path / "run", credit="entropy", credit_layers="7,9", sample_answers=0)
+    with open_run(config, tmp_path / "run") as run:
+        assert run.step == 0
+
+
+def test_the_configuration_of_a_refused_run_is_given_back_only_if_no_step_was_made(tmp_path):
+    """Another seed may have gone on with the new one; and a copy of the checkpoints alone has none."""
+    run, longer = tmp_path / "run", smoke(tmp_path / "run", max_steps=9)
+    step = run / "checkpoints" / "step-000001"
+    step.mkdir(parents=True)
+    for made in (None, "step-000002"):
+        write_config(smoke(run), run)
+        with pytest.raises(BadSetting), written(longer, run):
+            if made:
+                (run / "checkpoints" / made).mkdir()
+            raise BadSetting("refused")
+        assert Config.load(run / "config.json").grpo.max_steps == (9 if made else 4)
+    (run / "config.json").unlink()
+    with written(longer, run):
+        pass
+    assert Config.load(run / "config.json") == longer
 
 
 def test_words_that_the_model_does_not_know_are_named(tmp_path):

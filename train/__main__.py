@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return launch(config, folder)
 
-    resumes = "; --resume with the run's folder continues from its last checkpoint"
+    resumes = "; --resume with the run's folder continues from its last checkpoint, if it has one"
     return run("python -m train", work, when_stopped=resumes)
 
 

@@ -127,13 +127,14 @@ def open_folder(config: Config, folder: Path | None) -> Iterator[Path]:
 @contextmanager
 def written(config: Config, folder: Path) -> Iterator[None]:
     """Writes the configuration for this block; a run that has begun gets its own back if the block refuses it."""
-    before = (folder / CONFIG).read_text(encoding="utf-8") if has_begun(folder) else None
+    steps, file = steps_made(folder), folder / CONFIG
+    before = file.read_text(encoding="utf-8") if steps is not None and file.exists() else None
     write_config(config, folder)
     try:
         yield
     except BadSetting:
-        if before is not None:
-            write_whole(folder / CONFIG, before)
+        if before is not None and steps_made(folder) == steps:  # the steps that another seed has made stay valid
+            write_whole(file, before)
         raise
 
 

@@ -1,16 +1,15 @@
 """Builds a model from scratch or loads one onto the rank's device, in shards if there are several ranks."""
 
-import hashlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -18,13 +17,16 @@ from transformers import (
 )
 
 import train.attention  # noqa: F401  registers "packed"
-from rhythm_kernels.fit import broken_weight, load_whole
 from rhythm_kernels.logits import logit_scale
-from train.batch import pack, take
+from rhythm_kernels.weights import broken_weight, load_whole, weights_digest
+from train.batch import MicroBatch, Rollouts, pack, take
 from train.config import BadSetting, Config, Model
-from train.distributed import World, shard
+from train.distributed import World, shard, whole_weights
 from train.policy import Policy
 from train.rollout import Completion
+
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")  # names in a generation_config
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def build_model(shape: Model, tokenizer: PreTrainedTokenizerBase, context: int) -> PreTrainedModel:
@@ -51,7 +53,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attent
     """Returns a saved model in evaluation mode, without dropout.
 
     Raises:
-        BadSetting: a package is missing, a weight is NaN or infinite, or its generation settings contradict each other.
+        BadSetting: a package is missing, or a weight is NaN or infinite.
         ValueError: those of `load_whole`.
     """
     try:
@@ -68,33 +70,24 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, attent
     return _without_dropout(model).eval()
 
 
-def weights_in(folder: str | Path) -> str:
-    """Returns a digest of the first row of every weight in a model's files, which differs between checkpoints."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for name in sorted(weights.keys()):
-                whole = weights.get_slice(name)
-                row = whole[:1] if whole.get_shape() else weights.get_tensor(name)
-                digest.update(f"{name} {whole.get_shape()} {row.float().flatten().tolist()[:64]}\n".encode())
-    return digest.hexdigest()[:16]
+def digest_of_policy(policy: Policy) -> str:
+    """Returns a digest of the policy's weights, the same on any number of ranks; all of them call it."""
+    return weights_digest(whole_weights(policy.model, torch.float32))
 
 
 def _let_it_be_saved(model: PreTrainedModel) -> None:
-    """Makes generation settings valid, without which transformers saves no checkpoint.
+    """Leaves out of generation settings what makes transformers refuse to save them; the trainer reads none.
 
-    Many models come with a temperature or a top_p and without do_sample, to which these belong. The trainer itself
-    reads none of them.
+    Many models come with a temperature or a top_p and without do_sample: they generate greedily, and still do.
     """
-    settings = model.generation_config
+    before = model.generation_config
     try:
-        settings.validate(strict=True)
+        before.validate(strict=True)
     except ValueError:
-        settings.do_sample = True
-        try:
-            settings.validate(strict=True)
-        except ValueError as error:
-            raise BadSetting(f"--model must have a generation_config that transformers can save: {error}") from error
+        names = [*SPECIAL_TOKENS, *(SAMPLING if before.do_sample else ())]
+        values = {name: getattr(before, name, None) for name in names}
+        valid = {name: value for name, value in values.items() if not isinstance(value, int) or value >= 0}
+        model.generation_config = GenerationConfig(**valid)
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -113,9 +106,15 @@ def load_policy(folder: str | Path, config: Config, world: World, *, trains: boo
     files and the others get their shards from it.
     """
     attention, dtype = config.model.attention, getattr(torch, config.model.dtype)
+    loaded: list[PreTrainedModel] = []
+
+    def read() -> None:
+        loaded.append(load_model(folder, attention=attention))
+        check_head(loaded[0])
+
+    world.from_first(read)  # where it raises, the other ranks do too, and do not wait for shards
     if world.is_first:
-        model = load_model(folder, attention=attention)
-        check_head(model)
+        model = loaded.pop()
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -175,19 +174,23 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+def short_answers(policy: Policy, world: World, first: int = 1) -> tuple[Rollouts, MicroBatch]:
+    """Returns a batch of two answers of 15 tokens in one row, of which another `first` changes the first."""
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    sequences = [[first * t % vocabulary for t in range(1, 17)], [t % vocabulary for t in range(16)]]
+    answers = [Completion(ids[1:], [0.0] * 15, "stop") for ids in sequences]
+    batch = pack([ids[:1] for ids in sequences], answers, 1, world.device)
+    return batch, take(batch, [0, 1])
+
+
 @torch.no_grad()
 def check_packing(policy: Policy, world: World) -> None:
     """Raises BadSetting if an answer's log-probabilities depend on the sequence packed before it. All ranks call it.
 
     Attention of the training is kept inside a sequence; recurrent and convolution layers mostly are not.
     """
-    vocabulary = policy.model.config.get_text_config().vocab_size
-    of_second = []
-    for other in (1, 2):  # two rows that differ in their first sequence alone
-        sequences = [[other * t % vocabulary for t in range(1, 17)], [t % vocabulary for t in range(16)]]
-        answers = [Completion(ids[1:], [0.0] * 15, "stop") for ids in sequences]
-        micro = take(pack([ids[:1] for ids in sequences], answers, 1, world.device), [0, 1])
-        of_second.append(policy(micro)[0][15:])
+    # two rows that differ in their first sequence alone
+    of_second = [policy(short_answers(policy, world, other)[1])[0][15:] for other in (1, 2)]
     # the same kernels run on the same shapes; only experts get other numbers of tokens, and may round otherwise
     dtype = str(policy.model.config.dtype).removeprefix("torch.")
     if not all(log_probs.isfinite().all() for log_probs in of_second):

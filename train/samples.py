@@ -33,7 +33,8 @@ def write_samples(run: TrainingRun, path: Path) -> None:
     run.engine.sleep()
     batch = pack(prompts, completions, 1, world.device)
     micros = micro_batches(batch, range(len(problems)), config.grpo.micro_batch_tokens, world)
-    tokens = read_batch(run.policy, batch, micros, config, GroupSchedule(), everything=True)
+    schedule = GroupSchedule(**config.credit.schedule_arguments)
+    tokens = read_batch(run.policy, batch, micros, config, schedule, everything=True)
     gamma = token_credit(
         config.credit.strategy,
         batch.response_mask[None],

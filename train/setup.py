@@ -11,16 +11,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rhythm_kernels import GroupSchedule, collect
 from rhythm_kernels.analysis.vllm_process import check_installed
-from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words
+from rhythm_kernels.fit import embedding_rows, knows_words
+from rhythm_kernels.weights import broken_weight
 from train.checkpoint import list_checkpoints, restore, save_checkpoint
 from train.config import BadSetting, Config, RunError, flag_name
 from train.console import say
 from train.data import ProblemStream, fingerprint
 from train.distributed import World, sharing_ranks, whole_weights
-from train.loading import check_packing, load_model, load_policy, weights_in
+from train.loading import check_packing, digest_of_policy, load_model, load_policy, short_answers
 from train.metrics import MetricsLog
 from train.policy import Policy
 from train.problems import EvalSet, Prompts, check_fit, check_verifiers, load_task, stop_ids
+from train.reading import read_batch
 from train.rewards import Rewards
 from train.rollout import Engine, TransformersEngine
 from train.supervise import warm_start
@@ -43,8 +45,8 @@ class TrainingRun:
     evaluations: list[EvalSet]
     fingerprints: dict[str, str]
     """The number and a hash of the problems of each set, by the flag that names it."""
-    start: str
-    """A digest of the weights of the first policy, which --beta compares with."""
+    reference_weights: str | None
+    """A digest of the weights of the first policy, if --beta compares with it; else None."""
     schedule: GroupSchedule
     rewards: Rewards
     log: MetricsLog
@@ -91,7 +93,7 @@ class TrainingRun:
                 "metrics_bytes": self.log.flush(),
                 "num_tokens": self.num_tokens,
                 "problems": self.fingerprints,
-                "start": self.start,
+                "reference": self.reference_weights,
             },
             own={"age": torch.tensor(schedule["age"]), **spans},
             config=self.config.settings(),
@@ -132,9 +134,9 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         policy = load_policy(start, config, world)
         optimizer = make_optimizer(policy, config)  # of the shards: a forward leaves the outermost parameters gathered
         check_packing(policy, world)
-    check_layers(policy, config)
+    check_reading(policy, config, world)
     reference = load_policy(start, config, world, trains=False) if config.grpo.beta else None
-    first, stream = weights_in(start), ProblemStream(train, seed)
+    first, stream = None if reference is None else digest_of_policy(reference), ProblemStream(train, seed)
     fingerprints = {f"--train-data {config.data.train_data}": fingerprint(train)}
     fingerprints |= {f"--eval-data {held_out.name}": fingerprint(held_out.problems) for held_out in evaluations}
     schedule = GroupSchedule(**config.credit.schedule_arguments)
@@ -144,9 +146,10 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         fixed = {name: value for name, value in config.settings().items() if name not in config.may_change()}
         saved = restore(checkpoints[-1], policy.model, optimizer, config=fixed)
         check_same_problems(saved.shared.get("problems", fingerprints), fingerprints)  # older checkpoints have none
-        if config.grpo.beta and saved.shared.get("start", first) != first:
+        if saved.shared.get("reference", first) != first:
+            way = "" if given else "; bring the folder of --cache with the run"
             raise BadSetting(
-                f"--beta compares with the policy that the run began with, but {start!r} holds other weights by now"
+                f"--beta compares with the policy that the run began with, but {start!r} holds other weights{way}"
             )
         stream.load_state_dict(saved.shared["stream"])
         if saved.own is not None:
@@ -173,7 +176,7 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
             stream=stream,
             evaluations=evaluations,
             fingerprints=fingerprints,
-            start=first,
+            reference_weights=first,
             schedule=schedule,
             rewards=rewards,
             log=log,
@@ -187,14 +190,27 @@ def open_run(config: Config, folder: Path) -> Iterator[TrainingRun]:
         yield run
 
 
-def check_layers(policy: Policy, config: Config) -> None:
-    """Raises BadSetting if the policy lacks a layer that its attention is read in."""
-    if not config.credit.reads_attention:
+def check_reading(policy: Policy, config: Config, world: World) -> None:
+    """Raises BadSetting if the policy's attention cannot be read as the options of credit say. All ranks call it.
+
+    The page of sample answers shows it whatever the credit is.
+    """
+    if not config.credit.reads_attention and not config.run.sample_answers:
         return
+    way = "" if config.credit.reads_attention else "; --sample-answers 0 leaves out the page that shows the attention"
     try:
         collect(policy.decoder, layers=config.credit.collect_arguments["layers"])
     except (TypeError, ValueError) as error:
-        raise BadSetting(f"--credit-layers: {error}") from error
+        raise BadSetting(f"--credit-layers: {error}{way}") from error
+    batch, micro = short_answers(policy, world)
+    try:
+        read_batch(policy, batch, [micro], config, GroupSchedule(**config.credit.schedule_arguments), everything=True)
+    except (TypeError, ValueError) as error:
+        name = type(policy.model).__name__
+        raise BadSetting(
+            f"--model and the flags of credit must fit each other, got {name}, whose attention is not read with them: "
+            f"{error}{way}"
+        ) from error
 
 
 def check_same_problems(before: dict[str, str], now: dict[str, str]) -> None:

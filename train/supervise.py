@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,9 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rhythm_kernels.fit import broken_weight
 from rhythm_kernels.tasks import BadSet, Problem
 from rhythm_kernels.tasks.sets import find_set
+from rhythm_kernels.weights import broken_weight
 from train.config import SHAPE, BadSetting, Config, RunError
 from train.console import bar, say
 from train.distributed import World
@@ -40,18 +41,18 @@ def warm_start_path(config: Config, seed: int) -> Path:
     settings = [asdict(config.words), shape, asdict(config.demonstrations)]
     parts = [*settings, context_length(config), seed, VERSION, torch.__version__]
     if config.data.eval_data:  # whose problems it is not trained on
-        parts.append([(name, _digest_of(name)) for name in config.data.eval_data])
+        parts.append([_contents(name) for name in config.data.eval_data])
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Path(config.run.cache) / f"{config.preset}-{digest[:16]}"
 
 
-def _digest_of(name: str) -> str | None:
-    """Returns a hash of the file of a set; None where it has none, or none that a run could read."""
+def _contents(name: str) -> tuple[str, str | None]:
+    """Returns what names the problems of a set: the kind and a hash of its file, or its own name."""
     try:
         _, file = find_set(name)
-        return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
-    except (OSError, BadSet):
-        return None
+        return (name, None) if file is None else (name.partition(":")[0], hashlib.sha256(file.read_bytes()).hexdigest())
+    except (OSError, BadSet):  # none that a run could read
+        return name, None
 
 
 def context_length(config: Config) -> int:
@@ -103,6 +104,7 @@ def make_warm_start(folder: Path, config: Config, seed: int, problems: list[Prob
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise RunError(f"could not keep the warm start in --cache {config.run.cache!r}: {error}") from error
 
 

@@ -38,6 +38,7 @@ from rhythm_kernels.analysis.sources import (
     check_ids,
     check_layers,
     check_length,
+    check_logits,
     check_receivers,
     check_temperature,
     check_text,
@@ -169,9 +170,9 @@ def show(request: Request) -> ShownAnswer:
     """Loads the model, reads its answer, writes the folder and prints a summary."""
     check_folder(request.out)
     times = _Times()
-    with times("load"):
-        model, tokenizer = load(request.model, device=request.device, dtype=DTYPES[request.dtype])
     is_example = request.prompt is None
+    with times("load"):
+        model, tokenizer = load(request.model, device=request.device, dtype=DTYPES[request.dtype], chat=not is_example)
     text = paper_prompt(JEWELS.text) if is_example else request.prompt
     prompt = encode_prompt(tokenizer, text, chat=not is_example)
     if not prompt:
@@ -186,6 +187,8 @@ def show(request: Request) -> ShownAnswer:
     check_ids(model, tokenizer, given or [], "--response")
     check_layers(model, request.layers)
     receivers = check_receivers(model, request.receivers)
+    if given is None:
+        check_logits(model, prompt)
     with times("answer"):
         answer = given if given is not None else _answer(model, tokenizer, prompt, request)
     window = request.window or (len(prompt), len(prompt) + min(MOST_WINDOW, len(answer)))

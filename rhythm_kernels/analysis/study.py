@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +31,7 @@ from rhythm_kernels.analysis.sources import (
     check_ids,
     check_layers,
     check_length,
+    check_logits,
     check_receivers,
     check_temperature,
     check_text,
@@ -46,11 +46,12 @@ from rhythm_kernels.analysis.vllm_engine import VLLM
 from rhythm_kernels.checks import check_choice, check_int
 from rhythm_kernels.files import write_whole
 from rhythm_kernels.listen.taps import decoder_of, softmax_layers
+from rhythm_kernels.weights import weights_digest
 
 PROMPT_FORMATS = ("paper", "chat")
 SILENT = ("bos", "eos", "sep", "pad")
 SHOWN_TEXT = 60  # characters of a problem that an error names
-FIRST_WEIGHTS = 64  # values of each parameter, which tell one checkpoint from another
+VERSION = 1  # Raise it when a line of a log comes to mean something else: no log of before then continues.
 
 
 class Answer(NamedTuple):
@@ -171,7 +172,8 @@ class Study:
         self.problems = _problems_of(args)
         if args.prompt_end not in ("", STEPS) and all(problem.is_whole for problem in self.problems):
             raise ValueError(f"--prompt-end is not read with --task {args.task}, whose problems say how to answer")
-        self.model, self.tokenizer = load(args.model, device=args.device, dtype=DTYPES[args.dtype])
+        chat = args.prompt_format == "chat"
+        self.model, self.tokenizer = load(args.model, device=args.device, dtype=DTYPES[args.dtype], chat=chat)
         self.layers = check_layers(self.model, args.layers)
         if "receivers" in args:
             args.receivers = check_receivers(self.model, args.receivers)
@@ -181,12 +183,15 @@ class Study:
         self.silent = self.ends | {getattr(self.tokenizer, f"{name}_token_id") for name in SILENT}
         self.prompts = [self._encode(problem) for problem in self.problems]
         _check_prompts(self.model, self.tokenizer, self.problems, self.prompts, args.max_new_tokens)
+        check_logits(self.model, self.prompts[0])
         common = ("model", "task", "seed", "prompt_format", "prompt_end", "batch_size")
         common += ("max_new_tokens", "temperature", "layers")
         self.settings = {name: getattr(args, name) for name in (*common, *also)} | {
-            "weights": weights_digest(self.model),
+            "weights": weights_digest(self.model.named_parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
+            "ends": sorted(self.ends),
+            "version": VERSION,
         }
         self.log = Log(args.out / "log.jsonl", f"rhythm {name}", self.settings)
         self._vllm: VLLM | None = None
@@ -329,16 +334,6 @@ def _check_prompts(
 def shortened(text: str) -> str:
     """Returns the beginning of a problem's text, which tells it from others where a seed draws their order."""
     return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
-
-
-@torch.no_grad()
-def weights_digest(model: nn.Module) -> str:
-    """Returns a digest of the names, shapes and first values of all parameters, which differs between checkpoints."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        first = weight.flatten()[:FIRST_WEIGHTS].float().tolist()
-        digest.update(f"{name} {list(weight.shape)} {first}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

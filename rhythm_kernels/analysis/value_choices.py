@@ -124,7 +124,7 @@ def compare_choices(
             row[name] = bootstrap(own, share, seed=seed)
             if not is_base:
                 both = np.hstack([own, columns(base, *pair)])
-                row[f"change of {name}"] = bootstrap(both, lambda a, b, c, d: a / b - c / d, seed=seed)
+                row[f"change of {name}"] = bootstrap(both, lambda a, b, c, d: share(a, b) - share(c, d), seed=seed)
         rows.append(row)
     return rows
 

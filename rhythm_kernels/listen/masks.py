@@ -25,7 +25,7 @@ def packing_hint(layout: Layout) -> str:
         return ""
     return (
         " The row is packed. transformers' sdpa and eager attention keep its sequences apart only where position_ids "
-        "say so, without an attention_mask: pass use_cache=False to the model. FlashAttention also does with all four "
+        "say so: pass use_cache=False to the model, and no attention_mask. FlashAttention also does with all four "
         "of cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k. Megatron's own core attention only does with "
         "an attention_mask, Transformer Engine's with packed_seq_params."
     )

@@ -49,10 +49,9 @@ def choose_cells(preset: str, names: Sequence[str], given: dict[str, object]) ->
     """
     if unknown := [name for name in names if name not in CELLS]:
         raise BadSetting(f"--cells must be among {', '.join(CELLS)}, got {', '.join(unknown)}")
-    base = load_preset(preset).change(**given)
     cells: dict[str, Config] = {}
     for name in names:
-        config = base.change(**CELLS[name])
+        config = load_preset(preset).change(**{**given, **CELLS[name]})
         if config not in cells.values():
             cells[name] = config
     _check_given(given, list(cells.values()))

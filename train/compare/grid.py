@@ -27,6 +27,8 @@ class Cell(NamedTuple):
     label: str
     folder: Path
     config: Config
+    warm_start: Path | None = None
+    """The folder of the model that the run starts from, if it is made by the first run that needs it."""
 
     @property
     def log(self) -> Path:
@@ -35,11 +37,6 @@ class Cell(NamedTuple):
     @property
     def is_finished(self) -> bool:
         return is_finished(self.config, read_whole(self.folder)) if self.folder.exists() else False
-
-    @property
-    def warm_start(self) -> Path | None:
-        """The folder of the model that the run starts from, if it is made by the first run that needs it."""
-        return None if self.config.model.model else warm_start_path(self.config, self.config.run.seeds[0])
 
 
 class Share(NamedTuple):
@@ -111,7 +108,8 @@ def open_grid(out: Path, cells: dict[str, Config], jobs: int | None, ranks: int 
 
 def make_cell(out: Path, name: str, config: Config, seed: int, share: Share) -> Cell:
     folder = out / name / f"seed-{seed}"
-    return Cell(f"{name}, seed {seed}", folder, config.change(seeds=(seed,), threads=share.threads, output=str(folder)))
+    own = config.change(seeds=(seed,), threads=share.threads, output=str(folder))
+    return Cell(f"{name}, seed {seed}", folder, own, None if config.model.model else warm_start_path(config, seed))
 
 
 def holds_run(folder: Path) -> bool:
