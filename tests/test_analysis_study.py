@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -255,5 +256,31 @@ def test_an_answer_ends_where_one_ends_in_the_trainer(tmp_path):
         tokenizer.save_pretrained(tmp_path)
         ends = end_tokens(load(str(tmp_path))[0])
         assert ends == {tokenizer.eos_token_id, turn} | ({other} if named else set())
-        prompts = Prompts(tokenizer, load_preset("countdown-smoke"), stop_ids(str(tmp_path), tokenizer))
-        assert ends == set(prompts.stops)
+        stops, chat = stop_ids(str(tmp_path), tokenizer), load_preset("countdown-smoke")
+        assert ends == set(Prompts(tokenizer, chat, stops).stops)
+        plain = Prompts(tokenizer, chat.change(chat_template=False), stops)
+        assert end_tokens(load(str(tmp_path), chat=False)[0]) == set(plain.stops)
+
+
+def test_a_log_is_of_one_set_of_ends_and_of_one_version(setting, tmp_path, monkeypatch):
+    model, out = tmp_path / "model", ["--out", str(tmp_path / "out")]
+    shutil.copytree(setting[0], model)
+    arguments = [str(model), *setting[1:], "--problems", "1", *out]
+    assert run(couple.main, arguments) is None
+    monkeypatch.setattr(study, "VERSION", study.VERSION + 1)
+    assert f"version was {study.VERSION - 1} and is {study.VERSION}" in run(couple.main, arguments)
+    monkeypatch.undo()
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    assert "ends was [1] and is [1, 9]" in run(couple.main, arguments)
+
+
+def test_a_model_that_gives_nan_is_named_before_it_answers(setting, tmp_path, unasked):
+    """Its weights are numbers; what they make of a prompt is not."""
+    broken = tiny_model()
+    broken.model.norm.weight.data *= 1e38
+    broken.lm_head.weight.data *= 1e38
+    broken.save_pretrained(tmp_path / "model")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), *setting[1:], "--out", str(tmp_path / "out")]
+    said = "model must give logits that are numbers, got NaN from Qwen3ForCausalLM in torch.float32"
+    assert run(couple.main, arguments) == said
