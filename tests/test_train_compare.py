@@ -126,6 +126,17 @@ def test_tables_have_the_papers_rows_with_differences_within_each_seed(tmp_path,
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_top_of_a_strategy_is_compared_with_its_bottom(tmp_path):
+    cells = {"none": [0.0, 0.0], "global": [0.1, 0.2], "bottom-global": [0.0, 0.05], "bottom-local": [0.0, 0.0]}
+    make_grid(tmp_path, cells)
+    assert main([str(tmp_path)]) == 0
+    table = (tmp_path / "report.md").read_text().split("Differences against the bottom")[1].split("##")[0]
+    (row,) = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    difference = scores.Difference.of([0.1, 0.15])
+    assert row.startswith("| Global (top 40 %) | 2 | ")
+    assert f"| +12.5 [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] |" in row
+
+
 def test_the_endpoint_is_the_moving_average_of_the_peak(tmp_path):
     make_grid(tmp_path, {"none": [0.0, 0.0], "local": [0.1, 0.2]})
     assert main([str(tmp_path), "--peak-weight", "0.5"]) == 0

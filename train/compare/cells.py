@@ -119,11 +119,16 @@ class Groups(NamedTuple):
     @property
     def largest(self) -> list[str]:
         """The strategies that the ablations are variants of, for the largest values."""
-        return [cell for cell in self.strategies if f"bottom-{_plain(cell)}" in BOTTOM]
+        return [cell for cell in self.strategies if _plain(bottom_of(cell)) in BOTTOM]
 
     @property
     def baseline(self) -> list[str]:
         return [cell for cell in self.strategies if cell == BASELINE]
+
+
+def bottom_of(cell: str) -> str:
+    """Returns the name that a strategy's cell has where it takes the smallest values, with the same other options."""
+    return f"bottom-{cell}"
 
 
 def _plain(cell: str) -> str:

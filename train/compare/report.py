@@ -9,7 +9,7 @@ import pandas
 
 from rhythm_kernels.console import markdown_table
 from rhythm_kernels.files import write_whole
-from train.compare.cells import BASELINE, RANDOM, Groups, label
+from train.compare.cells import BASELINE, RANDOM, Groups, bottom_of, label
 from train.compare.figures import draw_figures
 from train.compare.runs import Run
 from train.compare.scores import (
@@ -64,6 +64,7 @@ def _sections(
     ends = at_end(evaluations)
     first, seeds = runs[0].config, sorted({run.seed for run in runs})
     groups = Groups.of(list(dict.fromkeys(run.cell for run in runs)))
+    ablated = [*groups.baseline, *groups.bottom, *groups.largest, *groups.top] if groups.bottom or groups.top else []
     present = [*groups.strategies, *groups.bottom, *groups.top]
     evaluated = len({step for step, _ in runs[0].evaluations})
     parts: list[str] = [
@@ -78,20 +79,22 @@ def _sections(
             *_score_tables(ends, groups.strategies, weight, evaluated),
             *_against_random(runs, ends, groups.strategies),
         ]
-    if groups.bottom or groups.top:
-        cells = [*groups.baseline, *groups.bottom, *groups.largest, *groups.top]
+    if ablated:
         parts += [
             "## Ablations, as in the paper's Table 5",
-            *_score_tables(ends, cells, weight, evaluated, is_ablation=True),
+            *_score_tables(ends, ablated, weight, evaluated, is_ablation=True),
+            *_against_bottom(ends, groups),
         ]
     parts += ["## What these seeds can show", _power_text(), _power_table(ends, present)]
     parts += [
         "## Beside the scores",
         "Reward, length and cut-off answers of the training are means over the last tenth of the steps; cut-off "
-        "answers of the evaluations are those after the last step. All are means over seeds."
-        + _which_seeds(ends, present),
-        _beside_table(ends, training, present),
+        "answers of the evaluations are those after the last step. All are means over seeds.",
     ]
+    for cells, is_ablation in ((groups.strategies, False), (ablated, True)):
+        if cells:
+            seeds = _which_seeds(ends, cells).strip()
+            parts += [*([seeds] if seeds else []), _beside_table(ends, training, cells, is_ablation)]
     return parts
 
 
@@ -204,6 +207,20 @@ def _against_random(runs: Sequence[Run], ends: pandas.DataFrame, cells: Sequence
             yield markdown_table(["method", "pairs", *_heads(sets)], rows)
 
 
+def _against_bottom(ends: pandas.DataFrame, groups: Groups) -> Iterator[str]:
+    """Yields a sentence and a table of what the largest values do more than the smallest, if both are there."""
+    sets, rows = list(dict.fromkeys(ends["set"])), []
+    for bottom in groups.bottom:
+        of_measure = {measure: differences_of(ends, measure, bottom) for measure in MEASURES}
+        for top in groups.largest:
+            pairs = [of_measure[measure].get(name, {}).get(top) for measure in MEASURES for name in sets]
+            if bottom == bottom_of(top) and any(pairs):
+                rows.append([label(top, True), str(pairs[0].seeds), *map(_show, pairs)])
+    if rows:
+        yield "Differences against the bottom of the same strategy say whether it matters which tokens it takes."
+        yield markdown_table(["method", "pairs", *_heads(sets)], rows)
+
+
 def _heads(sets: Sequence[str]) -> list[str]:
     return [f"{name}, {'peak average' if measure == 'peak' else 'last'}" for measure in MEASURES for name in sets]
 
@@ -241,7 +258,9 @@ def _show_power(difference: Difference) -> str:
     return f"{100 * difference.detectable:.1f} (sd {100 * difference.deviation:.1f})"
 
 
-def _beside_table(ends: pandas.DataFrame, training: pandas.DataFrame, cells: Sequence[str]) -> str:
+def _beside_table(
+    ends: pandas.DataFrame, training: pandas.DataFrame, cells: Sequence[str], is_ablation: bool = False
+) -> str:
     shared, training = of_shared_seeds(ends, cells), of_shared_seeds(training, cells)
     sets, rows = list(dict.fromkeys(shared["set"])), []
     trained = training.groupby("cell")[["reward", "length", "cut_off"]].mean()
@@ -251,7 +270,7 @@ def _beside_table(ends: pandas.DataFrame, training: pandas.DataFrame, cells: Seq
         if cell in trained.index:
             reward, length, cut_off = trained.loc[cell]
             texts = [f"{reward:.3f}", f"{length:.1f}", f"{cut_off:.1%}"]
-        rows.append([label(cell), *texts, *(f"{1 - finished[cell, name]:.1%}" for name in sets)])
+        rows.append([label(cell, is_ablation), *texts, *(f"{1 - finished[cell, name]:.1%}" for name in sets)])
     heads = ["reward", "length, tokens", "cut off in training", *(f"cut off, {name}" for name in sets)]
     return markdown_table(["method", *heads], rows)
 
