@@ -136,6 +136,10 @@ def test_flips_by_hand():
 def test_model_text_cannot_leave_its_block():
     assert quoted("a ``` b ````") == "`````text\na ``` b ````\n`````"
     assert quoted("") == "```text\n\n```"
+    words = " ".join(["seven"] * 60 + ["x" * 300])
+    lines = quoted(f"  {words}\n\n end ").split("\n")
+    assert all(len(line) <= 120 for line in lines) and lines[-3:] == ["", " end ", "```"]
+    assert "".join(lines[1:-3]).replace(" ", "") == words.replace(" ", "")
 
 
 def test_table_1_by_hand():

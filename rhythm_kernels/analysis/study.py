@@ -389,9 +389,18 @@ def _fold(paragraph: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Returns a model's text as a block of code, whose fence is longer than any run of backticks in it."""
+    """Returns a model's text as a block of code in lines of at most 120 columns.
+
+    Its fence is longer than any run of backticks in the text.
+    """
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
+    lines = [part for line in text.split("\n") for part in _cut(line)]
+    return "\n".join([f"{fence}text", *lines, fence])
+
+
+def _cut(line: str) -> list[str]:
+    """Returns a line in parts of at most 120 columns; a shorter one stays as it is, spaces at its ends included."""
+    return [line] if len(line) <= 120 else textwrap.wrap(line, 120, replace_whitespace=False)
 
 
 def shown(number: Estimate | float, spec: str = ".3f") -> str:
