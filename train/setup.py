@@ -208,8 +208,7 @@ def check_reading(policy: Policy, config: Config, world: World) -> None:
     except (TypeError, ValueError) as error:
         name = type(policy.model).__name__
         raise BadSetting(
-            f"--model and the flags of credit must fit each other, got {name}, whose attention is not read with them: "
-            f"{error}{way}"
+            f"--model must have attention that can be read with these flags of credit, got {name}: {error}{way}"
         ) from error
 
 
