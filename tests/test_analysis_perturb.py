@@ -138,7 +138,7 @@ def test_model_text_cannot_leave_its_block():
     assert quoted("") == "```text\n\n```"
     words = " ".join(["seven"] * 60 + ["x" * 300])
     lines = quoted(f"  {words}\n\n end ").split("\n")
-    assert all(len(line) <= 120 for line in lines) and lines[-3:] == ["", " end ", "```"]
+    assert all(len(line) <= 100 for line in lines) and lines[-3:] == ["", " end ", "```"]
     assert "".join(lines[1:-3]).replace(" ", "") == words.replace(" ", "")
 
 

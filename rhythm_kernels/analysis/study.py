@@ -389,7 +389,7 @@ def _fold(paragraph: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Returns a model's text as a block of code in lines of at most 120 columns.
+    """Returns a model's text as a block of code in lines of at most 100 characters.
 
     Its fence is longer than any run of backticks in the text.
     """
@@ -399,8 +399,8 @@ def quoted(text: str) -> str:
 
 
 def _cut(line: str) -> list[str]:
-    """Returns a line in parts of at most 120 columns; a shorter one stays as it is, spaces at its ends included."""
-    return [line] if len(line) <= 120 else textwrap.wrap(line, 120, replace_whitespace=False)
+    """Returns a line in parts of at most 100 characters; a shorter one stays as it is, spaces at its ends included."""
+    return [line] if len(line) <= 100 else textwrap.wrap(line, 100, replace_whitespace=False)
 
 
 def shown(number: Estimate | float, spec: str = ".3f") -> str:
