@@ -37,6 +37,15 @@ def embedding_rows(config) -> int:
     return config.get_text_config(decoder=True).vocab_size
 
 
+def padding_token(tokenizer, config) -> int:
+    """Returns a token to pad with that the model has a row for: the tokenizer's own, or 0.
+
+    Any token will do, since padding is masked. A padding token that was added to a tokenizer often has no row.
+    """
+    own = tokenizer.pad_token_id
+    return own if own is not None and own < embedding_rows(config) else 0
+
+
 def knows_words(tokenizer) -> bool:
     """Returns False for the empty tokenizer that transformers makes for some models in a folder without one."""
     return len(tokenizer) > len(set(tokenizer.all_special_ids))

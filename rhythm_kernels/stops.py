@@ -7,9 +7,15 @@ def ends_of_text(settings, tokenizer) -> set[int]:
     Args:
         settings: a transformers GenerationConfig, or None.
         tokenizer: a transformers tokenizer.
+
+    Raises:
+        ValueError: the settings name something else than tokens.
     """
     named = None if settings is None else settings.eos_token_id
-    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    ends = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(end) is int for end in ends):
+        raise ValueError(f"eos_token_id must be a token's number or a list of such, got {named!r}")
+    return {tokenizer.eos_token_id, *ends} - {None}
 
 
 def end_of_turn(tokenizer) -> set[int]:

@@ -282,5 +282,5 @@ def test_a_model_that_gives_nan_is_named_before_it_answers(setting, tmp_path, un
     broken.save_pretrained(tmp_path / "model")
     ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
     arguments = [str(tmp_path / "model"), *setting[1:], "--out", str(tmp_path / "out")]
-    said = "model must give logits that are numbers, got NaN from Qwen3ForCausalLM in torch.float32"
+    said = "model must give logits that are numbers, got NaN or infinity from Qwen3ForCausalLM in torch.float32"
     assert run(couple.main, arguments) == said

@@ -1,5 +1,7 @@
 """Tests the limits of models: the positions and token ids that they take, and weights that are no numbers."""
 
+from types import SimpleNamespace
+
 import models
 import pytest
 import torch
@@ -15,8 +17,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rhythm_kernels.fit import embedding_rows, most_positions
-from rhythm_kernels.weights import broken_weight, load_whole, weights_digest
+from rhythm_kernels.fit import embedding_rows, most_positions, padding_token
+from rhythm_kernels.weights import DIGESTED, broken_weight, load_whole, weights_digest
 
 
 def llama(**rope) -> LlamaConfig:
@@ -41,6 +43,11 @@ def llama(**rope) -> LlamaConfig:
 )
 def test_positions_of_a_model(config, most):
     assert most_positions(config) == most
+
+
+@pytest.mark.parametrize("own, pad", [(None, 0), (0, 0), (3, 3), (39, 39), (40, 0), (99, 0)])
+def test_what_pads_has_a_row(own, pad):
+    assert padding_token(SimpleNamespace(pad_token_id=own), Qwen3Config(vocab_size=40)) == pad
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -75,6 +82,11 @@ def test_a_digest_tells_weights_apart_wherever_they_differ():
     later = weights["big"].clone()
     later[1:] += 1
     digests |= {weights_digest({**weights, "big": later}.items()), weights_digest([*weights.items()][:2])}
+    for columns in (1, 2, 14, 64, 96, 4096):  # of which the first is the same
+        wide = torch.zeros(DIGESTED, columns) if columns < DIGESTED else torch.zeros(64, columns)
+        other = wide.clone()
+        other[:, 1:] += 1
+        assert (weights_digest([("x", wide)]) != weights_digest([("x", other)])) == (columns > 1)
     digests |= {weights_digest({**weights, "one": torch.tensor(-0.0)}.items())}
     assert len(digests) == 10
 

@@ -1,20 +1,23 @@
 """Problems: which sets are trained on, where a chat template ends an answer, how much room a sequence is given."""
 
+import copy
 import re
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
-from train_cases import ALONE, TOKENIZER, settings
+from train_cases import ALONE, TOKENIZER, make_policy, settings
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
+from rhythm_kernels.analysis.sources import end_tokens, load
 from rhythm_kernels.stops import end_of_turn
 from rhythm_kernels.tasks import Problem
 from train.config import BadSetting
-from train.problems import Prompts, check_fit, check_trains, load_task
+from train.launch import launch
+from train.problems import Prompts, check_fit, check_trains, load_task, stop_ids
 from train.rollout import Completion
-from train.setup import load_engine
+from train.setup import load_engine, open_run
 
 
 def chat_template(end: str) -> str:
@@ -98,3 +101,64 @@ def test_vllm_is_asked_for_the_room_that_was_checked(monkeypatch):
     check_fit("m", prompts, config)
     load_engine("m", None, prompts, config, None)
     assert asked[0]["max_model_len"] == 6 + 24 and asked[0]["stop_ids"] == [TOKENIZER.eos_token_id]
+
+
+DAMAGED = [
+    ("generation_config.json", "no JSON"),
+    ("generation_config.json", "[1]"),
+    ("generation_config.json", '{"pad_token_id": "x"}'),
+    ("generation_config.json", '{"watermarking_config": {"a": 1}}'),
+    ("generation_config.json", '{"num_return_sequences": 3}'),
+    ("generation_config.json", '{"eos_token_id": 1.5}'),
+    ("generation_config.json", '{"eos_token_id": [[1]]}'),
+    ("generation_config.json", '{"eos_token_id": [1, null]}'),
+    ("config.json", "no JSON"),
+    ("config.json", "[1]"),
+    ("config.json", '{"model_type": 3}'),
+    ("config.json", '{"model_type": "qwen3", "hidden_size": "x"}'),
+    ("tokenizer_config.json", "[1]"),
+    ("tokenizer.json", "[1]"),
+    ("tokenizer.json", "{}"),
+    ("model.safetensors", "{}"),
+]
+
+
+@pytest.mark.parametrize("file, holds", DAMAGED)
+def test_a_file_of_a_model_that_holds_something_else_is_named_with_the_model(tmp_path, file, holds):
+    make_policy().model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / file).write_text(holds)
+    config = settings(model=str(tmp_path / "model"), seeds=(0,))
+    refused = pytest.raises(BadSetting, match="--model must be a language model that transformers loads, got")
+    with refused, open_run(config, tmp_path / "run"):
+        pass
+    with pytest.raises(ValueError, match="^the model.*got|^eos_token_id must be a token's number or a list of such"):
+        load(str(tmp_path / "model"))
+
+
+def test_tokens_without_a_row_in_the_model_neither_pad_nor_keep_it_from_ending(tmp_path):
+    """A tokenizer was given <pad> and an end of its own, and the model no rows for them."""
+    model = make_policy().model
+    model.save_pretrained(tmp_path / "model")
+    rows, end = model.config.vocab_size, TOKENIZER.eos_token_id
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"pad_token": "<fill>", "eos_token": "<over>"})
+    assert min(tokenizer.pad_token_id, tokenizer.eos_token_id) >= rows
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(f'{{"eos_token_id": {end}}}')
+    config = settings(model=str(tmp_path / "model"), seeds=(0,), max_steps=1, output=str(tmp_path / "run"))
+    assert launch(config) == 0
+    (tmp_path / "model" / "generation_config.json").write_text(f'{{"eos_token_id": {rows}}}')
+    with pytest.raises(BadSetting, match=f"--model must have a row for a token that ends an answer, got {rows} rows"):
+        launch(config.change(output=str(tmp_path / "other")))
+
+
+def test_a_model_without_generation_settings_ends_where_its_configuration_says(tmp_path):
+    """As transformers does, and so the studies."""
+    model = make_policy().model
+    model.config.eos_token_id = [7, 9]
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert stop_ids(str(tmp_path), TOKENIZER) == sorted({7, 9, TOKENIZER.eos_token_id})
+    assert end_tokens(load(str(tmp_path))[0]) == {7, 9, TOKENIZER.eos_token_id}

@@ -359,7 +359,7 @@ def test_a_prompt_and_its_answer_go_into_the_model(tmp_path):
     config = smoke(tmp_path / "run", max_steps=0)
     assert launch(config) == 0
     model = str(list_checkpoints(tmp_path / "run")[-1] / "model")
-    prompts = Prompts(TOKENIZER, config)
+    prompts = Prompts(TOKENIZER, config, [TOKENIZER.eos_token_id])
     prompts.longest, prompts.largest_id = 5, 20
     check_fit(model, prompts, config.change(max_completion_length=24))
     with pytest.raises(
@@ -368,4 +368,7 @@ def test_a_prompt_and_its_answer_go_into_the_model(tmp_path):
         check_fit(model, prompts, config.change(max_completion_length=25))
     prompts.largest_id = len(TOKENIZER)
     with pytest.raises(BadSetting, match="--model must have a row for every token"):
+        check_fit(model, prompts, config)
+    prompts.largest_id, prompts.stops = 20, [-1, len(TOKENIZER)]
+    with pytest.raises(BadSetting, match=r"--model must have a row for a token that ends an answer, got \d+ rows, and"):
         check_fit(model, prompts, config)

@@ -189,7 +189,7 @@ class Prompts:
 
 
 def check_fit(model: str, prompts: Prompts, config: Config) -> None:
-    """Raises BadSetting if prompts with answers exceed the model's positions, or have token ids that it lacks."""
+    """Raises BadSetting for prompts with answers beyond the model's positions, and for token ids that it lacks."""
     shape, answer = AutoConfig.from_pretrained(model), config.rollout.max_completion_length
     most, rows = most_positions(shape), embedding_rows(shape)
     if most is not None and prompts.longest + answer > most:
@@ -203,14 +203,18 @@ def check_fit(model: str, prompts: Prompts, config: Config) -> None:
             f"--model must have a row for every token of the problems, got {rows} rows, and the token {token!r} with "
             f"id {prompts.largest_id}: its tokenizer is another model's, or an added token has no row"
         )
+    if not any(0 <= stop < rows for stop in prompts.stops):
+        raise BadSetting(
+            f"--model must have a row for a token that ends an answer, got {rows} rows, and the ends {prompts.stops}"
+        )
 
 
 def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that end a text: the tokenizer's, and those of the model's generation settings."""
     try:
         settings = GenerationConfig.from_pretrained(model)
-    except OSError:  # the model has no such settings
-        settings = None
+    except OSError:  # it has none, and transformers makes them from the configuration
+        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
     stops = ends_of_text(settings, tokenizer)
     if not stops:
         raise BadSetting(f"--model must have a token that ends a text, got {model}, whose tokenizer names none")

