@@ -42,6 +42,20 @@ def test_all_of_them_with_every_option(kind, lse_given, monkeypatch):
         assert_groups_close(run_groups(case, groups, ~groups), case, groups, ~groups)
 
 
+@pytest.mark.parametrize("kind", ["batch", "packed", "packed, long"])
+@pytest.mark.parametrize("size", [1, 24, 64, 96, 128, 192, 256])
+def test_a_row_that_sees_few_keys_has_their_weights_as_exactly_as_eager(size, kind):
+    """However large the products are: scores of another product would be rounded otherwise than the log-sum-exp."""
+    for seed, sliding_window in enumerate((1, 1, 1, 2, 2, 3)):
+        options = {"prefix_lengths": torch.tensor([9, 21])}
+        if kind != "batch":
+            options["cu_seqlens"] = torch.tensor([0, 12, 40 if kind == "packed" else 200])
+        shape = (2, 6, 40, size) if kind == "batch" else (1, 6, int(options["cu_seqlens"][-1]), size)
+        options |= {"scale": 1.0, "sliding_window": sliding_window, "window": 1, "more": MORE, "first_keys": 20}
+        case = make_case(shape, 2, seed=100 * size + seed, dtype=(torch.float32, torch.float16)[seed % 2], **options)
+        assert_close_to_reference(run(case), case)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     "name, large, whole",
@@ -65,6 +79,17 @@ def test_a_size_above_that_of_the_sequence_is_the_whole_sequence(name, large, wh
     )
     for x, y in zip((*got[:4], *got.more.values()), (*want[:4], *want.more.values()), strict=True):
         assert x.isfinite().all() and torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_prefix_of_any_length_does_not_overflow_behind_other_sequences(dtype):
+    case = make_case((1, 4, 400, 16), 2, cu_seqlens=torch.tensor([0, 150, 400]), more=("prefix_mass",))
+    got, want = (
+        attention_stats(case.q, case.k, **case.kwargs, prefix_lengths=torch.tensor([3, most], dtype=dtype))
+        for most in (torch.iinfo(dtype).max, 250)
+    )
+    assert torch.equal(got.more["prefix_mass"], want.more["prefix_mass"])
+    torch.testing.assert_close(got.more["prefix_mass"][..., 150:], torch.ones(1, 4, 250))
 
 
 @pytest.mark.parametrize(

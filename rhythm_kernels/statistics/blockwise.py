@@ -3,7 +3,9 @@
 There are two passes, and a call needs one of them. The row pass (`blockwise_rows`) reads every visible key of a row;
 with v it is the forward as well. The band pass (`blockwise_band`) needs the log-sum-exp of the rows. It computes only
 the heads that are asked for and reads only the keys that the window or a finite horizon reaches. Beside it, a span from
-a sample of rows is read from them alone (`blockwise_sample`), and so is a mass from its keys (`blockwise_masses`).
+a sample of rows is read from them alone (`blockwise_sample`), and so is a mass from its keys (`blockwise_masses`). The
+row pass sums masses from its own weights: scores of another product, of another shape, would be rounded otherwise than
+its log-sum-exp, and a row that sees one key would have a weight off 1.
 Memory beside the results is O(T x tile) for each head.
 
 Shapes: B batch rows, T tokens, HQ query heads, H key heads, D the head size of q and k, Dv that of v; S sequences.
@@ -27,18 +29,18 @@ def attention_stats(q: Tensor, k: Tensor, lse: Tensor | None, layout: Layout, op
     """Computes `api.attention_stats` on checked arguments; `options.sinks` may be [B, HQ]."""
     reads_all_rows = options.need_span and not leaves_out_rows(layout, options.span_rows)
     if lse is None or reads_all_rows or options.horizon[1] is None or needs_every_key(options):
-        stats = row_statistics(row_pass(q, k, layout, options, lse=lse), layout, options)
-        return _with_masses(stats, q, k, layout, options)
+        return _complete(row_statistics(row_pass(q, k, layout, options, lse=lse), layout, options), layout, options)
     span = sampled_span(q, k, lse, layout, options) if options.need_span else None
     all_heads = torch.ones(layout.sequences, k.shape[1], dtype=torch.bool, device=q.device)
     waad, fai = band_pass(q, k, lse, layout, options, all_heads, all_heads)
-    stats = AttentionStats(waad, fai, span, torch.where(layout.rows[:, None], lse, 0.0), {})
-    return _with_masses(stats, q, k, layout, options)
+    lse = torch.where(layout.rows[:, None], lse, 0.0)
+    stats = AttentionStats(waad, fai, span, lse, masses(q, k, lse, layout, options))
+    return _complete(stats, layout, options)
 
 
-def _with_masses(stats: AttentionStats, q: Tensor, k: Tensor, layout: Layout, options: Options) -> AttentionStats:
-    """Returns the statistics with the masses and the column sums that are asked for."""
-    more = stats.more | masses(q, k, stats.lse, layout, options) | column_sums(stats.fai, layout, options)
+def _complete(stats: AttentionStats, layout: Layout, options: Options) -> AttentionStats:
+    """Returns the statistics with the column sums, if they are asked for, and `more` in its order."""
+    more = stats.more | column_sums(stats.fai, layout, options)
     return stats._replace(more=in_order(options, more))
 
 
@@ -103,4 +105,4 @@ def _sum(member: Tensor, x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, options: Options) -> tuple[Tensor, AttentionStats]:
     """Computes `api.attention` on checked arguments."""
     results = row_pass(q, k, layout, options, v=v)
-    return results.out, _with_masses(row_statistics(results, layout, options), q, k, layout, options)
+    return results.out, _complete(row_statistics(results, layout, options), layout, options)

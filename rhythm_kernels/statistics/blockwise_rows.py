@@ -15,7 +15,7 @@ from rhythm_kernels.host import send
 from rhythm_kernels.statistics.blockwise_scores import all_bits, row_sums, softcapped, weighted_sum
 from rhythm_kernels.statistics.layout import Layout, make_layout
 from rhythm_kernels.statistics.lines import lines_of
-from rhythm_kernels.statistics.more import NEED_EVERY_KEY
+from rhythm_kernels.statistics.more import MASSES, NEED_EVERY_KEY
 from rhythm_kernels.statistics.options import Options
 from rhythm_kernels.statistics.spans import mean_over_rows
 from rhythm_kernels.types import AttentionStats
@@ -23,6 +23,7 @@ from rhythm_kernels.types import AttentionStats
 ROW_TILE = 64  # rows
 SHORT = 128  # tokens: packed sequences up to this length are computed side by side
 SHORT_BYTES = 2 << 20  # of fp32 scores of such sequences at once: what fits a cache is faster
+OF_ROWS = (*NEED_EVERY_KEY, *MASSES)  # what the pass gives of `more`
 LEAST_LOG = -128.0  # the logarithm of a weight that is 0 in fp32
 TILE_BYTES = 32 << 20  # of fp32 scores held at once; a few temporaries of this size come on top
 
@@ -41,6 +42,9 @@ class _RowResults(NamedTuple):
     lse: Tensor
     row_entropy: Tensor | None
     largest_score: Tensor | None
+    first_mass: Tensor | None
+    prefix_mass: Tensor | None
+    self_mass: Tensor | None
     out: Tensor | None
     """[B, HQ, T, Dv] in q's dtype."""
 
@@ -72,17 +76,19 @@ class _ShortBatch(NamedTuple):
     """int64 [S', L]: the place of each token in the packed row. Padding is some token, which no row sees."""
     own: Tensor
     """int64 [n]: which of the S' L are tokens of their sequence."""
+    sequences: Tensor
+    """int64 [S']: the number of each sequence in the packed row."""
     layout: Layout
 
 
 def row_statistics(results: _RowResults, layout: Layout, options: Options) -> AttentionStats:
     """Returns the statistics: the column sums divided by their numbers of rows, and the means of the distances.
 
-    Of `more` they have what needs every key.
+    Of `more` they have all but the column sums.
     """
     fai = results.fai_sums / layout.rows_looking_back(options.horizon)[:, None]
     span = mean_over_rows(results.looked_back, layout, options.span_rows) if options.need_span else None
-    more = {name: getattr(results, name) for name in NEED_EVERY_KEY if name in options.more}
+    more = {name: getattr(results, name) for name in OF_ROWS if name in options.more}
     return AttentionStats(results.waad, fai, span, results.lse, more)
 
 
@@ -97,7 +103,7 @@ def row_pass(
 
     results = _RowResults(
         *(zeros() for _ in range(4)),
-        *(zeros() if name in options.more else None for name in NEED_EVERY_KEY),
+        *(zeros() if name in options.more else None for name in OF_ROWS),
         out=None if v is None else q.new_zeros(batch, query_heads, tokens, v.shape[3]),
     )
     if batch * query_heads * tokens == 0:
@@ -113,10 +119,19 @@ def row_pass(
     for at in range(0, batch, chunk):
         part = slice(at, at + chunk)
         *inputs, part_sinks = (None if x is None else x[part] for x in (q, k, v, lse, sinks))
-        part_layout = layout if chunk >= batch else layout.slice(part)
+        part_layout, part_options = layout, options._replace(sinks=part_sinks)
+        if chunk < batch:  # then each batch row is a sequence
+            part_layout = layout.slice(part)
+            part_options = _with_prefixes_of(part, part_options)
         part_results = _RowResults(*(None if x is None else x[part] for x in results))
-        _row_tiles(*inputs, part_layout, options._replace(sinks=part_sinks), tile_rows, part_results)
+        _row_tiles(*inputs, part_layout, part_options, tile_rows, part_results)
     return results
+
+
+def _with_prefixes_of(sequences: slice | Tensor, options: Options) -> Options:
+    """Returns the options for some of the sequences."""
+    lengths = options.prefix_lengths
+    return options if lengths is None else options._replace(prefix_lengths=lengths[sequences])
 
 
 def _short_sequences(
@@ -130,7 +145,7 @@ def _short_sequences(
     for few in layout.keep(("short sequences", heads), lambda: _short_batches(layout, heads)):
         few_q, few_k = _taken(q, few), _taken(k, few)
         few_lse = None if lse is None else _taken(lse[..., None], few)[..., 0]
-        few_results = row_pass(few_q, few_k, few.layout, options, lse=few_lse)
+        few_results = row_pass(few_q, few_k, few.layout, _with_prefixes_of(few.sequences, options), lse=few_lse)
         for whole, part in zip(results, few_results, strict=True):
             if whole is not None:  # the output is None
                 whole[0, :, few.taken.flatten()[few.own]] = part.transpose(0, 1).flatten(1)[:, few.own]
@@ -150,20 +165,21 @@ def _short_batches(layout: Layout, heads: int) -> list[_ShortBatch]:
     A batch has as many sequences as SHORT_BYTES hold with so many heads.
     """
     device, tokens = layout.rows.device, layout.rows.shape[1]
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for _, begin, end in layout.bounds:
+    by_length: dict[int, list[tuple[int, int, int]]] = {}
+    for number, (_, begin, end) in enumerate(layout.bounds):
         if end > begin:
-            by_length.setdefault(-(-(end - begin) // 32) * 32, []).append((begin, end - begin))
+            by_length.setdefault(-(-(end - begin) // 32) * 32, []).append((begin, end - begin, number))
     batches = []
     for length, sequences in by_length.items():
         most = max(1, SHORT_BYTES // (4 * heads * min(ROW_TILE, length) * length))
         for at in range(0, len(sequences), most):
-            begin, count = (x[:, None] for x in torch.tensor(sequences[at : at + most], device="cpu").unbind(1))
+            begin, count, number = torch.tensor(sequences[at : at + most], device="cpu").unbind(1)
             position = torch.arange(length, device="cpu")
-            is_own = position < count
-            taken = send((begin + position).clamp(max=tokens - 1), device)
+            is_own = position < count[:, None]
+            taken = send((begin[:, None] + position).clamp(max=tokens - 1), device)
             padded = make_layout(*is_own.shape, device, layout.rows[0, taken], is_own)
-            batches.append(_ShortBatch(taken, send(is_own.flatten().nonzero()[:, 0], device), padded))
+            own = send(is_own.flatten().nonzero()[:, 0], device)
+            batches.append(_ShortBatch(taken, own, send(number, device), padded))
     return batches
 
 
@@ -312,6 +328,7 @@ def _write_statistics(
     """Writes the statistics of a tile's rows of R, and adds the sums of its columns. Overwrites the weights."""
     # a row of NaN is NaN at hidden keys too, which lie in columns of other sequences
     weights[..., tile.cleared].view(torch.int32).bitwise_and_(tile.seen[:, None])
+    _write_masses(weights, tile, layout, options, results)
     if options.need_span:
         _write_rows(results.looked_back, (weights * tile.distance.float()).sum(-1), tile, layout)
     nearness, received = _window_sums(weights[..., tile.near], tile.distance[:, tile.near], options)
@@ -319,6 +336,28 @@ def _write_statistics(
     _write_rows(results.waad, waad, tile, layout)
     _write_rows(results.lse, row_lse, tile, layout)
     results.fai_sums[:, :, tile.keys][..., tile.near] += received
+
+
+def _write_masses(weights: Tensor, tile: _RowTile, layout: Layout, options: Options, results: _RowResults) -> None:
+    """Writes the masses of a tile's rows that are asked for. weights: A, 0 where a near key is hidden."""
+    if results.self_mass is not None:
+        own = weights[..., -weights.shape[2] :]  # the last keys of a tile are its rows
+        _write_rows(results.self_mass, own.diagonal(dim1=-2, dim2=-1), tile, layout)
+    if results.first_mass is not None:
+        lengths = torch.full_like(layout.first[:, tile.rows], options.first_keys)
+        _write_rows(results.first_mass, _prefix_mass(weights, lengths, tile, layout), tile, layout)
+    if results.prefix_mass is not None:
+        lengths = options.prefix_lengths[layout.segments[:, tile.rows]]
+        _write_rows(results.prefix_mass, _prefix_mass(weights, lengths, tile, layout), tile, layout)
+
+
+def _prefix_mass(weights: Tensor, lengths: Tensor, tile: _RowTile, layout: Layout) -> Tensor:
+    """Returns the weight of each row on the first tokens of its sequence, [B, HQ, rows]; lengths: int [B, rows]."""
+    prefix_end = layout.first[:, tile.rows] + lengths.clamp(max=layout.rows.shape[1])  # a sum that cannot overflow
+    keys = slice(0, max(0, int(prefix_end[tile.computed].max()) - tile.keys.start))  # those that any row counts
+    key = torch.arange(tile.keys.start, tile.keys.stop, device=weights.device)[keys]
+    counted = (key < prefix_end[..., None]) & ~tile.hidden[..., keys]
+    return (weights[..., keys].view(torch.int32) & all_bits(counted)[:, None]).view(torch.float32).sum(-1)
 
 
 def _reach(options: Options, tokens: int) -> int:

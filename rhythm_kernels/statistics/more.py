@@ -1,7 +1,8 @@
 """The statistics that are computed where the argument `more` names them, and what all backends share of them.
 
 Entropy and largest score need every key of a row and fall out of the row pass. A mass is read from its own keys alone,
-given the log-sum-exp, and a column sum is FAI times the number of its rows.
+given the log-sum-exp; in torch it falls out of the row pass too, where that runs. A column sum is FAI times the number
+of its rows.
 
 Shapes: B batch rows, T tokens, HQ query heads; S sequences.
 """
